@@ -1,0 +1,220 @@
+// Few tokens: each row of W is read once, decoded in registers, and multiplied with every token; bound by memory reads.
+#pragma once
+
+#include "cpu/dequantize_impl.h"
+#include "cpu/kernel_table.h"
+
+namespace qlora::cpu {
+namespace {
+
+inline constexpr int64_t kSegment = 32;          // the finest block: every 32-bit word of 8 weights has one scale
+inline constexpr int64_t kSegmentsPerPiece = 128;  // 4096 weights of a row at a time: their scales fit in 512 bytes
+inline constexpr int kTokensPerPass = 4;
+
+// Scales of `count` segments of 32 weights, starting at flat segment `first`.
+template <class V>
+void decode_segment_scales(const PackedWeight& w, int64_t first, int64_t count, float* out) {
+  const int shift = w.block_shift - log2_exact(kSegment);  // segment -> block
+  if (w.scales.absmax != nullptr) {
+    for (int64_t i = 0; i < count; ++i) out[i] = w.scales.absmax[(first + i) >> shift];
+    return;
+  }
+  float blocks[kSegmentsPerPiece + V::kLanes];
+  const int64_t begin = first >> shift, end = ((first + count - 1) >> shift) + 1;
+  const auto offset = V::set1(w.scales.nested_offset);
+  for (int64_t b = begin; b < end;) {
+    const int64_t nested_end = min_i64((b | (kNestedBlock - 1)) + 1, end);
+    const auto nested = V::set1(w.scales.nested_absmax[b >> kNestedBlockShift]);
+    for (; b + V::kLanes <= nested_end; b += V::kLanes)
+      V::store(blocks + (b - begin), V::decode_scales(w.scales.absmax_codes + b, w.scales.dynamic_map, nested, offset));
+    for (; b < nested_end; ++b) blocks[b - begin] = scale_of_block(w.scales, b);
+  }
+  for (int64_t i = 0; i < count; ++i) out[i] = blocks[((first + i) >> shift) - begin];
+}
+
+template <class V, int kTokens, int kNibble>
+QLORA_INLINE void accumulate_nibbles(typename V::Table table, typename V::I words, const float* x, int64_t token_stride,
+                                     typename V::F* partial) {
+  if constexpr (kNibble < 8) {
+    const auto level = V::template lookup<kNibble>(table, words);
+    for (int t = 0; t < kTokens; ++t) {
+      const auto xv = V::load(x + t * token_stride + kNibble * V::kLanes);
+      partial[t] = kNibble == 0 ? V::mul(level, xv) : V::fma(level, xv, partial[t]);
+    }
+    accumulate_nibbles<V, kTokens, kNibble + 1>(table, words, x, token_stride, partial);
+  }
+}
+
+// k % 32 == 0: every word of 8 weights lies in one block. The order of k inside a chunk is that of the nibbles in a word,
+// for x too (pack_words), so nothing is unpacked or shuffled: one load, 7 shifts, 8 lookups for 8 * kLanes weights.
+template <class V, int kTokens>
+void row_dot_words(const DecodeParams& p, typename V::Table table, int64_t row, int64_t token0, float* sums) {
+  constexpr int64_t kChunk = 8 * V::kLanes;  // weights
+  const int64_t k = p.weight.k;
+  const int64_t token_stride = ceil_div(k, kChunk) * kChunk;
+  const uint8_t* packed = p.weight.packed + row * k / 2;
+  const float* x = p.x_words + token0 * token_stride;
+  typename V::F acc[kTokens];
+  for (int t = 0; t < kTokens; ++t) acc[t] = V::zero();
+
+  alignas(64) float scales[kSegmentsPerPiece + V::kLanes] = {};
+  for (int64_t k0 = 0; k0 < k; k0 += kSegmentsPerPiece * kSegment) {
+    const int64_t piece = min_i64(kSegmentsPerPiece * kSegment, k - k0);
+    const int64_t segments = piece / kSegment;
+    decode_segment_scales<V>(p.weight, (row * k + k0) / kSegment, segments, scales);
+    for (int64_t j = segments; j < segments + V::kLanes; ++j) scales[j] = 0.0f;  // no nan from the words beyond the row
+    for (int64_t c = 0; c < piece; c += kChunk) {
+      const int words = static_cast<int>(min_i64(kChunk, piece - c) / 8);
+      const auto bits = V::load_words(packed + (k0 + c) / 2, words);
+      typename V::F partial[kTokens];
+      accumulate_nibbles<V, kTokens, 0>(table, bits, x + k0 + c, token_stride, partial);
+      const auto scale = V::expand_scales(scales + c / kSegment);
+      for (int t = 0; t < kTokens; ++t) acc[t] = V::fma(partial[t], scale, acc[t]);
+    }
+  }
+  for (int t = 0; t < kTokens; ++t) sums[t] = V::reduce_add(acc[t]);
+}
+
+// Any k: decode a stretch of the row in order, then a plain dot product.
+template <class V, int kTokens>
+void row_dot_spans(const DecodeParams& p, typename V::Table table, int64_t row, int64_t token0, float* sums) {
+  constexpr int64_t kStretch = 512;
+  alignas(64) float w[kStretch];
+  const int64_t k = p.weight.k;
+  const float* x = p.x_plain + token0 * k;
+  typename V::F acc[kTokens];
+  float tail[kTokens] = {};
+  for (int t = 0; t < kTokens; ++t) acc[t] = V::zero();
+  for (int64_t k0 = 0; k0 < k; k0 += kStretch) {
+    const int64_t count = min_i64(kStretch, k - k0);
+    dequantize_span<V>(p.weight, table, row * k + k0, count, w);
+    int64_t i = 0;
+    for (; i + V::kLanes <= count; i += V::kLanes)
+      for (int t = 0; t < kTokens; ++t) acc[t] = V::fma(V::load(w + i), V::load(x + t * k + k0 + i), acc[t]);
+    for (; i < count; ++i)
+      for (int t = 0; t < kTokens; ++t) tail[t] += w[i] * x[t * k + k0 + i];
+  }
+  for (int t = 0; t < kTokens; ++t) sums[t] = V::reduce_add(acc[t]) + tail[t];
+}
+
+// a[0 … count) · b[0 … count), a of any float type.
+template <class V, class T>
+float dense_dot(const T* a, const float* b, int64_t count) {
+  auto acc = V::zero();
+  int64_t i = 0;
+  for (; i + V::kLanes <= count; i += V::kLanes) acc = V::fma(V::load(a + i), V::load(b + i), acc);
+  float tail = 0.0f;
+  for (; i < count; ++i) tail += to_float(a[i]) * b[i];
+  return V::reduce_add(acc) + tail;
+}
+
+template <class V>
+float dense_dot(const void* a, DType dtype, int64_t offset, const float* b, int64_t count) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return dense_dot<V>(static_cast<const bf16*>(a) + offset, b, count);
+    case DType::kFloat16:
+      return dense_dot<V>(static_cast<const fp16*>(a) + offset, b, count);
+    default:
+      return dense_dot<V>(static_cast<const float*>(a) + offset, b, count);
+  }
+}
+
+QLORA_INLINE float load_scalar(const void* p, DType dtype, int64_t i) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return to_float(static_cast<const bf16*>(p)[i]);
+    case DType::kFloat16:
+      return to_float(static_cast<const fp16*>(p)[i]);
+    case DType::kInt8:
+      return static_cast<const int8_t*>(p)[i];
+    case DType::kUInt8:
+      return static_cast<const uint8_t*>(p)[i];
+    case DType::kInt16:
+      return static_cast<const int16_t*>(p)[i];
+    case DType::kInt32:
+      return static_cast<float>(static_cast<const int32_t*>(p)[i]);
+    case DType::kInt64:
+      return static_cast<float>(static_cast<const int64_t*>(p)[i]);
+    default:
+      return static_cast<const float*>(p)[i];
+  }
+}
+
+QLORA_INLINE void store_scalar(void* p, DType dtype, int64_t i, float x) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return assign(static_cast<bf16*>(p)[i], x);
+    case DType::kFloat16:
+      return assign(static_cast<fp16*>(p)[i], x);
+    default:
+      return assign(static_cast<float*>(p)[i], x);
+  }
+}
+
+template <class V, int kTokens>
+void decode_row(const DecodeParams& p, typename V::Table table, int64_t row, int64_t token0) {
+  float sums[kTokens];
+  if (p.x_words != nullptr) {
+    row_dot_words<V, kTokens>(p, table, row, token0, sums);
+  } else {
+    row_dot_spans<V, kTokens>(p, table, row, token0, sums);
+  }
+  const float bias = p.bias != nullptr ? load_scalar(p.bias, p.bias_dtype, row) : 0.0f;
+  for (int t = 0; t < kTokens; ++t) {
+    float y = sums[t] + bias;
+    if (p.lora_t != nullptr)
+      y += dense_dot<V>(p.lora_b, p.lora_dtype, row * p.r, p.lora_t + (token0 + t) * p.r, p.r);
+    store_scalar(p.y, p.dtype, (token0 + t) * p.weight.n + row, y);
+  }
+}
+
+template <class V>
+void decode(const DecodeParams& p, int64_t begin, int64_t end) {
+  const auto table = V::table(p.weight.levels);
+  for (int64_t row = begin; row < end; ++row) {
+    for (int64_t t = 0; t < p.m; t += kTokensPerPass) {
+      switch (min_i64(kTokensPerPass, p.m - t)) {
+        case 1:
+          decode_row<V, 1>(p, table, row, t);
+          break;
+        case 2:
+          decode_row<V, 2>(p, table, row, t);
+          break;
+        case 3:
+          decode_row<V, 3>(p, table, row, t);
+          break;
+        default:
+          decode_row<V, kTokensPerPass>(p, table, row, t);
+      }
+    }
+  }
+}
+
+template <class V>
+void pack_words(const PackWordsParams& p, int64_t begin, int64_t end) {
+  constexpr int64_t kChunk = 8 * V::kLanes;
+  const int64_t padded = ceil_div(p.k, kChunk) * kChunk;
+  for (int64_t t = begin; t < end; ++t) {
+    float* plain = p.x_plain + t * p.k;
+    for (int64_t i = 0; i < p.k; ++i) plain[i] = load_scalar(p.x, p.dtype, t * p.k + i);
+    if (p.x_words == nullptr) continue;
+    float* words = p.x_words + t * padded;
+    for (int64_t c = 0; c < padded; c += kChunk)
+      for (int j = 0; j < 8; ++j)
+        for (int lane = 0; lane < V::kLanes; ++lane) {
+          const int64_t i = c + 8 * lane + element_of_nibble(j);
+          words[c + j * V::kLanes + lane] = i < p.k ? plain[i] : 0.0f;
+        }
+  }
+}
+
+template <class V>
+void dot(const DotParams& p, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row)
+    for (int64_t t = 0; t < p.m; ++t)
+      p.out[t * p.rows + row] = p.scale * dense_dot<V>(p.dense, p.dtype, row * p.k, p.x_plain + t * p.k, p.k);
+}
+
+}  // namespace
+}  // namespace qlora::cpu

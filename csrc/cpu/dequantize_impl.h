@@ -1,0 +1,43 @@
+// Decoding any span of a packed weight, in flat order, for one vector type; the matmul kernels fill their panels with it.
+#pragma once
+
+#include "cpu/kernel_table.h"
+#include "format/half.h"
+
+namespace qlora::cpu {
+namespace {
+
+// Elements [first, first + count) -> out. Any start, any length: a span may begin on a low nibble and cross blocks.
+template <class V, class T>
+void dequantize_span(const PackedWeight& w, typename V::Table table, int64_t first, int64_t count, T* out) {
+  const int64_t block_mask = (int64_t{1} << w.block_shift) - 1;
+  const int64_t end = first + count;
+  while (first < end) {
+    const int64_t block_end = min_i64((first | block_mask) + 1, end);
+    const float scale = scale_of_block(w.scales, first >> w.block_shift);
+    const auto scale_v = V::set1(scale);
+    if (first & 1) {
+      *out++ = from_float<T>(w.levels[nibble_at(w.packed, first)] * scale);
+      ++first;
+    }
+    for (; first + V::kLanes <= block_end; first += V::kLanes, out += V::kLanes)
+      V::store(out, V::mul(V::decode_run(table, w.packed + (first >> 1)), scale_v));
+    for (; first < block_end; ++first) *out++ = from_float<T>(w.levels[nibble_at(w.packed, first)] * scale);
+  }
+}
+
+template <class V>
+void dequantize(const DequantizeParams& p, int64_t begin, int64_t end) {
+  const auto table = V::table(p.weight.levels);
+  switch (p.dtype) {
+    case DType::kBFloat16:
+      return dequantize_span<V>(p.weight, table, begin, end - begin, static_cast<bf16*>(p.out) + begin);
+    case DType::kFloat16:
+      return dequantize_span<V>(p.weight, table, begin, end - begin, static_cast<fp16*>(p.out) + begin);
+    default:
+      return dequantize_span<V>(p.weight, table, begin, end - begin, static_cast<float*>(p.out) + begin);
+  }
+}
+
+}  // namespace
+}  // namespace qlora::cpu

@@ -1,0 +1,30 @@
+// Run-time choice of the kernel table.
+#include "cpu/dispatch.h"
+
+#include <cstdlib>
+
+namespace qlora::cpu {
+
+const KernelTable* table_of(Isa isa) {
+  static const Isa best = detect_isa();
+  if (isa > best) return nullptr;
+  const KernelTable* const tables[kIsaCount] = {kScalarTable, kAvx2Table, kAvx512Table};
+  return tables[static_cast<int>(isa)];
+}
+
+const KernelTable* active_table(const char** bad_value) {
+  static const Isa best = detect_isa();
+  Isa isa = best;
+  const char* cap = std::getenv(kIsaVariable);
+  if (cap != nullptr && *cap != '\0') {
+    Isa wanted;
+    if (!parse_isa(cap, &wanted)) {
+      *bad_value = cap;
+      return nullptr;
+    }
+    isa = wanted < best ? wanted : best;
+  }
+  return table_of(isa);
+}
+
+}  // namespace qlora::cpu

@@ -1,0 +1,148 @@
+// What every instruction set implements: parameter structs, and one table of functions per ISA. No torch, no threads.
+//
+// Extents: m tokens, n out features, k in features, r rank. A kernel works on [begin, end) of its own unit and never
+// starts a thread; the glue owns the parallel loop. A result never depends on how the range was cut.
+#pragma once
+
+#include <cstdint>
+
+#include "format/layout.h"
+
+namespace qlora::cpu {
+
+enum class DType { kFloat32, kBFloat16, kFloat16, kInt8, kUInt8, kInt16, kInt32, kInt64 };
+
+// Unit: block. Returns the flat position of the first nan or inf in the range, or -1.
+struct QuantizeParams {
+  const void* weight;  // [numel], float32, bfloat16 or float16
+  DType dtype;
+  int64_t numel;
+  int64_t block;     // weights per absmax
+  int quant_type;    // QuantType
+  bool check_finite;
+  uint8_t* packed;  // [ceil(numel / 2)]
+  float* absmax;    // [ceil(numel / block)]
+};
+
+// Unit: element. Range bounds must be even, or the end of the weight.
+struct DequantizeParams {
+  PackedWeight weight;
+  void* out;  // [n * k]
+  DType dtype;
+};
+
+// Copies a matrix into column tiles, as float32: out[tile][step][tile_cols], zero beyond the last column. Unit: tile.
+struct PackParams {
+  const void* src;
+  DType dtype;
+  int64_t ld;           // elements between rows of src
+  bool steps_are_rows;  // element (col, step) is src[step * ld + col]; else src[col * ld + step]
+  int64_t cols;
+  int64_t steps;
+  float* out;
+};
+
+// An integer matrix stands for value * scale + zero_point; scalars, channels and groups are strides of one grid.
+struct AffineGrid {
+  const float* scale = nullptr;
+  const float* zero_point = nullptr;
+  int64_t group = 1;           // matrix rows per grid row
+  int64_t group_stride = 0;    // elements between grid rows
+  int64_t channel_stride = 0;  // elements between channels
+};
+
+// The left matrix of one product: packed 4-bit, or dense (float, or integer with an affine grid).
+struct Operand {
+  const PackedWeight* packed = nullptr;
+  const void* dense = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t ld = 0;
+  AffineGrid affine;  // scale == nullptr: plain values
+};
+
+// One product of the sum: operand (rows x steps) times columns (steps x cols).
+struct Term {
+  Operand operand;
+  const float* columns = nullptr;  // as PackParams::out
+  int64_t steps = 0;
+};
+
+// out = scale * sum over terms (operand * columns) + bias, every product in the same float32 accumulator.
+// Unit: item = one panel of rows times one block of columns; gemm_items() counts them.
+struct GemmParams {
+  Term terms[2];
+  int term_count = 1;
+  bool transposed = false;  // operands hold element (row, step) at [step * ld + row]
+  int64_t rows = 0;
+  int64_t cols = 0;
+  float scale = 1.0f;
+  const void* bias = nullptr;  // [rows]
+  DType bias_dtype = DType::kFloat32;
+  void* out = nullptr;
+  DType out_dtype = DType::kFloat32;
+  int64_t out_ld = 0;
+  bool rows_are_major = false;  // out[row * out_ld + col]; else out[col * out_ld + row]
+};
+
+inline constexpr int64_t kDecodeTokens = 8;  // up to here `decode` runs, above it `gemm`
+
+// y[t, row] = x[t] · W[row] + bias[row] + sum_r lora_t[t, r] * lora_b[row, r] for few tokens. Unit: row of W.
+struct DecodeParams {
+  PackedWeight weight;
+  int64_t m;              // <= kDecodeTokens
+  const float* x_plain;   // [m, k]
+  const float* x_words;   // [m, words_floats(k)]: nibble order of `decode`; null if k % 32 != 0
+  const void* bias;       // [n] or null
+  DType bias_dtype;
+  const float* lora_t;  // [m, r], scaling * x lora_aᵀ, or null
+  const void* lora_b;   // [n, r]
+  DType lora_dtype;
+  int64_t r;
+  void* y;  // [m, n]
+  DType dtype;
+};
+
+// x in the order in which `decode` meets the weights of a 32-bit word. Unit: token.
+struct PackWordsParams {
+  const void* x;  // [m, k]
+  DType dtype;
+  int64_t k;
+  float* x_plain;  // [m, k]
+  float* x_words;  // [m, words_floats(k)] or null
+};
+
+// out[t, row] = scale * x[t] · dense[row]; the small-m form of the low-rank down projection. Unit: row.
+struct DotParams {
+  const void* dense;  // [rows, k]
+  DType dtype;
+  int64_t rows;
+  int64_t k;
+  const float* x_plain;  // [m, k]
+  int64_t m;
+  float scale;
+  float* out;  // [m, rows]
+};
+
+struct KernelTable {
+  const char* isa;
+  int lanes;                 // float32 lanes of a vector
+  int64_t tile_cols;         // columns of one packed tile
+  int64_t (*quantize)(const QuantizeParams&, int64_t begin_block, int64_t end_block);
+  void (*dequantize)(const DequantizeParams&, int64_t begin, int64_t end);
+  void (*pack)(const PackParams&, int64_t begin_tile, int64_t end_tile);
+  int64_t (*gemm_items)(const GemmParams&);
+  void (*gemm)(const GemmParams&, int64_t begin_item, int64_t end_item);
+  void (*pack_words)(const PackWordsParams&, int64_t begin_token, int64_t end_token);
+  void (*decode)(const DecodeParams&, int64_t begin_row, int64_t end_row);
+  void (*dot)(const DotParams&, int64_t begin_row, int64_t end_row);
+
+  int64_t words_floats(int64_t k) const { return ceil_div(k, int64_t{8} * lanes) * 8 * lanes; }
+  int64_t packed_floats(int64_t cols, int64_t steps) const { return ceil_div(cols, tile_cols) * tile_cols * steps; }
+};
+
+// One per isa_*.cpp; null where the compiler or the architecture has no such instruction set.
+extern const KernelTable* const kScalarTable;
+extern const KernelTable* const kAvx2Table;
+extern const KernelTable* const kAvx512Table;
+
+}  // namespace qlora::cpu

@@ -1,0 +1,19 @@
+// Puts the kernels of one vector type into a table; included once by each isa_*.cpp.
+#pragma once
+
+#include "cpu/decode_impl.h"
+#include "cpu/dequantize_impl.h"
+#include "cpu/gemm_impl.h"
+#include "cpu/quantize_impl.h"
+
+namespace qlora::cpu {
+namespace {
+
+template <class V>
+constexpr KernelTable make_table() {
+  return KernelTable{V::kIsa,       V::kLanes, V::kLanes * V::kTileVecs, quantize<V>, dequantize<V>,
+                     pack<V>,       gemm_items<V>, gemm<V>,              pack_words<V>, decode<V>, dot<V>};
+}
+
+}  // namespace
+}  // namespace qlora::cpu

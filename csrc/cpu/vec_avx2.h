@@ -1,0 +1,114 @@
+// Eight float lanes of AVX2 + FMA + F16C; the same interface as vec_scalar.h, which documents it.
+#pragma once
+
+#include <immintrin.h>
+
+#include "format/half.h"
+#include "format/layout.h"
+
+namespace qlora::cpu {
+namespace {
+
+struct VecAvx2 {
+  static constexpr const char* kIsa = "avx2";
+  static constexpr int kLanes = 8;
+  static constexpr int kTileRows = 4;  // 4 x 3 accumulators + 3 columns + 1 broadcast = the 16 registers
+  static constexpr int kTileVecs = 3;
+
+  using F = __m256;
+  using I = __m256i;
+  struct Table {
+    __m256 low, high;  // levels 0-7 and 8-15: vpermps has eight entries
+  };
+
+  QLORA_INLINE F zero() { return _mm256_setzero_ps(); }
+  QLORA_INLINE F set1(float x) { return _mm256_set1_ps(x); }
+  QLORA_INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
+  QLORA_INLINE F load(const bf16* p) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  }
+  QLORA_INLINE F load(const fp16* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  QLORA_INLINE void store(float* p, F x) { _mm256_storeu_ps(p, x); }
+  QLORA_INLINE void store(bf16* p, F x) {
+    const __m256i u = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    const __m256i rounded =
+        _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF))), 16);
+    const __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(0x40));
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    const __m256i words = _mm256_blendv_epi8(rounded, quiet, is_nan);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+  }
+  QLORA_INLINE void store(fp16* p, F x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  }
+  QLORA_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
+  QLORA_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  QLORA_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  QLORA_INLINE F abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+  QLORA_INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
+  QLORA_INLINE F min(F a, F b) { return _mm256_min_ps(a, b); }
+  QLORA_INLINE F round_even(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  QLORA_INLINE float reduce_add(F a) {
+    __m128 h = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    h = _mm_add_ps(h, _mm_movehl_ps(h, h));
+    return _mm_cvtss_f32(_mm_add_ss(h, _mm_shuffle_ps(h, h, 1)));
+  }
+  QLORA_INLINE float reduce_max(F a) {
+    __m128 h = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    h = _mm_max_ps(h, _mm_movehl_ps(h, h));
+    return _mm_cvtss_f32(_mm_max_ss(h, _mm_shuffle_ps(h, h, 1)));
+  }
+
+  QLORA_INLINE Table table(const float* levels) { return {_mm256_loadu_ps(levels), _mm256_loadu_ps(levels + 8)}; }
+  QLORA_INLINE I load_words(const uint8_t* p, int words) {
+    if (words == kLanes) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_maskload_epi32(reinterpret_cast<const int*>(p), _mm256_cmpgt_epi32(_mm256_set1_epi32(words), lane));
+  }
+  // vpermps reads 3 index bits; bit 3 of the code, moved to the sign, blends between the two halves.
+  QLORA_INLINE F select(Table t, I index, I bit3_in_sign) {
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.low, index), _mm256_permutevar8x32_ps(t.high, index),
+                            _mm256_castsi256_ps(bit3_in_sign));
+  }
+  template <int kNibble>
+  QLORA_INLINE F lookup(Table t, I words) {
+    return select(t, _mm256_srli_epi32(words, 4 * kNibble), _mm256_slli_epi32(words, 28 - 4 * kNibble));
+  }
+  QLORA_INLINE F decode_run(Table t, const uint8_t* p) {
+    uint32_t word;
+    std::memcpy(&word, p, 4);
+    const __m256i shift = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);  // element i is nibble i ^ 1
+    const __m256i index = _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(word)), shift);
+    return select(t, index, _mm256_slli_epi32(index, 28));
+  }
+  QLORA_INLINE F expand_scales(const float* s) {
+    return _mm256_set_m128(_mm_broadcast_ss(s + 1), _mm_broadcast_ss(s));
+  }
+  QLORA_INLINE F decode_scales(const uint8_t* codes, const float* map, F nested, F offset) {
+    const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
+    return _mm256_add_ps(_mm256_mul_ps(_mm256_i32gather_ps(map, index, 4), nested), offset);
+  }
+  QLORA_INLINE void store_low_bytes(I x, uint8_t* out) {
+    const __m256i bytes =
+        _mm256_shuffle_epi8(x, _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 4, 8,
+                                                12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1));
+    const __m256i joined = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 0, 0, 0, 0, 0, 0));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm256_castsi256_si128(joined));
+  }
+  QLORA_INLINE void count_above(F x, const float* thresholds, int count, uint8_t* out) {
+    __m256i rank = _mm256_setzero_si256();
+    for (int t = 0; t < count; ++t)  // a true comparison is -1
+      rank = _mm256_sub_epi32(rank,
+                              _mm256_castps_si256(_mm256_cmp_ps(x, _mm256_broadcast_ss(thresholds + t), _CMP_GT_OQ)));
+    store_low_bytes(rank, out);
+  }
+  QLORA_INLINE void store_bytes(F integral, uint8_t* out) { store_low_bytes(_mm256_cvttps_epi32(integral), out); }
+};
+
+}  // namespace
+}  // namespace qlora::cpu

@@ -1,0 +1,97 @@
+// Sixteen float lanes of AVX-512 (F, BW, DQ, VL); the same interface as vec_scalar.h, which documents it.
+#pragma once
+
+#include <immintrin.h>
+
+#include "format/half.h"
+#include "format/layout.h"
+
+namespace qlora::cpu {
+namespace {
+
+struct VecAvx512 {
+  static constexpr const char* kIsa = "avx512";
+  static constexpr int kLanes = 16;
+  static constexpr int kTileRows = 8;  // 8 x 3 accumulators + 3 columns of the 32 registers
+  static constexpr int kTileVecs = 3;
+
+  using F = __m512;
+  using I = __m512i;
+  using Table = __m512;  // all 16 levels: vpermps reads the low 4 bits of each index lane
+
+  QLORA_INLINE F zero() { return _mm512_setzero_ps(); }
+  QLORA_INLINE F set1(float x) { return _mm512_set1_ps(x); }
+  QLORA_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
+  QLORA_INLINE F load(const bf16* p) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
+  QLORA_INLINE F load(const fp16* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  QLORA_INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+  // In integers rather than vcvtneps2bf16, which flushes subnormals and so differs from the other ISAs.
+  QLORA_INLINE void store(bf16* p, F x) {
+    const __m512i u = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    const __m512i rounded =
+        _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF))), 16);
+    const __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x40));
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    const __m256i half = _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(is_nan, rounded, quiet));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+  }
+  QLORA_INLINE void store(fp16* p, F x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  }
+  QLORA_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
+  QLORA_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  QLORA_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  QLORA_INLINE F abs(F a) { return _mm512_abs_ps(a); }
+  QLORA_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
+  QLORA_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
+  QLORA_INLINE F round_even(F a) {
+    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  QLORA_INLINE float reduce_add(F a) { return _mm512_reduce_add_ps(a); }
+  QLORA_INLINE float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
+
+  QLORA_INLINE Table table(const float* levels) { return _mm512_loadu_ps(levels); }
+  QLORA_INLINE I load_words(const uint8_t* p, int words) {
+    return _mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << words) - 1u), p);
+  }
+  template <int kNibble>
+  QLORA_INLINE F lookup(Table t, I words) {
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * kNibble), t);
+  }
+  QLORA_INLINE F decode_run(Table t, const uint8_t* p) {
+    const __m512i pair = _mm512_castsi128_si512(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    const __m512i word = _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1), pair);
+    const __m512i shift = _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);  // element i is nibble i ^ 1
+    return _mm512_permutexvar_ps(_mm512_srlv_epi32(word, shift), t);
+  }
+  QLORA_INLINE F expand_scales(const float* s) {
+    return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3),
+                                 _mm512_castps128_ps512(_mm_loadu_ps(s)));
+  }
+  QLORA_INLINE F decode_scales(const uint8_t* codes, const float* map, F nested, F offset) {
+    const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    return _mm512_add_ps(_mm512_mul_ps(_mm512_i32gather_ps(index, map, 4), nested), offset);
+  }
+  QLORA_INLINE void store_low_bytes(I x, uint8_t* out) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(x));
+  }
+  QLORA_INLINE void count_above(F x, const float* thresholds, int count, uint8_t* out) {
+    const __m512i one = _mm512_set1_epi32(1);
+    __m512i rank = _mm512_setzero_si512();
+    for (int t = 0; t < count; ++t) {
+      const __mmask16 above = _mm512_cmp_ps_mask(x, _mm512_set1_ps(thresholds[t]), _CMP_GT_OQ);
+      rank = _mm512_mask_add_epi32(rank, above, rank, one);
+    }
+    store_low_bytes(rank, out);
+  }
+  QLORA_INLINE void store_bytes(F integral, uint8_t* out) { store_low_bytes(_mm512_cvttps_epi32(integral), out); }
+};
+
+}  // namespace
+}  // namespace qlora::cpu

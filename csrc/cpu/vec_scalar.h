@@ -1,0 +1,123 @@
+// Eight float lanes in plain C++: the vector type of machines without AVX2, and the form in which to read the kernels.
+#pragma once
+
+#include <cmath>
+
+#include "format/half.h"
+#include "format/layout.h"
+
+namespace qlora::cpu {
+namespace {
+
+struct VecScalar {
+  static constexpr const char* kIsa = "scalar";
+  static constexpr int kLanes = 8;
+  static constexpr int kTileRows = 4;  // accumulators of the gemm tile: kTileRows x kTileVecs vectors
+  static constexpr int kTileVecs = 1;
+
+  struct F {
+    float v[kLanes];
+  };
+  struct I {
+    uint32_t v[kLanes];
+  };
+  struct Table {
+    const float* levels;
+  };
+
+  template <class Fn>
+  QLORA_INLINE F make(Fn fn) {
+    F out;
+    for (int i = 0; i < kLanes; ++i) out.v[i] = fn(i);
+    return out;
+  }
+
+  static F zero() {
+    return make([](int) { return 0.0f; });
+  }
+  static F set1(float x) {
+    return make([=](int) { return x; });
+  }
+  template <class T>
+  static F load(const T* p) {
+    return make([=](int i) { return to_float(p[i]); });
+  }
+  template <class T>
+  static void store(T* p, F x) {
+    for (int i = 0; i < kLanes; ++i) p[i] = from_float<T>(x.v[i]);
+  }
+  static F add(F a, F b) {
+    return make([&](int i) { return a.v[i] + b.v[i]; });
+  }
+  static F mul(F a, F b) {
+    return make([&](int i) { return a.v[i] * b.v[i]; });
+  }
+  // a * b + c; without FMA hardware the product is rounded: a call to fma() would cost a hundred times more.
+  static F fma(F a, F b, F c) {
+    return make([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
+  }
+  static F abs(F a) {
+    return make([&](int i) { return std::fabs(a.v[i]); });
+  }
+  // a > b ? a : b: a nan in `a` is dropped, as by the max instruction.
+  static F max(F a, F b) {
+    return make([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+  }
+  static F min(F a, F b) {
+    return make([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+  }
+  static F round_even(F a) {
+    return make([&](int i) { return std::nearbyintf(a.v[i]); });
+  }
+  // Fixed tree: halves, quarters, pairs.
+  static float reduce_add(F a) {
+    return ((a.v[0] + a.v[4]) + (a.v[2] + a.v[6])) + ((a.v[1] + a.v[5]) + (a.v[3] + a.v[7]));
+  }
+  static float reduce_max(F a) {
+    float m = a.v[0];
+    for (int i = 1; i < kLanes; ++i) m = a.v[i] > m ? a.v[i] : m;
+    return m;
+  }
+
+  static Table table(const float* levels) { return {levels}; }
+  // `words` 32-bit words of packed bytes, zero beyond.
+  static I load_words(const uint8_t* p, int words) {
+    I out{};
+    std::memcpy(out.v, p, static_cast<size_t>(words) * 4);
+    return out;
+  }
+  // The level of nibble j (bits 4j … 4j+3) of every word.
+  template <int kNibble>
+  static F lookup(Table t, I words) {
+    return make([&](int i) { return t.levels[(words.v[i] >> (4 * kNibble)) & 0xF]; });
+  }
+  // kLanes consecutive weights from a byte boundary, in order.
+  static F decode_run(Table t, const uint8_t* p) {
+    return make([&](int i) { return t.levels[nibble_at(p, i)]; });
+  }
+  // One scale per 32 weights = 4 words: {s0 s0 s0 s0 s1 s1 s1 s1}.
+  static F expand_scales(const float* s) {
+    return make([=](int i) { return s[i / 4]; });
+  }
+  // map[code] * nested + offset, two roundings.
+  static F decode_scales(const uint8_t* codes, const float* map, F nested, F offset) {
+    return make([&](int i) {
+      const float product = map[codes[i]] * nested.v[i];
+      return product + offset.v[i];
+    });
+  }
+  // How many thresholds lie strictly below each lane, as bytes.
+  static void count_above(F x, const float* thresholds, int count, uint8_t* out) {
+    for (int i = 0; i < kLanes; ++i) {
+      int rank = 0;
+      for (int t = 0; t < count; ++t) rank += x.v[i] > thresholds[t];
+      out[i] = static_cast<uint8_t>(rank);
+    }
+  }
+  static void store_bytes(F integral, uint8_t* out) {
+    for (int i = 0; i < kLanes; ++i) out[i] = static_cast<uint8_t>(integral.v[i]);
+  }
+};
+
+}  // namespace
+}  // namespace qlora::cpu

@@ -1,0 +1,137 @@
+// What every op checks before a kernel runs: each error names the value and the rule.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cpu/kernel_table.h"
+#include "format/codebook.h"
+#include "format/dynamic_map.h"
+
+namespace qlora::ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline std::string text_of(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  std::string text = "[";
+  for (size_t i = 0; i < sizes.size(); ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
+  return text + "]";
+}
+
+// None and an empty tensor mean the same.
+inline bool is_given(const OptionalTensor& t) { return t.has_value() && t->numel() > 0; }
+
+inline void check_cpu(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu(), name, " is on another device than the CPU: all tensors of one call must be on one device");
+}
+
+inline void check_dtype(const Tensor& t, ScalarType dtype, const char* name, const char* rule) {
+  STD_TORCH_CHECK(t.scalar_type() == dtype, name, " has the wrong dtype: ", rule);
+}
+
+inline cpu::DType float_dtype(ScalarType dtype, const char* name) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return cpu::DType::kFloat32;
+    case ScalarType::BFloat16:
+      return cpu::DType::kBFloat16;
+    case ScalarType::Half:
+      return cpu::DType::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16, not ScalarType ", static_cast<int>(dtype));
+  }
+}
+
+inline cpu::DType integer_dtype(ScalarType dtype, const char* name) {
+  switch (dtype) {
+    case ScalarType::Char:
+      return cpu::DType::kInt8;
+    case ScalarType::Byte:
+      return cpu::DType::kUInt8;
+    case ScalarType::Short:
+      return cpu::DType::kInt16;
+    case ScalarType::Int:
+      return cpu::DType::kInt32;
+    case ScalarType::Long:
+      return cpu::DType::kInt64;
+    default:
+      STD_TORCH_CHECK(false, name, " must be an integer tensor, not ScalarType ", static_cast<int>(dtype));
+  }
+}
+
+inline QuantType parse_quant_type(const std::string& name) {
+  for (const QuantTypeName& entry : kQuantTypes)
+    if (name == entry.name) return entry.type;
+  STD_TORCH_CHECK(false, "quant_type='", name, "' is unknown: use one of nf4, fp4, int4");
+}
+
+inline void check_block_size(int64_t block_size) {
+  STD_TORCH_CHECK(is_block_size(block_size), "block_size=", block_size, " must be a power of two from ", kMinBlockSize,
+                  " to ", kMaxBlockSize);
+}
+
+// A packed weight whose tensors were checked and made contiguous; `view` points into them.
+struct CheckedWeight {
+  Tensor packed, absmax;
+  OptionalTensor nested_absmax;
+  PackedWeight view;
+};
+
+inline CheckedWeight check_weight(const Tensor& packed, const Tensor& absmax, const OptionalTensor& nested_absmax,
+                                  const OptionalTensor& nested_offset, int64_t n, int64_t k,
+                                  const std::string& quant_type, int64_t block_size) {
+  const QuantType type = parse_quant_type(quant_type);
+  check_block_size(block_size);
+  STD_TORCH_CHECK(n >= 0 && k >= 0, "shape=[", n, ", ", k, "] must not be negative");
+  const int64_t numel = n * k, bytes = packed_bytes(numel), blocks = ceil_div(numel, block_size);
+  check_cpu(packed, "packed");
+  check_cpu(absmax, "absmax");
+  check_dtype(packed, ScalarType::Byte, "packed", "it must be uint8");
+  STD_TORCH_CHECK(packed.numel() == bytes, "packed has ", packed.numel(), " bytes: a weight of ", numel,
+                  " elements needs ", bytes);
+  STD_TORCH_CHECK(absmax.numel() == blocks, "absmax has ", absmax.numel(), " values: ", numel,
+                  " elements in blocks of ", block_size, " need ", blocks);
+  CheckedWeight w{torch::stable::contiguous(packed), torch::stable::contiguous(absmax), std::nullopt, {}};
+  w.view.packed = w.packed.const_data_ptr<uint8_t>();
+  w.view.levels = codebook(type);
+  w.view.n = n;
+  w.view.k = k;
+  w.view.block_shift = log2_exact(block_size);
+  if (is_given(nested_absmax) || is_given(nested_offset)) {
+    STD_TORCH_CHECK(is_given(nested_absmax) && is_given(nested_offset),
+                    "nested_absmax and nested_offset belong together: only one of them was given");
+    check_cpu(*nested_absmax, "nested_absmax");
+    check_cpu(*nested_offset, "nested_offset");
+    check_dtype(absmax, ScalarType::Byte, "absmax", "it must be uint8 with double quantization");
+    check_dtype(*nested_absmax, ScalarType::Float, "nested_absmax", "it must be float32");
+    check_dtype(*nested_offset, ScalarType::Float, "nested_offset", "it must be float32");
+    const int64_t nested = ceil_div(blocks, kNestedBlock);
+    STD_TORCH_CHECK(nested_absmax->numel() == nested, "nested_absmax has ", nested_absmax->numel(), " values: ", blocks,
+                    " scales in blocks of ", kNestedBlock, " need ", nested);
+    STD_TORCH_CHECK(nested_offset->numel() == 1, "nested_offset has ", nested_offset->numel(),
+                    " values: it must have one");
+    w.nested_absmax = torch::stable::contiguous(*nested_absmax);
+    w.view.scales.absmax_codes = w.absmax.const_data_ptr<uint8_t>();
+    w.view.scales.nested_absmax = w.nested_absmax->const_data_ptr<float>();
+    w.view.scales.nested_offset = *nested_offset->const_data_ptr<float>();
+    w.view.scales.dynamic_map = kDynamicMap.value;
+  } else {
+    STD_TORCH_CHECK(numel == 0 || absmax.scalar_type() == ScalarType::Float,
+                    "absmax must be float32 without double quantization (nested_absmax was not given)");
+    static const float none = 0.0f;  // numel 0: never read, but absmax tells the kernels which kind of scale it is
+    w.view.scales.absmax = numel == 0 ? &none : w.absmax.const_data_ptr<float>();
+  }
+  return w;
+}
+
+inline void check_matrix_shape(const std::vector<int64_t>& shape) {
+  STD_TORCH_CHECK(shape.size() == 2, "shape has ", shape.size(), " dimensions: a matmul weight is (out_features, in_features)");
+}
+
+}  // namespace qlora::ops

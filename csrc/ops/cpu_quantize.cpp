@@ -1,0 +1,99 @@
+// quantize and dequantize for the CPU: checks, allocation, the parallel loop.
+#include <torch/csrc/stable/library.h>
+
+#include <atomic>
+#include <limits>
+#include <tuple>
+
+#include "cpu/double_quantize.h"
+#include "ops/checks.h"
+#include "ops/cpu_common.h"
+
+namespace qlora::ops {
+namespace {
+
+constexpr int64_t kElementsPerTask = 1 << 16;  // below this a second thread costs more than it saves
+
+std::string position_text(int64_t flat, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  std::vector<int64_t> index(sizes.size());
+  for (size_t d = sizes.size(); d-- > 0;) {
+    index[d] = flat % sizes[d];
+    flat /= sizes[d];
+  }
+  return text_of({index.data(), index.size()});
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(Tensor weight, std::string quant_type, int64_t block_size,
+                                                    bool double_quant, bool check_finite) {
+  const cpu::KernelTable& kernels = active_kernels();
+  const QuantType type = parse_quant_type(quant_type);
+  check_block_size(block_size);
+  const Tensor source = torch::stable::contiguous(weight);
+  const int64_t numel = source.numel(), blocks = ceil_div(numel, block_size);
+  Tensor packed = empty_cpu({packed_bytes(numel)}, ScalarType::Byte);
+  Tensor absmax = empty_cpu({blocks}, ScalarType::Float);
+  cpu::QuantizeParams p{};
+  p.weight = source.const_data_ptr();
+  p.dtype = float_dtype(source.scalar_type(), "weight");
+  p.numel = numel;
+  p.block = block_size;
+  p.quant_type = static_cast<int>(type);
+  p.check_finite = check_finite;
+  p.packed = packed.mutable_data_ptr<uint8_t>();
+  p.absmax = absmax.mutable_data_ptr<float>();
+  constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
+  std::atomic<int64_t> bad{kNone};  // the smallest position, whatever the thread count
+  parallel(blocks, std::max<int64_t>(1, kElementsPerTask / block_size), [&](int64_t begin, int64_t end) {
+    const int64_t position = kernels.quantize(p, begin, end);
+    if (position < 0) return;
+    int64_t seen = bad.load();
+    while (position < seen && !bad.compare_exchange_weak(seen, position)) {
+    }
+  });
+  STD_TORCH_CHECK(bad.load() == kNone, "weight", position_text(bad.load(), source.sizes()),
+                  " is nan or inf: only finite weights can be quantized (check_finite=False skips this check)");
+  const Tensor none = empty_cpu({0}, ScalarType::Float);
+  if (!double_quant) return {packed, absmax, none, empty_cpu({0}, ScalarType::Float)};
+
+  const int64_t nested_blocks = ceil_div(blocks, kNestedBlock);
+  Tensor codes = empty_cpu({blocks}, ScalarType::Byte);
+  Tensor nested_absmax = empty_cpu({nested_blocks}, ScalarType::Float);
+  Tensor nested_offset = empty_cpu({1}, ScalarType::Float);
+  const float offset = cpu::mean(p.absmax, blocks);
+  *nested_offset.mutable_data_ptr<float>() = offset;
+  uint8_t* codes_data = codes.mutable_data_ptr<uint8_t>();
+  float* nested_data = nested_absmax.mutable_data_ptr<float>();
+  parallel(nested_blocks, 16, [&](int64_t begin, int64_t end) {
+    cpu::double_quantize(p.absmax, blocks, offset, codes_data, nested_data, begin, end);
+  });
+  return {packed, codes, nested_absmax, nested_offset};
+}
+
+Tensor dequantize(Tensor packed, Tensor absmax, OptionalTensor nested_absmax, OptionalTensor nested_offset,
+                  std::vector<int64_t> shape, std::string quant_type, int64_t block_size, ScalarType dtype) {
+  const cpu::KernelTable& kernels = active_kernels();
+  int64_t numel = 1;
+  for (const int64_t extent : shape) {
+    STD_TORCH_CHECK(extent >= 0, "shape=", text_of({shape.data(), shape.size()}), " must not be negative");
+    numel *= extent;
+  }
+  const CheckedWeight w =
+      check_weight(packed, absmax, nested_absmax, nested_offset, 1, numel, quant_type, block_size);
+  cpu::DequantizeParams p{w.view, nullptr, float_dtype(dtype, "dtype")};
+  Tensor out = torch::stable::empty({shape.data(), shape.size()}, dtype);
+  p.out = out.mutable_data_ptr();
+  // Whole bytes for every thread: the unit is a run of elements that starts on a block.
+  const int64_t blocks = ceil_div(numel, block_size);
+  parallel(blocks, std::max<int64_t>(1, kElementsPerTask / block_size), [&](int64_t begin, int64_t end) {
+    kernels.dequantize(p, begin * block_size, std::min(end * block_size, numel));
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace qlora::ops
+
+STABLE_TORCH_LIBRARY_IMPL(qlora, CPU, m) {
+  m.impl("quantize", TORCH_BOX(&qlora::ops::quantize));
+  m.impl("dequantize", TORCH_BOX(&qlora::ops::dequantize));
+}

@@ -1,0 +1,37 @@
+// The public contract: every operator of torch.ops.qlora on one page. Implementations are registered per device.
+#include <torch/csrc/stable/library.h>
+
+// m tokens, n out features, k in features, r rank; the format is described in docs/format.md.
+//
+// nested_absmax and nested_offset: double quantization; None and an empty tensor mean the same.
+// forward:  y [..., n] = x Wᵀ + bias + scaling * (lora_x or x) lora_aᵀ lora_bᵀ        lora_a [r, k], lora_b [n, r]
+// backward: (d_x, d_lora_a, d_lora_b, d_lora_x, d_bias); what is not asked for is an empty tensor. d_bias is float32.
+// affine:   y [..., out] = x (q * scale + zero_point) + alpha / r * x B A             q [in, out], B [in, r], A [r, out]
+STABLE_TORCH_LIBRARY(qlora, m) {
+  m.def(
+      "quantize(Tensor weight, str quant_type=\"nf4\", int block_size=64, bool double_quant=True,"
+      " bool check_finite=True)"
+      " -> (Tensor packed, Tensor absmax, Tensor nested_absmax, Tensor nested_offset)");
+  m.def(
+      "dequantize(Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset,"
+      " int[] shape, str quant_type, int block_size, ScalarType dtype) -> Tensor");
+  m.def(
+      "forward(Tensor x, Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset,"
+      " int[] shape, str quant_type, int block_size,"
+      " Tensor? lora_a=None, Tensor? lora_b=None, float scaling=1.0, Tensor? bias=None, Tensor? lora_x=None) -> Tensor");
+  m.def(
+      "backward(Tensor grad, Tensor x, Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset,"
+      " int[] shape, str quant_type, int block_size,"
+      " Tensor? lora_a, Tensor? lora_b, float scaling, Tensor? lora_x,"
+      " bool needs_x, bool needs_lora, bool needs_lora_x, bool needs_bias)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "forward.affine(Tensor x, Tensor quantized_W, float scale, float zero_point, Tensor B, Tensor A, float alpha)"
+      " -> Tensor");
+  m.def(
+      "forward.affine_grid(Tensor x, Tensor quantized_W, Tensor scale, Tensor zero_point, Tensor B, Tensor A,"
+      " float alpha) -> Tensor");
+  m.def(
+      "backward.affine_grid(Tensor grad, Tensor x, Tensor quantized_W, Tensor scale, Tensor zero_point, Tensor B,"
+      " Tensor A, float alpha, bool needs_x, bool needs_lora) -> (Tensor, Tensor, Tensor)");
+}
