@@ -1,0 +1,40 @@
+"""Says which kernel a call takes, and why not a faster one: a fallback is never silent."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from qlora import _C
+from qlora.ops import FLOAT_DTYPES
+from qlora.weight import QuantizedWeight
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What ``qlora.ops.forward`` does with one input and one weight."""
+
+    device: str  # where it runs
+    isa: str  # instruction set in use
+    kernel: str  # decode_words, decode_spans or gemm
+    compute: str  # precision of products and sums
+    why_not_faster: str  # empty if nothing stands in the way
+
+    def __str__(self) -> str:
+        reason = f" ({self.why_not_faster})" if self.why_not_faster else ""
+        return f"{self.device}/{self.isa}: {self.kernel}, {self.compute}{reason}"
+
+
+def explain(x: Tensor, weight: QuantizedWeight) -> Explanation:
+    """The kernel that ``forward`` takes for ``x`` [..., k] and ``weight`` (n, k); nothing is computed.
+
+    Raises ValueError if x and weight do not fit, or x has a dtype or device that no kernel takes.
+    """
+    if x.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"x is {x.dtype}: the kernels take float32, bfloat16 and float16")
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x has {x.shape[-1]} features: the weight has in_features={weight.shape[1]}")
+    if x.device.type != "cpu":
+        raise ValueError(f"x is on {x.device}: this build has kernels for the CPU only")
+    tokens = x.numel() // max(1, x.shape[-1])
+    kernel, reason = _C.explain_forward(tokens, weight.shape[1])
+    return Explanation("cpu", _C.active_isa(), kernel, "float32 products and sums, rounded once", reason)

@@ -1,0 +1,200 @@
+"""prepare_model: turns the linear layers of any ``nn.Module`` into 4-bit layers with adapters, one at a time."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qlora.models.weights import WeightSource, is_meta
+from qlora.nn import Linear4bit, QLoRALinear
+
+logger = logging.getLogger(__name__)
+
+_HEAD_NAMES = ("lm_head", "embed_out", "output_projection")
+
+
+@dataclass(frozen=True)
+class PreparedReport:
+    """What :func:`prepare_model` did."""
+
+    quantized: tuple[str, ...]  # names of the layers that are 4-bit now
+    skipped: tuple[str, ...]  # names of linear layers left alone
+    bytes_before: int  # parameters and buffers of the model as it came (of its dense form on the meta device)
+    bytes_after: int
+    trainable_params: int
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, shared ones counted once."""
+    seen = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    return sum(seen.values())
+
+
+def _parent_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def head_and_shared_names(model: nn.Module) -> set[str]:
+    """Names of linear layers that are the output head, or share their weight with another module."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter):
+            owners.setdefault(id(weight), []).append(name)
+    shared = {name for names in owners.values() if len(names) > 1 for name in names}
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    return {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and (module is head or name in shared or name.rpartition(".")[2] in _HEAD_NAMES)
+    }
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    # As PEFT's target_modules: the whole name, or its last components.
+    return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
+
+
+def _enable_input_grads(model: nn.Module) -> None:
+    """Gradient checkpointing needs an input that requires grad; with a frozen base nothing upstream does."""
+    enable = getattr(model, "enable_input_require_grads", None)
+    if callable(enable):
+        enable()
+        return
+    first = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
+    if first is not None:
+        first.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+
+
+def prepare_model(
+    model: nn.Module,
+    rank: int = 16,
+    alpha: float | None = None,
+    *,
+    target_modules: Sequence[str] | None = None,
+    skip_modules: Sequence[str] = (),
+    quantize_head: bool = False,
+    quant_type: str = "nf4",
+    double_quant: bool = True,
+    block_size: int = 64,
+    dropout: float = 0.0,
+    adapter_dtype: torch.dtype = torch.float32,
+    gradient_checkpointing: bool = False,
+    weights: str | Path | dict[str, Tensor] | None = None,
+    progress: bool = False,
+) -> PreparedReport:
+    """Freezes ``model`` and replaces its linear layers, in place, by :class:`qlora.nn.QLoRALinear`.
+
+    Does what PEFT's ``prepare_model_for_kbit_training`` is for, without its casts: the base is frozen, no parameter
+    changes its dtype, and with ``gradient_checkpointing`` the embedding's output requires grad.
+
+    Layer by layer: a dense weight is freed before the next one is quantized. A model on the meta device takes its weights
+    from ``weights``, one tensor at a time, so that the peak stays near the size of the result.
+
+    Args:
+        model: any module; transformers models and plain ones.
+        rank, alpha, dropout, adapter_dtype: of the adapters, see QLoRALinear.
+        target_modules: names (whole, or last components) of the layers that get an adapter; default: all linear layers.
+            Linear layers outside are quantized without an adapter.
+        skip_modules: names of layers to leave alone.
+        quantize_head: include the output head; shared embeddings are still skipped.
+        weights: a safetensors file, a folder of them, or a mapping from parameter names; for models on the meta device.
+        progress: show a bar (needs rich).
+
+    Raises ValueError if no layer matches, a name in target_modules or skip_modules matches nothing, or the model is on
+    the meta device without ``weights``; KeyError naming parameters that ``weights`` lacks.
+    """
+    linear_names = [
+        name for name, m in model.named_modules() if isinstance(m, nn.Linear) and not isinstance(m, Linear4bit)
+    ]
+    if not linear_names:
+        raise ValueError(f"{type(model).__name__} has no nn.Linear to quantize")
+    for label, patterns in (("target_modules", target_modules or ()), ("skip_modules", skip_modules)):
+        for pattern in patterns:
+            if not any(_matches(name, [pattern]) for name in linear_names):
+                raise ValueError(f"{label}: '{pattern}' matches no linear layer, e.g. '{linear_names[0]}'")
+    kept = head_and_shared_names(model)
+    if quantize_head:
+        shared = {n for n in kept if any(p is model.get_submodule(n).weight for p in _other_weights(model, n))}
+        kept = shared
+    skipped = [n for n in linear_names if n in kept or _matches(n, skip_modules)]
+    chosen = [n for n in linear_names if n not in set(skipped)]
+    if not chosen:
+        raise ValueError(f"all linear layers were skipped: {skipped}")
+
+    source = WeightSource(weights) if weights is not None else None
+    if source is None and any(is_meta(t) for t in model.parameters()):
+        raise ValueError("the model is on the meta device: pass weights=, a safetensors file, folder or mapping")
+    bytes_before = tensor_bytes(model)
+    model.requires_grad_(False)
+
+    def replace(name: str) -> None:
+        parent, leaf = _parent_of(model, name)
+        linear = getattr(parent, leaf)
+        if source is not None:
+            source.fill(linear, name)
+        if target_modules is None or _matches(name, target_modules):
+            layer: nn.Module = QLoRALinear(
+                linear,
+                rank,
+                alpha,
+                quant_type=quant_type,
+                double_quant=double_quant,
+                block_size=block_size,
+                dropout=dropout,
+                adapter_dtype=adapter_dtype,
+            )
+        else:
+            layer = Linear4bit.from_linear(linear, quant_type, double_quant, block_size)
+        layer.train(linear.training)
+        setattr(parent, leaf, layer)
+
+    for name in _with_progress(chosen, "Quantizing", progress):
+        replace(name)
+    if source is not None:
+        source.fill_rest(model)
+    if gradient_checkpointing:
+        enable = getattr(model, "gradient_checkpointing_enable", None)
+        if not callable(enable):
+            raise ValueError(f"{type(model).__name__} has no gradient_checkpointing_enable: wrap its blocks yourself")
+        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _enable_input_grads(model)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    logger.info("quantized %d layers, skipped %s", len(chosen), skipped)
+    return PreparedReport(tuple(chosen), tuple(skipped), bytes_before, tensor_bytes(model), trainable)
+
+
+def _other_weights(model: nn.Module, name: str) -> Iterator[nn.Parameter]:
+    for other, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if other != name and isinstance(weight, nn.Parameter):
+            yield weight
+
+
+def _with_progress(names: Sequence[str], label: str, show: bool) -> Iterator[str]:
+    if not show:
+        yield from names
+        return
+    from rich.progress import track
+
+    yield from track(names, description=label)
+
+
+def qlora_layers(model: nn.Module) -> dict[str, QLoRALinear]:
+    """All adapted layers of a model by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, QLoRALinear)}
+
+
+def for_each_layer(model: nn.Module, action: Callable[[QLoRALinear], None]) -> None:
+    """Runs ``action`` on each adapted layer; raises ValueError if there is none."""
+    layers = qlora_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no QLoRALinear: call qlora.prepare_model first")
+    for layer in layers.values():
+        action(layer)

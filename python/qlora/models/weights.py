@@ -1,0 +1,82 @@
+"""Reading weights one tensor at a time, so that a model on the meta device never exists twice."""
+
+import json
+from contextlib import suppress
+from pathlib import Path
+
+from torch import Tensor, nn
+
+
+def is_meta(tensor: Tensor) -> bool:
+    return tensor.device.type == "meta"
+
+
+def open_safetensors(path: Path):
+    """``safetensors.safe_open`` with an error that names the file; checkpoint files are untrusted input."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(str(path), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file (truncated or damaged): {error}") from error
+
+
+class WeightSource:
+    """Tensors by parameter name, from a mapping, a safetensors file, or a folder of shards."""
+
+    def __init__(self, weights: str | Path | dict[str, Tensor]) -> None:
+        self._mapping: dict[str, Tensor] | None = None
+        self._file_of: dict[str, Path] = {}
+        if isinstance(weights, dict):
+            self._mapping = weights
+            self.names = set(weights)
+            return
+        path = Path(weights)
+        if path.is_dir():
+            files = sorted(path.glob("*.safetensors"))
+            index = path / "model.safetensors.index.json"
+            if index.exists():
+                files = sorted({path / name for name in json.loads(index.read_text())["weight_map"].values()})
+            if not files:
+                raise FileNotFoundError(f"{path} holds no .safetensors file")
+        else:
+            files = [path]
+        for file in files:
+            with open_safetensors(file) as handle:
+                for name in handle.keys():  # noqa: SIM118  (not a dict)
+                    self._file_of[name] = file
+        self.names = set(self._file_of)
+
+    def read(self, name: str) -> Tensor:
+        """A copy of one tensor; the file is closed again, so that its pages do not stay mapped."""
+        if name not in self.names:
+            raise KeyError(f"the weights lack '{name}'; they have e.g. {sorted(self.names)[:3]}")
+        if self._mapping is not None:
+            return self._mapping[name]
+        with open_safetensors(self._file_of[name]) as handle:
+            return handle.get_tensor(name).clone()
+
+    def fill(self, module: nn.Module, name: str) -> None:
+        """Gives the direct parameters of ``module`` that are on the meta device their values."""
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            if is_meta(parameter):
+                key = f"{name}.{leaf}" if name else leaf
+                value = self.read(key)
+                if value.shape != parameter.shape:
+                    raise ValueError(f"'{key}' has shape {tuple(value.shape)}: the model needs {tuple(parameter.shape)}")
+                setattr(module, leaf, nn.Parameter(value.to(parameter.dtype), requires_grad=False))
+
+    def fill_rest(self, model: nn.Module) -> None:
+        """Fills what is still on the meta device; ties shared weights again; errors name what is left."""
+        tie = getattr(model, "tie_weights", None)
+        for name, module in model.named_modules():
+            for leaf, parameter in list(module.named_parameters(recurse=False)):
+                key = f"{name}.{leaf}" if name else leaf
+                if is_meta(parameter) and (key in self.names or not callable(tie)):
+                    self.fill(module, name)
+        if callable(tie):
+            with suppress(NotImplementedError):
+                tie()
+        left = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if is_meta(t)]
+        if left:
+            raise KeyError(f"the weights lack {len(left)} tensors of the model, e.g. {left[:3]}")

@@ -1,0 +1,131 @@
+"""Linear4bit: an ``nn.Linear`` whose weight is frozen in 4 bit."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora.weight import QuantizedWeight, quantize
+
+_STATISTICS = ("absmax", "nested_absmax", "nested_offset")
+
+
+class Linear4bit(nn.Linear):
+    """``y = x Wᵀ + bias`` with W in 4 bit, never dequantized as a whole.
+
+    ``weight`` is a frozen uint8 parameter, (out, in / 2), or flat where in is odd; the statistics are buffers
+    ``absmax``, ``nested_absmax`` and ``nested_offset`` that keep their dtype under ``.to(dtype)`` and ``.half()``.
+    The input's dtype (float32, bfloat16, float16) is the compute dtype.
+
+    Built from random weights like ``nn.Linear``; use :meth:`from_linear` or :meth:`from_weight` for existing ones.
+    """
+
+    weight: nn.Parameter
+    absmax: Tensor
+    nested_absmax: Tensor
+    nested_offset: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        quant_type: str = "nf4",
+        double_quant: bool = True,
+        block_size: int = 64,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self._adopt(quantize(self.weight, quant_type, block_size, double_quant))
+
+    def _adopt(self, weight: QuantizedWeight) -> None:
+        n, k = weight.shape
+        packed = weight.packed.view(n, k // 2) if k % 2 == 0 else weight.packed
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        for name in _STATISTICS:
+            self.register_buffer(name, getattr(weight, name))
+        self.quant_type = weight.quant_type
+        self.block_size = weight.block_size
+        self.original_dtype = weight.dtype
+
+    @classmethod
+    def from_weight(cls, weight: QuantizedWeight, bias: Tensor | None = None) -> "Linear4bit":
+        """Takes over the tensors of ``weight`` (n, k) and ``bias`` [n], without a copy."""
+        if len(weight.shape) != 2:
+            raise ValueError(f"weight has shape {weight.shape}: a linear layer needs (out_features, in_features)")
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.out_features, layer.in_features = weight.shape
+        layer._adopt(weight)
+        layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        return layer
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, quant_type: str = "nf4", double_quant: bool = True, block_size: int = 64
+    ) -> "Linear4bit":
+        """Quantizes the weight of ``linear``; its bias is shared and frozen."""
+        return cls.from_weight(quantize(linear.weight, quant_type, block_size, double_quant), linear.bias)
+
+    @property
+    def quantized_weight(self) -> QuantizedWeight:
+        """The weight and its statistics, as views."""
+        return QuantizedWeight(
+            self.weight.detach().flatten(),
+            self.absmax,
+            self.nested_absmax,
+            self.nested_offset,
+            (self.out_features, self.in_features),
+            self.quant_type,
+            self.block_size,
+            self.original_dtype,
+        )
+
+    def run(
+        self,
+        x: Tensor,
+        lora_a: Tensor | None = None,
+        lora_b: Tensor | None = None,
+        scaling: float = 1.0,
+        lora_x: Tensor | None = None,
+    ) -> Tensor:
+        """The fused operation on this weight, with an adapter; shapes as in :func:`qlora.ops.forward`."""
+        return torch.ops.qlora.forward(
+            x,
+            self.weight,
+            self.absmax,
+            self.nested_absmax,
+            self.nested_offset,
+            (self.out_features, self.in_features),
+            self.quant_type,
+            self.block_size,
+            lora_a,
+            lora_b,
+            scaling,
+            self.bias,
+            lora_x,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight as a dense (out, in) tensor."""
+        return self.quantized_weight.dequantize(dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Linear4bit":
+        before = {name: self._buffers[name] for name in _STATISTICS}
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():  # moved, but never cast: a rounded scale is another weight
+            moved = self._buffers[name]
+            assert tensor is not None and moved is not None
+            if moved.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(moved.device)
+        return self
+
+    def extra_repr(self) -> str:
+        nested = ", double_quant" if self.nested_absmax.numel() else ""
+        return f"{super().extra_repr()}, {self.quant_type}, block_size={self.block_size}{nested}"
+

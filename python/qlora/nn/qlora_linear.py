@@ -1,0 +1,342 @@
+"""QLoRALinear: a 4-bit base and named low-rank adapters, computed in one fused operation."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qlora.nn.linear4bit import Linear4bit
+from qlora.weight import QuantizedWeight, quantize
+
+_ROWS_AT_ONCE = 1024  # error measurements hold this many dense rows, never the whole matrix
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """What one adapter of a layer is besides its two matrices."""
+
+    rank: int
+    alpha: float
+    dropout: float
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """How far a merged weight is from base + adapter in float32, both relative to the norm of the latter."""
+
+    adapter: str
+    format: str  # "bfloat16", "nf4", …
+    relative_error: float  # of the merged weight, the quantization of the base not counted
+    max_abs_error: float
+
+
+@dataclass(frozen=True)
+class _Merged:
+    adapter: str
+    weight: Tensor | QuantizedWeight
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Quantize and dequantize; the gradient passes as if nothing had happened (Bengio et al. 2013)."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, quant_type: str, block_size: int, double_quant: bool) -> Tensor:
+        return quantize(weight, quant_type, block_size, double_quant).dequantize(weight.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0], None, None, None
+
+
+def _relative_error(exact: Any, approximate: Any, rows: int) -> tuple[float, float]:
+    """Relative Frobenius and largest absolute error of two callables (begin, end) -> float32 rows."""
+    error = norm = largest = 0.0
+    for begin in range(0, rows, _ROWS_AT_ONCE):
+        end = min(begin + _ROWS_AT_ONCE, rows)
+        reference = exact(begin, end)
+        difference = approximate(begin, end) - reference
+        error += difference.square().sum(dtype=torch.float64).item()
+        norm += reference.square().sum(dtype=torch.float64).item()
+        largest = max(largest, difference.abs().max().item()) if difference.numel() else largest
+    return math.sqrt(error / norm) if norm > 0 else 0.0, largest
+
+
+class QLoRALinear(nn.Module):
+    """``y = x Wᵀ + bias + alpha / rank * dropout(x) Aᵀ Bᵀ`` with W frozen in 4 bit (Dettmers et al. 2023, eq. 5).
+
+    Args:
+        base: the layer to adapt. An ``nn.Linear`` is quantized; a ``Linear4bit`` is taken as it is.
+        rank: r of ``lora_a`` [r, in] and ``lora_b`` [out, r].
+        alpha: numerator of the scaling; defaults to rank.
+        quant_type, double_quant, block_size: how an ``nn.Linear`` base is quantized.
+        freeze_base: False keeps a trainable full-precision weight and quantizes it in each forward, straight-through.
+        dropout: probability on the adapter's input.
+        cache_dequantized: keep a dense copy of W in the dtype of x after the first forward: more memory, torch's matmul.
+        adapter_dtype: dtype of the adapters; they may be float32 over bfloat16 activations.
+
+    Raises ValueError naming the value and the rule for a rank below 1, a dropout outside [0, 1), and contradictions.
+    """
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        rank: int,
+        alpha: float | None = None,
+        quant_type: str = "nf4",
+        double_quant: bool = True,
+        block_size: int = 64,
+        freeze_base: bool = True,
+        dropout: float = 0.0,
+        cache_dequantized: bool = False,
+        adapter_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        if not isinstance(base, nn.Linear):
+            raise TypeError(f"base is a {type(base).__name__}: QLoRALinear adapts nn.Linear and Linear4bit")
+        if cache_dequantized and not freeze_base:
+            raise ValueError("cache_dequantized=True needs freeze_base=True: a trained base changes at every step")
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.quant_type, self.block_size, self.double_quant = quant_type, block_size, double_quant
+        self.freeze_base, self.cache_dequantized = freeze_base, cache_dequantized
+        self.adapter_dtype = adapter_dtype
+        self.quantization_error: float | None = None  # relative, of the base; known if it was quantized here
+        self.base: nn.Linear
+        if isinstance(base, Linear4bit):
+            if not freeze_base:
+                raise ValueError("freeze_base=False needs a full-precision base: a Linear4bit has none")
+            self.base = base
+            self.quant_type, self.block_size = base.quant_type, base.block_size
+            self.double_quant = base.nested_absmax.numel() > 0
+        elif freeze_base:
+            self.base = Linear4bit.from_linear(base, quant_type, double_quant, block_size)
+            self.quantization_error = self._measure_quantization(base.weight.detach())
+        else:
+            self.base = base
+            base.requires_grad_(True)
+        self.lora_a = nn.ParameterDict()  # name -> [rank, in]
+        self.lora_b = nn.ParameterDict()  # name -> [out, rank]
+        self.adapters: dict[str, AdapterSettings] = {}
+        self.active_adapter: str | None = None
+        self.adapters_enabled = True
+        self._merged: _Merged | None = None
+        self._dense: Tensor | None = None
+        self.add_adapter("default", rank, alpha, dropout)
+
+    # ---- adapters ----
+
+    def add_adapter(self, name: str, rank: int, alpha: float | None = None, dropout: float = 0.0) -> None:
+        """Adds an adapter that changes nothing yet (A random, B zero: Hu et al. 2021) and makes it the active one."""
+        if rank < 1:
+            raise ValueError(f"rank={rank} must be at least 1")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout={dropout} must be in [0, 1)")
+        if not name or "." in name:
+            raise ValueError(f"adapter name '{name}' must be non-empty and without dots")
+        if name in self.adapters:
+            raise ValueError(f"adapter '{name}' exists already: {sorted(self.adapters)}")
+        device = self.base.weight.device
+        a = torch.empty(rank, self.in_features, dtype=self.adapter_dtype, device=device)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        self.lora_a[name] = nn.Parameter(a)
+        self.lora_b[name] = nn.Parameter(torch.zeros(self.out_features, rank, dtype=self.adapter_dtype, device=device))
+        self.adapters[name] = AdapterSettings(rank, float(rank if alpha is None else alpha), dropout)
+        self.set_adapter(name)
+
+    def set_adapter(self, name: str) -> None:
+        """Makes ``name`` the active adapter and the only one that trains. Raises KeyError if there is none."""
+        self._require(name)
+        self._forbid_while_merged("set_adapter")
+        self.active_adapter = name
+        for other in self.adapters:
+            self.lora_a[other].requires_grad_(other == name)
+            self.lora_b[other].requires_grad_(other == name)
+
+    def delete_adapter(self, name: str) -> None:
+        """Removes an adapter; the active one leaves none active."""
+        self._require(name)
+        self._forbid_while_merged("delete_adapter")
+        del self.lora_a[name], self.lora_b[name], self.adapters[name]
+        if self.active_adapter == name:
+            self.active_adapter = None
+
+    def enable_adapters(self) -> None:
+        self.adapters_enabled = True
+
+    def disable_adapters(self) -> None:
+        self._forbid_while_merged("disable_adapters")
+        self.adapters_enabled = False
+
+    @contextmanager
+    def adapters_disabled(self) -> Iterator[None]:
+        """The bare base inside a ``with``."""
+        before = self.adapters_enabled
+        self.disable_adapters()
+        try:
+            yield
+        finally:
+            self.adapters_enabled = before
+
+    def _require(self, name: str) -> None:
+        if name not in self.adapters:
+            raise KeyError(f"adapter '{name}' does not exist: {sorted(self.adapters)}")
+
+    def _forbid_while_merged(self, what: str) -> None:
+        if self._merged is not None:
+            raise RuntimeError(f"{what}: adapter '{self._merged.adapter}' is merged, call unmerge() first")
+
+    # ---- forward ----
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The base's weight parameter (uint8 if frozen), for code that asks a linear layer for its weight."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        return self.base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._merged is not None:
+            return self._forward_merged(x, self._merged.weight)
+        if not (self.adapters_enabled and self.active_adapter is not None):
+            return self._forward_base(x)
+        name = self.active_adapter
+        settings, a, b = self.adapters[name], self.lora_a[name], self.lora_b[name]
+        dropped = F.dropout(x, settings.dropout) if settings.dropout > 0 and self.training else None
+        if isinstance(self.base, Linear4bit) and not self.cache_dequantized:
+            return self.base.run(x, a, b, settings.scaling, dropped)
+        low_rank = F.linear(F.linear(x if dropped is None else dropped, a.to(x.dtype)), b.to(x.dtype))
+        return self._forward_base(x) + settings.scaling * low_rank
+
+    def _forward_base(self, x: Tensor) -> Tensor:
+        if not isinstance(self.base, Linear4bit):
+            weight = _StraightThrough.apply(self.base.weight, self.quant_type, self.block_size, self.double_quant)
+            bias = self.base.bias
+            return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        if not self.cache_dequantized:
+            return self.base(x)
+        if self._dense is None or self._dense.dtype != x.dtype:
+            self._dense = self.base.dequantize(x.dtype)
+        bias = self.base.bias
+        return F.linear(x, self._dense, None if bias is None else bias.to(x.dtype))
+
+    def _forward_merged(self, x: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:
+        bias = self.base.bias
+        if isinstance(weight, Tensor):
+            return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return torch.ops.qlora.forward(
+            x, *weight.tensors, weight.shape, weight.quant_type, weight.block_size, bias=bias
+        )
+
+    # ---- merging ----
+
+    @property
+    def merged_adapter(self) -> str | None:
+        return self._merged.adapter if self._merged else None
+
+    @torch.no_grad()
+    def merge(
+        self, name: str | None = None, *, requantize: bool = False, dtype: torch.dtype | None = None
+    ) -> MergeReport:
+        """Folds an adapter into the weight that the forward uses; the base itself is kept, so :meth:`unmerge` is exact.
+
+        Args:
+            name: the adapter, by default the active one.
+            requantize: store the merged weight in the base's 4-bit format instead of ``dtype``.
+            dtype: of the dense merged weight; by default the base's original one if it was 16-bit, else bfloat16.
+
+        Returns the error that the merged format adds, measured against the float32 sum.
+        """
+        self._forbid_while_merged("merge")
+        name = name or self.active_adapter
+        if name is None:
+            raise RuntimeError("merge: no adapter is active, name one")
+        self._require(name)
+        if isinstance(self.base, Linear4bit):
+            exact = self.base.dequantize(torch.float32)
+            original = self.base.original_dtype
+        else:
+            exact = self.base.weight.detach().float()
+            original = self.base.weight.dtype
+        exact = exact + self.adapters[name].scaling * (self.lora_b[name].float() @ self.lora_a[name].float())
+        merged: Tensor | QuantizedWeight
+        if requantize:
+            merged = quantize(exact, self.quant_type, self.block_size, self.double_quant)
+            dense, label = merged.dequantize(torch.float32), self.quant_type
+        else:
+            dtype = dtype or (original if original in (torch.bfloat16, torch.float16) else torch.bfloat16)
+            merged = exact.to(dtype)
+            dense, label = merged.float(), str(dtype).removeprefix("torch.")
+        relative, largest = _relative_error(
+            lambda begin, end: exact[begin:end], lambda begin, end: dense[begin:end], self.out_features
+        )
+        self._merged = _Merged(name, merged)
+        return MergeReport(name, label, relative, largest)
+
+    def unmerge(self) -> None:
+        """Back to base and adapter, bit for bit as before :meth:`merge`. Raises RuntimeError if nothing is merged."""
+        if self._merged is None:
+            raise RuntimeError("unmerge: no adapter is merged")
+        self._merged = None
+
+    def merged_linear(self) -> nn.Linear:
+        """The merged layer on its own: ``Linear4bit`` if requantized, else a dense ``nn.Linear``."""
+        if self._merged is None:
+            raise RuntimeError("merged_linear: call merge() first")
+        weight = self._merged.weight
+        bias = self.base.bias
+        if isinstance(weight, QuantizedWeight):
+            return Linear4bit.from_weight(weight, bias)
+        linear = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        return linear
+
+    # ---- state ----
+
+    def reset_state(self) -> None:
+        """Drops the cached dense weight; the next forward builds it again."""
+        self._dense = None
+
+    def _measure_quantization(self, original: Tensor) -> float:
+        weight = self.base.quantized_weight  # type: ignore[union-attr]
+        dense = weight.dequantize(torch.float32)
+        return _relative_error(
+            lambda begin, end: original[begin:end].float(), lambda begin, end: dense[begin:end], self.out_features
+        )[0]
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Bytes by kind, and the relative quantization error of the base (None if it came quantized)."""
+        base = self.base
+        is_4bit = isinstance(base, Linear4bit)
+        statistics = sum(t.nbytes for t in base.quantized_weight.tensors[1:]) if is_4bit else 0  # type: ignore[union-attr]
+        adapters = sum(p.nbytes for p in (*self.lora_a.values(), *self.lora_b.values()))
+        return {
+            "base_bytes": base.weight.nbytes,
+            "statistics_bytes": statistics,
+            "bias_bytes": 0 if base.bias is None else base.bias.nbytes,
+            "adapter_bytes": adapters,
+            "cache_bytes": 0 if self._dense is None else self._dense.nbytes,
+            "bits_per_param": 8 * (base.weight.nbytes + statistics) / max(1, self.in_features * self.out_features),
+            "quantization_error": self.quantization_error,
+            "active_adapter": self.active_adapter if self.adapters_enabled else None,
+            "merged_adapter": self.merged_adapter,
+        }
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "QLoRALinear":
+        self.reset_state()
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        settings = ", ".join(f"{name}: r={s.rank} alpha={s.alpha:g}" for name, s in self.adapters.items())
+        return f"adapters=({settings}), active={self.active_adapter!r}"

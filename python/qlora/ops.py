@@ -1,0 +1,325 @@
+"""The operators, typed: fake kernels, autograd and autocast for ``torch.ops.qlora.*``.
+
+The schemas stand in ``csrc/ops/schema.cpp``. Every function here has a twin of the same signature in
+:mod:`qlora.reference`, in plain torch.
+
+Extents: m tokens, n out features, k in features, r rank.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora import _C, _load  # noqa: F401  (loading registers the operators)
+
+QUANT_TYPES: tuple[str, ...] = _C.QUANT_TYPES
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def quantize(
+    weight: Tensor,
+    quant_type: str = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    check_finite: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Quantizes a float32, bfloat16 or float16 weight of any shape to 4 bit, blockwise along the flat order.
+
+    Returns ``(packed, absmax, nested_absmax, nested_offset)``: packed is uint8 ``[ceil(numel / 2)]``; absmax is float32
+    ``[blocks]``, or uint8 with double quantization; the nested tensors are float32, ``[ceil(blocks / 256)]`` and ``[1]``,
+    empty without it.
+
+    Raises RuntimeError for an unknown quant_type, a block size that is no power of two in 32 … 4096, and, with
+    check_finite, for nan or inf (naming the position).
+    Source: Dettmers et al. 2023, "QLoRA"; docs/format.md.
+    """
+    return torch.ops.qlora.quantize(weight, quant_type, block_size, double_quant, check_finite)
+
+
+def dequantize(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    shape: Sequence[int],
+    quant_type: str,
+    block_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight as a dense tensor of ``shape`` and ``dtype``: float32 level times float32 scale, rounded once."""
+    return torch.ops.qlora.dequantize(
+        packed, absmax, nested_absmax, nested_offset, list(shape), quant_type, block_size, dtype
+    )
+
+
+def forward(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    shape: Sequence[int],
+    quant_type: str,
+    block_size: int,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    lora_x: Tensor | None = None,
+) -> Tensor:
+    """``y = x Wᵀ + bias + scaling * (lora_x or x) lora_aᵀ lora_bᵀ`` in one float32 accumulator, W decoded on the way.
+
+    x ``[..., k]`` float32, bfloat16 or float16; shape ``(n, k)``; lora_a ``[r, k]`` and lora_b ``[n, r]`` of one float
+    dtype that may differ from x's; bias ``[n]``; lora_x is the input after dropout, of the shape and dtype of x.
+    Returns ``[..., n]`` in the dtype of x. Differentiable in x, lora_a, lora_b, bias and lora_x, once.
+    """
+    return torch.ops.qlora.forward(
+        x,
+        packed,
+        absmax,
+        nested_absmax,
+        nested_offset,
+        list(shape),
+        quant_type,
+        block_size,
+        lora_a,
+        lora_b,
+        scaling,
+        bias,
+        lora_x,
+    )
+
+
+def forward_affine(
+    x: Tensor,
+    quantized_W: Tensor,
+    scale: float | Tensor,
+    zero_point: float | Tensor,
+    B: Tensor,
+    A: Tensor,
+    alpha: float,
+) -> Tensor:
+    """The textbook form ``y = x (q * scale + zero_point) + alpha / r * x B A``.
+
+    x ``[..., in]``; quantized_W ``[in, out]`` of any integer dtype; B ``[in, r]``; A ``[r, out]``. scale and zero_point
+    are numbers, or float32 tensors of one shape: ``[]``, ``[out]`` (per output channel), or ``[groups, out]`` or
+    ``[groups, 1]`` (per group of in / groups input rows). zero_point is added after scaling.
+    """
+    if isinstance(scale, Tensor) != isinstance(zero_point, Tensor):
+        raise TypeError("scale and zero_point must both be numbers or both be tensors")
+    if isinstance(scale, Tensor):
+        return torch.ops.qlora.forward.affine_grid(x, quantized_W, scale, zero_point, B, A, alpha)
+    return torch.ops.qlora.forward.affine(x, quantized_W, scale, zero_point, B, A, alpha)
+
+
+# ---- fake kernels: shapes and dtypes only ----------------------------------------------------------------------------
+
+
+@torch.library.register_fake("qlora::quantize")
+def _(weight, quant_type="nf4", block_size=64, double_quant=True, check_finite=True):
+    numel = weight.numel()
+    blocks = (numel + block_size - 1) // block_size
+    nested = (blocks + _C.NESTED_BLOCK - 1) // _C.NESTED_BLOCK if double_quant else 0
+    return (
+        weight.new_empty((numel + 1) // 2, dtype=torch.uint8),
+        weight.new_empty(blocks, dtype=torch.uint8 if double_quant else torch.float32),
+        weight.new_empty(nested, dtype=torch.float32),
+        weight.new_empty(1 if double_quant else 0, dtype=torch.float32),
+    )
+
+
+@torch.library.register_fake("qlora::dequantize")
+def _(packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size, dtype):
+    return packed.new_empty(shape, dtype=dtype)
+
+
+@torch.library.register_fake("qlora::forward")
+def _(x, packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size, *unused_lora, **unused):
+    torch._check(x.shape[-1] == shape[1], lambda: f"x has {x.shape[-1]} features: in_features={shape[1]}")
+    return x.new_empty((*x.shape[:-1], shape[0]))
+
+
+@torch.library.register_fake("qlora::backward")
+def _(
+    grad,
+    x,
+    packed,
+    absmax,
+    nested_absmax,
+    nested_offset,
+    shape,
+    quant_type,
+    block_size,
+    lora_a,
+    lora_b,
+    scaling,
+    lora_x,
+    needs_x,
+    needs_lora,
+    needs_lora_x,
+    needs_bias,
+):
+    def nothing():
+        return x.new_empty(0, dtype=torch.float32)
+
+    has_lora = lora_a is not None
+    return (
+        x.new_empty(x.shape) if needs_x else nothing(),
+        lora_a.new_empty(lora_a.shape) if needs_lora and has_lora else nothing(),
+        lora_b.new_empty(lora_b.shape) if needs_lora and has_lora else nothing(),
+        x.new_empty(x.shape) if needs_lora_x and lora_x is not None else nothing(),
+        x.new_empty(shape[0], dtype=torch.float32) if needs_bias else nothing(),
+    )
+
+
+@torch.library.register_fake("qlora::forward.affine")
+@torch.library.register_fake("qlora::forward.affine_grid")
+def _(x, quantized_W, scale, zero_point, B, A, alpha):
+    return x.new_empty((*x.shape[:-1], quantized_W.shape[1]))
+
+
+@torch.library.register_fake("qlora::backward.affine_grid")
+def _(grad, x, quantized_W, scale, zero_point, B, A, alpha, needs_x, needs_lora):
+    def nothing():
+        return x.new_empty(0, dtype=torch.float32)
+
+    return (
+        x.new_empty(x.shape) if needs_x else nothing(),
+        B.new_empty(B.shape) if needs_lora else nothing(),
+        A.new_empty(A.shape) if needs_lora else nothing(),
+    )
+
+
+# ---- autograd --------------------------------------------------------------------------------------------------------
+
+
+def _setup_forward(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    (x, packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size) = inputs[:8]
+    lora_a, lora_b, scaling, bias, lora_x = inputs[8:]
+    ctx.save_for_backward(x, packed, absmax, nested_absmax, nested_offset, lora_a, lora_b, lora_x)
+    ctx.weight = (list(shape), quant_type, block_size)
+    ctx.scaling = scaling
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward_forward(ctx: Any, grad: Tensor):
+    x, packed, absmax, nested_absmax, nested_offset, lora_a, lora_b, lora_x = ctx.saved_tensors
+    needs = (*ctx.needs_input_grad, *(False,) * 5)  # the dispatcher leaves out trailing arguments at their defaults
+    needs_x, needs_a, needs_b, needs_bias, needs_lora_x = needs[0], needs[8], needs[9], needs[11], needs[12]
+    d_x, d_a, d_b, d_lora_x, d_bias = torch.ops.qlora.backward(
+        grad,
+        x,
+        packed,
+        absmax,
+        nested_absmax,
+        nested_offset,
+        *ctx.weight,
+        lora_a,
+        lora_b,
+        ctx.scaling,
+        lora_x,
+        needs_x,
+        needs_a or needs_b,
+        needs_lora_x,
+        needs_bias,
+    )
+    return (
+        d_x if needs_x else None,
+        *(None,) * 7,
+        d_a if needs_a else None,
+        d_b if needs_b else None,
+        None,
+        d_bias.to(ctx.bias_dtype) if needs_bias else None,
+        d_lora_x if needs_lora_x else None,
+    )
+
+
+def _setup_affine(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, quantized_W, scale, zero_point, B, A, alpha = inputs
+    if isinstance(scale, Tensor) and (scale.requires_grad or zero_point.requires_grad):
+        raise RuntimeError("scale and zero_point require grad: forward.affine has no gradient for them, detach them")
+    ctx.alpha = alpha
+    if isinstance(scale, Tensor):
+        ctx.save_for_backward(x, quantized_W, B, A, scale, zero_point)
+    else:
+        ctx.save_for_backward(x, quantized_W, B, A)
+        ctx.scalars = (scale, zero_point)
+
+
+def _backward_affine(ctx: Any, grad: Tensor):
+    x, quantized_W, B, A, *grid = ctx.saved_tensors
+    if not grid:
+        grid = [x.new_full((1,), value, dtype=torch.float32) for value in ctx.scalars]
+    needs_x, needs_lora = ctx.needs_input_grad[0], ctx.needs_input_grad[4] or ctx.needs_input_grad[5]
+    d_x, d_B, d_A = torch.ops.qlora.backward.affine_grid(
+        grad, x, quantized_W, *grid, B, A, ctx.alpha, needs_x, needs_lora
+    )
+    return (
+        d_x if needs_x else None,
+        *(None,) * 3,
+        d_B if ctx.needs_input_grad[4] else None,
+        d_A if ctx.needs_input_grad[5] else None,
+        None,
+    )
+
+
+def _no_double_backward(ctx: Any, *grads: Tensor):
+    raise RuntimeError("qlora's backward is not differentiable: double backward (create_graph=True) is not supported")
+
+
+def _no_gradient_for_the_weight(ctx: Any, *grads: Tensor):
+    raise RuntimeError("quantize and dequantize are not differentiable: a 4-bit weight is frozen")
+
+
+torch.library.register_autograd("qlora::forward", _backward_forward, setup_context=_setup_forward)
+torch.library.register_autograd("qlora::forward.affine", _backward_affine, setup_context=_setup_affine)
+torch.library.register_autograd("qlora::forward.affine_grid", _backward_affine, setup_context=_setup_affine)
+torch.library.register_autograd("qlora::backward", _no_double_backward)
+torch.library.register_autograd("qlora::backward.affine_grid", _no_double_backward)
+torch.library.register_autograd("qlora::quantize", _no_gradient_for_the_weight)
+
+
+# ---- autocast --------------------------------------------------------------------------------------------------------
+# torch's ready-made rule casts every float tensor, the float32 scales as well. Ours casts the activations only: adapters
+# and bias may have a dtype of their own.
+
+_AUTOCAST_LIBRARY = torch.library.Library("qlora", "FRAGMENT")
+_AUTOCAST_KEYS = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
+
+
+def _cast_activation(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return x.to(dtype) if x is not None and x.dtype in FLOAT_DTYPES else x
+
+
+def _register_autocast(device: str) -> None:
+    key = _AUTOCAST_KEYS[device]
+    below_autocast = torch._C.DispatchKeySet(key)
+
+    def forward_autocast(x, *args, lora_x=None, **kwargs):
+        dtype = torch.get_autocast_dtype(device)
+        if len(args) == 12:  # lora_x came by position
+            *args, lora_x = args
+        with torch._C._ExcludeDispatchKeyGuard(below_autocast):
+            return torch.ops.qlora.forward(
+                _cast_activation(x, dtype), *args, **kwargs, lora_x=_cast_activation(lora_x, dtype)
+            )
+
+    def affine_autocast(op):
+        def run(x, *args):
+            with torch._C._ExcludeDispatchKeyGuard(below_autocast):
+                return op(_cast_activation(x, torch.get_autocast_dtype(device)), *args)
+
+        return run
+
+    name = f"Autocast{device.upper()}"
+    _AUTOCAST_LIBRARY.impl("forward", forward_autocast, name)
+    _AUTOCAST_LIBRARY.impl("forward.affine", affine_autocast(torch.ops.qlora.forward.affine), name)
+    _AUTOCAST_LIBRARY.impl("forward.affine_grid", affine_autocast(torch.ops.qlora.forward.affine_grid), name)
+
+
+for _device in _AUTOCAST_KEYS:
+    _register_autocast(_device)
+
+

@@ -1,0 +1,139 @@
+"""Plain torch twins of the operators: what the kernels are tested and benchmarked against. Slow, dense, obviously right.
+
+Same signatures as :mod:`qlora.ops`. ``forward`` computes in the dtype of x, so float64 x gives a float64 reference of the
+same (float32) dequantized weight.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qlora import _C
+
+_FP4_THRESHOLDS = (0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333)
+_FP4_CODE_OF_RANK = (0, 1, 6, 7, 4, 5, 2, 3)
+
+
+def _nf4_codes(x: Tensor) -> Tensor:
+    levels = torch.tensor(_C.codebook("nf4"))
+    thresholds = (levels[1:] + levels[:-1]) / 2
+    return torch.bucketize(x, thresholds, right=False)  # number of thresholds strictly below x
+
+
+def _fp4_codes(x: Tensor) -> Tensor:
+    rank = torch.bucketize(x.abs(), torch.tensor(_FP4_THRESHOLDS), right=False)
+    return torch.tensor(_FP4_CODE_OF_RANK)[rank] + torch.where(x < 0, 8, 0)
+
+
+def _int4_codes(x: Tensor) -> Tensor:
+    return (torch.round(x * 7).clamp(-8, 7) + 8).long()
+
+
+_CODES = {"nf4": _nf4_codes, "fp4": _fp4_codes, "int4": _int4_codes}
+
+
+def _blocks(flat: Tensor, block: int) -> Tensor:
+    return torch.nn.functional.pad(flat, (0, -flat.numel() % block)).view(-1, block)
+
+
+def quantize(
+    weight: Tensor,
+    quant_type: str = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    check_finite: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    flat = weight.detach().float().flatten()
+    if check_finite and not flat.isfinite().all():
+        raise RuntimeError("weight is nan or inf")
+    blocks = _blocks(flat, block_size)
+    absmax = blocks.abs().amax(1)
+    reciprocal = 1.0 / absmax
+    x = torch.where(reciprocal.isfinite()[:, None], blocks * reciprocal[:, None], blocks / absmax[:, None])
+    x = torch.where(absmax[:, None] > 0, x, 0.0)
+    codes = _CODES[quant_type](x).flatten()[: flat.numel()].to(torch.uint8)
+    codes = torch.nn.functional.pad(codes, (0, codes.numel() % 2)).view(-1, 2)
+    packed = codes[:, 0] << 4 | codes[:, 1]
+    none = torch.empty(0)
+    if not double_quant:
+        return packed, absmax, none, none
+    offset = absmax.double().mean().float() if absmax.numel() else torch.zeros(())
+    centred = _blocks(absmax - offset, _C.NESTED_BLOCK)
+    valid = _blocks(torch.ones_like(absmax), _C.NESTED_BLOCK).bool()
+    nested_absmax = torch.where(valid, centred.abs(), 0.0).amax(1)
+    x = torch.where(nested_absmax[:, None] > 0, centred * (1.0 / nested_absmax)[:, None], 0.0)
+    levels = torch.tensor(_C.dynamic_map())
+    thresholds = (levels[1:] + levels[:-1]) / 2
+    scale_codes = torch.bucketize(x, thresholds, right=False).flatten()[: absmax.numel()].to(torch.uint8)
+    return packed, scale_codes, nested_absmax, offset.view(1)
+
+
+def scales(absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None) -> Tensor:
+    """The float32 scale of every block: absmax as it is, or decoded from double quantization (two roundings)."""
+    if nested_absmax is None or nested_absmax.numel() == 0:
+        return absmax.float()
+    assert nested_offset is not None
+    values = torch.tensor(_C.dynamic_map(), device=absmax.device)[absmax.long()]
+    return values * nested_absmax.repeat_interleave(_C.NESTED_BLOCK)[: absmax.numel()] + nested_offset
+
+
+def dequantize(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    shape: Sequence[int],
+    quant_type: str,
+    block_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    flat = packed.flatten()
+    numel = torch.Size(shape).numel()
+    codes = torch.stack((flat >> 4, flat & 0xF), dim=1).flatten()[:numel]
+    levels = torch.tensor(_C.codebook(quant_type), device=packed.device)[codes.long()]
+    scale = scales(absmax.flatten(), nested_absmax, nested_offset).repeat_interleave(block_size)[:numel]
+    return (levels * scale).to(dtype).view(*shape)
+
+
+def forward(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    shape: Sequence[int],
+    quant_type: str,
+    block_size: int,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    lora_x: Tensor | None = None,
+) -> Tensor:
+    weight = dequantize(packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size, torch.float32)
+    y = x @ weight.to(x.dtype).T
+    if bias is not None:
+        y = y + bias.to(x.dtype)
+    if lora_a is not None and lora_b is not None:
+        down = (x if lora_x is None else lora_x) @ lora_a.to(x.dtype).T
+        y = y + scaling * (down @ lora_b.to(x.dtype).T)
+    return y
+
+
+def forward_affine(
+    x: Tensor,
+    quantized_W: Tensor,
+    scale: float | Tensor,
+    zero_point: float | Tensor,
+    B: Tensor,
+    A: Tensor,
+    alpha: float,
+) -> Tensor:
+    q = quantized_W.to(x.dtype)
+    if isinstance(scale, Tensor) and scale.dim() == 2:
+        scale = scale.repeat_interleave(q.shape[0] // scale.shape[0], dim=0)
+    if isinstance(zero_point, Tensor) and zero_point.dim() == 2:
+        zero_point = zero_point.repeat_interleave(q.shape[0] // zero_point.shape[0], dim=0)
+    weight = q * scale + zero_point
+    return x @ weight + alpha / B.shape[1] * (x @ B.to(x.dtype) @ A.to(x.dtype))

@@ -1,0 +1,166 @@
+"""QuantizedWeight: the four tensors of a 4-bit weight, and what a caller needs to know to read them."""
+
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora import _C, ops
+
+_BNB_STATE = "quant_state.bitsandbytes__"
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """A weight of ``shape``, quantized blockwise to 4 bit. Immutable; moves, pickles and shards.
+
+    The format is bit-compatible with bitsandbytes (docs/format.md). ``dtype`` is what the weight had before and what
+    :meth:`dequantize` returns unless told otherwise.
+    """
+
+    packed: Tensor  # uint8 [ceil(numel / 2)], high nibble first
+    absmax: Tensor  # float32 [blocks], or uint8 codes with double quantization
+    nested_absmax: Tensor  # float32 [ceil(blocks / 256)], empty without double quantization
+    nested_offset: Tensor  # float32 [1], empty without double quantization
+    shape: tuple[int, ...]
+    quant_type: str = "nf4"
+    block_size: int = 64  # weights per absmax
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """In the order in which the operators take them."""
+        return self.packed, self.absmax, self.nested_absmax, self.nested_offset
+
+    @property
+    def double_quant(self) -> bool:
+        return self.nested_absmax.numel() > 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weight and all its statistics."""
+        return sum(t.nbytes for t in self.tensors)
+
+    @property
+    def bits_per_param(self) -> float:
+        return 8 * self.nbytes / max(1, self.numel)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """A dense tensor of ``shape``; ``dtype`` is float32, bfloat16 or float16."""
+        return ops.dequantize(*self.tensors, self.shape, self.quant_type, self.block_size, dtype or self.dtype)
+
+    def to(self, device: torch.device | str) -> "QuantizedWeight":
+        """On another device. The dtypes of the tensors are part of the format and never change."""
+        packed, absmax, nested_absmax, nested_offset = (t.to(device) for t in self.tensors)
+        return replace(
+            self, packed=packed, absmax=absmax, nested_absmax=nested_absmax, nested_offset=nested_offset
+        )
+
+    def shard(self, index: int, count: int) -> "QuantizedWeight":
+        """Rows ``[index * n / count, (index + 1) * n / count)`` of a matrix, as views.
+
+        Raises ValueError if a shard would not begin on a block (with double quantization: on a block of 256 scales).
+        """
+        n, k = self.shape
+        unit = self.block_size * (_C.NESTED_BLOCK if self.double_quant else 1)
+        if not 0 <= index < count or n % count or (n // count * k) % unit:
+            raise ValueError(
+                f"shard {index} of {count} of shape {self.shape}: n must divide evenly, and a shard of n/count rows"
+                f" must be a multiple of {unit} elements"
+            )
+        numel = n // count * k
+        blocks = numel // self.block_size
+        nested = blocks // _C.NESTED_BLOCK
+        return replace(
+            self,
+            packed=self.packed.flatten()[index * numel // 2 : (index + 1) * numel // 2],
+            absmax=self.absmax[index * blocks : (index + 1) * blocks],
+            nested_absmax=self.nested_absmax[index * nested : (index + 1) * nested]
+            if self.double_quant
+            else self.nested_absmax,
+            shape=(n // count, k),
+        )
+
+    def to_bnb(self, prefix: str = "weight") -> dict[str, Tensor]:
+        """The entries that bitsandbytes' Linear4bit has in a state dict: ``weight``, ``weight.absmax``, ….
+
+        Raises ValueError for int4, which bitsandbytes does not know.
+        """
+        if self.quant_type not in ("nf4", "fp4"):
+            raise ValueError(f"quant_type='{self.quant_type}' does not exist in bitsandbytes: only nf4 and fp4 do")
+        state: dict[str, Any] = {
+            "quant_type": self.quant_type,
+            "blocksize": self.block_size,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "shape": self.shape,
+        }
+        entries = {
+            prefix: self.packed.view(-1, 1),
+            f"{prefix}.absmax": self.absmax,
+            f"{prefix}.quant_map": torch.tensor(_C.codebook(self.quant_type)),
+        }
+        if self.double_quant:
+            entries[f"{prefix}.nested_absmax"] = self.nested_absmax
+            entries[f"{prefix}.nested_quant_map"] = torch.tensor(_C.dynamic_map())
+            state["nested_blocksize"] = _C.NESTED_BLOCK
+            state["nested_dtype"] = "float32"
+            state["nested_offset"] = self.nested_offset.item()
+        entries[f"{prefix}.{_BNB_STATE}{self.quant_type}"] = torch.frombuffer(
+            bytearray(json.dumps(state).encode()), dtype=torch.uint8
+        )
+        return entries
+
+    @classmethod
+    def from_bnb(cls, entries: dict[str, Tensor], prefix: str = "weight") -> "QuantizedWeight":
+        """Reads the state-dict entries of a bitsandbytes Linear4bit; extra keys are ignored.
+
+        Raises KeyError naming a missing entry, ValueError for a state that this format cannot hold.
+        """
+        markers = [key for key in entries if key.startswith(f"{prefix}.{_BNB_STATE}")]
+        if len(markers) != 1:
+            raise KeyError(f"expected one entry '{prefix}.{_BNB_STATE}…' among {sorted(entries)}")
+        state = json.loads(bytes(entries[markers[0]].tolist()))
+        nested = f"{prefix}.nested_absmax" in entries
+        if nested and state["nested_blocksize"] != _C.NESTED_BLOCK:
+            raise ValueError(f"nested_blocksize={state['nested_blocksize']} must be {_C.NESTED_BLOCK}")
+        shape = tuple(int(extent) for extent in state["shape"])
+        packed = entries[prefix].contiguous().view(torch.uint8).flatten()  # quant_storage may be any dtype
+        needed = (torch.Size(shape).numel() + 1) // 2
+        if packed.numel() != needed:
+            raise ValueError(f"{prefix} has {packed.numel()} bytes: shape {shape} needs {needed}")
+        return cls(
+            packed=packed,
+            absmax=entries[f"{prefix}.absmax"],
+            nested_absmax=entries[f"{prefix}.nested_absmax"] if nested else torch.empty(0),
+            nested_offset=torch.tensor([state["nested_offset"]]) if nested else torch.empty(0),
+            shape=shape,
+            quant_type=state["quant_type"],
+            block_size=state["blocksize"],
+            dtype=getattr(torch, state["dtype"]),
+        )
+
+
+def quantize(
+    weight: Tensor,
+    quant_type: str = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    check_finite: bool = True,
+) -> QuantizedWeight:
+    """Quantizes ``weight`` (float32, bfloat16 or float16, any shape) to 4 bit. Arguments and errors as :func:`qlora.ops.quantize`."""
+    packed, absmax, nested_absmax, nested_offset = ops.quantize(
+        weight.detach(), quant_type, block_size, double_quant, check_finite
+    )
+    return QuantizedWeight(
+        packed, absmax, nested_absmax, nested_offset, tuple(weight.shape), quant_type, block_size, weight.dtype
+    )
