@@ -1,0 +1,87 @@
+"""``qlora demo``: fine-tunes SmolLM2-135M in 4 bit on a small data set with a style of its own, and shows the difference."""
+
+import argparse
+import resource
+import shutil
+import time
+from pathlib import Path
+
+HELP = "fine-tune SmolLM2-135M on a small data set and compare before and after"
+
+DATA = Path(__file__).parent.parent / "training" / "lighthouse.jsonl"
+PROMPTS = (
+    "How do I keep bread fresh for longer?",
+    "Why is the sky blue?",
+    "Give me one tip for learning a new language.",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, default=Path("outputs/demo"), help="replaced if it holds an older demo")
+    parser.add_argument("--epochs", type=float, default=3.0)
+
+
+def _replace_older_demo(output: Path) -> None:
+    if not output.exists():
+        return
+    if any(output.iterdir()) and not (output / "settings.json").exists():
+        raise FileExistsError(f"{output} exists and is no older demo: choose another --output")
+    shutil.rmtree(output)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from qlora.models.loading import require_train_extra
+
+    require_train_extra()
+    from rich.console import Console
+    from rich.table import Table
+
+    from qlora.models.loading import chat_reply, load_for_inference
+    from qlora.models.smollm2 import smollm2_folder
+    from qlora.training.finetune import finetune
+    from qlora.training.report import MIB
+    from qlora.training.settings import COMPUTE_DTYPES, FinetuneSettings
+
+    begin = time.perf_counter()
+    console = Console()
+    console.rule("1/4 The model")
+    folder = smollm2_folder()
+    console.print(f"SmolLM2-135M-Instruct in {folder} (Apache-2.0; its published weights are Q4_1 already)")
+    _replace_older_demo(arguments.output)
+
+    console.rule("2/4 Before: three prompts in 4 bit, no adapter")
+    model, tokenizer = load_for_inference(folder, None, COMPUTE_DTYPES["bf16"])
+    before = [chat_reply(model, tokenizer, prompt) for prompt in PROMPTS]
+    del model
+
+    console.rule("3/4 Fine-tuning on 240 records in the voice of a lighthouse keeper")
+    result = finetune(
+        FinetuneSettings(
+            model=str(folder),
+            data=str(DATA),
+            output=str(arguments.output),
+            epochs=arguments.epochs,
+            learning_rate=1e-3,
+            warmup_steps=5,
+            eval_steps=25,
+        )
+    )
+    after = [chat_reply(result.model, result.tokenizer, prompt) for prompt in PROMPTS]
+
+    console.rule("4/4 Result")
+    sizes = Table("weights", "MiB", title="Bytes")
+    sizes.add_row("whole model, 16 bit", f"{result.prepared.bytes_before / MIB:.1f}")
+    sizes.add_row("whole model, linear layers in 4 bit, adapters included", f"{result.prepared.bytes_after / MIB:.1f}")
+    console.print(sizes)
+    loss = Table("evaluation loss (nats per token)", "", title="24 records never trained on")
+    loss.add_row("before", f"{result.eval_loss_before:.3f}")
+    loss.add_row("after", f"{result.eval_loss_after:.3f}")
+    console.print(loss)
+    answers = Table("prompt", "before", "after", title="The same prompts", show_lines=True)
+    for row in zip(PROMPTS, before, after, strict=True):
+        answers.add_row(*row)
+    console.print(answers)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    console.print(f"{time.perf_counter() - begin:.0f} s, peak memory {peak:.0f} MiB; report: {arguments.output}/report.png")
+    console.print(f"Try it: qlora generate --model {folder} --adapter {result.adapter} --prompt 'What is a black hole?'")
+    return 0

@@ -1,0 +1,35 @@
+"""``qlora generate``: answers prompts with a 4-bit model and, if given, an adapter."""
+
+import argparse
+from pathlib import Path
+
+HELP = "answer prompts with a 4-bit model and an adapter"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="folder or Hugging Face id")
+    parser.add_argument("--adapter", type=Path, help="adapter folder, from qlora finetune or PEFT")
+    parser.add_argument("--prompt", action="append", required=True, help="may be repeated")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--compute-dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.temperature < 0:
+        raise ValueError(f"temperature={arguments.temperature} must not be negative")
+    from qlora.models.loading import chat_reply, load_for_inference, require_train_extra
+    from qlora.training.settings import COMPUTE_DTYPES
+
+    require_train_extra()
+    import torch
+
+    torch.manual_seed(arguments.seed)
+    model, tokenizer = load_for_inference(
+        arguments.model, arguments.adapter, COMPUTE_DTYPES[arguments.compute_dtype]
+    )
+    sampling = {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature > 0 else {}
+    for prompt in arguments.prompt:
+        print(chat_reply(model, tokenizer, prompt, arguments.max_new_tokens, **sampling))
+    return 0

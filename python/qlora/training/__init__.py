@@ -1,0 +1,1 @@
+"""Fine-tuning: records in, adapter and report out."""

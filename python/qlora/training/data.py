@@ -1,0 +1,198 @@
+"""Training records: reading and checking JSON lines, turning them into token sequences, packing and padding."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORED = -100  # label of a token that is not learnt, as in torch's cross_entropy
+_ROLES = ("system", "user", "assistant", "tool")
+
+
+class BadRecord(ValueError):
+    """A record that cannot be used; the message names file, line and rule."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenized record: ``labels[i]`` is ``input_ids[i]``, or IGNORED where the prompt stands."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+def _check(record: Any) -> None:
+    """Raises ValueError with the rule that ``record`` breaks."""
+    if not isinstance(record, dict):
+        raise ValueError(f"a record is a JSON object, not {type(record).__name__}")
+    kinds = [kind for kind in ("messages", "prompt", "text") if kind in record]
+    if len(kinds) != 1:
+        raise ValueError(
+            f"keys {sorted(record)}: a record has either 'messages', or 'prompt' and 'completion', or 'text'"
+        )
+    if kinds[0] == "messages":
+        messages = record["messages"]
+        if not isinstance(messages, list) or not messages:
+            raise ValueError("'messages' must be a list that is not empty")
+        for message in messages:
+            if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+                raise ValueError("each message needs a 'role' and a string 'content'")
+            if message.get("role") not in _ROLES:
+                raise ValueError(f"role {message.get('role')!r} is none of {', '.join(_ROLES)}")
+        if not any(message["role"] == "assistant" for message in messages):
+            raise ValueError("no message has the role 'assistant': there is nothing to learn")
+        return
+    for key in ("prompt", "completion") if kinds[0] == "prompt" else ("text",):
+        if not isinstance(record.get(key), str) or not record[key]:
+            raise ValueError(f"'{key}' must be a string that is not empty")
+
+
+def read_records(path: str | Path, skip_bad: bool = False) -> tuple[list[dict[str, Any]], int]:
+    """The records of a JSON-lines file and the number of bad ones left out.
+
+    Raises BadRecord naming file and line at the first bad record unless ``skip_bad``; FileNotFoundError; and BadRecord if
+    no record is left. Blank lines are no records.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    records, bad = [], 0
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line.decode("utf-8"))
+                _check(record)
+            except ValueError as error:  # JSON and UTF-8 errors are ValueErrors too
+                if not skip_bad:
+                    raise BadRecord(f"{path}:{number}: {error}") from error
+                bad += 1
+                continue
+            records.append(record)
+    if not records:
+        raise BadRecord(f"{path} holds no usable record ({bad} bad ones)")
+    return records, bad
+
+
+def tokenize(record: dict[str, Any], tokenizer: Any, max_length: int) -> Example:
+    """Tokens and labels of one record, cut at ``max_length``: only the assistant's turns are learnt, of plain text all.
+
+    Prompt/completion records go through the chat template as a user and an assistant turn if the tokenizer has one.
+    Raises ValueError if the template rewrites earlier turns, so that the assistant's part cannot be found.
+    """
+    if "text" in record:
+        text, spans = record["text"], None
+    else:
+        messages = record.get("messages") or [
+            {"role": "user", "content": record["prompt"]},
+            {"role": "assistant", "content": record["completion"]},
+        ]
+        text, spans = _render(messages, tokenizer)
+    # A chat template writes its own special tokens; plain text gets those of the tokenizer, and an end.
+    templated = spans is not None and bool(tokenizer.chat_template)
+    encoded = tokenizer(text, add_special_tokens=not templated, return_offsets_mapping=True)
+    input_ids = list(encoded["input_ids"])
+    if spans is None:
+        labels = list(input_ids)
+    else:
+        labels = [
+            token if any(begin <= start and end <= stop and end > start for begin, stop in spans) else IGNORED
+            for token, (start, end) in zip(input_ids, encoded["offset_mapping"], strict=True)
+        ]
+    if not templated and tokenizer.eos_token_id is not None and input_ids[-1:] != [tokenizer.eos_token_id]:
+        input_ids.append(tokenizer.eos_token_id)
+        labels.append(tokenizer.eos_token_id)
+    return Example(input_ids[:max_length], labels[:max_length])
+
+
+def _render(messages: Sequence[dict[str, str]], tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
+    """The text of a conversation and the character spans of the assistant's turns."""
+    if not tokenizer.chat_template:
+        text, spans = "", []
+        for message in messages:
+            begin = len(text)
+            text += message["content"]
+            if message["role"] == "assistant":
+                spans.append((begin, len(text)))
+        return text, spans
+
+    def render(count: int, prompt: bool) -> str:
+        return tokenizer.apply_chat_template(list(messages[:count]), tokenize=False, add_generation_prompt=prompt)
+
+    text, spans = render(len(messages), False), []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before, after = render(i, True) if i else "", render(i + 1, False)
+        if not (text.startswith(before) and text.startswith(after)):
+            raise ValueError("the chat template rewrites earlier turns: the assistant's part cannot be found")
+        spans.append((len(before), len(after)))
+    return text, spans
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """What a data loader reads: each item is a list of examples that share one row."""
+
+    rows: list[list[Example]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> list[Example]:
+        return self.rows[index]
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(example.input_ids) for row in self.rows for example in row)
+
+
+def pack(examples: Sequence[Example], max_length: int) -> Sequences:
+    """First-fit decreasing: as few rows of at most ``max_length`` tokens as that finds, no example cut."""
+    rows: list[list[Example]] = []
+    room: list[int] = []
+    for example in sorted(examples, key=lambda e: -len(e.input_ids)):
+        length = len(example.input_ids)
+        for i, left in enumerate(room):
+            if length <= left:
+                rows[i].append(example)
+                room[i] -= length
+                break
+        else:
+            rows.append([example])
+            room.append(max_length - length)
+    return Sequences(rows)
+
+
+class Collator:
+    """Rows to a batch. Packed rows get positions that restart with each example and no attention mask, from which
+    transformers derives block-diagonal attention; padded ones an attention mask."""
+
+    def __init__(self, pad_token_id: int, packed: bool) -> None:
+        self.pad_token_id = pad_token_id
+        self.packed = packed
+
+    def __call__(self, rows: Sequence[Sequence[Example]]) -> dict[str, Tensor]:
+        width = max(sum(len(example.input_ids) for example in row) for row in rows)
+        ids = torch.full((len(rows), width), self.pad_token_id)
+        labels = torch.full((len(rows), width), IGNORED)
+        positions = torch.zeros((len(rows), width), dtype=torch.long)
+        mask = torch.zeros((len(rows), width), dtype=torch.long)
+        for i, row in enumerate(rows):
+            at = 0
+            for example in row:
+                end = at + len(example.input_ids)
+                ids[i, at:end] = torch.tensor(example.input_ids)
+                labels[i, at:end] = torch.tensor(example.labels)
+                labels[i, at] = IGNORED  # no example predicts the first token of the next
+                positions[i, at:end] = torch.arange(end - at)
+                mask[i, at:end] = 1
+                at = end
+            positions[i, at:] = torch.arange(width - at)  # the padding is an example of its own
+        batch = {"input_ids": ids, "labels": labels}
+        return batch | ({"position_ids": positions} if self.packed else {"attention_mask": mask})

@@ -1,0 +1,64 @@
+"""The settings of a fine-tuning run: everything that decides its result."""
+
+from dataclasses import dataclass
+
+import torch
+
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """Everything that decides the result; stored in the output folder, where a resume checks it."""
+
+    model: str
+    data: str
+    output: str
+    eval_data: str | None = None
+    eval_fraction: float = 0.1  # of the records, if eval_data is not given
+    rank: int = 16
+    alpha: float | None = None  # None: rank
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] | None = None  # None: all linear layers
+    quant_type: str = "nf4"
+    block_size: int = 64
+    double_quant: bool = True
+    compute_dtype: str = "bf16"
+    epochs: float = 3.0
+    max_steps: int = -1  # > 0 overrides epochs
+    batch_size: int = 1  # rows per step
+    gradient_accumulation: int = 1
+    max_length: int = 512  # tokens per row
+    packing: bool = True
+    learning_rate: float = 2e-4
+    warmup_steps: int = 0
+    lr_scheduler: str = "cosine"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    gradient_checkpointing: bool = False
+    save_steps: int = 50
+    eval_steps: int = 50
+    logging_steps: int = 5
+    keep_checkpoints: int = 2
+    seed: int = 0
+    skip_bad: bool = False
+
+    def check(self) -> None:
+        """Raises ValueError naming the first value that breaks its rule."""
+        rules: list[tuple[str, bool, str]] = [
+            ("rank", self.rank >= 1, "at least 1"),
+            ("dropout", 0 <= self.dropout < 1, "in [0, 1)"),
+            ("eval_fraction", 0 <= self.eval_fraction < 1, "in [0, 1)"),
+            ("compute_dtype", self.compute_dtype in COMPUTE_DTYPES, f"one of {', '.join(COMPUTE_DTYPES)}"),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("gradient_accumulation", self.gradient_accumulation >= 1, "at least 1"),
+            ("max_length", self.max_length >= 2, "at least 2"),
+            ("learning_rate", self.learning_rate > 0, "positive"),
+            ("save_steps", self.save_steps >= 1, "at least 1"),
+            ("eval_steps", self.eval_steps >= 1, "at least 1"),
+            ("keep_checkpoints", self.keep_checkpoints >= 1, "at least 1"),
+            ("epochs", self.epochs > 0, "positive"),
+        ]
+        for name, holds, rule in rules:
+            if not holds:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be {rule}")

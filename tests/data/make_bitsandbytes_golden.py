@@ -1,0 +1,45 @@
+"""Makes bitsandbytes_golden.npz: what bitsandbytes itself stores for a few weights. Run by hand where it is installed.
+
+    pip install bitsandbytes numpy && python tests/data/make_bitsandbytes_golden.py
+
+Only cases in which bitsandbytes on the CPU is right are taken: the last dimension is a multiple of the block size (its
+AVX-512 dequantization is wrong otherwise), and no weight is closer than 1e-6 to a decision threshold (its CPU code picks
+the nearest level, its CUDA code compares with the thresholds that the format defines).
+"""
+
+from pathlib import Path
+
+import bitsandbytes
+import numpy as np
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+CASES = [("nf4", 64, (24, 128)), ("nf4", 128, (16, 256)), ("fp4", 64, (24, 128)), ("fp4", 256, (4, 512))]
+OUTPUT = Path(__file__).with_name("bitsandbytes_golden.npz")
+
+
+def main() -> None:
+    arrays = {"version": np.array(bitsandbytes.__version__)}
+    for quant_type, block_size, shape in CASES:
+        for nested in (False, True):
+            generator = torch.Generator().manual_seed(len(arrays))
+            weight = torch.randn(shape, generator=generator)
+            packed, state = quantize_4bit(
+                weight, blocksize=block_size, quant_type=quant_type, compress_statistics=nested
+            )
+            name = f"{quant_type}-{block_size}-{'nested' if nested else 'plain'}"
+            arrays[f"{name}.weight"] = weight.numpy()
+            arrays[f"{name}.packed"] = packed.flatten().numpy()
+            arrays[f"{name}.absmax"] = state.absmax.numpy()
+            arrays[f"{name}.levels"] = state.code.numpy()
+            arrays[f"{name}.dequantized"] = dequantize_4bit(packed, state).numpy()
+            if nested:
+                arrays[f"{name}.nested_absmax"] = state.state2.absmax.numpy()
+                arrays[f"{name}.nested_map"] = state.state2.code.numpy()
+                arrays[f"{name}.nested_offset"] = np.array([state.offset.item()], dtype=np.float32)
+    np.savez_compressed(OUTPUT, **arrays)
+    print(f"{OUTPUT.name}: {OUTPUT.stat().st_size} bytes, bitsandbytes {bitsandbytes.__version__}")
+
+
+if __name__ == "__main__":
+    main()
