@@ -103,7 +103,7 @@ inline CheckedWeight check_weight(const Tensor& packed, const Tensor& absmax, co
   w.view.n = n;
   w.view.k = k;
   w.view.block_shift = log2_exact(block_size);
-  if (is_given(nested_absmax) || is_given(nested_offset)) {
+  if (numel > 0 && (is_given(nested_absmax) || is_given(nested_offset))) {
     STD_TORCH_CHECK(is_given(nested_absmax) && is_given(nested_offset),
                     "nested_absmax and nested_offset belong together: only one of them was given");
     check_cpu(*nested_absmax, "nested_absmax");

@@ -138,6 +138,10 @@ def _(packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_siz
 @torch.library.register_fake("qlora::forward")
 def _(x, packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size, *unused_lora, **unused):
     torch._check(x.shape[-1] == shape[1], lambda: f"x has {x.shape[-1]} features: in_features={shape[1]}")
+    torch._check(
+        x.device == packed.device == absmax.device,
+        lambda: f"x is on {x.device}, packed on {packed.device}, absmax on {absmax.device}: they must be on one device",
+    )
     return x.new_empty((*x.shape[:-1], shape[0]))
 
 

@@ -18,7 +18,7 @@ PROMPTS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"), help="replaced if it holds an older demo")
-    parser.add_argument("--epochs", type=float, default=3.0)
+    parser.add_argument("--epochs", type=float, default=2.0)
 
 
 def _replace_older_demo(output: Path) -> None:

@@ -1,0 +1,305 @@
+// Every kernel of every ISA that this machine runs, against the scalar oracle; and indices beyond 2^31 without the memory.
+#include <sys/mman.h>
+
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "cpu/double_quantize.h"
+#include "cpu/select.h"
+#include "format/dynamic_map.h"
+#include "format/half.h"
+#include "reference/reference.h"
+
+namespace {
+
+using namespace qlora;
+using namespace qlora::cpu;
+
+int checks = 0, failures = 0;
+
+void expect(bool holds, const std::string& what) {
+  ++checks;
+  if (holds) return;
+  ++failures;
+  if (failures <= 20) std::printf("FAILED: %s\n", what.c_str());
+}
+
+std::vector<float> normal(int64_t count, unsigned seed) {
+  std::mt19937 generator(seed);
+  std::normal_distribution<float> distribution;
+  std::vector<float> x(static_cast<size_t>(count));
+  for (float& v : x) v = distribution(generator);
+  return x;
+}
+
+PackedWeight view(const reference::Quantized& q, QuantType type, int64_t n, int64_t k, int64_t block) {
+  PackedWeight w;
+  w.packed = q.packed.data();
+  w.scales.absmax = q.absmax.data();
+  w.levels = codebook(type);
+  w.n = n;
+  w.k = k;
+  w.block_shift = log2_exact(block);
+  return w;
+}
+
+void test_quantize(const KernelTable& kernels) {
+  for (const QuantTypeName& entry : kQuantTypes)
+    for (const int64_t block : {32, 64, 4096})
+      for (const int64_t numel : {0, 1, 63, 64, 65, 1000, 8193}) {
+        std::vector<float> weight = normal(numel, static_cast<unsigned>(numel + block));
+        if (numel >= 1000)
+          for (int i = 64; i < 128; ++i) weight[i] = 0.0f;  // a zero block
+        if (numel >= 1000) weight[200] = 1e-42f;             // subnormal
+        const reference::Quantized expected = reference::quantize(weight, block, entry.type);
+        reference::Quantized actual{std::vector<uint8_t>(expected.packed.size()),
+                                    std::vector<float>(expected.absmax.size())};
+        const QuantizeParams p{weight.data(), DType::kFloat32,       numel, block, static_cast<int>(entry.type),
+                               true,          actual.packed.data(), actual.absmax.data()};
+        const int64_t bad = kernels.quantize(p, 0, ceil_div(numel, block));
+        const std::string name = std::string(kernels.isa) + " quantize " + entry.name + " block " +
+                                 std::to_string(block) + " numel " + std::to_string(numel);
+        expect(bad == -1 && actual.packed == expected.packed && actual.absmax == expected.absmax, name);
+      }
+}
+
+void test_quantize_names_the_first_bad_value(const KernelTable& kernels) {
+  std::vector<float> weight = normal(300, 1);
+  weight[130] = NAN;
+  weight[250] = INFINITY;
+  std::vector<uint8_t> packed(150);
+  std::vector<float> absmax(5);
+  const QuantizeParams p{weight.data(), DType::kFloat32, 300, 64, 0, true, packed.data(), absmax.data()};
+  expect(kernels.quantize(p, 0, 5) == 130, std::string(kernels.isa) + " first nan");
+  expect(kernels.quantize(p, 3, 5) == 250, std::string(kernels.isa) + " inf in a later range");
+}
+
+template <class T>
+void test_dequantize_typed(const KernelTable& kernels, DType dtype) {
+  for (const QuantTypeName& entry : kQuantTypes) {
+    const int64_t n = 7, k = 75, block = 32;
+    const reference::Quantized q = reference::quantize(normal(n * k, 3), block, entry.type);
+    const PackedWeight w = view(q, entry.type, n, k, block);
+    std::vector<T> out(static_cast<size_t>(n * k));
+    const DequantizeParams p{w, out.data(), dtype};
+    kernels.dequantize(p, 0, 38);  // cut in the middle of a block and of a vector
+    kernels.dequantize(p, 38, n * k);
+    bool equal = true;
+    for (int64_t i = 0; i < n * k; ++i) {
+      const T expected = from_float<T>(reference::element(w, i));
+      equal = equal && std::memcmp(&expected, &out[i], sizeof(T)) == 0;
+    }
+    expect(equal, std::string(kernels.isa) + " dequantize " + entry.name);
+  }
+}
+
+// Every float that lies between two 16-bit neighbours must round as IEEE says, on every ISA. The weight 1.0 (code 15 of
+// NF4) with absmax = x makes dequantize a plain conversion of x.
+void test_rounding_to_16_bit(const KernelTable& kernels) {
+  std::vector<float> absmax;
+  for (uint32_t half = 0; half < 0x7F80; half += 3) absmax.push_back(float_of(half << 16 | (half * 2654435761u >> 16)));
+  for (uint32_t half = 0; half < 0x7F80; half += 5) absmax.push_back(float_of(half << 16 | 0x8000));  // ties
+  for (uint32_t half = 1; half < 0x7C00; half += 2)
+    absmax.push_back(0.5f * (to_float(fp16{static_cast<uint16_t>(half)}) +
+                             to_float(fp16{static_cast<uint16_t>(half - 1)})));
+  absmax.push_back(65519.9f);
+  absmax.push_back(65520.0f);
+  absmax.push_back(INFINITY);
+  const int64_t blocks = static_cast<int64_t>(absmax.size()), block = 32;
+  const std::vector<uint8_t> packed(static_cast<size_t>(blocks * block / 2), 0xFF);
+  PackedWeight w;
+  w.packed = packed.data();
+  w.scales.absmax = absmax.data();
+  w.levels = kNf4;
+  w.n = 1;
+  w.k = blocks * block;
+  w.block_shift = log2_exact(block);
+  std::vector<bf16> b(static_cast<size_t>(w.k));
+  std::vector<fp16> h(static_cast<size_t>(w.k));
+  kernels.dequantize({w, b.data(), DType::kBFloat16}, 0, w.k);
+  kernels.dequantize({w, h.data(), DType::kFloat16}, 0, w.k);
+  bool bf16_equal = true, fp16_equal = true, fp16_nearest = true;
+  for (int64_t i = 0; i < blocks; ++i) {
+    bf16_equal = bf16_equal && b[i * block].bits == from_float<bf16>(absmax[i]).bits;
+    const fp16 half = from_float<fp16>(absmax[i]);
+    fp16_equal = fp16_equal && h[i * block].bits == half.bits;
+    if (half.bits < 0x7BFF && half.bits > 0) {  // no neighbour is nearer, a tie is even
+      const double error = std::fabs(static_cast<double>(absmax[i]) - to_float(half));
+      for (const int step : {-1, 1}) {
+        const double other =
+            std::fabs(static_cast<double>(absmax[i]) - to_float(fp16{static_cast<uint16_t>(half.bits + step)}));
+        fp16_nearest = fp16_nearest && (error < other || (error == other && half.bits % 2 == 0));
+      }
+    }
+  }
+  expect(bf16_equal, std::string(kernels.isa) + " rounding to bfloat16");
+  expect(fp16_equal, std::string(kernels.isa) + " rounding to float16");
+  expect(fp16_nearest, "float16 conversion rounds to nearest even");
+}
+
+void test_forward(const KernelTable& kernels) {
+  for (const auto& [n, k] : {std::pair<int64_t, int64_t>{37, 96}, {129, 1056}, {5, 75}, {1, 1}, {70, 4128}})
+    for (const int64_t m : {1, 3, 8, 9, 100}) {
+      const QuantType type = QuantType::kNf4;
+      const reference::Quantized q = reference::quantize(normal(n * k, 5), 64, type);
+      const PackedWeight w = view(q, type, n, k, 64);
+      const std::vector<float> x = normal(m * k, 6);
+      std::vector<double> expected, bound;
+      reference::matmul(w, x, m, expected, bound);
+      std::vector<float> y(static_cast<size_t>(m * n));
+      if (m <= kDecodeTokens) {
+        std::vector<float> plain(static_cast<size_t>(m * k)), words(static_cast<size_t>(m * kernels.words_floats(k)));
+        const bool use_words = select_forward(m, k) == ForwardKernel::kDecodeWords;
+        kernels.pack_words({x.data(), DType::kFloat32, k, plain.data(), use_words ? words.data() : nullptr}, 0, m);
+        DecodeParams p{};
+        p.weight = w;
+        p.m = m;
+        p.x_plain = plain.data();
+        p.x_words = use_words ? words.data() : nullptr;
+        p.y = y.data();
+        kernels.decode(p, 0, n);
+      } else {
+        std::vector<float> columns(static_cast<size_t>(kernels.packed_floats(m, k)));
+        kernels.pack({x.data(), DType::kFloat32, k, false, m, k, columns.data()}, 0, ceil_div(m, kernels.tile_cols));
+        GemmParams p;
+        p.terms[0].operand.packed = &w;
+        p.terms[0].columns = columns.data();
+        p.terms[0].steps = k;
+        p.rows = n;
+        p.cols = m;
+        p.out = y.data();
+        p.out_ld = n;
+        kernels.gemm(p, 0, kernels.gemm_items(p));
+      }
+      bool near = true;  // any order of summation of k rounded products stays within (k + 2) u * sum of absolute products
+      for (size_t i = 0; i < y.size(); ++i)
+        near = near && std::fabs(y[i] - expected[i]) <= (k + 2) * 0x1p-24 * bound[i];
+      expect(near, std::string(kernels.isa) + " forward n=" + std::to_string(n) + " k=" + std::to_string(k) +
+                       " m=" + std::to_string(m));
+    }
+}
+
+// Address space without memory: only the pages that are touched exist.
+template <class T>
+T* reserve(int64_t count) {
+  void* p = mmap(nullptr, static_cast<size_t>(count) * sizeof(T), PROT_READ | PROT_WRITE,
+                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (p == MAP_FAILED) std::abort();
+  return static_cast<T*>(p);
+}
+
+// A weight of 2^33 elements (n * k and the byte offsets overflow 32 bits): its last row is decoded and multiplied.
+void test_indices_beyond_32_bits(const KernelTable& kernels) {
+  const int64_t k = 4096, n = int64_t{1} << 21, block = 64, numel = n * k, last = n - 1;
+  uint8_t* packed = reserve<uint8_t>(packed_bytes(numel));
+  float* absmax = reserve<float>(numel / block);
+  std::memset(packed + last * k / 2, 0xEE, static_cast<size_t>(k / 2));
+  for (int64_t b = last * k / block; b < numel / block; ++b) absmax[b] = 2.0f;
+  PackedWeight w;
+  w.packed = packed;
+  w.scales.absmax = absmax;
+  w.levels = kNf4;
+  w.n = n;
+  w.k = k;
+  w.block_shift = log2_exact(block);
+  const float value = kNf4[14] * 2.0f;
+
+  float* out = reserve<float>(numel);
+  kernels.dequantize({w, out, DType::kFloat32}, last * k, numel);
+  expect(out[last * k] == value && out[numel - 1] == value, std::string(kernels.isa) + " dequantize beyond 2^32");
+
+  const std::vector<float> x(static_cast<size_t>(k), 1.0f);
+  std::vector<float> words(static_cast<size_t>(kernels.words_floats(k))), plain(static_cast<size_t>(k));
+  kernels.pack_words({x.data(), DType::kFloat32, k, plain.data(), words.data()}, 0, 1);
+  float* y = reserve<float>(n);
+  DecodeParams p{};
+  p.weight = w;
+  p.m = 1;
+  p.x_plain = plain.data();
+  p.x_words = words.data();
+  p.y = y;
+  kernels.decode(p, last, n);
+  expect(std::fabs(y[last] - k * value) < 1e-2f, std::string(kernels.isa) + " decode beyond 2^32");
+
+  std::vector<float> columns(static_cast<size_t>(kernels.packed_floats(1, k)));
+  kernels.pack({x.data(), DType::kFloat32, k, false, 1, k, columns.data()}, 0, 1);
+  GemmParams g;
+  g.terms[0].operand.packed = &w;
+  g.terms[0].columns = columns.data();
+  g.terms[0].steps = k;
+  g.rows = n;
+  g.cols = 1;
+  g.out = y;
+  g.out_ld = n;
+  y[last] = 0.0f;
+  const int64_t items = kernels.gemm_items(g);
+  kernels.gemm(g, items - 1, items);
+  expect(std::fabs(y[last] - k * value) < 1e-2f, std::string(kernels.isa) + " gemm beyond 2^32");
+
+  float* source = reserve<float>(numel);
+  source[numel - 1] = -3.0f;
+  const QuantizeParams q{source, DType::kFloat32, numel, block, 0, true, packed, absmax};
+  kernels.quantize(q, numel / block - 1, numel / block);
+  expect(absmax[numel / block - 1] == 3.0f && packed[numel / 2 - 1] == 0x70,
+         std::string(kernels.isa) + " quantize beyond 2^32");
+  munmap(packed, static_cast<size_t>(packed_bytes(numel)));
+  munmap(absmax, static_cast<size_t>(numel / block) * sizeof(float));
+  munmap(out, static_cast<size_t>(numel) * sizeof(float));
+  munmap(source, static_cast<size_t>(numel) * sizeof(float));
+  munmap(y, static_cast<size_t>(n) * sizeof(float));
+}
+
+void test_dynamic_map_is_sorted_and_symmetric() {
+  bool sorted = true;
+  for (int i = 1; i < kDynamicMapSize; ++i) sorted = sorted && kDynamicMap.value[i - 1] < kDynamicMap.value[i];
+  expect(sorted, "dynamic map ascends");
+  expect(kDynamicMap.value[127] == 0.0f && kDynamicMap.value[255] == 1.0f, "dynamic map has 0 and 1");
+}
+
+void test_double_quantize_of_equal_scales_is_exact() {
+  const std::vector<float> absmax(300, 1.5f);
+  std::vector<uint8_t> codes(300);
+  std::vector<float> nested(2);
+  double_quantize(absmax.data(), 300, 1.5f, codes.data(), nested.data(), 0, 2);
+  Scales s;
+  s.absmax_codes = codes.data();
+  s.nested_absmax = nested.data();
+  s.nested_offset = 1.5f;
+  s.dynamic_map = kDynamicMap.value;
+  expect(scale_of_block(s, 0) == 1.5f && scale_of_block(s, 299) == 1.5f, "equal scales survive double quantization");
+}
+
+void test_unknown_isa_is_reported() {
+  setenv(kIsaVariable, "sse9", 1);
+  const char* bad = nullptr;
+  expect(active_table(&bad) == nullptr && std::string(bad) == "sse9", "unknown QLORA_CPU_ISA");
+  setenv(kIsaVariable, "scalar", 1);
+  expect(std::string(active_table(&bad)->isa) == "scalar", "QLORA_CPU_ISA caps the level");
+  unsetenv(kIsaVariable);
+}
+
+}  // namespace
+
+int main() {
+  for (int i = 0; i < kIsaCount; ++i) {
+    const KernelTable* kernels = table_of(static_cast<Isa>(i));
+    if (kernels == nullptr) continue;
+    test_quantize(*kernels);
+    test_quantize_names_the_first_bad_value(*kernels);
+    test_dequantize_typed<float>(*kernels, DType::kFloat32);
+    test_dequantize_typed<bf16>(*kernels, DType::kBFloat16);
+    test_dequantize_typed<fp16>(*kernels, DType::kFloat16);
+    test_rounding_to_16_bit(*kernels);
+    test_forward(*kernels);
+    test_indices_beyond_32_bits(*kernels);
+  }
+  test_dynamic_map_is_sorted_and_symmetric();
+  test_double_quantize_of_equal_scales_is_exact();
+  test_unknown_isa_is_reported();
+  std::printf("%d passed, %d failed\n", checks - failures, failures);
+  return failures == 0 ? 0 : 1;
+}

@@ -1,0 +1,122 @@
+"""Gradients of the fused operation against float64 autograd of the reference, with derived tolerances."""
+
+import pytest
+import torch
+from cases import DTYPES, QUANT_TYPES, SHAPES, name_of, weights
+from tolerances import accumulation, assert_within, output_rounding
+
+from qlora import ops
+
+
+def gradients(x, weight, a, b, scaling, bias, lora_x, grad):
+    leaves = [t.detach().clone().requires_grad_() for t in (x, a, b, bias, lora_x)]
+    x_, a_, b_, bias_, lora_x_ = leaves
+    ops.forward(x_, *weight, a_, b_, scaling, bias_, lora_x_).backward(grad)
+    return [leaf.grad for leaf in leaves]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=name_of)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_all_gradients_with_dropped_input(isa, dtype, shape):
+    m, n, k = shape
+    r, s = 5, 0.7
+    weight, dense = weights(n, k)
+    x, lora_x, grad = (torch.randn(m, c).to(dtype) for c in (k, k, n))
+    a, b, bias = torch.randn(r, k), torch.randn(n, r), torch.randn(n)
+    d_x, d_a, d_b, d_bias, d_lora_x = gradients(x, weight, a, b, s, bias, lora_x, grad)
+    g, A, B, X = grad.double(), a.double(), b.double(), lora_x.double()
+    G, AA, BB, XX = g.abs(), A.abs(), B.abs(), X.abs()
+
+    def check(actual, expected, bound):
+        assert_within(actual, expected, bound + output_rounding(expected.abs() + bound, actual.dtype))
+
+    check(d_x, g @ dense, accumulation(n, G @ dense.abs()))
+    check(d_lora_x, s * (g @ B @ A), accumulation(n + r + 4, s * (G @ BB @ AA)))
+    check(d_a, s * (g @ B).T @ X, accumulation(m + n + 4, s * (G @ BB).T @ XX))
+    check(d_b, s * g.T @ (X @ A.T), accumulation(m + k + 4, s * G.T @ (XX @ AA.T)))
+    check(d_bias, g.sum(0), accumulation(m, G.sum(0)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+@pytest.mark.parametrize("block_size", [32, 4096])
+def test_dx_carries_base_and_adapter_in_one_sum(isa, quant_type, dtype, block_size):
+    m, n, k, r, s = 21, 70, 90, 4, -1.5
+    weight, dense = weights(n, k, quant_type, block_size)
+    x = torch.randn(m, k).to(dtype).requires_grad_()
+    a, b, grad = torch.randn(r, k), torch.randn(n, r), torch.randn(m, n).to(dtype)
+    ops.forward(x, *weight, a, b, s).backward(grad)
+    g = grad.double()
+    expected = g @ dense + s * g @ b.double() @ a.double()
+    bound = accumulation(2 * n + r + 4, g.abs() @ (dense.abs() + abs(s) * b.double().abs() @ a.double().abs()))
+    assert_within(x.grad, expected, bound + output_rounding(expected.abs() + bound, dtype))
+
+
+@pytest.mark.parametrize("needed", range(1, 16))
+def test_any_subset_of_gradients(needed):
+    """What is not asked for is None and changes nothing in the rest."""
+    weight, _ = weights(20, 96)
+    x, a, b, bias, grad = (
+        torch.randn(12, 96),
+        torch.randn(3, 96),
+        torch.randn(20, 3),
+        torch.randn(20),
+        torch.randn(12, 20),
+    )
+
+    def run(flags):
+        leaves = [t.clone().requires_grad_(bool(flags >> i & 1)) for i, t in enumerate((x, a, b, bias))]
+        x_, a_, b_, bias_ = leaves
+        ops.forward(x_, *weight, a_, b_, 0.5, bias_).backward(grad)
+        return [leaf.grad for leaf in leaves]
+
+    everything = run(15)
+    for i, gradient in enumerate(run(needed)):
+        if needed >> i & 1:
+            assert torch.equal(gradient, everything[i])
+        else:
+            assert gradient is None
+
+
+def test_gradients_are_bitwise_the_same_for_every_thread_count(isa, threads):
+    weight, _ = weights(130, 300)
+    x, a, b = torch.randn(500, 300), torch.randn(8, 300), torch.randn(130, 8)
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        results.append(gradients(x, weight, a, b, 0.5, torch.randn(130), x, torch.ones(500, 130)))
+    for other in results[1:]:
+        assert all(torch.equal(p, q) for p, q in zip(other, results[0], strict=True))
+
+
+def test_numerical_gradient():
+    """Central differences, independent of any formula: float32 steps of 1e-2 on a function that is bilinear."""
+    weight, _ = weights(6, 10)
+    x, a, b = torch.randn(3, 10), torch.randn(2, 10), torch.randn(6, 2)
+    loss_weights = torch.randn(3, 6)
+
+    def loss(x, a, b):
+        return (ops.forward(x, *weight, a, b, 0.5) * loss_weights).sum()
+
+    leaves = [t.clone().requires_grad_() for t in (x, a, b)]
+    loss(*leaves).backward()
+    for position, leaf in enumerate(leaves):
+        direction = torch.randn_like(leaf)
+        shifted = [[t + sign * 1e-2 * direction if i == position else t for i, t in enumerate((x, a, b))] for sign in (1, -1)]
+        numeric = (loss(*shifted[0]) - loss(*shifted[1])) / 2e-2
+        assert torch.isclose(numeric, (leaf.grad * direction).sum(), rtol=1e-3, atol=1e-3)
+
+
+def test_double_backward_is_refused():
+    weight, _ = weights(6, 10)
+    x = torch.randn(3, 10, requires_grad=True)
+    (grad,) = torch.autograd.grad(ops.forward(x, *weight).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        grad.sum().backward()
+
+
+def test_quantize_is_not_differentiable():
+    weight = torch.randn(4, 64, requires_grad=True)
+    absmax = ops.quantize(weight, double_quant=False)[1]
+    with pytest.raises(RuntimeError, match="not differentiable"):
+        absmax.sum().backward()

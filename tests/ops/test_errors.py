@@ -1,0 +1,103 @@
+"""Bad input gets an error that names the value and the rule."""
+
+import pytest
+import torch
+from cases import weights
+
+import qlora
+from qlora import _C, ops
+
+
+def call(x=None, lora_a=None, lora_b=None, bias=None, lora_x=None, **changes):
+    (packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size), _ = weights(8, 64)
+    arguments = {
+        "packed": packed,
+        "absmax": absmax,
+        "nested_absmax": nested_absmax,
+        "nested_offset": nested_offset,
+        "shape": shape,
+        "quant_type": quant_type,
+        "block_size": block_size,
+    } | changes
+    x = torch.randn(2, 64) if x is None else x
+    return ops.forward(x, **arguments, lora_a=lora_a, lora_b=lora_b, bias=bias, lora_x=lora_x)
+
+
+A, B = torch.randn(2, 64), torch.randn(8, 2)
+
+CASES = {
+    "features": (lambda: call(torch.randn(2, 63)), r"x has shape \[2, 63\]: its last dimension must be in_features=64"),
+    "dtype": (lambda: call(torch.randn(2, 64).double()), "x must be float32, bfloat16 or float16"),
+    "packed length": (lambda: call(packed=torch.zeros(3, dtype=torch.uint8)), "packed has 3 bytes: .* needs 256"),
+    "packed dtype": (lambda: call(packed=torch.zeros(256)), "packed has the wrong dtype: it must be uint8"),
+    "absmax length": (lambda: call(absmax=torch.zeros(3, dtype=torch.uint8)), "absmax has 3 values: .* need 8"),
+    "absmax dtype": (lambda: call(absmax=torch.zeros(8)), "absmax has the wrong dtype: it must be uint8 with double"),
+    "absmax codes alone": (
+        lambda: call(nested_absmax=None, nested_offset=None),
+        "absmax must be float32 without double quantization",
+    ),
+    "nested length": (lambda: call(nested_absmax=torch.zeros(2)), "nested_absmax has 2 values: .* need 1"),
+    "nested alone": (lambda: call(nested_offset=None), "belong together"),
+    "quant_type": (lambda: call(quant_type="nf3"), "quant_type='nf3' is unknown: use one of nf4, fp4, int4"),
+    "block size": (lambda: call(block_size=48), "block_size=48 must be a power of two from 32 to 4096"),
+    "shape": (lambda: call(shape=[8, 8, 8]), "shape has 3 dimensions"),
+    "negative shape": (lambda: call(shape=[-8, 64]), "must not be negative"),
+    "a without b": (lambda: call(lora_a=A), "lora_a was given without lora_b"),
+    "b without a": (lambda: call(lora_b=B), "lora_b was given without lora_a"),
+    "rank 0": (lambda: call(lora_a=torch.empty(0, 64), lora_b=torch.empty(8, 0)), "rank=0"),
+    "rank mismatch": (lambda: call(lora_a=A, lora_b=torch.randn(8, 3)), r"lora_b has shape \[8, 3\].*\[8, 2\]"),
+    "lora_a features": (lambda: call(lora_a=torch.randn(2, 63), lora_b=B), r"lora_a has shape \[2, 63\].*\[2, 64\]"),
+    "lora dtypes": (lambda: call(lora_a=A.bfloat16(), lora_b=B), "same dtype"),
+    "bias": (lambda: call(bias=torch.randn(7)), r"bias has shape \[7\]: it must be \[out_features\] = \[8\]"),
+    "lora_x alone": (lambda: call(lora_x=torch.randn(2, 64)), "lora_x was given without"),
+    "lora_x shape": (lambda: call(lora_a=A, lora_b=B, lora_x=torch.randn(3, 64)), "must have the shape and dtype of x"),
+    "quantize dtype": (lambda: ops.quantize(torch.ones(64, dtype=torch.int32)), "weight must be float32"),
+    "quantize block": (lambda: ops.quantize(torch.ones(64), block_size=8192), "block_size=8192 must be a power of two"),
+    "quantize type": (lambda: ops.quantize(torch.ones(64), "fp8"), "quant_type='fp8' is unknown"),
+    "dequantize dtype": (
+        lambda: qlora.quantize(torch.ones(64)).dequantize(torch.float64),
+        "dtype must be float32, bfloat16 or float16",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_error_names_value_and_rule(name):
+    function, message = CASES[name]
+    with pytest.raises(RuntimeError, match=message):
+        function()
+
+
+def test_tensors_on_two_devices():
+    """A meta tensor stands in for a second device."""
+    weight, _ = weights(8, 64)
+    with pytest.raises(RuntimeError, match="must be on one device"):
+        ops.forward(torch.randn(2, 64, device="meta"), *weight)
+    with pytest.raises(RuntimeError, match="must be on one device"):
+        ops.forward(torch.randn(2, 64), weight[0], weight[1].to("meta"), *weight[2:])
+
+
+def test_negative_scaling_is_allowed():
+    weight, _ = weights(8, 64)
+    x = torch.randn(2, 64)
+    plus, minus = (ops.forward(x, *weight, A, B, s) for s in (1.0, -1.0))
+    assert torch.allclose((plus + minus) / 2, ops.forward(x, *weight), atol=1e-4)
+
+
+def test_unknown_isa(monkeypatch):
+    monkeypatch.setenv("QLORA_CPU_ISA", "avx1024")
+    with pytest.raises(RuntimeError, match="QLORA_CPU_ISA='avx1024' is unknown"):
+        ops.quantize(torch.ones(64))
+    with pytest.raises(ValueError, match="avx1024"):
+        _C.active_isa()
+
+
+def test_explain_names_the_slower_path_and_its_reason():
+    fast = qlora.explain(torch.randn(1, 64), qlora.quantize(torch.randn(8, 64)))
+    assert (fast.kernel, fast.why_not_faster) == ("decode_words", "")
+    slow = qlora.explain(torch.randn(2, 3, 100), qlora.quantize(torch.randn(8, 100)))
+    assert slow.kernel == "decode_spans"
+    assert "multiple of 32" in slow.why_not_faster
+    assert qlora.explain(torch.randn(3, 3, 100), qlora.quantize(torch.randn(8, 100))).kernel == "gemm"
+    with pytest.raises(ValueError, match="63 features"):
+        qlora.explain(torch.randn(1, 63), qlora.quantize(torch.randn(8, 64)))

@@ -1,0 +1,142 @@
+"""The fused forward against float64, on every ISA, dtype, quant type and shape, with derived tolerances."""
+
+import pytest
+import torch
+from cases import BLOCK_SIZES, DTYPES, QUANT_TYPES, SHAPES, name_of, weights
+from tolerances import accumulation, assert_at_most_twice_torch, assert_within, output_rounding
+
+from qlora import ops, reference
+
+
+def check(x, weight, dense, lora_a=None, lora_b=None, scaling=1.0, bias=None, lora_x=None):
+    y = ops.forward(x, *weight, lora_a, lora_b, scaling, bias, lora_x)
+    assert y.dtype == x.dtype
+    k = x.shape[-1]
+    x64 = x.double()
+    expected, products = x64 @ dense.T, x64.abs() @ dense.abs().T
+    bound = accumulation(k, products)
+    if bias is not None:
+        expected = expected + bias.double()
+        bound = bound + (k + 2) * 2.0**-24 * bias.double().abs()
+    if lora_a is not None:
+        down_x = x64 if lora_x is None else lora_x.double()
+        a64, b64, r = lora_a.double(), lora_b.double(), lora_a.shape[0]
+        expected = expected + scaling * (down_x @ a64.T @ b64.T)
+        # The inner sum is rounded (k steps), scaled, then summed again with the base (k + r steps).
+        bound = bound + accumulation(2 * k + r + 4, abs(scaling) * (down_x.abs() @ a64.abs().T @ b64.abs().T))
+    bound = bound + accumulation(4, expected.abs())
+    assert_within(y, expected, bound + output_rounding(expected.abs() + bound, x.dtype))
+    return y, expected
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=name_of)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+def test_base(isa, quant_type, dtype, shape):
+    m, n, k = shape
+    weight, dense = weights(n, k, quant_type)
+    check(torch.randn(m, k).to(dtype), weight, dense)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=name_of)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adapter_bias_and_dropped_input(isa, dtype, shape):
+    m, n, k = shape
+    weight, dense = weights(n, k)
+    x = torch.randn(m, k).to(dtype)
+    lora_x = (x * (torch.rand(m, k) > 0.3)).to(dtype)
+    for adapter_dtype in {dtype, torch.float32}:
+        a, b = torch.randn(5, k).to(adapter_dtype), torch.randn(n, 5).to(adapter_dtype)
+        check(x, weight, dense, a, b, -0.7, torch.randn(n).to(adapter_dtype), lora_x)
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("m", [2, 20])
+def test_every_block_size(isa, m, double_quant, block_size):
+    """k = 1056 = 33 * 32: rows begin inside the larger blocks."""
+    weight, dense = weights(9, 1056, "nf4", block_size, double_quant)
+    check(torch.randn(m, 1056), weight, dense)
+
+
+@pytest.mark.parametrize("rank", [1, 16, 64, 200])
+@pytest.mark.parametrize("m", [1, 40])
+def test_ranks(isa, m, rank):
+    weight, dense = weights(33, 160)
+    check(torch.randn(m, 160), weight, dense, torch.randn(rank, 160), torch.randn(33, rank), 2.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [1, 64])
+def test_error_is_at_most_that_of_dequantize_then_matmul(isa, m, dtype):
+    weight, dense = weights(256, 1024)
+    x = torch.randn(m, 1024).to(dtype)
+    y, expected = check(x, weight, dense)
+    assert_at_most_twice_torch(y, reference.forward(x, *weight), expected)
+
+
+def test_long_rows_need_more_than_one_piece(isa):
+    """Decode takes the scales of 4096 weights at a time; 9000 is neither a multiple of that nor of 32."""
+    for k in (8192 + 96, 9001):
+        weight, dense = weights(3, k)
+        check(torch.randn(2, k), weight, dense)
+
+
+def test_leading_dimensions_and_strides(isa):
+    weight, dense = weights(24, 64)
+    x = torch.randn(64, 3, 5).permute(1, 2, 0)  # not contiguous
+    y, _ = check(x, weight, dense)
+    assert y.shape == (3, 5, 24)
+
+
+def test_one_dimensional_x(isa):
+    weight, dense = weights(24, 64)
+    y, _ = check(torch.randn(64), weight, dense)
+    assert y.shape == (24,)
+
+
+def test_packed_as_matrix_equals_flat():
+    weight, _ = weights(24, 64)
+    x = torch.randn(3, 64)
+    matrix = (weight[0].view(24, 32), *weight[1:])
+    assert torch.equal(ops.forward(x, *weight), ops.forward(x, *matrix))
+
+
+def test_none_and_empty_nested_tensors_mean_the_same():
+    (packed, absmax, _, _, *rest), _ = weights(24, 64, double_quant=False)
+    x = torch.randn(3, 64)
+    assert torch.equal(
+        ops.forward(x, packed, absmax, None, None, *rest),
+        ops.forward(x, packed, absmax, torch.empty(0), torch.empty(0), *rest),
+    )
+
+
+@pytest.mark.parametrize("m", [1, 8, 9, 600])
+def test_bitwise_the_same_for_every_thread_count_and_run(isa, m, threads):
+    weight, _ = weights(300, 576)
+    x, a, b = torch.randn(m, 576), torch.randn(16, 576), torch.randn(300, 16)
+    results = []
+    for count in (1, 2, 3, 2):
+        threads(count)
+        results.append(ops.forward(x, *weight, a, b, 0.5))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_no_input_features(isa):
+    weight, _ = weights(5, 0)
+    bias = torch.randn(5)
+    for m in (2, 12):
+        assert torch.equal(ops.forward(torch.empty(m, 0), *weight, bias=bias), bias.expand(m, 5))
+
+
+def test_no_dense_copy_of_the_weight_is_ever_allocated():
+    """Panels only: no single allocation comes near n * k 16-bit elements, forward or backward."""
+    n = k = 2048
+    weight, _ = weights(n, k)
+    x = torch.randn(16, k, dtype=torch.bfloat16, requires_grad=True)
+    a, b = torch.randn(8, k, requires_grad=True), torch.randn(n, 8, requires_grad=True)
+    ops.forward(x, *weight, a, b).sum().backward()  # warm: workspaces of the threads exist
+    with torch.profiler.profile(profile_memory=True) as profile:
+        ops.forward(x, *weight, a, b).sum().backward()
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert 0 < largest < n * k // 4

@@ -1,0 +1,39 @@
+"""Derived bounds on rounding errors; no number here was found by trying.
+
+u = 2^-24 is float32's unit roundoff. A sum of K products, accumulated in float32 in any order, with each product rounded
+(machines without FMA) or not, is off by at most (K + 2) * u * sum |a||b| (Higham 2002, section 3.1; the second-order
+terms are below the slack of one unit for K < 2^20). Rounding the result to the output type adds eps / 2 * |y|, and half the
+smallest subnormal step in float16.
+"""
+
+import torch
+from torch import Tensor
+
+U32 = 2.0**-24
+
+
+def accumulation(steps: int, absolute_products: Tensor) -> Tensor:
+    """Bound for a float32 sum of ``steps`` products whose absolute values sum up to ``absolute_products``."""
+    return (steps + 2) * U32 * absolute_products
+
+
+def output_rounding(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bound for one rounding of ``y`` to ``dtype``."""
+    info = torch.finfo(dtype)
+    return info.eps / 2 * y.abs() + info.smallest_normal * info.eps
+
+
+def assert_within(actual: Tensor, expected: Tensor, bound: Tensor) -> None:
+    """Every element of ``actual`` is within ``bound`` of the float64 ``expected``."""
+    assert actual.shape == expected.shape
+    error = (actual.double() - expected).abs()
+    worst = (error - bound).max() if error.numel() else torch.tensor(-1.0)
+    assert worst <= 0, f"error {error.max():.3e} exceeds its bound by {worst:.3e}"
+
+
+def assert_at_most_twice_torch(actual: Tensor, torch_result: Tensor, expected: Tensor) -> None:
+    """Root-mean-square error against float64: at most twice that of torch's own dequantize -> matmul."""
+    ours = (actual.double() - expected).square().mean().sqrt()
+    theirs = (torch_result.double() - expected).square().mean().sqrt()
+    floor = torch.finfo(actual.dtype).eps * 1e-3 * expected.abs().max()  # both exact: nothing to compare
+    assert ours <= 2 * theirs + floor, f"{ours:.3e} against {theirs:.3e}"
