@@ -2,10 +2,12 @@
 #include <torch/csrc/stable/library.h>
 
 #include <atomic>
+#include <cmath>
 #include <limits>
 #include <tuple>
 
 #include "cpu/double_quantize.h"
+#include "format/half.h"
 #include "ops/checks.h"
 #include "ops/cpu_common.h"
 
@@ -13,6 +15,12 @@ namespace qlora::ops {
 namespace {
 
 constexpr int64_t kElementsPerTask = 1 << 16;  // below this a second thread costs more than it saves
+
+float load(const void* values, cpu::DType dtype, int64_t i) {
+  if (dtype == cpu::DType::kBFloat16) return to_float(static_cast<const bf16*>(values)[i]);
+  if (dtype == cpu::DType::kFloat16) return to_float(static_cast<const fp16*>(values)[i]);
+  return static_cast<const float*>(values)[i];
+}
 
 std::string position_text(int64_t flat, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   std::vector<int64_t> index(sizes.size());
@@ -90,10 +98,59 @@ Tensor dequantize(Tensor packed, Tensor absmax, OptionalTensor nested_absmax, Op
   return out;
 }
 
+// One pass and no temporary: a Python sum over dequantized chunks would fragment the heap (docs/architecture.md).
+Tensor quantization_error(Tensor weight, Tensor packed, Tensor absmax, OptionalTensor nested_absmax,
+                          OptionalTensor nested_offset, std::string quant_type, int64_t block_size) {
+  const cpu::KernelTable& kernels = active_kernels();
+  const Tensor source = torch::stable::contiguous(weight);
+  check_cpu(source, "weight");
+  const cpu::DType dtype = float_dtype(source.scalar_type(), "weight");
+  const int64_t numel = source.numel();
+  const CheckedWeight w =
+      check_weight(packed, absmax, nested_absmax, nested_offset, 1, numel, quant_type, block_size);
+  struct Sums {
+    double squared_error = 0.0, squares = 0.0, largest = 0.0;
+  };
+  const int64_t tasks = ceil_div(numel, kElementsPerTask);
+  std::vector<Sums> sums(static_cast<size_t>(tasks));  // one a task, added in order: the thread count changes nothing
+  parallel(tasks, 1, [&](int64_t begin, int64_t end) {
+    constexpr int64_t kStretch = 1024;
+    for (int64_t task = begin; task < end; ++task) {
+      Sums& sum = sums[static_cast<size_t>(task)];
+      const int64_t last = std::min(numel, (task + 1) * kElementsPerTask);
+      for (int64_t first = task * kElementsPerTask; first < last; first += kStretch) {
+        float dense[kStretch];
+        const int64_t stop = std::min(first + kStretch, last);
+        kernels.dequantize({w.view, dense - first, cpu::DType::kFloat32}, first, stop);  // writes to out + first
+        for (int64_t i = first; i < stop; ++i) {
+          const double exact = load(source.const_data_ptr(), dtype, i);
+          const double difference = std::abs(exact - static_cast<double>(dense[i - first]));
+          sum.squared_error += difference * difference;
+          sum.squares += exact * exact;
+          sum.largest = std::max(sum.largest, difference);
+        }
+      }
+    }
+  });
+  Sums total;
+  for (const Sums& sum : sums) {
+    total.squared_error += sum.squared_error;
+    total.squares += sum.squares;
+    total.largest = std::max(total.largest, sum.largest);
+  }
+  Tensor out = empty_cpu({3}, ScalarType::Double);
+  double* values = out.mutable_data_ptr<double>();
+  values[0] = total.squared_error;
+  values[1] = total.squares;
+  values[2] = total.largest;
+  return out;
+}
+
 }  // namespace
 }  // namespace qlora::ops
 
 STABLE_TORCH_LIBRARY_IMPL(qlora, CPU, m) {
   m.impl("quantize", TORCH_BOX(&qlora::ops::quantize));
   m.impl("dequantize", TORCH_BOX(&qlora::ops::dequantize));
+  m.impl("quantization_error", TORCH_BOX(&qlora::ops::quantization_error));
 }

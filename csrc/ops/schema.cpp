@@ -4,6 +4,7 @@
 // m tokens, n out features, k in features, r rank; the format is described in docs/format.md.
 //
 // nested_absmax and nested_offset: double quantization; None and an empty tensor mean the same.
+// quantization_error: float64 [3]: sum of squared differences, sum of squares of the weight, largest difference
 // forward:  y [..., n] = x Wᵀ + bias + scaling * (lora_x or x) lora_aᵀ lora_bᵀ        lora_a [r, k], lora_b [n, r]
 // backward: (d_x, d_lora_a, d_lora_b, d_lora_x, d_bias); what is not asked for is an empty tensor. d_bias is float32.
 // affine:   y [..., out] = x (q * scale + zero_point) + alpha / r * x B A             q [in, out], B [in, r], A [r, out]
@@ -15,6 +16,9 @@ STABLE_TORCH_LIBRARY(qlora, m) {
   m.def(
       "dequantize(Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset,"
       " int[] shape, str quant_type, int block_size, ScalarType dtype) -> Tensor");
+  m.def(
+      "quantization_error(Tensor weight, Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset,"
+      " str quant_type, int block_size) -> Tensor");
   m.def(
       "forward(Tensor x, Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset,"
       " int[] shape, str quant_type, int block_size,"

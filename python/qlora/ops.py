@@ -54,6 +54,22 @@ def dequantize(
     )
 
 
+def quantization_error(
+    weight: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    block_size: int,
+) -> Tensor:
+    """How far a 4-bit weight is from ``weight``: float64 ``[3]``, the sum of squared differences, the sum of squares of
+    ``weight``, and the largest absolute difference. Allocates nothing of the weight's size."""
+    return torch.ops.qlora.quantization_error(
+        weight, packed, absmax, nested_absmax, nested_offset, quant_type, block_size
+    )
+
+
 def forward(
     x: Tensor,
     packed: Tensor,
@@ -133,6 +149,11 @@ def _(weight, quant_type="nf4", block_size=64, double_quant=True, check_finite=T
 @torch.library.register_fake("qlora::dequantize")
 def _(packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size, dtype):
     return packed.new_empty(shape, dtype=dtype)
+
+
+@torch.library.register_fake("qlora::quantization_error")
+def _(weight, packed, absmax, nested_absmax, nested_offset, quant_type, block_size):
+    return weight.new_empty(3, dtype=torch.float64)
 
 
 @torch.library.register_fake("qlora::forward")

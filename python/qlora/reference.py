@@ -96,6 +96,24 @@ def dequantize(
     return (levels * scale).to(dtype).view(*shape)
 
 
+def quantization_error(
+    weight: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    block_size: int,
+) -> Tensor:
+    dense = dequantize(
+        packed, absmax, nested_absmax, nested_offset, weight.shape, quant_type, block_size, torch.float32
+    )
+    exact = weight.double()
+    difference = (dense - exact).abs()
+    largest = difference.max() if difference.numel() else torch.zeros((), dtype=torch.float64)
+    return torch.stack((difference.square().sum(), exact.square().sum(), largest))
+
+
 def forward(
     x: Tensor,
     packed: Tensor,

@@ -1,6 +1,7 @@
 """QuantizedWeight: the four tensors of a 4-bit weight, and what a caller needs to know to read them."""
 
 import json
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,6 +59,15 @@ class QuantizedWeight:
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """A dense tensor of ``shape``; ``dtype`` is float32, bfloat16 or float16."""
         return ops.dequantize(*self.tensors, self.shape, self.quant_type, self.block_size, dtype or self.dtype)
+
+    def error_against(self, weight: Tensor) -> tuple[float, float]:
+        """(relative Frobenius norm, largest absolute value) of the difference to ``weight``, of the same shape."""
+        if tuple(weight.shape) != self.shape:
+            raise ValueError(f"weight has shape {tuple(weight.shape)}: this one has {self.shape}")
+        squared, squares, largest = ops.quantization_error(
+            weight.detach(), *self.tensors, self.quant_type, self.block_size
+        ).tolist()
+        return math.sqrt(squared / squares) if squares > 0 else 0.0, largest
 
     def to(self, device: torch.device | str) -> "QuantizedWeight":
         """On another device. The dtypes of the tensors are part of the format and never change."""
@@ -133,6 +143,9 @@ class QuantizedWeight:
         nested = f"{prefix}.nested_absmax" in entries
         if nested and state["nested_blocksize"] != _C.NESTED_BLOCK:
             raise ValueError(f"nested_blocksize={state['nested_blocksize']} must be {_C.NESTED_BLOCK}")
+        dtype = getattr(torch, str(state["dtype"]), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"dtype={state['dtype']!r} is no torch dtype")
         shape = tuple(int(extent) for extent in state["shape"])
         packed = entries[prefix].contiguous().view(torch.uint8).flatten()  # quant_storage may be any dtype
         needed = (torch.Size(shape).numel() + 1) // 2
@@ -146,7 +159,7 @@ class QuantizedWeight:
             shape=shape,
             quant_type=state["quant_type"],
             block_size=state["blocksize"],
-            dtype=getattr(torch, state["dtype"]),
+            dtype=dtype,
         )
 
 

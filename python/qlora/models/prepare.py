@@ -138,7 +138,7 @@ def prepare_model(
         parent, leaf = _parent_of(model, name)
         linear = getattr(parent, leaf)
         if source is not None:
-            source.fill(linear, name)
+            source.fill(linear, name, copy=False)
         if target_modules is None or _matches(name, target_modules):
             layer: nn.Module = QLoRALinear(
                 linear,
@@ -152,6 +152,8 @@ def prepare_model(
             )
         else:
             layer = Linear4bit.from_linear(linear, quant_type, double_quant, block_size)
+        if layer.bias is not None:  # type: ignore[union-attr]
+            layer.bias.data = layer.bias.data.clone()  # type: ignore[union-attr]  (it may be mapped from a file)
         layer.train(linear.training)
         setattr(parent, leaf, layer)
 

@@ -48,23 +48,28 @@ class WeightSource:
         self.names = set(self._file_of)
 
     def read(self, name: str) -> Tensor:
-        """A copy of one tensor; the file is closed again, so that its pages do not stay mapped."""
+        """One tensor, mapped from its file: no memory is allocated, and its pages are let go with the tensor."""
         if name not in self.names:
             raise KeyError(f"the weights lack '{name}'; they have e.g. {sorted(self.names)[:3]}")
         if self._mapping is not None:
             return self._mapping[name]
         with open_safetensors(self._file_of[name]) as handle:
-            return handle.get_tensor(name).clone()
+            return handle.get_tensor(name)
 
-    def fill(self, module: nn.Module, name: str) -> None:
-        """Gives the direct parameters of ``module`` that are on the meta device their values."""
+    def fill(self, module: nn.Module, name: str, *, copy: bool) -> None:
+        """Gives the direct parameters of ``module`` that are on the meta device their values.
+
+        Without ``copy`` they stay mapped from the file, for a module that is replaced at once: dense temporaries from the
+        heap, between the small tensors that stay, would fragment it to several times the size of the result.
+        """
         for leaf, parameter in list(module.named_parameters(recurse=False)):
             if is_meta(parameter):
                 key = f"{name}.{leaf}" if name else leaf
                 value = self.read(key)
                 if value.shape != parameter.shape:
                     raise ValueError(f"'{key}' has shape {tuple(value.shape)}: the model needs {tuple(parameter.shape)}")
-                setattr(module, leaf, nn.Parameter(value.to(parameter.dtype), requires_grad=False))
+                value = value.to(parameter.dtype, copy=copy)
+                setattr(module, leaf, nn.Parameter(value, requires_grad=False))
 
     def fill_rest(self, model: nn.Module) -> None:
         """Fills what is still on the meta device; ties shared weights again; errors name what is left."""
@@ -73,7 +78,7 @@ class WeightSource:
             for leaf, parameter in list(module.named_parameters(recurse=False)):
                 key = f"{name}.{leaf}" if name else leaf
                 if is_meta(parameter) and (key in self.names or not callable(tie)):
-                    self.fill(module, name)
+                    self.fill(module, name, copy=True)
         if callable(tie):
             with suppress(NotImplementedError):
                 tie()

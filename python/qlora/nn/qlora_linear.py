@@ -13,8 +13,6 @@ from torch.nn import functional as F
 from qlora.nn.linear4bit import Linear4bit
 from qlora.weight import QuantizedWeight, quantize
 
-_ROWS_AT_ONCE = 1024  # error measurements hold this many dense rows, never the whole matrix
-
 
 @dataclass(frozen=True)
 class AdapterSettings:
@@ -55,19 +53,6 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         return grads[0], None, None, None
-
-
-def _relative_error(exact: Any, approximate: Any, rows: int) -> tuple[float, float]:
-    """Relative Frobenius and largest absolute error of two callables (begin, end) -> float32 rows."""
-    error = norm = largest = 0.0
-    for begin in range(0, rows, _ROWS_AT_ONCE):
-        end = min(begin + _ROWS_AT_ONCE, rows)
-        reference = exact(begin, end)
-        difference = approximate(begin, end) - reference
-        error += difference.square().sum(dtype=torch.float64).item()
-        norm += reference.square().sum(dtype=torch.float64).item()
-        largest = max(largest, difference.abs().max().item()) if difference.numel() else largest
-    return math.sqrt(error / norm) if norm > 0 else 0.0, largest
 
 
 class QLoRALinear(nn.Module):
@@ -118,7 +103,7 @@ class QLoRALinear(nn.Module):
             self.double_quant = base.nested_absmax.numel() > 0
         elif freeze_base:
             self.base = Linear4bit.from_linear(base, quant_type, double_quant, block_size)
-            self.quantization_error = self._measure_quantization(base.weight.detach())
+            self.quantization_error = self.base.quantized_weight.error_against(base.weight)[0]
         else:
             self.base = base
             base.requires_grad_(True)
@@ -143,6 +128,8 @@ class QLoRALinear(nn.Module):
             raise ValueError(f"adapter name '{name}' must be non-empty and without dots")
         if name in self.adapters:
             raise ValueError(f"adapter '{name}' exists already: {sorted(self.adapters)}")
+        if hasattr(self.lora_a, name):
+            raise ValueError(f"adapter name '{name}' is reserved (an attribute of ParameterDict): choose another")
         device = self.base.weight.device
         a = torch.empty(rank, self.in_features, dtype=self.adapter_dtype, device=device)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
@@ -252,7 +239,7 @@ class QLoRALinear(nn.Module):
         Args:
             name: the adapter, by default the active one.
             requantize: store the merged weight in the base's 4-bit format instead of ``dtype``.
-            dtype: of the dense merged weight; by default the base's original one if it was 16-bit, else bfloat16.
+            dtype: of the dense merged weight; by default what the base had before it was quantized.
 
         Returns the error that the merged format adds, measured against the float32 sum.
         """
@@ -271,16 +258,16 @@ class QLoRALinear(nn.Module):
         merged: Tensor | QuantizedWeight
         if requantize:
             merged = quantize(exact, self.quant_type, self.block_size, self.double_quant)
-            dense, label = merged.dequantize(torch.float32), self.quant_type
+            report = MergeReport(name, self.quant_type, *merged.error_against(exact))
         else:
-            dtype = dtype or (original if original in (torch.bfloat16, torch.float16) else torch.bfloat16)
+            dtype = dtype or original
             merged = exact.to(dtype)
-            dense, label = merged.float(), str(dtype).removeprefix("torch.")
-        relative, largest = _relative_error(
-            lambda begin, end: exact[begin:end], lambda begin, end: dense[begin:end], self.out_features
-        )
+            difference = merged.float() - exact
+            relative = (difference.norm() / exact.norm()).item() if exact.any() else 0.0
+            largest = difference.abs().max().item() if difference.numel() else 0.0
+            report = MergeReport(name, str(dtype).removeprefix("torch."), relative, largest)
         self._merged = _Merged(name, merged)
-        return MergeReport(name, label, relative, largest)
+        return report
 
     def unmerge(self) -> None:
         """Back to base and adapter, bit for bit as before :meth:`merge`. Raises RuntimeError if nothing is merged."""
@@ -307,13 +294,6 @@ class QLoRALinear(nn.Module):
     def reset_state(self) -> None:
         """Drops the cached dense weight; the next forward builds it again."""
         self._dense = None
-
-    def _measure_quantization(self, original: Tensor) -> float:
-        weight = self.base.quantized_weight  # type: ignore[union-attr]
-        dense = weight.dequantize(torch.float32)
-        return _relative_error(
-            lambda begin, end: original[begin:end].float(), lambda begin, end: dense[begin:end], self.out_features
-        )[0]
 
     def diagnostics(self) -> dict[str, Any]:
         """Bytes by kind, and the relative quantization error of the base (None if it came quantized)."""
