@@ -61,6 +61,7 @@ def save_llama(folder, chat: bool = True):
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,
+        initializer_range=0.2,  # a frozen head must be able to say something
         tie_word_embeddings=True,
         eos_token_id=1,
         pad_token_id=1,

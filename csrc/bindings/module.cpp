@@ -68,6 +68,9 @@ PYBIND11_MODULE(_C, m) {
   std::vector<std::string> quant_types;
   for (const qlora::QuantTypeName& entry : qlora::kQuantTypes) quant_types.emplace_back(entry.name);
   m.attr("QUANT_TYPES") = py::tuple(py::cast(quant_types));
+  m.attr("FP4_THRESHOLDS") = py::tuple(py::cast(std::vector<float>(qlora::kFp4Thresholds, qlora::kFp4Thresholds + 7)));
+  m.attr("FP4_CODE_OF_RANK") =
+      py::tuple(py::cast(std::vector<int>(qlora::kFp4CodeOfRank, qlora::kFp4CodeOfRank + 8)));
   m.attr("MIN_BLOCK_SIZE") = qlora::kMinBlockSize;
   m.attr("MAX_BLOCK_SIZE") = qlora::kMaxBlockSize;
   m.attr("NESTED_BLOCK") = qlora::kNestedBlock;

@@ -11,9 +11,6 @@ from torch import Tensor
 
 from qlora import _C
 
-_FP4_THRESHOLDS = (0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333)
-_FP4_CODE_OF_RANK = (0, 1, 6, 7, 4, 5, 2, 3)
-
 
 def _nf4_codes(x: Tensor) -> Tensor:
     levels = torch.tensor(_C.codebook("nf4"))
@@ -22,8 +19,8 @@ def _nf4_codes(x: Tensor) -> Tensor:
 
 
 def _fp4_codes(x: Tensor) -> Tensor:
-    rank = torch.bucketize(x.abs(), torch.tensor(_FP4_THRESHOLDS), right=False)
-    return torch.tensor(_FP4_CODE_OF_RANK)[rank] + torch.where(x < 0, 8, 0)
+    rank = torch.bucketize(x.abs(), torch.tensor(_C.FP4_THRESHOLDS), right=False)
+    return torch.tensor(_C.FP4_CODE_OF_RANK)[rank] + torch.where(x < 0, 8, 0)
 
 
 def _int4_codes(x: Tensor) -> Tensor:

@@ -173,7 +173,7 @@ def finetune(settings: FinetuneSettings, *, resume: bool = False, callbacks: Seq
         train_dataset=rows(train),
         eval_dataset=evaluation,
         data_collator=Collator(tokenizer.pad_token_id, settings.packing),
-        callbacks=[interrupt, *callbacks],
+        callbacks=[*callbacks, interrupt],
         keep_checkpoints=settings.keep_checkpoints,
     )
     newest = checkpoints(output)[-1] if resume and checkpoints(output) else None

@@ -1,0 +1,118 @@
+"""The command line: exit statuses, one-line errors, and the path from records to an answer."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from toys import save_llama
+
+from qlora.cli import demo, main
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    save_llama(folder / "model")
+    records = [{"prompt": "what is the sea ?", "completion": "the light stays on ."}] * 20
+    (folder / "data.jsonl").write_text("\n".join(json.dumps(record) for record in records))
+    return folder
+
+
+def finetune_command(world, output, *more):
+    return [
+        *("finetune", "--model", str(world / "model"), "--data", str(world / "data.jsonl"), "--output", str(output)),
+        *("--rank", "2", "--max-length", "64", "--compute-dtype", "fp32", *more),
+    ]
+
+
+def test_finetune_then_generate(world, tmp_path, capsys):
+    options = ("--max-steps", "60", "--learning-rate", "0.02", "--eval-steps", "60", "--save-steps", "60")
+    assert main(finetune_command(world, tmp_path / "run", *options)) == 0
+    out = capsys.readouterr().out
+    assert "evaluation loss" in out
+    assert "report.png" in out
+    command = ["generate", "--model", str(world / "model"), "--adapter", str(tmp_path / "run/adapter")]
+    assert main([*command, "--prompt", "what is the sea ?", "--max-new-tokens", "8", "--compute-dtype", "fp32"]) == 0
+    assert capsys.readouterr().out.strip().endswith("the light stays on .")
+
+
+def test_info_names_isa_kernels_and_versions(capsys, monkeypatch):
+    monkeypatch.setenv("QLORA_CPU_ISA", "scalar")
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert "torch " in out
+    assert "cpu/scalar: decode_words" in out
+    assert "not a multiple of 32" in out
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["finetune", "--output", "x"], "--model is required unless --resume"),
+        (["finetune", "--output", "no-such-run", "--resume"], "there is no run to resume"),
+        (["generate", "--model", "./nowhere", "--prompt", "x"], "./nowhere is not a model folder"),
+        (["generate", "--model", "x", "--prompt", "x", "--temperature", "-1"], "temperature=-1.0 must not be negative"),
+    ],
+)
+def test_errors_are_one_line_and_status_1(command, message, capsys):
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_bad_data_and_foreign_adapters_are_one_line(world, tmp_path, capsys):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{")
+    command = finetune_command(world, tmp_path / "run")
+    command[4] = str(bad)
+    assert main(command) == 1
+    assert "bad.jsonl:1:" in capsys.readouterr().err
+    assert main(["generate", "--model", str(world / "model"), "--adapter", str(tmp_path), "--prompt", "x"]) == 1
+    assert "is not an adapter folder" in capsys.readouterr().err
+
+
+def test_ctrl_c_saves_and_says_how_to_resume(world, tmp_path):
+    """A real signal to a real process; then the printed command, which finishes the run."""
+    output = tmp_path / "run"
+    arguments = finetune_command(world, output, "--max-steps", "3000", "--save-steps", "3000", "--eval-steps", "3000")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qlora", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (output / "eval_before.json").exists():  # training begins right after
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert f"qlora finetune --output {output} --resume" in error
+    saved = [name for name in os.listdir(output) if name.startswith("checkpoint-")]
+    assert len(saved) == 1
+
+
+def test_the_demo_replaces_only_an_older_demo(tmp_path):
+    folder = tmp_path / "precious"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="is no older demo"):
+        demo._replace_older_demo(folder)
+    assert (folder / "thesis.txt").exists()
+    (folder / "settings.json").write_text("{}")
+    demo._replace_older_demo(folder)
+    assert not folder.exists()
+
+
+def test_the_demo_data_set_is_what_it_says():
+    records = [json.loads(line) for line in demo.DATA.read_text().splitlines()]
+    assert len(records) == 240
+    assert len({record["prompt"] for record in records}) == 240
+    assert all(record["completion"].startswith("Keeper's log:") for record in records)
+    assert all(record["completion"].endswith("The light stays on.") for record in records)
+    assert not set(demo.PROMPTS) & {record["prompt"] for record in records}

@@ -1,0 +1,143 @@
+"""Records: three shapes, clear errors, the assistant's tokens only, packing that changes no result."""
+
+import json
+
+import pytest
+import torch
+from toys import save_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qlora.training.data import IGNORED, BadRecord, Collator, Example, Sequences, pack, read_records, tokenize
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def write(path, *lines):
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    return path
+
+
+GOOD = {"prompt": "what is the sea ?", "completion": "the light ."}
+
+
+def learnt(example, tokenizer):
+    return tokenizer.decode([token for token in example.labels if token != IGNORED])
+
+
+def test_prompt_completion_goes_through_the_chat_template(tokenizer):
+    example = tokenize(GOOD, tokenizer, 100)
+    assert tokenizer.decode(example.input_ids) == "<|user|> what is the sea ? <|end|> <|assistant|> the light . <|end|>"
+    assert learnt(example, tokenizer) == "the light . <|end|>"
+
+
+def test_every_assistant_turn_is_learnt(tokenizer):
+    messages = [
+        {"role": "system", "content": "keeper"},
+        {"role": "user", "content": "how ?"},
+        {"role": "assistant", "content": "sail ."},
+        {"role": "user", "content": "what ?"},
+        {"role": "assistant", "content": "wind ."},
+    ]
+    example = tokenize({"messages": messages}, tokenizer, 100)
+    assert learnt(example, tokenizer) == "sail . <|end|> wind . <|end|>"
+
+
+def test_plain_text_is_learnt_whole_and_ends(tokenizer):
+    example = tokenize({"text": "the sea"}, tokenizer, 100)
+    assert example.labels == example.input_ids
+    assert example.input_ids[-1] == tokenizer.eos_token_id
+
+
+def test_without_a_chat_template_prompt_and_completion_are_joined(tmp_path):
+    plain = AutoTokenizer.from_pretrained(save_llama(tmp_path, chat=False))
+    example = tokenize({"prompt": "what is ", "completion": "the sea"}, plain, 100)
+    assert plain.decode(example.input_ids) == "what is the sea <|end|>"
+    assert learnt(example, plain) == "the sea <|end|>"
+
+
+def test_a_template_that_rewrites_history_is_refused(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{{ messages | length }} {% for m in messages %}{{ m['content'] }} {% endfor %}"
+    with pytest.raises(ValueError, match="rewrites earlier turns"):
+        tokenize(GOOD, tokenizer, 100)
+
+
+def test_cut_at_max_length(tokenizer):
+    assert len(tokenize(GOOD, tokenizer, 7).input_ids) == 7
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("{not json", r"data\.jsonl:2: Expecting property name"),
+        ([1], r"data\.jsonl:2: a record is a JSON object, not list"),
+        ({"question": "?"}, r"keys \['question'\]: a record has either"),
+        ({"prompt": "a", "text": "b"}, "either 'messages'"),
+        ({"prompt": "a"}, "'completion' must be a string that is not empty"),
+        ({"prompt": "", "completion": "b"}, "'prompt' must be a string"),
+        ({"text": 3}, "'text' must be a string"),
+        ({"messages": []}, "list that is not empty"),
+        ({"messages": [{"role": "bot", "content": "x"}]}, "role 'bot' is none of"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "there is nothing to learn"),
+        ({"messages": [{"role": "user"}]}, "string 'content'"),
+    ],
+)
+def test_malformed_records_name_file_and_line(tmp_path, bad, message):
+    path = write(tmp_path / "data.jsonl", GOOD, bad, GOOD)
+    with pytest.raises(BadRecord, match=message):
+        read_records(path)
+    records, count = read_records(path, skip_bad=True)
+    assert (len(records), count) == (2, 1)
+
+
+def test_bytes_that_are_no_utf8(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(json.dumps(GOOD).encode() + b"\n\xff\xfe\n")
+    with pytest.raises(BadRecord, match=r"data\.jsonl:2"):
+        read_records(path)
+
+
+def test_files_without_records(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing.jsonl"):
+        read_records(tmp_path / "nothing.jsonl")
+    with pytest.raises(BadRecord, match="no usable record"):
+        read_records(write(tmp_path / "empty.jsonl", "", "  "))
+
+
+def examples(*lengths):
+    return [Example(list(range(1, n + 1)), list(range(1, n + 1))) for n in lengths]
+
+
+def test_packing_keeps_every_example_whole_and_fills_rows():
+    packed = pack(examples(5, 3, 8, 2, 6), 8)
+    assert sorted(len(e.input_ids) for row in packed.rows for e in row) == [2, 3, 5, 6, 8]
+    assert len(packed) == 3  # 8 | 6 + 2 | 5 + 3
+    assert packed.tokens == 24
+
+
+def test_a_packed_batch_restarts_positions_and_never_predicts_across_examples():
+    batch = Collator(0, packed=True)([examples(3, 2), examples(4)])
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0]]
+    assert batch["labels"].tolist() == [[IGNORED, 2, 3, IGNORED, 2], [IGNORED, 2, 3, 4, IGNORED]]
+    assert "attention_mask" not in batch
+
+
+def test_packed_and_padded_rows_have_the_same_loss(folder):
+    """Examples in one row do not see each other: transformers derives block-diagonal attention from the positions."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.config.use_cache = False  # as finetune does: with a cache transformers looks for no packed sequences
+    group = [Example(ids, ids) for ids in (torch.randint(5, model.config.vocab_size, (n,)).tolist() for n in (9, 5, 7, 3))]
+    packed = Collator(1, packed=True)(pack(group, 16).rows)
+    padded = Collator(1, packed=False)(Sequences([[e] for e in group]).rows)
+    with torch.no_grad():
+        assert torch.allclose(model(**packed).loss, model(**padded).loss, rtol=1e-5)
+        mixed_up = dict(packed, position_ids=torch.arange(packed["input_ids"].shape[1])[None].expand(2, -1))
+        assert not torch.allclose(model(**mixed_up).loss, model(**padded).loss, rtol=1e-5)

@@ -1,0 +1,224 @@
+"""The job on a random Llama: it learns, it resumes bit for bit, and nothing is lost on the way."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from toys import save_llama
+from transformers import TrainerCallback
+
+import qlora
+from qlora.models.loading import chat_reply, load_for_inference
+from qlora.training import finetune as module
+from qlora.training.finetune import FinetuneSettings, Interrupted, finetune
+from qlora.training.trainer import AdapterTrainer, checkpoints
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    return save_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def data_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "data.jsonl"
+    words = "sea harbor storm ship sail wind wave night day".split()
+    records = [{"prompt": f"what is {w} ?", "completion": f"keeper log : the {v} stays on ."} for w in words for v in words]
+    path.write_text("\n".join(json.dumps(record) for record in records))
+    return path
+
+
+@pytest.fixture
+def settings(model_folder, data_file, tmp_path):
+    return FinetuneSettings(
+        model=str(model_folder),
+        data=str(data_file),
+        output=str(tmp_path / "run"),
+        rank=4,
+        compute_dtype="fp32",
+        max_steps=12,
+        max_length=64,
+        learning_rate=5e-3,
+        save_steps=4,
+        eval_steps=4,
+        logging_steps=1,
+        dropout=0.1,
+    )
+
+
+def weights_of(settings):
+    return load_file(f"{settings.output}/adapter/adapter_model.safetensors")
+
+
+def assert_same_adapter(first, second):
+    a, b = weights_of(first), weights_of(second)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+class StopAt(TrainerCallback):
+    """Does ``action`` at the end of one step."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.action()
+
+
+def test_the_loss_falls_and_everything_is_written(settings):
+    result = finetune(dataclasses.replace(settings, max_steps=100, learning_rate=2e-2))
+    assert result.eval_loss_after < 0.7 * result.eval_loss_before
+    output = result.adapter.parent
+    assert {"adapter", "report.png", "report.json", "settings.json", "checkpoint-100"} <= set(os.listdir(output))
+    report = json.loads((output / "report.json").read_text())
+    assert report["eval_loss_after"] == result.eval_loss_after
+    assert report["memory_bytes"]["linear_layers_4bit"] * 4 == report["memory_bytes"]["linear_layers_16bit"]
+    assert len(checkpoints(output)) == settings.keep_checkpoints
+    # The saved adapter gives the trained model's answers.
+    model, tokenizer = load_for_inference(settings.model, result.adapter, torch.float32)
+    prompt = "what is sea ?"
+    assert chat_reply(model, tokenizer, prompt, 8) == chat_reply(result.model, result.tokenizer, prompt, 8)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"packing": False, "batch_size": 3, "gradient_accumulation": 2},
+        {"gradient_checkpointing": True, "compute_dtype": "bf16"},
+        {"quant_type": "int4", "double_quant": False, "block_size": 32, "target_modules": ("q_proj", "v_proj")},
+    ],
+    ids=["packed", "padded", "checkpointing-bf16", "int4"],
+)
+def test_a_resumed_run_equals_the_uninterrupted_one(settings, tmp_path, change):
+    settings = dataclasses.replace(settings, **change)
+    finetune(settings)
+    stopped = dataclasses.replace(settings, output=str(tmp_path / "stopped"))
+    with pytest.raises(Interrupted) as stop:
+        finetune(stopped, callbacks=[StopAt(5, lambda: os.kill(os.getpid(), signal.SIGINT))])
+    assert stop.value.checkpoint.name == "checkpoint-5"
+    finetune(stopped, resume=True)
+    assert_same_adapter(settings, stopped)
+
+
+def test_ctrl_c_restores_the_signal_handler(settings):
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted):
+        finetune(settings, callbacks=[StopAt(1, lambda: os.kill(os.getpid(), signal.SIGINT))])
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(settings, monkeypatch):
+    """The second checkpoint fails in the middle, after its adapter was written; the run resumes from the first."""
+    original = AdapterTrainer._save_optimizer_and_scheduler
+
+    def full_at_step_8(self, output_dir):
+        if self.state.global_step == 8:
+            raise OSError(28, "No space left on device")
+        original(self, output_dir)
+
+    monkeypatch.setattr(AdapterTrainer, "_save_optimizer_and_scheduler", full_at_step_8)
+    with pytest.raises(OSError, match="No space left"):
+        finetune(settings)
+    monkeypatch.undo()
+    output = checkpoints(module.Path(settings.output))
+    assert [path.name for path in output] == ["checkpoint-4"]
+    assert not (module.Path(settings.output) / ".saving").exists()
+    finetune(settings, resume=True)
+    uninterrupted = dataclasses.replace(settings, output=settings.output + "-again")
+    finetune(uninterrupted)
+    assert_same_adapter(settings, uninterrupted)
+
+
+def test_a_half_written_checkpoint_is_ignored(settings):
+    finetune(dataclasses.replace(settings, max_steps=4))
+    half = module.Path(settings.output) / "checkpoint-9"
+    half.mkdir()
+    (half / "adapter_model.safetensors").write_bytes(b"half")
+    assert [p.name for p in checkpoints(half.parent)] == ["checkpoint-4"]
+
+
+def test_an_output_folder_that_exists_is_not_touched(settings):
+    folder = module.Path(settings.output)
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="exists and is not empty"):
+        finetune(settings)
+    assert os.listdir(folder) == ["thesis.txt"]
+
+
+def test_resume_needs_a_run_with_the_same_settings(settings):
+    with pytest.raises(FileNotFoundError, match="no run to resume"):
+        finetune(settings, resume=True)
+    finetune(dataclasses.replace(settings, max_steps=2))
+    with pytest.raises(ValueError, match="max_steps: 2 -> 12"):
+        finetune(settings, resume=True)
+
+
+def test_bad_data_stops_the_job_before_anything_is_written(settings, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "what", "completion": "sea"}\n{"prompt": 3}\n')
+    with pytest.raises(ValueError, match=r"bad\.jsonl:2"):
+        finetune(dataclasses.replace(settings, data=str(bad)))
+    assert not module.Path(settings.output).exists()
+    result = finetune(dataclasses.replace(settings, data=str(bad), skip_bad=True, max_steps=1, eval_fraction=0.0))
+    assert result.bad_records == 1
+    assert result.eval_loss_after is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank": 0}, "rank=0 must be at least 1"),
+        ({"dropout": 1.0}, r"dropout=1.0 must be in \[0, 1\)"),
+        ({"compute_dtype": "int8"}, "compute_dtype='int8' must be one of bf16, fp32"),
+        ({"max_length": 4}, "max_length=4 cuts off every completion"),
+        ({"quant_type": "nf3"}, "quant_type='nf3' is unknown"),
+        ({"block_size": 65}, "block_size=65"),
+        ({"target_modules": ("nowhere",)}, "'nowhere' matches no linear layer"),
+        ({"model": "./no/such/model"}, "is not a model folder"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0 must be positive"),
+    ],
+)
+def test_bad_settings_name_value_and_rule(settings, change, message):
+    with pytest.raises((ValueError, RuntimeError, FileNotFoundError), match=message):
+        finetune(dataclasses.replace(settings, **change))
+
+
+def test_a_dense_model_that_cannot_stream_says_so(model_folder, tmp_path, caplog):
+    """A folder without safetensors names is loaded densely, never in silence."""
+    import shutil
+
+    from safetensors.torch import save_file
+
+    from qlora.models.loading import load_quantized
+
+    folder = tmp_path / "prefixed"
+    shutil.copytree(model_folder, folder)
+    state = load_file(folder / "model.safetensors")
+    save_file({k.removeprefix("model."): v for k, v in state.items()}, folder / "model.safetensors", {"format": "pt"})
+    streamed, _ = load_quantized(module.Path(model_folder), torch.float32, progress=False, rank=2)
+    dense, _ = load_quantized(folder, torch.float32, progress=False, rank=2)
+    assert "loading the dense model first" in caplog.text
+    ids = torch.arange(8)[None]
+    assert torch.equal(streamed(ids).logits, dense(ids).logits)
+
+
+def test_the_streamed_model_is_the_dense_one_prepared(model_folder):
+    from transformers import AutoModelForCausalLM
+
+    from qlora.models.loading import load_quantized
+
+    streamed, report = load_quantized(module.Path(model_folder), torch.float32, progress=False, rank=2)
+    dense = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    same = qlora.prepare_model(dense, rank=2)
+    ids = torch.arange(8)[None]
+    assert torch.equal(streamed(ids).logits, dense(ids).logits)
+    assert report.quantized == same.quantized
+    assert report.skipped == ("lm_head",)
