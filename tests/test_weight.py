@@ -4,9 +4,8 @@ import copy
 import io
 
 import pytest
-import torch
-
 import qlora
+import torch
 from qlora import ops, reference
 
 

@@ -1,9 +1,9 @@
 """Derived bounds on rounding errors; no number here was found by trying.
 
-u = 2^-24 is float32's unit roundoff. A sum of K products, accumulated in float32 in any order, with each product rounded
-(machines without FMA) or not, is off by at most (K + 2) * u * sum |a||b| (Higham 2002, section 3.1; the second-order
-terms are below the slack of one unit for K < 2^20). Rounding the result to the output type adds eps / 2 * |y|, and half the
-smallest subnormal step in float16.
+u = 2^-24 is float32's unit roundoff. A sum of K products, accumulated in float32 in any order, with each product
+rounded (machines without FMA) or not, is off by at most (K + 2) * u * sum |a||b| (Higham 2002, section 3.1; the
+second-order terms are below the slack of one unit for K < 2^20). Rounding the result to the output type adds eps / 2 *
+|y|, and half the smallest subnormal step in float16.
 """
 
 import torch

@@ -3,7 +3,9 @@
 import torch
 from torch import nn
 
-WORDS = "the light stays on keeper log sea harbor storm what is how do you ship sail wind wave night day a of to and".split()
+WORDS = (  # noqa: SIM905
+    "the light stays on keeper log sea harbor storm what is how do you ship sail wind wave night day a of to and"
+).split()
 
 
 class Block(nn.Module):
@@ -49,7 +51,9 @@ def save_llama(folder, chat: bool = True):
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     core.add_special_tokens(special)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<|end|>", pad_token="<|end|>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", eos_token="<|end|>", pad_token="<|end|>"
+    )
     if chat:
         tokenizer.chat_template = CHAT_TEMPLATE
     torch.manual_seed(0)

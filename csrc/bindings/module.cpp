@@ -59,9 +59,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("codebook", &levels, py::arg("quant_type"), "The 16 levels of a 4-bit type, by code.");
   m.def(
       "dynamic_map",
-      [] {
-        return std::vector<float>(qlora::kDynamicMap.value, qlora::kDynamicMap.value + qlora::kDynamicMapSize);
-      },
+      [] { return std::vector<float>(qlora::kDynamicMap.value, qlora::kDynamicMap.value + qlora::kDynamicMapSize); },
       "The 256 values of the signed 8-bit dynamic map, ascending.");
   m.def("explain_forward", &explain_forward, py::arg("m"), py::arg("k"),
         "(kernel, why not a faster one) for m tokens and k input features.");
@@ -69,8 +67,7 @@ PYBIND11_MODULE(_C, m) {
   for (const qlora::QuantTypeName& entry : qlora::kQuantTypes) quant_types.emplace_back(entry.name);
   m.attr("QUANT_TYPES") = py::tuple(py::cast(quant_types));
   m.attr("FP4_THRESHOLDS") = py::tuple(py::cast(std::vector<float>(qlora::kFp4Thresholds, qlora::kFp4Thresholds + 7)));
-  m.attr("FP4_CODE_OF_RANK") =
-      py::tuple(py::cast(std::vector<int>(qlora::kFp4CodeOfRank, qlora::kFp4CodeOfRank + 8)));
+  m.attr("FP4_CODE_OF_RANK") = py::tuple(py::cast(std::vector<int>(qlora::kFp4CodeOfRank, qlora::kFp4CodeOfRank + 8)));
   m.attr("MIN_BLOCK_SIZE") = qlora::kMinBlockSize;
   m.attr("MAX_BLOCK_SIZE") = qlora::kMaxBlockSize;
   m.attr("NESTED_BLOCK") = qlora::kNestedBlock;

@@ -7,7 +7,7 @@
 namespace qlora::cpu {
 namespace {
 
-inline constexpr int64_t kSegment = 32;          // the finest block: every 32-bit word of 8 weights has one scale
+inline constexpr int64_t kSegment = 32;            // the finest block: every 32-bit word of 8 weights has one scale
 inline constexpr int64_t kSegmentsPerPiece = 128;  // 4096 weights of a row at a time: their scales fit in 512 bytes
 inline constexpr int kTokensPerPass = 4;
 
@@ -45,8 +45,9 @@ QLORA_INLINE void accumulate_nibbles(typename V::Table table, typename V::I word
   }
 }
 
-// k % 32 == 0: every word of 8 weights lies in one block. The order of k inside a chunk is that of the nibbles in a word,
-// for x too (pack_words), so nothing is unpacked or shuffled: one load, 7 shifts, 8 lookups for 8 * kLanes weights.
+// k % 32 == 0: every word of 8 weights lies in one block. The order of k inside a chunk is that of the nibbles in a
+// word, for x too (pack_words), so nothing is unpacked or shuffled: one load, 7 shifts, 8 lookups for 8 * kLanes
+// weights.
 template <class V, int kTokens>
 void row_dot_words(const DecodeParams& p, typename V::Table table, int64_t row, int64_t token0, float* sums) {
   constexpr int64_t kChunk = 8 * V::kLanes;  // weights
@@ -163,8 +164,7 @@ void decode_row(const DecodeParams& p, typename V::Table table, int64_t row, int
   const float bias = p.bias != nullptr ? load_scalar(p.bias, p.bias_dtype, row) : 0.0f;
   for (int t = 0; t < kTokens; ++t) {
     float y = sums[t] + bias;
-    if (p.lora_t != nullptr)
-      y += dense_dot<V>(p.lora_b, p.lora_dtype, row * p.r, p.lora_t + (token0 + t) * p.r, p.r);
+    if (p.lora_t != nullptr) y += dense_dot<V>(p.lora_b, p.lora_dtype, row * p.r, p.lora_t + (token0 + t) * p.r, p.r);
     store_scalar(p.y, p.dtype, (token0 + t) * p.weight.n + row, y);
   }
 }

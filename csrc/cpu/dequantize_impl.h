@@ -1,4 +1,5 @@
-// Decoding any span of a packed weight, in flat order, for one vector type; the matmul kernels fill their panels with it.
+// Decoding any span of a packed weight, in flat order, for one vector type; the matmul kernels fill their panels with
+// it.
 #pragma once
 
 #include "cpu/kernel_table.h"

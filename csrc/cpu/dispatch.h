@@ -8,8 +8,8 @@ namespace qlora::cpu {
 
 inline constexpr const char* kIsaVariable = "QLORA_CPU_ISA";
 
-// The variable is read at every call, so that one process can compare levels. `bad_value` receives the variable's text if
-// it names no level; the result is then null. A cap above the machine's level is no error: it caps nothing.
+// The variable is read at every call, so that one process can compare levels. `bad_value` receives the variable's text
+// if it names no level; the result is then null. A cap above the machine's level is no error: it caps nothing.
 const KernelTable* active_table(const char** bad_value);
 
 // The level's table, or null where this build or machine cannot run it.

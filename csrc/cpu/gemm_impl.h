@@ -1,8 +1,9 @@
-// Many tokens: a panel of W is decoded once into cache and used for every token; forward, backward and low-rank gradients
-// are one loop nest with different operands. out[row, col] = sum over steps of operand[row, step] * columns[step, col].
+// Many tokens: a panel of W is decoded once into cache and used for every token; forward, backward and low-rank
+// gradients are one loop nest with different operands. out[row, col] = sum over steps of operand[row, step] *
+// columns[step, col].
 //
-// The columns (tokens) lie in vectors, the operand is broadcast: a row of W is used as it is decoded, without a transpose,
-// and the backward only swaps which index of the panel is contiguous.
+// The columns (tokens) lie in vectors, the operand is broadcast: a row of W is used as it is decoded, without a
+// transpose, and the backward only swaps which index of the panel is contiguous.
 #pragma once
 
 #include <cstdlib>
@@ -137,8 +138,7 @@ void store_block(const GemmParams& p, int64_t row0, int64_t rows, int64_t col0, 
     return;
   }
   float bias[Panel<true>::kRows];
-  for (int64_t i = 0; i < rows; ++i)
-    bias[i] = p.bias != nullptr ? load_scalar(p.bias, p.bias_dtype, row0 + i) : 0.0f;
+  for (int64_t i = 0; i < rows; ++i) bias[i] = p.bias != nullptr ? load_scalar(p.bias, p.bias_dtype, row0 + i) : 0.0f;
   for (int64_t j = 0; j < cols; ++j) {
     T* line = out + (col0 + j) * p.out_ld + row0;
     for (int64_t i = 0; i < rows; ++i) assign(line[i], c[i * c_ld + j] * p.scale + bias[i]);

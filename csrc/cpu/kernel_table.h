@@ -17,8 +17,8 @@ struct QuantizeParams {
   const void* weight;  // [numel], float32, bfloat16 or float16
   DType dtype;
   int64_t numel;
-  int64_t block;     // weights per absmax
-  int quant_type;    // QuantType
+  int64_t block;   // weights per absmax
+  int quant_type;  // QuantType
   bool check_finite;
   uint8_t* packed;  // [ceil(numel / 2)]
   float* absmax;    // [ceil(numel / block)]
@@ -89,10 +89,10 @@ inline constexpr int64_t kDecodeTokens = 8;  // up to here `decode` runs, above 
 // y[t, row] = x[t] · W[row] + bias[row] + sum_r lora_t[t, r] * lora_b[row, r] for few tokens. Unit: row of W.
 struct DecodeParams {
   PackedWeight weight;
-  int64_t m;              // <= kDecodeTokens
-  const float* x_plain;   // [m, k]
-  const float* x_words;   // [m, words_floats(k)]: nibble order of `decode`; null if k % 32 != 0
-  const void* bias;       // [n] or null
+  int64_t m;             // <= kDecodeTokens
+  const float* x_plain;  // [m, k]
+  const float* x_words;  // [m, words_floats(k)]: nibble order of `decode`; null if k % 32 != 0
+  const void* bias;      // [n] or null
   DType bias_dtype;
   const float* lora_t;  // [m, r], scaling * x lora_aᵀ, or null
   const void* lora_b;   // [n, r]
@@ -125,8 +125,8 @@ struct DotParams {
 
 struct KernelTable {
   const char* isa;
-  int lanes;                 // float32 lanes of a vector
-  int64_t tile_cols;         // columns of one packed tile
+  int lanes;          // float32 lanes of a vector
+  int64_t tile_cols;  // columns of one packed tile
   int64_t (*quantize)(const QuantizeParams&, int64_t begin_block, int64_t end_block);
   void (*dequantize)(const DequantizeParams&, int64_t begin, int64_t end);
   void (*pack)(const PackParams&, int64_t begin_tile, int64_t end_tile);

@@ -28,9 +28,7 @@ struct VecAvx2 {
     const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
   }
-  QLORA_INLINE F load(const fp16* p) {
-    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  }
+  QLORA_INLINE F load(const fp16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   QLORA_INLINE void store(float* p, F x) { _mm256_storeu_ps(p, x); }
   QLORA_INLINE void store(bf16* p, F x) {
     const __m256i u = _mm256_castps_si256(x);
@@ -86,9 +84,7 @@ struct VecAvx2 {
     const __m256i index = _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(word)), shift);
     return select(t, index, _mm256_slli_epi32(index, 28));
   }
-  QLORA_INLINE F expand_scales(const float* s) {
-    return _mm256_set_m128(_mm_broadcast_ss(s + 1), _mm_broadcast_ss(s));
-  }
+  QLORA_INLINE F expand_scales(const float* s) { return _mm256_set_m128(_mm_broadcast_ss(s + 1), _mm_broadcast_ss(s)); }
   QLORA_INLINE F decode_scales(const uint8_t* codes, const float* map, F nested, F offset) {
     const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
     return _mm256_add_ps(_mm256_mul_ps(_mm256_i32gather_ps(map, index, 4), nested), offset);

@@ -50,9 +50,7 @@ struct VecAvx512 {
   QLORA_INLINE F abs(F a) { return _mm512_abs_ps(a); }
   QLORA_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
   QLORA_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
-  QLORA_INLINE F round_even(F a) {
-    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  }
+  QLORA_INLINE F round_even(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   QLORA_INLINE float reduce_add(F a) { return _mm512_reduce_add_ps(a); }
   QLORA_INLINE float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
 
@@ -66,8 +64,10 @@ struct VecAvx512 {
   }
   QLORA_INLINE F decode_run(Table t, const uint8_t* p) {
     const __m512i pair = _mm512_castsi128_si512(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-    const __m512i word = _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1), pair);
-    const __m512i shift = _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);  // element i is nibble i ^ 1
+    const __m512i word =
+        _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1), pair);
+    const __m512i shift =
+        _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);  // element i is nibble i ^ 1
     return _mm512_permutexvar_ps(_mm512_srlv_epi32(word, shift), t);
   }
   QLORA_INLINE F expand_scales(const float* s) {

@@ -3,8 +3,9 @@
 
 #include <cstdint>
 
-// Functions of the format are compiled into translation units with different instruction sets. Internal linkage keeps the
-// linker from merging an AVX-512 body with a scalar one, which would crash older machines; inlining keeps them free.
+// Functions of the format are compiled into translation units with different instruction sets. Internal linkage keeps
+// the linker from merging an AVX-512 body with a scalar one, which would crash older machines; inlining keeps them
+// free.
 #if defined(__CUDACC__)
 #define QLORA_INLINE static __host__ __device__ __forceinline__
 #else

@@ -1,5 +1,6 @@
-// The signed 8-bit dynamic map that stores double-quantized scales (Dettmers 2015, "8-Bit Approximations for Parallelism
-// in Deep Learning"): per decade 10^-6 … 10^0 a linear grid that doubles in density, mirrored, plus 0 and 1.
+// The signed 8-bit dynamic map that stores double-quantized scales (Dettmers 2015, "8-Bit Approximations for
+// Parallelism in Deep Learning"): per decade 10^-6 … 10^0 a linear grid that doubles in density, mirrored, plus 0
+// and 1.
 #pragma once
 
 #include "format/common.h"
@@ -14,8 +15,8 @@ struct DynamicMap {
   float threshold[kDynamicMapSize - 1];  // fp32 midpoints; code = number of thresholds below x
 };
 
-// torch.linspace(0.1, 1, count) in float32: upward from the start in the first half, downward from the end in the second,
-// each point rounded once from the exact product, as torch's vectorized kernel does with a fused multiply-add.
+// torch.linspace(0.1, 1, count) in float32: upward from the start in the first half, downward from the end in the
+// second, each point rounded once from the exact product, as torch's vectorized kernel does with a fused multiply-add.
 QLORA_INLINE constexpr float linspace_tenth_to_one(int i, int count) {
   const float first = 0.1f, last = 1.0f;
   const float step = (last - first) / static_cast<float>(count - 1);

@@ -30,7 +30,7 @@ QLORA_INLINE float to_float(bf16 x) { return float_of(static_cast<uint32_t>(x.bi
 QLORA_INLINE float to_float(fp16 h) {
   const uint32_t sign = static_cast<uint32_t>(h.bits & 0x8000u) << 16;
   const uint32_t magnitude = h.bits & 0x7FFFu;
-  if (magnitude >= 0x7C00u) return float_of(sign | 0x7F800000u | ((magnitude & 0x3FFu) << 13));   // inf, nan
+  if (magnitude >= 0x7C00u) return float_of(sign | 0x7F800000u | ((magnitude & 0x3FFu) << 13));  // inf, nan
   if (magnitude >= 0x0400u) return float_of(sign | ((magnitude << 13) + ((127u - 15u) << 23)));  // normal
   const float subnormal = static_cast<float>(magnitude) * 0x1p-24f;
   return float_of(sign | bits_of(subnormal));

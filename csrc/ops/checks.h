@@ -28,7 +28,8 @@ inline std::string text_of(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
 inline bool is_given(const OptionalTensor& t) { return t.has_value() && t->numel() > 0; }
 
 inline void check_cpu(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu(), name, " is on another device than the CPU: all tensors of one call must be on one device");
+  STD_TORCH_CHECK(t.is_cpu(), name,
+                  " is on another device than the CPU: all tensors of one call must be on one device");
 }
 
 inline void check_dtype(const Tensor& t, ScalarType dtype, const char* name, const char* rule) {
@@ -131,7 +132,8 @@ inline CheckedWeight check_weight(const Tensor& packed, const Tensor& absmax, co
 }
 
 inline void check_matrix_shape(const std::vector<int64_t>& shape) {
-  STD_TORCH_CHECK(shape.size() == 2, "shape has ", shape.size(), " dimensions: a matmul weight is (out_features, in_features)");
+  STD_TORCH_CHECK(shape.size() == 2, "shape has ", shape.size(),
+                  " dimensions: a matmul weight is (out_features, in_features)");
 }
 
 }  // namespace qlora::ops

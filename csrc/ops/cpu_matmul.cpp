@@ -48,7 +48,8 @@ struct Lora {
 };
 
 std::optional<Lora> check_lora(const OptionalTensor& a, const OptionalTensor& b, int64_t n, int64_t k, double scaling) {
-  STD_TORCH_CHECK(a.has_value() == b.has_value(), a.has_value() ? "lora_a was given without lora_b" : "lora_b was given without lora_a",
+  STD_TORCH_CHECK(a.has_value() == b.has_value(),
+                  a.has_value() ? "lora_a was given without lora_b" : "lora_b was given without lora_a",
                   ": an adapter needs both");
   if (!a.has_value()) return std::nullopt;
   STD_TORCH_CHECK(a->dim() == 2, "lora_a has shape ", text_of(a->sizes()), ": it must be [rank, in_features]");
@@ -71,8 +72,7 @@ Columns pack(const cpu::KernelTable& kernels, const Matrix& m, StepsAre steps_ar
   const int64_t cols = rows ? m.cols : m.rows, steps = rows ? m.rows : m.cols;
   Tensor storage = empty_cpu({kernels.packed_floats(cols, steps)}, ScalarType::Float);
   const cpu::PackParams p{m.data, m.dtype, m.cols, rows, cols, steps, storage.mutable_data_ptr<float>()};
-  parallel(ceil_div(cols, kernels.tile_cols), 1,
-           [&](int64_t begin, int64_t end) { kernels.pack(p, begin, end); });
+  parallel(ceil_div(cols, kernels.tile_cols), 1, [&](int64_t begin, int64_t end) { kernels.pack(p, begin, end); });
   return {storage, p.out};
 }
 
@@ -169,7 +169,8 @@ Tensor two_terms(const cpu::KernelTable& kernels, Operands form, int64_t rows, c
 Tensor decode(const cpu::KernelTable& kernels, const PackedWeight& w, const Matrix& x, const Matrix* lora_x,
               const std::optional<Lora>& lora, const Matrix* bias, const Tensor& like, bool words) {
   const auto token_floats = [&](const Matrix& m, bool with_words) {
-    Tensor storage = empty_cpu({m.rows * (m.cols + (with_words ? kernels.words_floats(m.cols) : 0))}, ScalarType::Float);
+    Tensor storage =
+        empty_cpu({m.rows * (m.cols + (with_words ? kernels.words_floats(m.cols) : 0))}, ScalarType::Float);
     float* plain = storage.mutable_data_ptr<float>();
     const cpu::PackWordsParams p{m.data, m.dtype, m.cols, plain, with_words ? plain + m.rows * m.cols : nullptr};
     kernels.pack_words(p, 0, m.rows);
@@ -189,9 +190,14 @@ Tensor decode(const cpu::KernelTable& kernels, const PackedWeight& w, const Matr
   if (lora) {
     if (lora_x != nullptr) lora_floats = token_floats(*lora_x, false);
     t = empty_cpu({x.rows, lora->a.rows}, ScalarType::Float);
-    const cpu::DotParams down{lora->a.data, lora->a.dtype, lora->a.rows, x.cols,
+    const cpu::DotParams down{lora->a.data,
+                              lora->a.dtype,
+                              lora->a.rows,
+                              x.cols,
                               lora_x != nullptr ? lora_floats.const_data_ptr<float>() : p.x_plain,
-                              x.rows, lora->scaling, t.mutable_data_ptr<float>()};
+                              x.rows,
+                              lora->scaling,
+                              t.mutable_data_ptr<float>()};
     parallel(down.rows, std::max<int64_t>(1, kWeightsPerTask / std::max<int64_t>(1, x.cols)),
              [&](int64_t begin, int64_t end) { kernels.dot(down, begin, end); });
     p.lora_t = down.out;
@@ -248,11 +254,13 @@ Tensor forward(Tensor x, Tensor packed, Tensor absmax, OptionalTensor nested_abs
                    t ? &*t : nullptr, x, bias_or_null);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    Tensor grad, Tensor x, Tensor packed, Tensor absmax, OptionalTensor nested_absmax, OptionalTensor nested_offset,
-    std::vector<int64_t> shape, std::string quant_type, int64_t block_size, OptionalTensor lora_a,
-    OptionalTensor lora_b, double scaling, OptionalTensor lora_x, bool needs_x, bool needs_lora, bool needs_lora_x,
-    bool needs_bias) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad, Tensor x, Tensor packed, Tensor absmax,
+                                                            OptionalTensor nested_absmax, OptionalTensor nested_offset,
+                                                            std::vector<int64_t> shape, std::string quant_type,
+                                                            int64_t block_size, OptionalTensor lora_a,
+                                                            OptionalTensor lora_b, double scaling,
+                                                            OptionalTensor lora_x, bool needs_x, bool needs_lora,
+                                                            bool needs_lora_x, bool needs_bias) {
   const cpu::KernelTable& kernels = active_kernels();
   check_matrix_shape(shape);
   const int64_t n = shape[0], k = shape[1];
@@ -311,8 +319,9 @@ cpu::AffineGrid check_grid(const Tensor& scale, const Tensor& zero_point, int64_
   const int64_t dims = scale.dim();
   const int64_t channels = dims == 0 ? 1 : scale.size(dims - 1), groups = dims == 2 ? scale.size(0) : 1;
   STD_TORCH_CHECK(dims <= 2 && (channels == 1 || channels == out) && groups > 0 && in % groups == 0, "scale has shape ",
-                  text_of(scale.sizes()), ": it must be [], [out_features] or [groups, out_features or 1] with out_features=",
-                  out, " and in_features=", in, " a multiple of groups");
+                  text_of(scale.sizes()),
+                  ": it must be [], [out_features] or [groups, out_features or 1] with out_features=", out,
+                  " and in_features=", in, " a multiple of groups");
   cpu::AffineGrid grid;
   grid.scale = scale.const_data_ptr<float>();
   grid.zero_point = zero_point.const_data_ptr<float>();

@@ -85,8 +85,7 @@ Tensor dequantize(Tensor packed, Tensor absmax, OptionalTensor nested_absmax, Op
     STD_TORCH_CHECK(extent >= 0, "shape=", text_of({shape.data(), shape.size()}), " must not be negative");
     numel *= extent;
   }
-  const CheckedWeight w =
-      check_weight(packed, absmax, nested_absmax, nested_offset, 1, numel, quant_type, block_size);
+  const CheckedWeight w = check_weight(packed, absmax, nested_absmax, nested_offset, 1, numel, quant_type, block_size);
   cpu::DequantizeParams p{w.view, nullptr, float_dtype(dtype, "dtype")};
   Tensor out = torch::stable::empty({shape.data(), shape.size()}, dtype);
   p.out = out.mutable_data_ptr();
@@ -106,8 +105,7 @@ Tensor quantization_error(Tensor weight, Tensor packed, Tensor absmax, OptionalT
   check_cpu(source, "weight");
   const cpu::DType dtype = float_dtype(source.scalar_type(), "weight");
   const int64_t numel = source.numel();
-  const CheckedWeight w =
-      check_weight(packed, absmax, nested_absmax, nested_offset, 1, numel, quant_type, block_size);
+  const CheckedWeight w = check_weight(packed, absmax, nested_absmax, nested_offset, 1, numel, quant_type, block_size);
   struct Sums {
     double squared_error = 0.0, squares = 0.0, largest = 0.0;
   };

@@ -7,7 +7,8 @@
 // quantization_error: float64 [3]: sum of squared differences, sum of squares of the weight, largest difference
 // forward:  y [..., n] = x Wᵀ + bias + scaling * (lora_x or x) lora_aᵀ lora_bᵀ        lora_a [r, k], lora_b [n, r]
 // backward: (d_x, d_lora_a, d_lora_b, d_lora_x, d_bias); what is not asked for is an empty tensor. d_bias is float32.
-// affine:   y [..., out] = x (q * scale + zero_point) + alpha / r * x B A             q [in, out], B [in, r], A [r, out]
+// affine:   y [..., out] = x (q * scale + zero_point) + alpha / r * x B A             q [in, out], B [in, r], A [r,
+// out]
 STABLE_TORCH_LIBRARY(qlora, m) {
   m.def(
       "quantize(Tensor weight, str quant_type=\"nf4\", int block_size=64, bool double_quant=True,"
@@ -22,7 +23,8 @@ STABLE_TORCH_LIBRARY(qlora, m) {
   m.def(
       "forward(Tensor x, Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset,"
       " int[] shape, str quant_type, int block_size,"
-      " Tensor? lora_a=None, Tensor? lora_b=None, float scaling=1.0, Tensor? bias=None, Tensor? lora_x=None) -> Tensor");
+      " Tensor? lora_a=None, Tensor? lora_b=None, float scaling=1.0, Tensor? bias=None, Tensor? lora_x=None) -> "
+      "Tensor");
   m.def(
       "backward(Tensor grad, Tensor x, Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset,"
       " int[] shape, str quant_type, int block_size,"

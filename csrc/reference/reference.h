@@ -1,4 +1,5 @@
-// Obvious scalar C++ of the format and the product: the oracle that every kernel is tested against. One element at a time.
+// Obvious scalar C++ of the format and the product: the oracle that every kernel is tested against. One element at a
+// time.
 #pragma once
 
 #include <cmath>

@@ -20,11 +20,11 @@ def _library_path(name: str) -> Path:
 
 def load_ops() -> None:
     """Registers ``torch.ops.qlora.*`` (idempotent: torch ignores a library that is loaded already)."""
-    if torch.__version__ < (2, 11):  # torch compares its version with tuples
+    if torch.torch_version.TorchVersion(torch.__version__) < "2.11":
         from qlora import _C
 
         raise ImportError(
-            f"torch {torch.__version__} is too old: qlora was built for the stable ABI of torch {_C.TORCH_TARGET} or newer"
+            f"torch {torch.__version__} is too old: qlora needs the stable ABI of torch {_C.TORCH_TARGET} or newer"
         )
     torch.ops.load_library(str(_library_path("libqlora_cpu.so")))
 

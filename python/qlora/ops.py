@@ -28,8 +28,8 @@ def quantize(
     """Quantizes a float32, bfloat16 or float16 weight of any shape to 4 bit, blockwise along the flat order.
 
     Returns ``(packed, absmax, nested_absmax, nested_offset)``: packed is uint8 ``[ceil(numel / 2)]``; absmax is float32
-    ``[blocks]``, or uint8 with double quantization; the nested tensors are float32, ``[ceil(blocks / 256)]`` and ``[1]``,
-    empty without it.
+    ``[blocks]``, or uint8 with double quantization; the nested tensors are float32, ``[ceil(blocks / 256)]`` and
+    ``[1]``, empty without it.
 
     Raises RuntimeError for an unknown quant_type, a block size that is no power of two in 32 … 4096, and, with
     check_finite, for nan or inf (naming the position).
@@ -307,8 +307,8 @@ torch.library.register_autograd("qlora::quantize", _no_gradient_for_the_weight)
 
 
 # ---- autocast --------------------------------------------------------------------------------------------------------
-# torch's ready-made rule casts every float tensor, the float32 scales as well. Ours casts the activations only: adapters
-# and bias may have a dtype of their own.
+# torch's ready-made rule casts every float tensor, the float32 scales as well. Ours casts the activations only:
+# adapters and bias may have a dtype of their own.
 
 _AUTOCAST_LIBRARY = torch.library.Library("qlora", "FRAGMENT")
 _AUTOCAST_KEYS = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
@@ -325,7 +325,7 @@ def _register_autocast(device: str) -> None:
     def forward_autocast(x, *args, lora_x=None, **kwargs):
         dtype = torch.get_autocast_dtype(device)
         if len(args) == 12:  # lora_x came by position
-            *args, lora_x = args
+            args, lora_x = args[:-1], args[-1]
         with torch._C._ExcludeDispatchKeyGuard(below_autocast):
             return torch.ops.qlora.forward(
                 _cast_activation(x, dtype), *args, **kwargs, lora_x=_cast_activation(lora_x, dtype)
@@ -346,5 +346,3 @@ def _register_autocast(device: str) -> None:
 
 for _device in _AUTOCAST_KEYS:
     _register_autocast(_device)
-
-

@@ -1,7 +1,8 @@
-"""Plain torch twins of the operators: what the kernels are tested and benchmarked against. Slow, dense, obviously right.
+"""Plain torch twins of the operators: what the kernels are tested and benchmarked against. Slow, dense, obviously
+right.
 
-Same signatures as :mod:`qlora.ops`. ``forward`` computes in the dtype of x, so float64 x gives a float64 reference of the
-same (float32) dequantized weight.
+Same signatures as :mod:`qlora.ops`. ``forward`` computes in the dtype of x, so float64 x gives a float64 reference of
+the same (float32) dequantized weight.
 """
 
 from collections.abc import Sequence

@@ -72,9 +72,7 @@ class QuantizedWeight:
     def to(self, device: torch.device | str) -> "QuantizedWeight":
         """On another device. The dtypes of the tensors are part of the format and never change."""
         packed, absmax, nested_absmax, nested_offset = (t.to(device) for t in self.tensors)
-        return replace(
-            self, packed=packed, absmax=absmax, nested_absmax=nested_absmax, nested_offset=nested_offset
-        )
+        return replace(self, packed=packed, absmax=absmax, nested_absmax=nested_absmax, nested_offset=nested_offset)
 
     def shard(self, index: int, count: int) -> "QuantizedWeight":
         """Rows ``[index * n / count, (index + 1) * n / count)`` of a matrix, as views.
@@ -170,7 +168,10 @@ def quantize(
     double_quant: bool = True,
     check_finite: bool = True,
 ) -> QuantizedWeight:
-    """Quantizes ``weight`` (float32, bfloat16 or float16, any shape) to 4 bit. Arguments and errors as :func:`qlora.ops.quantize`."""
+    """Quantizes ``weight`` (float32, bfloat16 or float16, any shape) to 4 bit.
+
+    Arguments and errors as :func:`qlora.ops.quantize`.
+    """
     packed, absmax, nested_absmax, nested_offset = ops.quantize(
         weight.detach(), quant_type, block_size, double_quant, check_finite
     )

@@ -8,9 +8,8 @@ import sys
 import time
 
 import pytest
-from toys import save_llama
-
 from qlora.cli import demo, main
+from toys import save_llama
 
 
 @pytest.fixture(scope="module")

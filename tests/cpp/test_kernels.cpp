@@ -1,4 +1,5 @@
-// Every kernel of every ISA that this machine runs, against the scalar oracle; and indices beyond 2^31 without the memory.
+// Every kernel of every ISA that this machine runs, against the scalar oracle; and indices beyond 2^31 without the
+// memory.
 #include <sys/mman.h>
 
 #include <cstdio>
@@ -54,12 +55,13 @@ void test_quantize(const KernelTable& kernels) {
         std::vector<float> weight = normal(numel, static_cast<unsigned>(numel + block));
         if (numel >= 1000)
           for (int i = 64; i < 128; ++i) weight[i] = 0.0f;  // a zero block
-        if (numel >= 1000) weight[200] = 1e-42f;             // subnormal
+        if (numel >= 1000) weight[200] = 1e-42f;            // subnormal
         const reference::Quantized expected = reference::quantize(weight, block, entry.type);
         reference::Quantized actual{std::vector<uint8_t>(expected.packed.size()),
                                     std::vector<float>(expected.absmax.size())};
-        const QuantizeParams p{weight.data(), DType::kFloat32,       numel, block, static_cast<int>(entry.type),
-                               true,          actual.packed.data(), actual.absmax.data()};
+        const QuantizeParams p{
+            weight.data(),        DType::kFloat32,     numel, block, static_cast<int>(entry.type), true,
+            actual.packed.data(), actual.absmax.data()};
         const int64_t bad = kernels.quantize(p, 0, ceil_div(numel, block));
         const std::string name = std::string(kernels.isa) + " quantize " + entry.name + " block " +
                                  std::to_string(block) + " numel " + std::to_string(numel);
@@ -104,8 +106,8 @@ void test_rounding_to_16_bit(const KernelTable& kernels) {
   for (uint32_t half = 0; half < 0x7F80; half += 3) absmax.push_back(float_of(half << 16 | (half * 2654435761u >> 16)));
   for (uint32_t half = 0; half < 0x7F80; half += 5) absmax.push_back(float_of(half << 16 | 0x8000));  // ties
   for (uint32_t half = 1; half < 0x7C00; half += 2)
-    absmax.push_back(0.5f * (to_float(fp16{static_cast<uint16_t>(half)}) +
-                             to_float(fp16{static_cast<uint16_t>(half - 1)})));
+    absmax.push_back(0.5f *
+                     (to_float(fp16{static_cast<uint16_t>(half)}) + to_float(fp16{static_cast<uint16_t>(half - 1)})));
   absmax.push_back(65519.9f);
   absmax.push_back(65520.0f);
   absmax.push_back(INFINITY);
@@ -175,7 +177,8 @@ void test_forward(const KernelTable& kernels) {
         p.out_ld = n;
         kernels.gemm(p, 0, kernels.gemm_items(p));
       }
-      bool near = true;  // any order of summation of k rounded products stays within (k + 2) u * sum of absolute products
+      bool near =
+          true;  // any order of summation of k rounded products stays within (k + 2) u * sum of absolute products
       for (size_t i = 0; i < y.size(); ++i)
         near = near && std::fabs(y[i] - expected[i]) <= (k + 2) * 0x1p-24 * bound[i];
       expect(near, std::string(kernels.isa) + " forward n=" + std::to_string(n) + " k=" + std::to_string(k) +

@@ -3,8 +3,8 @@
     pip install bitsandbytes numpy && python tests/data/make_bitsandbytes_golden.py
 
 Only cases in which bitsandbytes on the CPU is right are taken: the last dimension is a multiple of the block size (its
-AVX-512 dequantization is wrong otherwise), and no weight is closer than 1e-6 to a decision threshold (its CPU code picks
-the nearest level, its CUDA code compares with the thresholds that the format defines).
+AVX-512 dequantization is wrong otherwise), and no weight is closer than 1e-6 to a decision threshold (its CPU code
+picks the nearest level, its CUDA code compares with the thresholds that the format defines).
 """
 
 from pathlib import Path

@@ -4,13 +4,12 @@ import json
 import os
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
-from toys import TiedModel, save_llama
-
 import qlora
+import torch
 from qlora.models import files
 from qlora.models.prepare import qlora_layers
+from safetensors.torch import load_file, save_file
+from toys import TiedModel, save_llama
 
 
 def prepared(rank=4, seed=0, **options):
@@ -99,7 +98,12 @@ def test_we_read_what_peft_writes(llama, tmp_path, use_rslora):
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     qlora.prepare_model(model, rank=4)
     config = LoraConfig(
-        r=5, lora_alpha=7, target_modules="all-linear", init_lora_weights=False, use_rslora=use_rslora, task_type="CAUSAL_LM"
+        r=5,
+        lora_alpha=7,
+        target_modules="all-linear",
+        init_lora_weights=False,
+        use_rslora=use_rslora,
+        task_type="CAUSAL_LM",
     )
     theirs = get_peft_model(dequantized_twin(llama, model), config)
     theirs.save_pretrained(tmp_path)
@@ -142,7 +146,10 @@ KEY = "base_model.model.blocks.0.up.lora_A.weight"
         (lambda d: (d / "adapter_config.json").write_text("{"), "is not JSON"),
         (lambda d: (d / "adapter_config.json").write_text('{"peft_type": "IA3"}'), "peft_type='IA3'"),
         (lambda d: (d / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 0}'), "r=0 must be"),
-        (lambda d: (d / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "use_dora": true}'), "use_dora"),
+        (
+            lambda d: (d / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "use_dora": true}'),
+            "use_dora",
+        ),
     ],
 )
 def test_a_damaged_adapter_is_refused_before_anything_changes(tmp_path, damage, message):

@@ -5,13 +5,12 @@ import subprocess
 import sys
 
 import pytest
+import qlora
 import torch
-from toys import TiedModel
+from qlora.nn import Linear4bit, QLoRALinear
 from safetensors.torch import save_file
 from torch import nn
-
-import qlora
-from qlora.nn import Linear4bit, QLoRALinear
+from toys import TiedModel
 
 INNER = ("blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down")
 
@@ -64,7 +63,14 @@ def test_target_modules_get_adapters_the_others_are_only_quantized():
 def test_options_reach_every_layer():
     model = TiedModel()
     qlora.prepare_model(
-        model, rank=3, alpha=6, quant_type="fp4", block_size=32, double_quant=False, dropout=0.1, adapter_dtype=torch.bfloat16
+        model,
+        rank=3,
+        alpha=6,
+        quant_type="fp4",
+        block_size=32,
+        double_quant=False,
+        dropout=0.1,
+        adapter_dtype=torch.bfloat16,
     )
     layer = model.blocks[1].down
     assert layer.adapters["default"].scaling == 2.0
@@ -203,4 +209,3 @@ def test_the_progress_bar_is_optional(capsys):
     assert "Quantizing" in capsys.readouterr().out
     qlora.prepare_model(TiedModel(), rank=2)
     assert capsys.readouterr().out == ""
-

@@ -1,11 +1,10 @@
 """Linear4bit: an nn.Linear to its surroundings, frozen and never cast."""
 
 import pytest
-import torch
-from torch import nn
-
 import qlora
+import torch
 from qlora.nn import Linear4bit
+from torch import nn
 
 
 @pytest.mark.parametrize("bias", [False, True])

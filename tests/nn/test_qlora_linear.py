@@ -4,9 +4,8 @@ import copy
 
 import pytest
 import torch
-from torch import nn
-
 from qlora.nn import Linear4bit, QLoRALinear
+from torch import nn
 
 
 def make(bias=True, **options) -> QLoRALinear:
@@ -17,7 +16,11 @@ def make(bias=True, **options) -> QLoRALinear:
 
 
 def dense_output(layer, x, name="default"):
-    weight = layer.base.dequantize(torch.float32).double() if isinstance(layer.base, Linear4bit) else layer.base.weight.double()
+    weight = (
+        layer.base.dequantize(torch.float32).double()
+        if isinstance(layer.base, Linear4bit)
+        else layer.base.weight.double()
+    )
     weight = weight + layer.adapters[name].scaling * (layer.lora_b[name].double() @ layer.lora_a[name].double())
     bias = 0 if layer.bias is None else layer.bias.double()
     return x.double() @ weight.T + bias

@@ -3,9 +3,8 @@
 import pytest
 import torch
 from cases import DTYPES
-from tolerances import accumulation, assert_within, output_rounding
-
 from qlora import ops, reference
+from tolerances import accumulation, assert_within, output_rounding
 
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 

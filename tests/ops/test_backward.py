@@ -3,9 +3,8 @@
 import pytest
 import torch
 from cases import DTYPES, QUANT_TYPES, SHAPES, name_of, weights
-from tolerances import accumulation, assert_within, output_rounding
-
 from qlora import ops
+from tolerances import accumulation, assert_within, output_rounding
 
 
 def gradients(x, weight, a, b, scaling, bias, lora_x, grad):
@@ -102,7 +101,9 @@ def test_numerical_gradient():
     loss(*leaves).backward()
     for position, leaf in enumerate(leaves):
         direction = torch.randn_like(leaf)
-        shifted = [[t + sign * 1e-2 * direction if i == position else t for i, t in enumerate((x, a, b))] for sign in (1, -1)]
+        shifted = [
+            [t + sign * 1e-2 * direction if i == position else t for i, t in enumerate((x, a, b))] for sign in (1, -1)
+        ]
         numeric = (loss(*shifted[0]) - loss(*shifted[1])) / 2e-2
         assert torch.isclose(numeric, (leaf.grad * direction).sum(), rtol=1e-3, atol=1e-3)
 

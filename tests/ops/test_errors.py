@@ -1,10 +1,9 @@
 """Bad input gets an error that names the value and the rule."""
 
 import pytest
+import qlora
 import torch
 from cases import weights
-
-import qlora
 from qlora import _C, ops
 
 

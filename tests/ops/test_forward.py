@@ -3,9 +3,8 @@
 import pytest
 import torch
 from cases import BLOCK_SIZES, DTYPES, QUANT_TYPES, SHAPES, name_of, weights
-from tolerances import accumulation, assert_at_most_twice_torch, assert_within, output_rounding
-
 from qlora import ops, reference
+from tolerances import accumulation, assert_at_most_twice_torch, assert_within, output_rounding
 
 
 def check(x, weight, dense, lora_a=None, lora_b=None, scaling=1.0, bias=None, lora_x=None):

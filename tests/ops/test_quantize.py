@@ -4,10 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import qlora
 import torch
 from cases import BLOCK_SIZES, DTYPES, QUANT_TYPES
-
-import qlora
 from qlora import _C, ops, reference
 
 GOLDEN = np.load(Path(__file__).parent.parent / "data" / "bitsandbytes_golden.npz")
@@ -68,7 +67,8 @@ def decode_in_numpy(packed, absmax, nested_absmax, nested_offset, count, quant_t
     codes[1::2] = packed % 16
     levels = {
         "int4": np.array([(c - 8) / np.float32(7) for c in range(16)], np.float32),
-        "fp4": np.array([0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3], np.float32) / np.float32(12),
+        "fp4": np.array([0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3], np.float32)
+        / np.float32(12),
         "nf4": np.array(_C.codebook("nf4"), np.float32),
     }[quant_type]
     scale = absmax

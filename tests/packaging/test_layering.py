@@ -49,7 +49,9 @@ def imports_of(path):
                     yield alias.name.split(".")[1]
 
 
-PYTHON_FILES = sorted(p for p in PYTHON.rglob("*.py") if p.parent != PYTHON or p.name not in {"__init__.py", "__main__.py"})
+PYTHON_FILES = sorted(
+    p for p in PYTHON.rglob("*.py") if p.parent != PYTHON or p.name not in {"__init__.py", "__main__.py"}
+)
 
 
 @pytest.mark.parametrize("path", PYTHON_FILES, ids=lambda p: str(p.relative_to(PYTHON)))
@@ -104,12 +106,11 @@ def python(code):
     return result.stdout.strip()
 
 
+HEAVY = ("transformers", "peft", "accelerate", "safetensors", "rich", "matplotlib", "huggingface_hub", "bitsandbytes")
+
+
 def test_import_needs_only_torch():
-    heavy = python(
-        "import qlora, sys; print([m for m in ('transformers', 'peft', 'accelerate', 'safetensors', 'rich', 'matplotlib',"
-        " 'huggingface_hub', 'bitsandbytes') if m in sys.modules])"
-    )
-    assert heavy == "[]"
+    assert python(f"import qlora, sys; print([m for m in {HEAVY} if m in sys.modules])") == "[]"
 
 
 def test_import_takes_less_than_a_third_of_a_second_above_torch():
@@ -118,7 +119,12 @@ def test_import_takes_less_than_a_third_of_a_second_above_torch():
 
 
 def test_the_kernel_module_knows_no_torch():
-    assert python("import sys; sys.modules['torch'] = None; import importlib.util as u, pathlib, importlib.metadata as m;"
-                  "f = next(p for p in m.files('qlora') if p.name.startswith('_C'));"
-                  "s = u.spec_from_file_location('_C', f.locate()); c = u.module_from_spec(s); s.loader.exec_module(c);"
-                  "print(c.runnable_isas()[0])") == "scalar"
+    assert (
+        python(
+            "import sys; sys.modules['torch'] = None; import importlib.util as u, pathlib, importlib.metadata as m;"
+            "f = next(p for p in m.files('qlora') if p.name.startswith('_C'));"
+            "s = u.spec_from_file_location('_C', f.locate()); c = u.module_from_spec(s); s.loader.exec_module(c);"
+            "print(c.runnable_isas()[0])"
+        )
+        == "scalar"
+    )

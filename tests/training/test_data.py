@@ -4,10 +4,9 @@ import json
 
 import pytest
 import torch
+from qlora.training.data import IGNORED, BadRecord, Collator, Example, Sequences, pack, read_records, tokenize
 from toys import save_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from qlora.training.data import IGNORED, BadRecord, Collator, Example, Sequences, pack, read_records, tokenize
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +133,9 @@ def test_packed_and_padded_rows_have_the_same_loss(folder):
     """Examples in one row do not see each other: transformers derives block-diagonal attention from the positions."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model.config.use_cache = False  # as finetune does: with a cache transformers looks for no packed sequences
-    group = [Example(ids, ids) for ids in (torch.randint(5, model.config.vocab_size, (n,)).tolist() for n in (9, 5, 7, 3))]
+    group = [
+        Example(ids, ids) for ids in (torch.randint(5, model.config.vocab_size, (n,)).tolist() for n in (9, 5, 7, 3))
+    ]
     packed = Collator(1, packed=True)(pack(group, 16).rows)
     padded = Collator(1, packed=False)(Sequences([[e] for e in group]).rows)
     with torch.no_grad():

@@ -6,16 +6,15 @@ import os
 import signal
 
 import pytest
-import torch
-from safetensors.torch import load_file
-from toys import save_llama
-from transformers import TrainerCallback
-
 import qlora
+import torch
 from qlora.models.loading import chat_reply, load_for_inference
 from qlora.training import finetune as module
 from qlora.training.finetune import FinetuneSettings, Interrupted, finetune
 from qlora.training.trainer import AdapterTrainer, checkpoints
+from safetensors.torch import load_file
+from toys import save_llama
+from transformers import TrainerCallback
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +25,10 @@ def model_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def data_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "data.jsonl"
-    words = "sea harbor storm ship sail wind wave night day".split()
-    records = [{"prompt": f"what is {w} ?", "completion": f"keeper log : the {v} stays on ."} for w in words for v in words]
+    words = ["sea", "harbor", "storm", "ship", "sail", "wind", "wave", "night", "day"]
+    records = [
+        {"prompt": f"what is {w} ?", "completion": f"keeper log : the {v} stays on ."} for w in words for v in words
+    ]
     path.write_text("\n".join(json.dumps(record) for record in records))
     return path
 
@@ -195,9 +196,8 @@ def test_a_dense_model_that_cannot_stream_says_so(model_folder, tmp_path, caplog
     """A folder without safetensors names is loaded densely, never in silence."""
     import shutil
 
-    from safetensors.torch import save_file
-
     from qlora.models.loading import load_quantized
+    from safetensors.torch import save_file
 
     folder = tmp_path / "prefixed"
     shutil.copytree(model_folder, folder)
@@ -211,9 +211,8 @@ def test_a_dense_model_that_cannot_stream_says_so(model_folder, tmp_path, caplog
 
 
 def test_the_streamed_model_is_the_dense_one_prepared(model_folder):
-    from transformers import AutoModelForCausalLM
-
     from qlora.models.loading import load_quantized
+    from transformers import AutoModelForCausalLM
 
     streamed, report = load_quantized(module.Path(model_folder), torch.float32, progress=False, rank=2)
     dense = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)

@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Errors that a user can mend are one line on stderr and exit status 1; others keep their trace."""
+    """Runs one command. Errors that a user can mend are one line on stderr and status 1; others keep their trace."""
     arguments = build_parser().parse_args(argv)
     try:
         return arguments.run(arguments)

@@ -1,4 +1,4 @@
-"""``qlora demo``: fine-tunes SmolLM2-135M in 4 bit on a small data set with a style of its own, and shows the difference."""
+"""``qlora demo``: fine-tunes SmolLM2-135M in 4 bit on a data set with a style of its own, and shows the difference."""
 
 import argparse
 import resource
@@ -82,6 +82,10 @@ def run(arguments: argparse.Namespace) -> int:
         answers.add_row(*row)
     console.print(answers)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    console.print(f"{time.perf_counter() - begin:.0f} s, peak memory {peak:.0f} MiB; report: {arguments.output}/report.png")
-    console.print(f"Try it: qlora generate --model {folder} --adapter {result.adapter} --prompt 'What is a black hole?'")
+    console.print(
+        f"{time.perf_counter() - begin:.0f} s, peak memory {peak:.0f} MiB; report: {arguments.output}/report.png"
+    )
+    console.print(
+        f"Try it: qlora generate --model {folder} --adapter {result.adapter} --prompt 'What is a black hole?'"
+    )
     return 0

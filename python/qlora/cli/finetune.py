@@ -79,9 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         result = finetune(settings, resume=arguments.resume)
     except Interrupted as stop:
-        raise KeyboardInterrupt(
-            f"interrupted, {stop.checkpoint} is saved; continue with: qlora finetune --output {arguments.output} --resume"
-        ) from stop
+        resume = f"qlora finetune --output {arguments.output} --resume"
+        raise KeyboardInterrupt(f"interrupted, {stop.checkpoint} is saved; continue with: {resume}") from stop
     if result.bad_records:
         print(f"{result.bad_records} malformed records were left out")
     if result.eval_loss_before is not None:

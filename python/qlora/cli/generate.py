@@ -26,9 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     torch.manual_seed(arguments.seed)
-    model, tokenizer = load_for_inference(
-        arguments.model, arguments.adapter, COMPUTE_DTYPES[arguments.compute_dtype]
-    )
+    model, tokenizer = load_for_inference(arguments.model, arguments.adapter, COMPUTE_DTYPES[arguments.compute_dtype])
     sampling = {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature > 0 else {}
     for prompt in arguments.prompt:
         print(chat_reply(model, tokenizer, prompt, arguments.max_new_tokens, **sampling))

@@ -26,7 +26,8 @@ def run(arguments: argparse.Namespace) -> int:
     import qlora
     from qlora import _C
 
-    print(f"qlora          {qlora.__version__} (built with {_C.COMPILER}, torch {_C.BUILD_TORCH}; needs torch >= {_C.TORCH_TARGET})")
+    build = f"built with {_C.COMPILER}, torch {_C.BUILD_TORCH}; needs torch >= {_C.TORCH_TARGET}"
+    print(f"qlora          {qlora.__version__} ({build})")
     print(f"python         {platform.python_version()} on {platform.system()} {platform.machine()}")
     for library in _LIBRARIES:
         print(f"{library:<14} {_version(library)}")

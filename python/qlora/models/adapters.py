@@ -24,8 +24,8 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default", ba
     """Writes one adapter of every :class:`QLoRALinear` of ``model`` to ``folder``; PEFT reads it.
 
     Each file is replaced atomically: a crash or a full disk leaves the old one. ``base_model`` is recorded as
-    ``base_model_name_or_path``. Layers of different rank or alpha go into PEFT's ``rank_pattern`` and ``alpha_pattern``.
-    Raises ValueError if no layer has an adapter of that name.
+    ``base_model_name_or_path``. Layers of different rank or alpha go into PEFT's ``rank_pattern`` and
+    ``alpha_pattern``. Raises ValueError if no layer has an adapter of that name.
     """
     from safetensors.torch import save
 

@@ -10,7 +10,8 @@ from qlora.nn import MergeReport
 def merge_and_unload(
     model: nn.Module, name: str | None = None, *, requantize: bool = False, dtype: torch.dtype | None = None
 ) -> dict[str, MergeReport]:
-    """Replaces every :class:`QLoRALinear`, in place, by its merged layer: dense ``nn.Linear``, or 4-bit with requantize.
+    """Replaces every :class:`QLoRALinear`, in place, by its merged layer: dense ``nn.Linear``, or 4-bit with
+    requantize.
 
     ``name`` and ``dtype`` as in :meth:`QLoRALinear.merge`. Returns the added error of each layer by name.
     """

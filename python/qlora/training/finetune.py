@@ -118,10 +118,12 @@ def finetune(settings: FinetuneSettings, *, resume: bool = False, callbacks: Seq
 
     folder = resolve_model(settings.model)
     tokenizer = load_tokenizer(folder)
-    train, held_out, bad = load_examples(settings, tokenizer)  # before anything is written or loaded: data errors are cheap
+    train, held_out, bad = load_examples(
+        settings, tokenizer
+    )  # before anything is written or loaded: data errors are cheap
     output = _prepare_output(settings, resume)
     set_seed(settings.seed)
-    quantization = {
+    quantization: dict[str, Any] = {
         "quant_type": settings.quant_type,
         "block_size": settings.block_size,
         "double_quant": settings.double_quant,

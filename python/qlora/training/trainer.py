@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -51,19 +52,24 @@ class AdapterTrainer(Trainer):
             shutil.rmtree(old)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        save_adapter(self.model, output_dir or self.args.output_dir)
+        save_adapter(self._model, output_dir or str(self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         # Into the existing parameters: the optimizer holds references to them.
         before = {name: (layer.lora_a["default"], layer.lora_b["default"]) for name, layer in self._layers()}
-        load_adapter(self.model, resume_from_checkpoint)
+        load_adapter(self._model, resume_from_checkpoint)
         for name, layer in self._layers():
             for holder, parameter in zip((layer.lora_a, layer.lora_b), before[name], strict=True):
                 parameter.data.copy_(holder["default"].data)
                 holder["default"] = parameter
 
+    @property
+    def _model(self) -> nn.Module:
+        assert self.model is not None
+        return self.model
+
     def _layers(self) -> Any:
-        return qlora_layers(self.model).items()
+        return qlora_layers(self._model).items()
 
 
 def _flush_to_disk(folder: Path) -> None:

@@ -1,0 +1,88 @@
+# Everything a newcomer types. Each target makes what it needs in .venv and can be run twice.
+#   make demo   fine-tune a real language model in 4 bit     make test       all tests
+#   make bench  measure against torch                        make lint       style and types
+#   make test-abi  one wheel under several torch releases
+
+PYTHON ?= python3
+VENV ?= .venv
+# The package declares a range; this file pins what it installs, so that a run can be repeated. TORCH_INDEX may name a
+# package index with CPU builds, e.g. the one that pytorch.org gives for your system.
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+ABI_TORCHES ?= torch==2.11.0 torch==2.12.0
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+SOURCES := $(shell find csrc cmake python -type f -not -name '*.pyc' 2>/dev/null) CMakeLists.txt pyproject.toml
+say = @printf '\033[1m== %s\033[0m\n' "$(1)"
+
+.PHONY: demo test test-cpp lint format bench test-abi clean
+
+demo: $(VENV)/.installed
+	$(call say,Fine-tuning SmolLM2-135M in 4 bit)
+	$(BIN)/qlora demo
+
+test: $(VENV)/.installed $(VENV)/.test-tools test-cpp
+	$(call say,Python tests)
+	$(BIN)/python -m pytest
+
+test-cpp: $(VENV)/.build-tools
+	$(call say,C++ tests of the kernels)
+	$(BIN)/cmake -S . -B build/tests -G Ninja -DQLORA_BUILD_TESTS=ON -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) > /dev/null
+	$(BIN)/cmake --build build/tests > /dev/null
+	$(BIN)/ctest --test-dir build/tests --output-on-failure
+
+bench: $(VENV)/.installed
+	$(call say,Benchmark: 4-bit forward and backward against dense torch)
+	$(BIN)/python benchmarks/matmul.py
+
+lint: $(VENV)/.lint-tools
+	$(call say,ruff)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(call say,clang-format)
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests -name '*.h' -o -name '*.cpp')
+	$(call say,mypy)
+	$(BIN)/mypy
+
+format: $(VENV)/.lint-tools
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(find csrc tests -name '*.h' -o -name '*.cpp')
+
+test-abi: $(VENV)/.build-tools
+	$(call say,One wheel under $(TORCH) $(ABI_TORCHES))
+	PYTHON=$(BIN)/python ABI_TORCHES="$(ABI_TORCHES)" sh tests/packaging/test_abi.sh
+
+clean:
+	rm -rf $(VENV) build
+
+$(BIN)/python:
+	$(call say,Making $(VENV))
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+
+$(VENV)/.torch: | $(BIN)/python
+	$(call say,Installing $(TORCH))
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	@touch $@
+
+$(VENV)/.build-tools: pyproject.toml $(VENV)/.torch
+	$(call say,Installing build tools)
+	$(PIP) "scikit-build-core>=0.10" "pybind11>=2.13" "cmake>=3.24" ninja
+	@touch $@
+
+$(VENV)/.installed: $(SOURCES) $(VENV)/.build-tools
+	$(call say,Building and installing qlora)
+	$(PIP) --no-build-isolation ".[train]" $(TORCH)
+	@touch $@
+
+$(VENV)/.test-tools: pyproject.toml $(VENV)/.installed
+	$(call say,Installing test tools)
+	$(PIP) --no-build-isolation ".[train,test]" $(TORCH)
+	@touch $@
+
+$(VENV)/.lint-tools: pyproject.toml $(VENV)/.torch
+	$(call say,Installing lint tools)
+	$(PIP) $$($(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['lint'])")
+	@touch $@
