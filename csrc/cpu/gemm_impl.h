@@ -6,12 +6,12 @@
 // transpose, and the backward only swaps which index of the panel is contiguous.
 #pragma once
 
-#include <cstdlib>
 #include <cstring>
 
 #include "cpu/decode_impl.h"
 #include "cpu/dequantize_impl.h"
 #include "cpu/kernel_table.h"
+#include "cpu/scratch.h"
 
 namespace qlora::cpu {
 namespace {
@@ -24,23 +24,6 @@ struct Panel {
   static constexpr int64_t kLd = kTransposed ? kRows : kSteps;
 };
 inline constexpr int64_t kColumnTilesPerBlock = 10;  // 480 columns of 128 rows: 245 KiB of accumulators stay in L2
-
-// One buffer a thread, kept for the life of the thread: 300 KB from malloc on each call would be unmapped every time.
-struct Scratch {
-  float* data = nullptr;
-  size_t floats = 0;
-  ~Scratch() { std::free(data); }
-  float* get(size_t count) {
-    if (count > floats) {
-      std::free(data);
-      data = static_cast<float*>(std::aligned_alloc(64, (count * sizeof(float) + 63) / 64 * 64));
-      if (data == nullptr) std::abort();  // 300 KB: the process is lost
-      floats = count;
-    }
-    return data;
-  }
-};
-thread_local Scratch scratch;
 
 // The stretch [offset, offset + count) of one line of a dense matrix, as float32. `line` is the matrix row.
 template <class V>

@@ -95,9 +95,9 @@ struct VecScalar {
   static F decode_run(Table t, const uint8_t* p) {
     return make([&](int i) { return t.levels[nibble_at(p, i)]; });
   }
-  // One scale per 32 weights = 4 words: {s0 s0 s0 s0 s1 s1 s1 s1}.
-  static F expand_scales(const float* s) {
-    return make([=](int i) { return s[i / 4]; });
+  // The scale of each word's block: word i lies in segment first + i / 4 of 32 weights, 2^shift segments share a scale.
+  static F expand_scales(const float* s, int first, int shift) {
+    return make([=](int i) { return s[(first + i / 4) >> shift]; });
   }
   // map[code] * nested + offset, two roundings.
   static F decode_scales(const uint8_t* codes, const float* map, F nested, F offset) {
