@@ -1,18 +1,17 @@
 """The fused 4-bit operation against torch's own dense matmul in the same dtype, forward and backward.
 
-A and B alternate in one process; weights rotate over more memory than the last-level cache holds; the figures are medians
-of time ratios. Usage: python benchmarks/matmul.py [--n 4096] [--k 4096] [--dtype bf16] [--rank 16]
+A and B alternate in one process; weights rotate over more memory than the last-level cache holds; the figures are
+medians of time ratios. Usage: python benchmarks/matmul.py [--n 4096] [--k 4096] [--dtype bf16] [--rank 16]
 """
 
 import argparse
 import statistics
 import time
 
-import torch
-from torch.nn import functional as F
-
 import qlora
+import torch
 from qlora import _C
+from torch.nn import functional as F
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROTATION_BYTES = 256 * 2**20  # dense bytes of all weights together: past the last-level cache
@@ -54,7 +53,9 @@ def main() -> None:
     a, b = torch.randn(arguments.rank, k, dtype=dtype), torch.randn(n, arguments.rank, dtype=dtype)
 
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, isa {_C.active_isa()}")
-    print(f"n={n} k={k} {arguments.dtype} nf4 block 64 double-quantized, rank {arguments.rank}, {count} weights in turn")
+    print(
+        f"n={n} k={k} {arguments.dtype} nf4 block 64 double-quantized, rank {arguments.rank}, {count} weights in turn"
+    )
     print(f"{'m':>5} {'what':<14} {'ours ms':>9} {'dense ms':>9} {'ratio':>7} {'spread':>7} {'GFLOP/s':>9} {'GB/s':>6}")
 
     def show(m, label, ours, reference, flops):

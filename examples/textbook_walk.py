@@ -3,9 +3,8 @@
 Run: python examples/textbook_walk.py (needs only torch and qlora). docs/textbook-walk.md explains each line.
 """
 
-import torch
-
 import qlora
+import torch
 from qlora import _C
 
 

@@ -8,8 +8,11 @@ import sys
 import time
 
 import pytest
+import torch
 from qlora.cli import demo, main
+from qlora.models.loading import chat_reply
 from toys import save_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +40,16 @@ def test_finetune_then_generate(world, tmp_path, capsys):
     command = ["generate", "--model", str(world / "model"), "--adapter", str(tmp_path / "run/adapter")]
     assert main([*command, "--prompt", "what is the sea ?", "--max-new-tokens", "8", "--compute-dtype", "fp32"]) == 0
     assert capsys.readouterr().out.strip().endswith("the light stays on .")
+
+    merged = tmp_path / "merged"
+    merge = ["merge", "--model", str(world / "model"), "--adapter", str(tmp_path / "run/adapter"), "--output"]
+    assert main([*merge, str(merged)]) == 0
+    assert "layers merged" in capsys.readouterr().out
+    dense = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    assert chat_reply(dense, tokenizer, "what is the sea ?", 8).endswith("the light stays on .")
+    assert main([*merge, str(merged)]) == 1
+    assert "exists: choose another output" in capsys.readouterr().err
 
 
 def test_info_names_isa_kernels_and_versions(capsys, monkeypatch):

@@ -1,12 +1,12 @@
-"""The command line: ``qlora finetune | generate | info | demo``. Each command's libraries are imported when it runs."""
+"""The command line: ``qlora finetune | generate | merge | info | demo``. A command imports its libraries when it runs."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from qlora.cli import demo, finetune, generate, info
+from qlora.cli import demo, finetune, generate, info, merge
 
-_COMMANDS = (finetune, generate, info, demo)
+_COMMANDS = (finetune, generate, merge, info, demo)
 INTERRUPTED = 130  # exit status after Ctrl-C, as a shell reports it
 
 

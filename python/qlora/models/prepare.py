@@ -61,8 +61,16 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
 
 
-def _enable_input_grads(model: nn.Module) -> None:
-    """Gradient checkpointing needs an input that requires grad; with a frozen base nothing upstream does."""
+def _enable_checkpointing(model: nn.Module) -> None:
+    """Switches on transformers' checkpointing, non-reentrant, and lets the embedding's output require grad: a
+    checkpointed block needs an input that does, and with a frozen base nothing upstream has one."""
+    for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):  # the second until transformers 6
+        switch = getattr(model, name, None)
+        if callable(switch):
+            switch(**{name.replace("_enable", "_kwargs"): {"use_reentrant": False}})
+            break
+    else:
+        raise ValueError(f"{type(model).__name__} has no gradient_checkpointing_enable: wrap its blocks yourself")
     enable = getattr(model, "enable_input_require_grads", None)
     if callable(enable):
         enable()
@@ -162,11 +170,7 @@ def prepare_model(
     if source is not None:
         source.fill_rest(model)
     if gradient_checkpointing:
-        enable = getattr(model, "gradient_checkpointing_enable", None)
-        if not callable(enable):
-            raise ValueError(f"{type(model).__name__} has no gradient_checkpointing_enable: wrap its blocks yourself")
-        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        _enable_input_grads(model)
+        _enable_checkpointing(model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info("quantized %d layers, skipped %s", len(chosen), skipped)
     return PreparedReport(tuple(chosen), tuple(skipped), bytes_before, tensor_bytes(model), trainable)

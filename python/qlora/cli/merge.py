@@ -1,0 +1,40 @@
+"""``qlora merge``: folds an adapter into its 4-bit base and writes a dense 16-bit model."""
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+
+HELP = "fold an adapter into its base; writes a dense model folder that transformers reads"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="folder or Hugging Face id of the base")
+    parser.add_argument("--adapter", type=Path, required=True, help="adapter folder, from qlora finetune or PEFT")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the merged model; must not exist")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.output.exists():
+        raise FileExistsError(f"{arguments.output} exists: choose another output")
+    import torch
+
+    import qlora
+    from qlora.models.loading import load_for_inference, require_train_extra
+
+    require_train_extra()
+    model, tokenizer = load_for_inference(arguments.model, arguments.adapter, torch.bfloat16)
+    reports = qlora.merge_and_unload(model, dtype=torch.bfloat16)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{arguments.output.name}.", dir=arguments.output.parent))
+    try:  # the folder appears whole or not at all
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        staging.chmod(0o755)
+        staging.replace(arguments.output)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    worst = max(reports.values(), key=lambda report: report.relative_error)
+    print(f"{len(reports)} layers merged to bfloat16, rounding adds at most {worst.relative_error:.1e} (relative)")
+    print(f"model: {arguments.output}")
+    return 0
