@@ -5,7 +5,6 @@
 
 #include "cpu/dequantize_impl.h"
 #include "cpu/kernel_table.h"
-#include "cpu/scratch.h"
 
 namespace qlora::cpu {
 namespace {
@@ -180,13 +179,17 @@ void decode_row(const DecodeParams& p, typename V::Table table, int64_t row, con
 }
 
 template <class V>
-void decode(const DecodeParams& p, int64_t begin, int64_t end) {
+int64_t decode_scratch(const DecodeParams& p) {
+  return p.x_words != nullptr ? 2 * row_scales_floats<V>(p.weight.k) : 0;
+}
+
+template <class V>
+void decode(const DecodeParams& p, int64_t begin, int64_t end, float* scales) {
   const auto table = V::table(p.weight.levels);
   // The scales of the next row are decoded before this one is multiplied: read at once, they would wait in the store
   // buffer, since a vector load cannot be forwarded from several stores (2.5 times the time of a 4096 x 4096 weight).
   const bool words = p.x_words != nullptr;
   const int64_t floats = words ? row_scales_floats<V>(p.weight.k) : 0;
-  float* scales = scratch.get(static_cast<size_t>(2 * floats));
   if (words && begin < end) decode_row_scales<V>(p.weight, begin, scales);
   for (int64_t row = begin; row < end; ++row) {
     const float* now = scales + (row - begin) % 2 * floats;

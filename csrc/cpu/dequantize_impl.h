@@ -27,16 +27,21 @@ void dequantize_span(const PackedWeight& w, typename V::Table table, int64_t fir
   }
 }
 
+template <class V, class T>
+void dequantize_typed(const DequantizeParams& p, int64_t begin, int64_t end) {
+  dequantize_span<V>(p.weight, V::table(p.weight.levels), begin, end - begin,
+                     static_cast<T*>(p.out) + (begin - p.first));
+}
+
 template <class V>
 void dequantize(const DequantizeParams& p, int64_t begin, int64_t end) {
-  const auto table = V::table(p.weight.levels);
   switch (p.dtype) {
     case DType::kBFloat16:
-      return dequantize_span<V>(p.weight, table, begin, end - begin, static_cast<bf16*>(p.out) + begin);
+      return dequantize_typed<V, bf16>(p, begin, end);
     case DType::kFloat16:
-      return dequantize_span<V>(p.weight, table, begin, end - begin, static_cast<fp16*>(p.out) + begin);
+      return dequantize_typed<V, fp16>(p, begin, end);
     default:
-      return dequantize_span<V>(p.weight, table, begin, end - begin, static_cast<float*>(p.out) + begin);
+      return dequantize_typed<V, float>(p, begin, end);
   }
 }
 

@@ -11,7 +11,6 @@
 #include "cpu/decode_impl.h"
 #include "cpu/dequantize_impl.h"
 #include "cpu/kernel_table.h"
-#include "cpu/scratch.h"
 
 namespace qlora::cpu {
 namespace {
@@ -128,13 +127,15 @@ void store_block(const GemmParams& p, int64_t row0, int64_t rows, int64_t col0, 
   }
 }
 
+template <class V>
+inline constexpr int64_t kBlockCols = kColumnTilesPerBlock * V::kLanes * V::kTileVecs;
+
 template <class V, bool kTransposed>
-void gemm_items_typed(const GemmParams& p, int64_t begin, int64_t end) {
+void gemm_items_typed(const GemmParams& p, int64_t begin, int64_t end, float* panel) {
   using P = Panel<kTransposed>;
   constexpr int64_t kTileCols = V::kLanes * V::kTileVecs;
-  constexpr int64_t kBlockCols = kColumnTilesPerBlock * kTileCols;
+  constexpr int64_t kBlockCols = cpu::kBlockCols<V>;
   const int64_t row_panels = ceil_div(p.rows, P::kRows);
-  float* panel = scratch.get(static_cast<size_t>(P::kRows * (P::kSteps + kBlockCols)));
   float* c = panel + P::kRows * P::kSteps;
 
   for (int64_t item = begin; item < end; ++item) {
@@ -172,15 +173,22 @@ void gemm_items_typed(const GemmParams& p, int64_t begin, int64_t end) {
 template <class V>
 int64_t gemm_items(const GemmParams& p) {
   const int64_t rows = p.transposed ? Panel<true>::kRows : Panel<false>::kRows;
-  return ceil_div(p.rows, rows) * ceil_div(p.cols, kColumnTilesPerBlock * V::kLanes * V::kTileVecs);
+  return ceil_div(p.rows, rows) * ceil_div(p.cols, kBlockCols<V>);
+}
+
+// One panel of the operand and the accumulators of its rows.
+template <class V>
+int64_t gemm_scratch(const GemmParams& p) {
+  if (p.transposed) return Panel<true>::kRows * (Panel<true>::kSteps + kBlockCols<V>);
+  return Panel<false>::kRows * (Panel<false>::kSteps + kBlockCols<V>);
 }
 
 template <class V>
-void gemm(const GemmParams& p, int64_t begin, int64_t end) {
+void gemm(const GemmParams& p, int64_t begin, int64_t end, float* scratch) {
   if (p.transposed) {
-    gemm_items_typed<V, true>(p, begin, end);
+    gemm_items_typed<V, true>(p, begin, end, scratch);
   } else {
-    gemm_items_typed<V, false>(p, begin, end);
+    gemm_items_typed<V, false>(p, begin, end, scratch);
   }
 }
 

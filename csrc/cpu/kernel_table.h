@@ -27,8 +27,9 @@ struct QuantizeParams {
 // Unit: element. Range bounds must be even, or the end of the weight.
 struct DequantizeParams {
   PackedWeight weight;
-  void* out;  // [n * k]
+  void* out;  // elements from `first` on
   DType dtype;
+  int64_t first = 0;
 };
 
 // Copies a matrix into column tiles, as float32: out[tile][step][tile_cols], zero beyond the last column. Unit: tile.
@@ -131,9 +132,11 @@ struct KernelTable {
   void (*dequantize)(const DequantizeParams&, int64_t begin, int64_t end);
   void (*pack)(const PackParams&, int64_t begin_tile, int64_t end_tile);
   int64_t (*gemm_items)(const GemmParams&);
-  void (*gemm)(const GemmParams&, int64_t begin_item, int64_t end_item);
+  int64_t (*gemm_scratch)(const GemmParams&);  // floats that one call of gemm needs, aligned to 64 bytes
+  void (*gemm)(const GemmParams&, int64_t begin_item, int64_t end_item, float* scratch);
   void (*pack_words)(const PackWordsParams&, int64_t begin_token, int64_t end_token);
-  void (*decode)(const DecodeParams&, int64_t begin_row, int64_t end_row);
+  int64_t (*decode_scratch)(const DecodeParams&);  // floats that one call of decode needs
+  void (*decode)(const DecodeParams&, int64_t begin_row, int64_t end_row, float* scratch);
   void (*dot)(const DotParams&, int64_t begin_row, int64_t end_row);
 
   int64_t words_floats(int64_t k) const { return ceil_div(k, int64_t{8} * lanes) * 8 * lanes; }

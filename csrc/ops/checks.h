@@ -77,6 +77,16 @@ inline void check_block_size(int64_t block_size) {
                   " to ", kMaxBlockSize);
 }
 
+inline int64_t checked_numel(const std::vector<int64_t>& shape) {
+  int64_t numel = 1;
+  for (const int64_t extent : shape) {
+    STD_TORCH_CHECK(extent >= 0, "shape=", text_of({shape.data(), shape.size()}), " must not be negative");
+    STD_TORCH_CHECK(!__builtin_mul_overflow(numel, extent, &numel), "shape=", text_of({shape.data(), shape.size()}),
+                    " has more than 2^63 elements");
+  }
+  return numel;
+}
+
 // A packed weight whose tensors were checked and made contiguous; `view` points into them.
 struct CheckedWeight {
   Tensor packed, absmax;
@@ -89,8 +99,7 @@ inline CheckedWeight check_weight(const Tensor& packed, const Tensor& absmax, co
                                   const std::string& quant_type, int64_t block_size) {
   const QuantType type = parse_quant_type(quant_type);
   check_block_size(block_size);
-  STD_TORCH_CHECK(n >= 0 && k >= 0, "shape=[", n, ", ", k, "] must not be negative");
-  const int64_t numel = n * k, bytes = packed_bytes(numel), blocks = ceil_div(numel, block_size);
+  const int64_t numel = checked_numel({n, k}), bytes = packed_bytes(numel), blocks = ceil_div(numel, block_size);
   check_cpu(packed, "packed");
   check_cpu(absmax, "absmax");
   check_dtype(packed, ScalarType::Byte, "packed", "it must be uint8");

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <initializer_list>
 
 #include "cpu/dispatch.h"
@@ -22,6 +23,25 @@ inline const cpu::KernelTable& active_kernels() {
 
 inline Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return torch::stable::empty({sizes.begin(), sizes.size()}, dtype);
+}
+
+// Working memory of a kernel on this thread, aligned to 64 bytes; what was in it before is lost. Kept for the life of
+// the thread: 300 KB from malloc at each call would be unmapped and faulted in again every time.
+inline float* thread_scratch(int64_t floats) {
+  struct Buffer {
+    void* data = nullptr;
+    int64_t floats = 0;
+    ~Buffer() { std::free(data); }
+  };
+  static thread_local Buffer buffer;
+  if (floats > buffer.floats) {
+    std::free(buffer.data);
+    buffer.floats = 0;
+    buffer.data = std::aligned_alloc(64, static_cast<size_t>(ceil_div(floats, 16) * 64));
+    STD_TORCH_CHECK(buffer.data != nullptr, "out of memory: ", floats * 4, " bytes of working memory for a kernel");
+    buffer.floats = floats;
+  }
+  return static_cast<float*>(buffer.data);
 }
 
 // Runs fn(begin, end) over [0, count) on torch's own threads; obeys torch.set_num_threads.

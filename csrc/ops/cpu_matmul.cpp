@@ -92,7 +92,8 @@ cpu::Operand quantized(const PackedWeight& w) {
 
 void run(const cpu::KernelTable& kernels, const cpu::GemmParams& p) {
   if (p.rows == 0 || p.cols == 0) return;
-  parallel(kernels.gemm_items(p), 1, [&](int64_t begin, int64_t end) { kernels.gemm(p, begin, end); });
+  parallel(kernels.gemm_items(p), 1,
+           [&](int64_t begin, int64_t end) { kernels.gemm(p, begin, end, thread_scratch(kernels.gemm_scratch(p))); });
 }
 
 enum class Operands { kAsStored, kTransposed };
@@ -208,8 +209,9 @@ Tensor decode(const cpu::KernelTable& kernels, const PackedWeight& w, const Matr
   Tensor y = empty_with_last_dim(like, w.n, like.scalar_type());
   p.y = y.mutable_data_ptr();
   p.dtype = x.dtype;
-  parallel(w.n, std::max<int64_t>(1, kWeightsPerTask / std::max<int64_t>(1, w.k)),
-           [&](int64_t begin, int64_t end) { kernels.decode(p, begin, end); });
+  parallel(w.n, std::max<int64_t>(1, kWeightsPerTask / std::max<int64_t>(1, w.k)), [&](int64_t begin, int64_t end) {
+    kernels.decode(p, begin, end, thread_scratch(kernels.decode_scratch(p)));
+  });
   return y;
 }
 

@@ -62,6 +62,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(Tensor weight, std::string q
                   " is nan or inf: only finite weights can be quantized (check_finite=False skips this check)");
   const Tensor none = empty_cpu({0}, ScalarType::Float);
   if (!double_quant) return {packed, absmax, none, empty_cpu({0}, ScalarType::Float)};
+  if (!check_finite) {  // one infinite scale would make the mean, and so every block, infinite
+    for (int64_t b = 0; b < blocks; ++b)
+      STD_TORCH_CHECK(std::isfinite(p.absmax[b]), "block ", b,
+                      " of the weight contains inf: with check_finite=False only", " double_quant=False can store it");
+  }
 
   const int64_t nested_blocks = ceil_div(blocks, kNestedBlock);
   Tensor codes = empty_cpu({blocks}, ScalarType::Byte);
@@ -80,11 +85,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(Tensor weight, std::string q
 Tensor dequantize(Tensor packed, Tensor absmax, OptionalTensor nested_absmax, OptionalTensor nested_offset,
                   std::vector<int64_t> shape, std::string quant_type, int64_t block_size, ScalarType dtype) {
   const cpu::KernelTable& kernels = active_kernels();
-  int64_t numel = 1;
-  for (const int64_t extent : shape) {
-    STD_TORCH_CHECK(extent >= 0, "shape=", text_of({shape.data(), shape.size()}), " must not be negative");
-    numel *= extent;
-  }
+  const int64_t numel = checked_numel(shape);
   const CheckedWeight w = check_weight(packed, absmax, nested_absmax, nested_offset, 1, numel, quant_type, block_size);
   cpu::DequantizeParams p{w.view, nullptr, float_dtype(dtype, "dtype")};
   Tensor out = torch::stable::empty({shape.data(), shape.size()}, dtype);
@@ -119,7 +120,7 @@ Tensor quantization_error(Tensor weight, Tensor packed, Tensor absmax, OptionalT
       for (int64_t first = task * kElementsPerTask; first < last; first += kStretch) {
         float dense[kStretch];
         const int64_t stop = std::min(first + kStretch, last);
-        kernels.dequantize({w.view, dense - first, cpu::DType::kFloat32}, first, stop);  // writes to out + first
+        kernels.dequantize({w.view, dense, cpu::DType::kFloat32, first}, first, stop);
         for (int64_t i = first; i < stop; ++i) {
           const double exact = load(source.const_data_ptr(), dtype, i);
           const double difference = std::abs(exact - static_cast<double>(dense[i - first]));

@@ -37,6 +37,13 @@ std::vector<float> normal(int64_t count, unsigned seed) {
   return x;
 }
 
+// Fresh memory at each call, poisoned: a kernel that reads before it writes gives nan.
+float* scratch(int64_t floats) {
+  static std::vector<float> memory;
+  memory.assign(static_cast<size_t>(floats) + 16, NAN);
+  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t{63});
+}
+
 PackedWeight view(const reference::Quantized& q, QuantType type, int64_t n, int64_t k, int64_t block) {
   PackedWeight w;
   w.packed = q.packed.data();
@@ -163,7 +170,7 @@ void test_forward(const KernelTable& kernels) {
         p.x_plain = plain.data();
         p.x_words = use_words ? words.data() : nullptr;
         p.y = y.data();
-        kernels.decode(p, 0, n);
+        kernels.decode(p, 0, n, scratch(kernels.decode_scratch(p)));
       } else {
         std::vector<float> columns(static_cast<size_t>(kernels.packed_floats(m, k)));
         kernels.pack({x.data(), DType::kFloat32, k, false, m, k, columns.data()}, 0, ceil_div(m, kernels.tile_cols));
@@ -175,7 +182,7 @@ void test_forward(const KernelTable& kernels) {
         p.cols = m;
         p.out = y.data();
         p.out_ld = n;
-        kernels.gemm(p, 0, kernels.gemm_items(p));
+        kernels.gemm(p, 0, kernels.gemm_items(p), scratch(kernels.gemm_scratch(p)));
       }
       bool near =
           true;  // any order of summation of k rounded products stays within (k + 2) u * sum of absolute products
@@ -225,7 +232,7 @@ void test_indices_beyond_32_bits(const KernelTable& kernels) {
   p.x_plain = plain.data();
   p.x_words = words.data();
   p.y = y;
-  kernels.decode(p, last, n);
+  kernels.decode(p, last, n, scratch(kernels.decode_scratch(p)));
   expect(std::fabs(y[last] - k * value) < 1e-2f, std::string(kernels.isa) + " decode beyond 2^32");
 
   std::vector<float> columns(static_cast<size_t>(kernels.packed_floats(1, k)));
@@ -240,7 +247,7 @@ void test_indices_beyond_32_bits(const KernelTable& kernels) {
   g.out_ld = n;
   y[last] = 0.0f;
   const int64_t items = kernels.gemm_items(g);
-  kernels.gemm(g, items - 1, items);
+  kernels.gemm(g, items - 1, items, scratch(kernels.gemm_scratch(g)));
   expect(std::fabs(y[last] - k * value) < 1e-2f, std::string(kernels.isa) + " gemm beyond 2^32");
 
   float* source = reserve<float>(numel);

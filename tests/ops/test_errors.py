@@ -40,6 +40,7 @@ CASES = {
     "quant_type": (lambda: call(quant_type="nf3"), "quant_type='nf3' is unknown: use one of nf4, fp4, int4"),
     "block size": (lambda: call(block_size=48), "block_size=48 must be a power of two from 32 to 4096"),
     "shape": (lambda: call(shape=[8, 8, 8]), "shape has 3 dimensions"),
+    "overflowing shape": (lambda: call(shape=[2**60, 64]), "more than 2\\^63 elements"),
     "negative shape": (lambda: call(shape=[-8, 64]), "must not be negative"),
     "a without b": (lambda: call(lora_a=A), "lora_a was given without lora_b"),
     "b without a": (lambda: call(lora_b=B), "lora_b was given without lora_a"),
