@@ -9,7 +9,7 @@ VENV ?= .venv
 # package index with CPU builds, e.g. the one that pytorch.org gives for your system.
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
-ABI_TORCHES ?= torch==2.11.0 torch==2.12.0
+ABI_TORCHES ?= torch==2.11.0 torch==2.14.1
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check

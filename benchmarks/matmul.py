@@ -8,10 +8,11 @@ import argparse
 import statistics
 import time
 
-import qlora
 import torch
-from qlora import _C
 from torch.nn import functional as F
+
+import qlora
+from qlora import _C
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROTATION_BYTES = 256 * 2**20  # dense bytes of all weights together: past the last-level cache

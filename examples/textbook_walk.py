@@ -3,8 +3,9 @@
 Run: python examples/textbook_walk.py (needs only torch and qlora). docs/textbook-walk.md explains each line.
 """
 
-import qlora
 import torch
+
+import qlora
 from qlora import _C
 
 

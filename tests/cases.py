@@ -1,6 +1,7 @@
 """Shapes and types that every test of an operator runs: odd ones are the default."""
 
 import torch
+
 from qlora import ops
 
 QUANT_TYPES = ops.QUANT_TYPES

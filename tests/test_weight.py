@@ -1,11 +1,14 @@
 """QuantizedWeight: moves, pickles, shards, and the entries of a bitsandbytes state dict."""
 
-import copy
 import io
+import pickle
+from pathlib import Path
 
+import numpy as np
 import pytest
-import qlora
 import torch
+
+import qlora
 from qlora import ops, reference
 
 
@@ -23,7 +26,7 @@ def test_nbytes_counts_the_statistics():
 
 def test_survives_pickle_and_safe_torch_save():
     w = qlora.quantize(torch.randn(9, 65))
-    again = copy.deepcopy(w)
+    again = pickle.loads(pickle.dumps(w))
     assert torch.equal(again.dequantize(), w.dequantize())
     buffer = io.BytesIO()
     torch.save(w.tensors, buffer)
@@ -86,12 +89,29 @@ def test_bitsandbytes_entries_in_another_quant_storage():
     assert torch.equal(qlora.QuantizedWeight.from_bnb(entries).dequantize(), w.dequantize())
 
 
+@pytest.mark.parametrize("name", ["plain", "nested"])
+def test_reads_the_state_dict_of_a_real_linear4bit(name):
+    """Keys and JSON as bitsandbytes wrote them (tests/data/make_bitsandbytes_golden.py)."""
+    golden = np.load(Path(__file__).parent / "data" / "bitsandbytes_golden.npz")
+    start = f"state-{name}:"
+    entries = {key.removeprefix(start): torch.from_numpy(golden[key]) for key in golden.files if key.startswith(start)}
+    w = qlora.QuantizedWeight.from_bnb(entries)
+    assert torch.equal(w.dequantize(torch.float32), torch.from_numpy(golden[f"state-{name}-dequantized"]))
+    ours = w.to_bnb()
+    assert ours.keys() == entries.keys()
+    for key, value in entries.items():
+        if "quant_state" not in key:
+            assert torch.equal(ours[key], value), key
+
+
 def test_damaged_bitsandbytes_entries_name_the_fault():
     entries = qlora.quantize(torch.randn(8, 64)).to_bnb()
     with pytest.raises(KeyError, match="quant_state"):
         qlora.QuantizedWeight.from_bnb({"weight": entries["weight"]})
     with pytest.raises(ValueError, match="has 255 bytes"):
         qlora.QuantizedWeight.from_bnb(entries | {"weight": entries["weight"][1:]})
+    with pytest.raises(ValueError, match="quant_map is another table"):
+        qlora.QuantizedWeight.from_bnb(entries | {"weight.quant_map": torch.zeros(16)})
     with pytest.raises(KeyError, match="absmax"):
         qlora.QuantizedWeight.from_bnb({k: v for k, v in entries.items() if not k.endswith(".absmax")})
     with pytest.raises(ValueError, match="int4.*does not exist in bitsandbytes"):

@@ -22,7 +22,8 @@ constexpr const char* kernel_name(ForwardKernel kernel) {
 constexpr const char* why_not_faster(ForwardKernel kernel) {
   return kernel == ForwardKernel::kDecodeSpans
              ? "in_features is not a multiple of 32, so rows do not start on a block boundary of words"
-             : "";
+         : kernel == ForwardKernel::kGemm ? "multiplies in float32: this build has no bfloat16 or AMX matmul"
+                                          : "";
 }
 
 }  // namespace qlora::cpu

@@ -31,10 +31,16 @@ def explain(x: Tensor, weight: QuantizedWeight) -> Explanation:
     """
     if x.dtype not in FLOAT_DTYPES:
         raise ValueError(f"x is {x.dtype}: the kernels take float32, bfloat16 and float16")
+    if len(weight.shape) != 2 or x.dim() == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)} and the weight {weight.shape}: needed are [..., k] and (n, k)")
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x has {x.shape[-1]} features: the weight has in_features={weight.shape[1]}")
     if x.device.type != "cpu":
         raise ValueError(f"x is on {x.device}: this build has kernels for the CPU only")
     tokens = x.numel() // max(1, x.shape[-1])
     kernel, reason = _C.explain_forward(tokens, weight.shape[1])
-    return Explanation("cpu", _C.active_isa(), kernel, "float32 products and sums, rounded once", reason)
+    reasons = [reason] if reason else []
+    isa, best = _C.active_isa(), _C.runnable_isas()[-1]
+    if isa != best:
+        reasons.append(f"QLORA_CPU_ISA caps this machine's {best}")
+    return Explanation("cpu", isa, kernel, "float32 products and sums, rounded once", "; ".join(reasons))

@@ -18,6 +18,16 @@ QUANT_TYPES: tuple[str, ...] = _C.QUANT_TYPES
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def check_format(quant_type: str, block_size: int) -> None:
+    """Raises ValueError unless the format knows the quant type and allows the block size."""
+    if quant_type not in QUANT_TYPES:
+        raise ValueError(f"quant_type='{quant_type}' is unknown: use one of {', '.join(QUANT_TYPES)}")
+    if not _C.MIN_BLOCK_SIZE <= block_size <= _C.MAX_BLOCK_SIZE or block_size & (block_size - 1):
+        raise ValueError(
+            f"block_size={block_size} must be a power of two from {_C.MIN_BLOCK_SIZE} to {_C.MAX_BLOCK_SIZE}"
+        )
+
+
 def quantize(
     weight: Tensor,
     quant_type: str = "nf4",
@@ -223,6 +233,8 @@ def _(grad, x, quantized_W, scale, zero_point, B, A, alpha, needs_x, needs_lora)
 def _setup_forward(ctx: Any, inputs: tuple, output: Tensor) -> None:
     (x, packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size) = inputs[:8]
     lora_a, lora_b, scaling, bias, lora_x = inputs[8:]
+    if any(t is not None and t.requires_grad for t in (absmax, nested_absmax, nested_offset)):
+        raise RuntimeError("absmax or its nested statistics require grad: a 4-bit weight is frozen, detach them")
     ctx.save_for_backward(x, packed, absmax, nested_absmax, nested_offset, lora_a, lora_b, lora_x)
     ctx.weight = (list(shape), quant_type, block_size)
     ctx.scaling = scaling
@@ -304,6 +316,7 @@ torch.library.register_autograd("qlora::forward.affine_grid", _backward_affine, 
 torch.library.register_autograd("qlora::backward", _no_double_backward)
 torch.library.register_autograd("qlora::backward.affine_grid", _no_double_backward)
 torch.library.register_autograd("qlora::quantize", _no_gradient_for_the_weight)
+torch.library.register_autograd("qlora::dequantize", _no_gradient_for_the_weight)
 
 
 # ---- autocast --------------------------------------------------------------------------------------------------------

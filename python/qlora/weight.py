@@ -144,6 +144,14 @@ class QuantizedWeight:
         dtype = getattr(torch, str(state["dtype"]), None)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype={state['dtype']!r} is no torch dtype")
+        ops.check_format(state["quant_type"], state["blocksize"])
+        maps = {"quant_map": _C.codebook(state["quant_type"])} | (
+            {"nested_quant_map": _C.dynamic_map()} if nested else {}
+        )
+        for name, values in maps.items():
+            theirs = entries.get(f"{prefix}.{name}")
+            if theirs is not None and not torch.equal(theirs.float().cpu(), torch.tensor(values)):
+                raise ValueError(f"{prefix}.{name} is another table than {state['quant_type']}'s: it cannot be read")
         shape = tuple(int(extent) for extent in state["shape"])
         packed = entries[prefix].contiguous().view(torch.uint8).flatten()  # quant_storage may be any dtype
         needed = (torch.Size(shape).numel() + 1) // 2

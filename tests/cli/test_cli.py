@@ -9,10 +9,11 @@ import time
 
 import pytest
 import torch
-from qlora.cli import demo, main
-from qlora.models.loading import chat_reply
 from toys import save_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qlora.cli import demo, main
+from qlora.models.loading import chat_reply
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +62,16 @@ def test_info_names_isa_kernels_and_versions(capsys, monkeypatch):
     assert "not a multiple of 32" in out
 
 
+NOWHERE = ("--model", "x", "--data", "x", "--output", "y")
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
         (["finetune", "--output", "x"], "--model is required unless --resume"),
         (["finetune", "--output", "no-such-run", "--resume"], "there is no run to resume"),
         (["generate", "--model", "./nowhere", "--prompt", "x"], "./nowhere is not a model folder"),
+        (["finetune", *NOWHERE, "--quant-type", "nf3"], "quant_type='nf3' is unknown"),
         (["generate", "--model", "x", "--prompt", "x", "--temperature", "-1"], "temperature=-1.0 must not be negative"),
     ],
 )
@@ -91,7 +96,7 @@ def test_bad_data_and_foreign_adapters_are_one_line(world, tmp_path, capsys):
 def test_ctrl_c_saves_and_says_how_to_resume(world, tmp_path):
     """A real signal to a real process; then the printed command, which finishes the run."""
     output = tmp_path / "run"
-    arguments = finetune_command(world, output, "--max-steps", "3000", "--save-steps", "3000", "--eval-steps", "3000")
+    arguments = finetune_command(world, output, "--max-steps", "600", "--save-steps", "600", "--eval-steps", "600")
     process = subprocess.Popen(
         [sys.executable, "-m", "qlora", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -100,13 +105,16 @@ def test_ctrl_c_saves_and_says_how_to_resume(world, tmp_path):
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    time.sleep(2)
+    time.sleep(1)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 130
     assert f"qlora finetune --output {output} --resume" in error
     saved = [name for name in os.listdir(output) if name.startswith("checkpoint-")]
     assert len(saved) == 1
+    assert main(["finetune", "--output", str(output), "--resume", "--rank", "3"]) == 1  # not as it started
+    assert main(["finetune", "--output", str(output), "--resume"]) == 0
+    assert (output / "adapter" / "adapter_model.safetensors").exists()
 
 
 def test_the_demo_replaces_only_an_older_demo(tmp_path):
@@ -116,9 +124,14 @@ def test_the_demo_replaces_only_an_older_demo(tmp_path):
     with pytest.raises(FileExistsError, match="is no older demo"):
         demo._replace_older_demo(folder)
     assert (folder / "thesis.txt").exists()
-    (folder / "settings.json").write_text("{}")
-    demo._replace_older_demo(folder)
-    assert not folder.exists()
+    (folder / "settings.json").write_text("{}")  # a fine-tuning run of the user's own
+    with pytest.raises(FileExistsError, match="is no older demo"):
+        demo._replace_older_demo(folder)
+    older = tmp_path / "older"
+    demo._replace_older_demo(older)
+    (older / "run").mkdir()
+    demo._replace_older_demo(older)
+    assert [path.name for path in older.iterdir()] == [demo.MARKER]
 
 
 def test_the_demo_data_set_is_what_it_says():

@@ -37,6 +37,13 @@ def main() -> None:
                 arrays[f"{name}.nested_absmax"] = state.state2.absmax.numpy()
                 arrays[f"{name}.nested_map"] = state.state2.code.numpy()
                 arrays[f"{name}.nested_offset"] = np.array([state.offset.item()], dtype=np.float32)
+    for nested in (False, True):  # the state dict of a layer, as it lands in a checkpoint
+        torch.manual_seed(0)
+        layer = bitsandbytes.nn.Linear4bit(64, 32, bias=False, quant_type="nf4", compress_statistics=nested)
+        layer = layer.to("cpu")
+        name = f"state-{'nested' if nested else 'plain'}"
+        arrays |= {f"{name}:{key}": value.numpy() for key, value in layer.state_dict().items()}
+        arrays[f"{name}-dequantized"] = dequantize_4bit(layer.weight.data, layer.weight.quant_state).float().numpy()
     np.savez_compressed(OUTPUT, **arrays)
     print(f"{OUTPUT.name}: {OUTPUT.stat().st_size} bytes, bitsandbytes {bitsandbytes.__version__}")
 

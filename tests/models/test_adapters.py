@@ -4,12 +4,14 @@ import json
 import os
 
 import pytest
-import qlora
 import torch
-from qlora.models import files
-from qlora.models.prepare import qlora_layers
 from safetensors.torch import load_file, save_file
 from toys import TiedModel, save_llama
+
+import qlora
+from qlora.models import files
+from qlora.models.prepare import qlora_layers
+from qlora.nn import Linear4bit
 
 
 def prepared(rank=4, seed=0, **options):
@@ -56,8 +58,8 @@ def test_layers_of_different_rank_and_alpha(tmp_path):
     randomize(first)
     qlora.save_adapter(first, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["rank_pattern"] == {"blocks.1.up": 7}
-    assert config["alpha_pattern"] == {"blocks.1.up": 3.0}
+    assert config["rank_pattern"] == {r"^blocks\.1\.up": 7}
+    assert config["alpha_pattern"] == {r"^blocks\.1\.up": 3.0}
     second = prepared()
     qlora.load_adapter(second, tmp_path)
     assert torch.equal(first(IDS), second(IDS))
@@ -112,6 +114,15 @@ def test_we_read_what_peft_writes(llama, tmp_path, use_rslora):
     assert torch.allclose(theirs(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_pefts_alpha_pattern_is_a_regular_expression_for_the_end_of_a_name(tmp_path):
+    model = prepared()
+    qlora.save_adapter(model, tmp_path)
+    edit_config(tmp_path, alpha_pattern={"up": 64, r"blocks\.1\..*": 2})
+    qlora.load_adapter(model, tmp_path)
+    alphas = {name: layer.adapters["default"].alpha for name, layer in qlora_layers(model).items()}
+    assert alphas == {"blocks.0.up": 64, "blocks.0.down": 4, "blocks.1.up": 64, "blocks.1.down": 2}
+
+
 def test_an_adapter_of_another_model_names_its_keys_and_changes_nothing(tmp_path):
     other = torch.nn.ModuleDict({"trunk": TiedModel()})
     qlora.prepare_model(other, rank=4)
@@ -131,6 +142,11 @@ def edit_weights(folder, change):
     save_file(tensors, path)
 
 
+def edit_config(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 KEY = "base_model.model.blocks.0.up.lora_A.weight"
 
 
@@ -144,6 +160,10 @@ KEY = "base_model.model.blocks.0.up.lora_A.weight"
         (lambda d: (d / "adapter_model.safetensors").unlink(), "does not exist"),
         (lambda d: (d / "adapter_config.json").unlink(), "adapter_config.json does not exist"),
         (lambda d: (d / "adapter_config.json").write_text("{"), "is not JSON"),
+        (lambda d: (d / "adapter_config.json").write_text("[]"), "must hold a JSON object, not list"),
+        (lambda d: edit_config(d, lora_dropout=1.0), r"lora_dropout=1.0 must be in \[0, 1\)"),
+        (lambda d: edit_config(d, lora_alpha=None), "lora_alpha=None must be a number"),
+        (lambda d: edit_config(d, alpha_pattern={"up": "x"}), "alpha_pattern='x' must be a number"),
         (lambda d: (d / "adapter_config.json").write_text('{"peft_type": "IA3"}'), "peft_type='IA3'"),
         (lambda d: (d / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 0}'), "r=0 must be"),
         (
@@ -168,20 +188,41 @@ def test_saving_an_adapter_that_no_layer_has(tmp_path):
         qlora.save_adapter(prepared(), tmp_path, "x")
 
 
-def test_a_full_disk_leaves_the_old_adapter(tmp_path, monkeypatch):
+@pytest.mark.parametrize("failing_file", [1, 2])
+def test_a_full_disk_leaves_the_old_adapter(tmp_path, monkeypatch, failing_file):
+    """Whichever of the two files does not fit: weights and configuration stay those of one adapter."""
     model = prepared()
     randomize(model)
     qlora.save_adapter(model, tmp_path)
     old = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     randomize(model)
 
+    calls = []
+
     def full(descriptor):
-        raise OSError(28, "No space left on device")
+        calls.append(descriptor)
+        if len(calls) == failing_file:
+            raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         qlora.save_adapter(model, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old
+
+
+def test_layers_without_the_adapter_are_unloaded_to_their_base(tmp_path):
+    """An adapter on some layers only, loaded into a model with adapters on all."""
+    partial = TiedModel()
+    qlora.prepare_model(partial, rank=4, target_modules=["up"])
+    randomize(partial)
+    qlora.save_adapter(partial, tmp_path)
+    model = prepared()
+    qlora.load_adapter(model, tmp_path)
+    before = model(IDS)
+    reports = qlora.merge_and_unload(model, dtype=torch.float32)
+    assert sorted(reports) == ["blocks.0.up", "blocks.1.up"]
+    assert type(model.blocks[0].down) is Linear4bit
+    assert torch.allclose(model(IDS), before, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("requantize", [False, True])

@@ -5,12 +5,13 @@ import subprocess
 import sys
 
 import pytest
-import qlora
 import torch
-from qlora.nn import Linear4bit, QLoRALinear
 from safetensors.torch import save_file
 from torch import nn
 from toys import TiedModel
+
+import qlora
+from qlora.nn import Linear4bit, QLoRALinear
 
 INNER = ("blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down")
 
@@ -145,11 +146,75 @@ def test_a_truncated_checkpoint_is_named(tmp_path):
         ({"skip_modules": ["nothing"]}, "skip_modules: 'nothing' matches"),
         ({"skip_modules": ["up", "down"]}, "all linear layers were skipped"),
         ({"gradient_checkpointing": True}, "no gradient_checkpointing_enable"),
+        ({"rank": 0}, "rank=0 must be at least 1"),
+        ({"dropout": 1.5}, "dropout=1.5 must be in"),
+        ({"quant_type": "nf3"}, "quant_type='nf3' is unknown: use one of nf4, fp4, int4"),
+        ({"block_size": 100}, "block_size=100 must be a power of two from 32 to 4096"),
     ],
 )
-def test_bad_options(options, message):
+def test_bad_options_are_refused_before_anything_changes(options, message):
+    model = TiedModel()
     with pytest.raises(ValueError, match=message):
-        qlora.prepare_model(TiedModel(), **options)
+        qlora.prepare_model(model, **options)
+    assert all(p.requires_grad for p in model.parameters())
+    assert type(model.blocks[0].up) is nn.Linear
+
+
+def test_a_nan_names_its_layer_and_position():
+    model = TiedModel()
+    model.blocks[1].down.weight.data[3, 4] = float("nan")
+    with pytest.raises(ValueError, match=r"blocks\.1\.down: .*weight\[3, 4\] is nan or inf"):
+        qlora.prepare_model(model)
+
+
+def test_without_a_rank_layers_are_only_quantized():
+    model = TiedModel()
+    report = qlora.prepare_model(model, rank=None)
+    assert type(model.blocks[0].up) is Linear4bit
+    assert report.trainable_params == 0
+
+
+def test_a_module_under_two_names_stays_one():
+    model = TiedModel()
+    model.blocks[1] = model.blocks[0]
+    model.again = model.blocks[0].up
+    qlora.prepare_model(model, rank=2)
+    assert isinstance(model.again, QLoRALinear)
+    assert model.again is model.blocks[0].up is model.blocks[1].up
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_torchs_own_transformer_layer(training):
+    """MultiheadAttention reads out_proj.weight itself, and the fast path of inference reads every weight."""
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True).train(training)
+    x = torch.randn(2, 5, 32)
+    dense = layer(x)
+    report = qlora.prepare_model(layer, rank=2)
+    assert report.quantized == ("linear1", "linear2")
+    assert report.skipped == ("self_attn.out_proj",)
+    with torch.no_grad():
+        assert torch.nn.functional.cosine_similarity(layer(x).flatten(), dense.flatten(), dim=0) > 0.98
+
+
+def test_persistent_buffers_are_loaded_too():
+    dense = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+    dense[1].running_mean.fill_(3.0)
+    for device in ("meta", "cpu"):
+        with torch.device(device):
+            model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+        model[0].to("meta")
+        qlora.prepare_model(model, rank=2, weights=dense.state_dict())
+        assert torch.equal(model[1].running_mean, dense[1].running_mean)
+
+
+def test_an_index_that_leaves_its_folder_is_refused(tmp_path):
+    for content, message in (
+        ('{"weight_map": {"x": "../secret.safetensors"}}', "must be the name of a file in the same folder"),
+        ("{}", "is no index of a checkpoint"),
+    ):
+        (tmp_path / "model.safetensors.index.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            qlora.prepare_model(TiedModel(), weights=tmp_path)
 
 
 def test_models_that_cannot_be_prepared():

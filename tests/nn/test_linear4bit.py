@@ -1,10 +1,11 @@
 """Linear4bit: an nn.Linear to its surroundings, frozen and never cast."""
 
 import pytest
-import qlora
 import torch
-from qlora.nn import Linear4bit
 from torch import nn
+
+import qlora
+from qlora.nn import Linear4bit
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -27,7 +28,7 @@ def test_is_a_linear_layer_with_a_frozen_uint8_weight():
     assert layer.weight.dtype == torch.uint8
     assert layer.weight.shape == (48, 32)
     assert not layer.weight.requires_grad
-    assert sorted(layer.state_dict()) == ["absmax", "bias", "nested_absmax", "nested_offset", "weight"]
+    assert sorted(layer.state_dict()) == ["_extra_state", "absmax", "bias", "nested_absmax", "nested_offset", "weight"]
 
 
 @pytest.mark.parametrize("cast", [lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.double()])
@@ -58,6 +59,13 @@ def test_statistics_of_the_wrong_length_are_refused():
     state["absmax"] = state["absmax"][:-1]
     with pytest.raises(RuntimeError, match="absmax"):
         layer.load_state_dict(state)
+
+
+def test_a_state_dict_in_another_format_is_refused():
+    """The tensors have the same shapes: without the extra state they would load, and decode to other weights."""
+    state = Linear4bit(64, 48, quant_type="nf4").state_dict()
+    with pytest.raises(ValueError, match="'nf4'.*this layer has.*'fp4'"):
+        Linear4bit(64, 48, quant_type="fp4").load_state_dict(state)
 
 
 def test_from_weight_needs_a_matrix():

@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
-from qlora.nn import Linear4bit, QLoRALinear
 from torch import nn
+
+from qlora.nn import Linear4bit, QLoRALinear
 
 
 def make(bias=True, **options) -> QLoRALinear:
@@ -180,6 +181,55 @@ def test_cache_dequantized_gives_the_same_values_and_is_dropped(x):
     layer.reset_state()
     assert layer.diagnostics()["cache_bytes"] == 0
     assert "_dense" not in " ".join(layer.state_dict())
+
+
+def test_the_cache_follows_the_weight(x):
+    layer, other = make(cache_dequantized=True), make()
+    layer(x)
+    layer.load_state_dict(other.state_dict())
+    assert close(layer(x), other(x))
+
+
+def test_a_cache_built_in_inference_mode_serves_training(x):
+    layer = make(cache_dequantized=True)
+    with torch.inference_mode():
+        layer(x)
+    leaf = x.clone().requires_grad_()
+    layer(leaf).sum().backward()
+    assert leaf.grad is not None
+
+
+@pytest.mark.parametrize("options", [{"cache_dequantized": True}, {"freeze_base": False}])
+def test_float32_adapters_are_not_rounded_on_the_dense_paths(options, x):
+    """Over bfloat16 activations the low-rank term is computed in the adapters' float32, as in the fused path."""
+    linear = nn.Linear(64, 48, bias=False)
+    linear.weight.data.zero_()
+    layer = QLoRALinear(linear, 4, **options)
+    with torch.no_grad():
+        layer.lora_b["default"].normal_()
+    exact = x.bfloat16().double() @ layer.lora_a["default"].T.double() @ layer.lora_b["default"].T.double()
+    y = layer(x.bfloat16()).double()
+    # one rounding to bfloat16 of a float32 sum; adapters in bfloat16 would be off by three
+    assert ((y - exact).abs() <= 2**-8 * exact.abs() * (1 + 2**-8) + 1e-5).all()
+
+
+def test_merging_a_trained_base_merges_what_the_forward_computes(x):
+    layer = make(freeze_base=False)
+    before = layer(x)
+    layer.merge(dtype=torch.float32)
+    assert close(layer.eval()(x), before)
+
+
+def test_a_merged_layer_in_training_warns_and_refuses_a_state_dict(x):
+    layer = make()
+    state = layer.state_dict()
+    layer.merge()
+    with pytest.warns(UserWarning, match="no gradient until unmerge"):
+        layer(x)
+    with pytest.raises(RuntimeError, match="is merged, call unmerge"):
+        layer.load_state_dict(state)
+    with pytest.raises(ValueError, match="contradicts requantize"):
+        make().merge(requantize=True, dtype=torch.float16)
 
 
 def test_trained_base_is_quantized_straight_through(x):

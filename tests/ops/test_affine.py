@@ -3,8 +3,9 @@
 import pytest
 import torch
 from cases import DTYPES
-from qlora import ops, reference
 from tolerances import accumulation, assert_within, output_rounding
+
+from qlora import ops, reference
 
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 

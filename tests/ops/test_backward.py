@@ -3,8 +3,9 @@
 import pytest
 import torch
 from cases import DTYPES, QUANT_TYPES, SHAPES, name_of, weights
-from qlora import ops
 from tolerances import accumulation, assert_within, output_rounding
+
+from qlora import ops
 
 
 def gradients(x, weight, a, b, scaling, bias, lora_x, grad):
@@ -114,6 +115,15 @@ def test_double_backward_is_refused():
     (grad,) = torch.autograd.grad(ops.forward(x, *weight).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         grad.sum().backward()
+
+
+def test_no_gradient_vanishes_silently():
+    (packed, absmax, _, _, *rest), _ = weights(8, 64, double_quant=False)
+    absmax.requires_grad_()
+    with pytest.raises(RuntimeError, match="a 4-bit weight is frozen"):
+        ops.dequantize(packed, absmax, None, None, *rest, torch.float32).sum().backward()
+    with pytest.raises(RuntimeError, match="require grad: a 4-bit weight is frozen"):
+        ops.forward(torch.randn(2, 64), packed, absmax, None, None, *rest)
 
 
 def test_quantize_is_not_differentiable():

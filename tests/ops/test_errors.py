@@ -1,9 +1,10 @@
 """Bad input gets an error that names the value and the rule."""
 
 import pytest
-import qlora
 import torch
 from cases import weights
+
+import qlora
 from qlora import _C, ops
 
 
@@ -92,12 +93,20 @@ def test_unknown_isa(monkeypatch):
         _C.active_isa()
 
 
-def test_explain_names_the_slower_path_and_its_reason():
+def test_explain_names_the_slower_path_and_its_reason(monkeypatch):
     fast = qlora.explain(torch.randn(1, 64), qlora.quantize(torch.randn(8, 64)))
     assert (fast.kernel, fast.why_not_faster) == ("decode_words", "")
     slow = qlora.explain(torch.randn(2, 3, 100), qlora.quantize(torch.randn(8, 100)))
     assert slow.kernel == "decode_spans"
     assert "multiple of 32" in slow.why_not_faster
-    assert qlora.explain(torch.randn(3, 3, 100), qlora.quantize(torch.randn(8, 100))).kernel == "gemm"
+    many = qlora.explain(torch.randn(3, 3, 100), qlora.quantize(torch.randn(8, 100)))
+    assert many.kernel == "gemm"
+    assert "float32" in many.why_not_faster
+    with pytest.raises(ValueError, match="needed are"):
+        qlora.explain(torch.zeros(()), qlora.quantize(torch.randn(8, 64)))
+    if len(_C.runnable_isas()) > 1:
+        monkeypatch.setenv("QLORA_CPU_ISA", "scalar")
+        capped = qlora.explain(torch.randn(1, 64), qlora.quantize(torch.randn(8, 64)))
+        assert "QLORA_CPU_ISA caps" in capped.why_not_faster
     with pytest.raises(ValueError, match="63 features"):
         qlora.explain(torch.randn(1, 63), qlora.quantize(torch.randn(8, 64)))

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from cases import BLOCK_SIZES, DTYPES, QUANT_TYPES, SHAPES, name_of, weights
+from tolerances import accumulation, assert_error_at_most, assert_within, output_rounding
+
 from qlora import ops, reference
-from tolerances import accumulation, assert_at_most_twice_torch, assert_within, output_rounding
 
 
 def check(x, weight, dense, lora_a=None, lora_b=None, scaling=1.0, bias=None, lora_x=None):
@@ -67,15 +68,17 @@ def test_ranks(isa, m, rank):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("m", [1, 64])
-def test_error_is_at_most_that_of_dequantize_then_matmul(isa, m, dtype):
+def test_error_against_dequantize_then_matmul(isa, m, dtype):
+    """In 16 bit at most torch's own error: torch rounds W, the kernels do not. In float32, where only the order of
+    summation differs, at most twice."""
     weight, dense = weights(256, 1024)
     x = torch.randn(m, 1024).to(dtype)
     y, expected = check(x, weight, dense)
-    assert_at_most_twice_torch(y, reference.forward(x, *weight), expected)
+    assert_error_at_most(1 if dtype != torch.float32 else 2, y, reference.forward(x, *weight), expected)
 
 
-def test_long_rows_need_more_than_one_piece(isa):
-    """Decode takes the scales of 4096 weights at a time; 9000 is neither a multiple of that nor of 32."""
+def test_long_rows(isa):
+    """Rows of more than one stretch (512) and of more scales than one nested block (256) has."""
     for k in (8192 + 96, 9001):
         weight, dense = weights(3, k)
         check(torch.randn(2, k), weight, dense)

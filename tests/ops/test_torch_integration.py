@@ -1,12 +1,13 @@
 """The operators as citizens of torch: opcheck, compile, autocast, checkpointing."""
 
 import pytest
-import qlora
 import torch
 from cases import DTYPES, weights
-from qlora import ops
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
+
+import qlora
+from qlora import ops
 
 
 def lora_arguments(m=5, n=24, k=64, dtype=torch.float32):

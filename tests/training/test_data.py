@@ -4,9 +4,21 @@ import json
 
 import pytest
 import torch
-from qlora.training.data import IGNORED, BadRecord, Collator, Example, Sequences, pack, read_records, tokenize
 from toys import save_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qlora.training.data import (
+    IGNORED,
+    BadRecord,
+    Collator,
+    Example,
+    Record,
+    Sequences,
+    pack,
+    read_records,
+    tokenize,
+    tokenize_all,
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +44,7 @@ def learnt(example, tokenizer):
 
 
 def test_prompt_completion_goes_through_the_chat_template(tokenizer):
-    example = tokenize(GOOD, tokenizer, 100)
+    example = tokenize(GOOD, tokenizer)
     assert tokenizer.decode(example.input_ids) == "<|user|> what is the sea ? <|end|> <|assistant|> the light . <|end|>"
     assert learnt(example, tokenizer) == "the light . <|end|>"
 
@@ -45,19 +57,19 @@ def test_every_assistant_turn_is_learnt(tokenizer):
         {"role": "user", "content": "what ?"},
         {"role": "assistant", "content": "wind ."},
     ]
-    example = tokenize({"messages": messages}, tokenizer, 100)
+    example = tokenize({"messages": messages}, tokenizer)
     assert learnt(example, tokenizer) == "sail . <|end|> wind . <|end|>"
 
 
 def test_plain_text_is_learnt_whole_and_ends(tokenizer):
-    example = tokenize({"text": "the sea"}, tokenizer, 100)
+    example = tokenize({"text": "the sea"}, tokenizer)
     assert example.labels == example.input_ids
     assert example.input_ids[-1] == tokenizer.eos_token_id
 
 
 def test_without_a_chat_template_prompt_and_completion_are_joined(tmp_path):
     plain = AutoTokenizer.from_pretrained(save_llama(tmp_path, chat=False))
-    example = tokenize({"prompt": "what is ", "completion": "the sea"}, plain, 100)
+    example = tokenize({"prompt": "what is ", "completion": "the sea"}, plain)
     assert plain.decode(example.input_ids) == "what is the sea <|end|>"
     assert learnt(example, plain) == "the sea <|end|>"
 
@@ -66,17 +78,37 @@ def test_a_template_that_rewrites_history_is_refused(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = "{{ messages | length }} {% for m in messages %}{{ m['content'] }} {% endfor %}"
     with pytest.raises(ValueError, match="rewrites earlier turns"):
-        tokenize(GOOD, tokenizer, 100)
+        tokenize(GOOD, tokenizer)
 
 
-def test_cut_at_max_length(tokenizer):
-    assert len(tokenize(GOOD, tokenizer, 7).input_ids) == 7
+def test_what_max_length_cuts_and_drops_is_counted(tokenizer):
+    long = {"prompt": "what is the sea ?", "completion": "the light stays on and on ."}
+    hopeless = {"prompt": "what " * 30, "completion": "sea"}
+    records = [Record(content, f"data:{i}") for i, content in enumerate((GOOD, long, hopeless))]
+    result = tokenize_all(records, tokenizer, 13)
+    assert [len(example.input_ids) for example in result.examples] == [12, 13]
+    assert (result.bad, result.cut, result.dropped) == (0, 2, 1)
+
+
+def test_a_record_that_the_chat_template_refuses_names_its_place(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    records = [Record(GOOD, "data.jsonl:7")]
+    with pytest.raises(BadRecord, match=r"data\.jsonl:7: System role not supported"):
+        tokenize_all(records, tokenizer, 100)
+    assert tokenize_all(records, tokenizer, 100, skip_bad=True).bad == 1
+
+
+def test_packing_is_fast_for_many_records():
+    packed = pack(examples(*(1 + i % 97 for i in range(50_000))), 256)
+    assert packed.tokens == sum(1 + i % 97 for i in range(50_000))
 
 
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
         ("{not json", r"data\.jsonl:2: Expecting property name"),
+        ("[" * 200_000, r"data\.jsonl:2: .*recursion"),
         ([1], r"data\.jsonl:2: a record is a JSON object, not list"),
         ({"question": "?"}, r"keys \['question'\]: a record has either"),
         ({"prompt": "a", "text": "b"}, "either 'messages'"),

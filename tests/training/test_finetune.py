@@ -6,15 +6,16 @@ import os
 import signal
 
 import pytest
-import qlora
 import torch
+from safetensors.torch import load_file
+from toys import save_llama
+from transformers import TrainerCallback
+
+import qlora
 from qlora.models.loading import chat_reply, load_for_inference
 from qlora.training import finetune as module
 from qlora.training.finetune import FinetuneSettings, Interrupted, finetune
 from qlora.training.trainer import AdapterTrainer, checkpoints
-from safetensors.torch import load_file
-from toys import save_llama
-from transformers import TrainerCallback
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +109,40 @@ def test_a_resumed_run_equals_the_uninterrupted_one(settings, tmp_path, change):
     assert_same_adapter(settings, stopped)
 
 
+def test_a_wrong_setting_leaves_nothing_that_blocks_the_corrected_run(settings):
+    for change in ({"quant_type": "nf3"}, {"target_modules": ("nowhere",)}, {"lr_scheduler": "sideways"}):
+        with pytest.raises(ValueError):
+            finetune(dataclasses.replace(settings, **change))
+        assert not (module.Path(settings.output) / "settings.json").exists()
+    finetune(dataclasses.replace(settings, max_steps=1))
+
+
+def test_ctrl_c_during_the_first_evaluation_says_how_to_go_on(settings, monkeypatch):
+    def interrupted(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(AdapterTrainer, "evaluate", interrupted)
+    with pytest.raises(
+        Interrupted, match="no checkpoint was saved yet; continue with: qlora finetune --output .* --resume"
+    ):
+        finetune(settings)
+    monkeypatch.undo()
+    finetune(settings, resume=True)
+    uninterrupted = dataclasses.replace(settings, output=settings.output + "-again")
+    finetune(uninterrupted)
+    assert_same_adapter(settings, uninterrupted)
+
+
+def test_a_resume_notices_that_the_data_changed(settings, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_bytes(module.Path(settings.data).read_bytes())
+    settings = dataclasses.replace(settings, data=str(data), max_steps=2)
+    finetune(settings)
+    data.write_bytes(data.read_bytes() + b'\n{"text": "more"}\n')
+    with pytest.raises(ValueError, match="data_sha256"):
+        finetune(settings, resume=True)
+
+
 def test_ctrl_c_restores_the_signal_handler(settings):
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted):
@@ -115,17 +150,19 @@ def test_ctrl_c_restores_the_signal_handler(settings):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint(settings, monkeypatch):
-    """The second checkpoint fails in the middle, after its adapter was written; the run resumes from the first."""
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
+def test_a_full_disk_leaves_the_previous_checkpoint(settings, monkeypatch, error):
+    """The second checkpoint fails in the middle, after its adapter was written; the run resumes from the first.
+    torch.save reports a full disk as RuntimeError."""
     original = AdapterTrainer._save_optimizer_and_scheduler
 
     def full_at_step_8(self, output_dir):
         if self.state.global_step == 8:
-            raise OSError(28, "No space left on device")
+            raise error
         original(self, output_dir)
 
     monkeypatch.setattr(AdapterTrainer, "_save_optimizer_and_scheduler", full_at_step_8)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left|newest complete checkpoint is .*checkpoint-4"):
         finetune(settings)
     monkeypatch.undo()
     output = checkpoints(module.Path(settings.output))
@@ -169,7 +206,7 @@ def test_bad_data_stops_the_job_before_anything_is_written(settings, tmp_path):
         finetune(dataclasses.replace(settings, data=str(bad)))
     assert not module.Path(settings.output).exists()
     result = finetune(dataclasses.replace(settings, data=str(bad), skip_bad=True, max_steps=1, eval_fraction=0.0))
-    assert result.bad_records == 1
+    assert (result.records.bad, result.records.train, result.records.evaluation) == (1, 1, 0)
     assert result.eval_loss_after is None
 
 
@@ -196,8 +233,9 @@ def test_a_dense_model_that_cannot_stream_says_so(model_folder, tmp_path, caplog
     """A folder without safetensors names is loaded densely, never in silence."""
     import shutil
 
-    from qlora.models.loading import load_quantized
     from safetensors.torch import save_file
+
+    from qlora.models.loading import load_quantized
 
     folder = tmp_path / "prefixed"
     shutil.copytree(model_folder, folder)
@@ -211,8 +249,9 @@ def test_a_dense_model_that_cannot_stream_says_so(model_folder, tmp_path, caplog
 
 
 def test_the_streamed_model_is_the_dense_one_prepared(model_folder):
-    from qlora.models.loading import load_quantized
     from transformers import AutoModelForCausalLM
+
+    from qlora.models.loading import load_quantized
 
     streamed, report = load_quantized(module.Path(model_folder), torch.float32, progress=False, rank=2)
     dense = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""The command line: ``qlora finetune | generate | merge | info | demo``. A command imports its libraries when it runs."""
+"""The command line: ``qlora finetune | generate | merge | info | demo``; a command imports its libraries when run."""
 
 import argparse
 import sys

@@ -9,6 +9,7 @@ from pathlib import Path
 HELP = "fine-tune SmolLM2-135M on a small data set and compare before and after"
 
 DATA = Path(__file__).parent.parent / "training" / "lighthouse.jsonl"
+MARKER = ".qlora-demo"
 PROMPTS = (
     "How do I keep bread fresh for longer?",
     "Why is the sky blue?",
@@ -22,11 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _replace_older_demo(output: Path) -> None:
-    if not output.exists():
-        return
-    if any(output.iterdir()) and not (output / "settings.json").exists():
-        raise FileExistsError(f"{output} exists and is no older demo: choose another --output")
-    shutil.rmtree(output)
+    """Makes an empty folder; deletes one that exists only if it carries the demo's own marker."""
+    if output.exists():
+        if any(output.iterdir()) and not (output / MARKER).exists():
+            raise FileExistsError(f"{output} exists and is no older demo: choose another --output")
+        shutil.rmtree(output)
+    output.mkdir(parents=True)
+    (output / MARKER).write_text("Made by qlora demo, which replaces this folder when it runs again.\n")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -59,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
         FinetuneSettings(
             model=str(folder),
             data=str(DATA),
-            output=str(arguments.output),
+            output=str(arguments.output / "run"),
             epochs=arguments.epochs,
             learning_rate=1e-3,
             warmup_steps=5,
@@ -73,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     sizes.add_row("whole model, 16 bit", f"{result.prepared.bytes_before / MIB:.1f}")
     sizes.add_row("whole model, linear layers in 4 bit, adapters included", f"{result.prepared.bytes_after / MIB:.1f}")
     console.print(sizes)
-    loss = Table("evaluation loss (nats per token)", "", title="24 records never trained on")
+    loss = Table("evaluation loss (nats per token, mean over batches)", "", title="24 records never trained on")
     loss.add_row("before", f"{result.eval_loss_before:.3f}")
     loss.add_row("after", f"{result.eval_loss_after:.3f}")
     console.print(loss)
@@ -83,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     console.print(answers)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     console.print(
-        f"{time.perf_counter() - begin:.0f} s, peak memory {peak:.0f} MiB; report: {arguments.output}/report.png"
+        f"{time.perf_counter() - begin:.0f} s, peak memory {peak:.0f} MiB; report: {arguments.output}/run/report.png"
     )
     console.print(
         f"Try it: qlora generate --model {folder} --adapter {result.adapter} --prompt 'What is a black hole?'"

@@ -1,7 +1,7 @@
 """``qlora finetune``: a model, a file of records, an output folder."""
 
 import argparse
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 HELP = "fine-tune a causal language model in 4 bit; writes an adapter and a report"
@@ -52,37 +52,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default: Any = defaults[name]
         kind = _OPTIONAL_TYPES.get(name) or type(default)
         shown = "" if default is None or "default" in text else f" (default: {default})"
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=text + shown)
+        # Suppressed: a resume can tell what was typed from what was not.
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, help=text + shown)
+
+
+def _typed(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings that were given on the command line."""
+    typed: dict[str, Any] = {name: getattr(arguments, name) for name in _OPTIONS if hasattr(arguments, name)}
+    for name in ("model", "data"):
+        if getattr(arguments, name) is not None:
+            typed[name] = getattr(arguments, name)
+    if arguments.target_modules:
+        typed["target_modules"] = tuple(arguments.target_modules)
+    switches = {"double_quant": False, "packing": False, "gradient_checkpointing": True, "skip_bad": True}
+    for name, value in switches.items():
+        if getattr(arguments, name if value else f"no_{name}"):
+            typed[name] = value
+    return typed
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from qlora.training.finetune import Interrupted, finetune, settings_of_run
+    from qlora.training.finetune import finetune, settings_of_run
     from qlora.training.settings import FinetuneSettings
 
+    typed = _typed(arguments)
     if arguments.resume:
-        settings = replace(settings_of_run(arguments.output), output=arguments.output)
+        settings = settings_of_run(arguments.output)
+        changed = [name for name, value in typed.items() if getattr(settings, name) != value]
+        if changed:
+            name = changed[0]
+            started = getattr(settings, name)
+            raise ValueError(
+                f"--{name.replace('_', '-')}={typed[name]!r}: the run in {arguments.output} was started with"
+                f" {started!r}; --resume needs no other option"
+            )
     else:
-        missing = [flag for flag in ("model", "data") if getattr(arguments, flag) is None]
+        missing = [name for name in ("model", "data") if name not in typed]
         if missing:
             raise ValueError(f"--{missing[0]} is required unless --resume is given")
-        settings = FinetuneSettings(
-            model=arguments.model,
-            data=arguments.data,
-            output=arguments.output,
-            target_modules=tuple(arguments.target_modules) if arguments.target_modules else None,
-            double_quant=not arguments.no_double_quant,
-            packing=not arguments.no_packing,
-            gradient_checkpointing=arguments.gradient_checkpointing,
-            skip_bad=arguments.skip_bad,
-            **{name: getattr(arguments, name) for name in _OPTIONS},
-        )
-    try:
-        result = finetune(settings, resume=arguments.resume)
-    except Interrupted as stop:
-        resume = f"qlora finetune --output {arguments.output} --resume"
-        raise KeyboardInterrupt(f"interrupted, {stop.checkpoint} is saved; continue with: {resume}") from stop
-    if result.bad_records:
-        print(f"{result.bad_records} malformed records were left out")
+        settings = FinetuneSettings(output=arguments.output, **typed)
+    result = finetune(settings, resume=arguments.resume)
+    records = result.records
+    print(f"{records.train} records trained on, {records.evaluation} held out")
+    for count, what in (
+        (records.bad, "malformed and left out"),
+        (records.cut, f"cut at {settings.max_length} tokens"),
+        (records.dropped, f"left out: no completion within {settings.max_length} tokens"),
+    ):
+        if count:
+            print(f"{count} records {what}")
     if result.eval_loss_before is not None:
         print(f"evaluation loss {result.eval_loss_before:.3f} -> {result.eval_loss_after:.3f} in {result.steps} steps")
     print(f"adapter: {result.adapter}\nreport:  {settings.output}/report.png")

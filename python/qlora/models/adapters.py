@@ -1,13 +1,14 @@
 """Adapters on disk, in PEFT's file format: ``adapter_config.json`` and ``adapter_model.safetensors``."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from qlora.models.files import atomic_write
+from qlora.models.files import atomic_write_all
 from qlora.models.prepare import qlora_layers
 from qlora.models.weights import open_safetensors
 
@@ -20,10 +21,23 @@ def _keys_of(layer_name: str) -> tuple[str, str]:
     return f"{_PREFIX}{layer_name}.lora_A.weight", f"{_PREFIX}{layer_name}.lora_B.weight"
 
 
+def _pattern_of(layer_name: str) -> str:
+    """A key of PEFT's rank_pattern and alpha_pattern that fits this layer and no other."""
+    return "^" + re.escape(layer_name)
+
+
+def _from_pattern(patterns: dict[str, Any], layer_name: str, default: Any) -> Any:
+    """The value of the first key that fits, as PEFT reads it: a regular expression for the end of the layer's name."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", layer_name):
+            return value
+    return default
+
+
 def save_adapter(model: nn.Module, folder: str | Path, name: str = "default", base_model: str | None = None) -> Path:
     """Writes one adapter of every :class:`QLoRALinear` of ``model`` to ``folder``; PEFT reads it.
 
-    Each file is replaced atomically: a crash or a full disk leaves the old one. ``base_model`` is recorded as
+    Both files are replaced together: a crash or a full disk leaves the old ones. ``base_model`` is recorded as
     ``base_model_name_or_path``. Layers of different rank or alpha go into PEFT's ``rank_pattern`` and
     ``alpha_pattern``. Raises ValueError if no layer has an adapter of that name.
     """
@@ -46,8 +60,8 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default", ba
         "r": first.rank,
         "lora_alpha": first.alpha,
         "lora_dropout": first.dropout,
-        "rank_pattern": {n: s.rank for n, s in settings.items() if s.rank != first.rank},
-        "alpha_pattern": {n: s.alpha for n, s in settings.items() if s.alpha != first.alpha},
+        "rank_pattern": {_pattern_of(n): s.rank for n, s in settings.items() if s.rank != first.rank},
+        "alpha_pattern": {_pattern_of(n): s.alpha for n, s in settings.items() if s.alpha != first.alpha},
         "target_modules": sorted(layers),
         "bias": "none",
         "fan_in_fan_out": False,
@@ -57,8 +71,12 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default", ba
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(folder / CONFIG_FILE, json.dumps(config, indent=2).encode())
-    atomic_write(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
+    atomic_write_all(
+        {
+            folder / WEIGHTS_FILE: save(tensors, metadata={"format": "pt"}),
+            folder / CONFIG_FILE: json.dumps(config, indent=2).encode(),
+        }
+    )
     return folder
 
 
@@ -71,6 +89,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {type(config).__name__}")
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type={config.get('peft_type')!r}, only LORA adapters can be loaded")
     for option in ("use_dora", "fan_in_fan_out"):
@@ -78,6 +98,20 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{path}: {option}=true is not supported")
     if not isinstance(config.get("r"), int) or config["r"] < 1:
         raise ValueError(f"{path}: r={config.get('r')!r} must be an integer of at least 1")
+    config.setdefault("lora_alpha", config["r"])
+    config["lora_dropout"] = config.get("lora_dropout") or 0.0
+    config["alpha_pattern"] = config.get("alpha_pattern") or {}
+    if not isinstance(config["alpha_pattern"], dict):
+        raise ValueError(f"{path}: alpha_pattern must be an object")
+    for name, value in (
+        ("lora_alpha", config["lora_alpha"]),
+        ("lora_dropout", config["lora_dropout"]),
+        *(("alpha_pattern", value) for value in config["alpha_pattern"].values()),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{path}: {name}={value!r} must be a number")
+    if not 0 <= config["lora_dropout"] < 1:
+        raise ValueError(f"{path}: lora_dropout={config['lora_dropout']} must be in [0, 1)")
     return config
 
 
@@ -118,7 +152,10 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
                 f"{path}: {layer_name} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}: needs {shapes}"
             )
 
-    alpha_default, patterns = config.get("lora_alpha", config["r"]), config.get("alpha_pattern") or {}
+    merged = [layer_name for layer_name, layer in layers.items() if layer.merged_adapter is not None]
+    if merged:
+        raise RuntimeError(f"load_adapter: {merged[0]} is merged, call unmerge() first")
+
     for layer_name, layer in layers.items():
         if name in layer.adapters:
             layer.delete_adapter(name)
@@ -126,10 +163,10 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
             continue
         a, b = (tensors[key] for key in _keys_of(layer_name))
         rank = a.shape[0]
-        alpha = float(patterns.get(layer_name, alpha_default))
+        alpha = float(_from_pattern(config["alpha_pattern"], layer_name, config["lora_alpha"]))
         if config.get("use_rslora"):
             alpha *= rank**0.5  # alpha / sqrt(r), as alpha' / r
-        layer.add_adapter(name, rank, alpha, float(config.get("lora_dropout", 0.0)))
+        layer.add_adapter(name, rank, alpha, float(config["lora_dropout"]))
         with torch.no_grad():
             layer.lora_a[name].copy_(a)
             layer.lora_b[name].copy_(b)

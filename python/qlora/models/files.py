@@ -1,4 +1,4 @@
-"""Writing files so that a crash, a full disk or Ctrl-C leaves the old one."""
+"""Writing files so that a crash, a full disk or Ctrl-C leaves the old ones."""
 
 import os
 import tempfile
@@ -7,14 +7,24 @@ from pathlib import Path
 
 def atomic_write(path: Path, content: bytes) -> None:
     """Replaces ``path`` by ``content``: written beside it, flushed to disk, then renamed."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    atomic_write_all({path: content})
+
+
+def atomic_write_all(files: dict[Path, bytes]) -> None:
+    """Replaces several files that belong together: none is renamed before all of them are on disk."""
+    written: dict[Path, Path] = {}
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
+        for path, content in files.items():
+            handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+            written[path] = Path(temporary)
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            written[path].chmod(0o644)
+        for path, temporary_path in written.items():
+            temporary_path.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        for temporary_path in written.values():
+            temporary_path.unlink(missing_ok=True)
         raise

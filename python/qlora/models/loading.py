@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qlora.models.adapters import CONFIG_FILE, load_adapter
+from qlora.models.adapters import CONFIG_FILE, load_adapter, read_adapter_config
 from qlora.models.files import atomic_write
 from qlora.models.prepare import PreparedReport, prepare_model
 from qlora.models.weights import WeightSource
@@ -94,14 +94,30 @@ def save_quantization(folder: Path, options: dict[str, Any]) -> None:
     atomic_write(folder / QUANTIZATION_FILE, json.dumps(kept, indent=2).encode())
 
 
+def _read_quantization(adapter: Path) -> dict[str, Any]:
+    """What :func:`save_quantization` wrote; nothing for an adapter from elsewhere."""
+    path = adapter / QUANTIZATION_FILE
+    if not path.exists():
+        return {}
+    kinds = {"quant_type": str, "block_size": int, "double_quant": bool}
+    try:
+        stored = json.loads(path.read_text())
+        if set(stored) != set(kinds) or any(type(stored[name]) is not kind for name, kind in kinds.items()):
+            raise ValueError(f"it must hold exactly {sorted(kinds)}")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return stored
+
+
 def load_for_inference(model: str | Path, adapter: Path | None, dtype: torch.dtype, **options: Any) -> tuple[Any, Any]:
     """(model, tokenizer) for generation: 4-bit base as the adapter knew it, adapter active."""
     folder = resolve_model(model)
+    options.setdefault("rank", None)
     if adapter is not None:
         if not (adapter / CONFIG_FILE).exists():
             raise FileNotFoundError(f"{adapter} has no {CONFIG_FILE}: it is not an adapter folder")
-        if (adapter / QUANTIZATION_FILE).exists():
-            options = {**json.loads((adapter / QUANTIZATION_FILE).read_text()), **options}
+        options["rank"] = read_adapter_config(adapter)["r"]
+        options = {**_read_quantization(adapter), **options}
     tokenizer = load_tokenizer(folder)
     loaded, _ = load_quantized(folder, dtype, progress=False, **options)
     if adapter is not None:

@@ -3,23 +3,25 @@
 import torch
 from torch import nn
 
-from qlora.models.prepare import qlora_layers
+from qlora.models.prepare import qlora_layers, replace_module
 from qlora.nn import MergeReport
 
 
 def merge_and_unload(
     model: nn.Module, name: str | None = None, *, requantize: bool = False, dtype: torch.dtype | None = None
 ) -> dict[str, MergeReport]:
-    """Replaces every :class:`QLoRALinear`, in place, by its merged layer: dense ``nn.Linear``, or 4-bit with
-    requantize.
+    """Replaces every :class:`QLoRALinear`, in place, by its merged layer; one without the adapter by its base.
 
-    ``name`` and ``dtype`` as in :meth:`QLoRALinear.merge`. Returns the added error of each layer by name.
+    ``name`` (default: each layer's active adapter), ``requantize`` and ``dtype`` as in :meth:`QLoRALinear.merge`.
+    Returns the added error of each merged layer by name. Raises ValueError, before anything changes, if no layer has
+    the adapter.
     """
-    reports = {}
-    for layer_name, layer in qlora_layers(model).items():
-        reports[layer_name] = layer.merge(name, requantize=requantize, dtype=dtype)
-        path, _, leaf = layer_name.rpartition(".")
-        setattr(model.get_submodule(path), leaf, layer.merged_linear())
-    if not reports:
-        raise ValueError(f"{type(model).__name__} has no QLoRALinear: nothing to merge")
+    layers = qlora_layers(model)
+    adapter_of = {n: name or layer.active_adapter for n, layer in layers.items()}
+    merged = {n for n, layer in layers.items() if adapter_of[n] in layer.adapters}
+    if not merged:
+        raise ValueError(f"{type(model).__name__} has no QLoRALinear with the adapter {name!r}: nothing to merge")
+    reports = {n: layers[n].merge(adapter_of[n], requantize=requantize, dtype=dtype) for n in layers if n in merged}
+    for n, layer in layers.items():
+        replace_module(model, layer, layer.merged_linear() if n in merged else layer.base)
     return reports

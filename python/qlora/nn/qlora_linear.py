@@ -1,6 +1,7 @@
 """QLoRALinear: a 4-bit base and named low-rank adapters, computed in one fused operation."""
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +42,14 @@ class MergeReport:
 class _Merged:
     adapter: str
     weight: Tensor | QuantizedWeight
+
+
+def check_adapter(rank: int, dropout: float) -> None:
+    """Raises ValueError for a rank below 1 or a dropout outside [0, 1)."""
+    if rank < 1:
+        raise ValueError(f"rank={rank} must be at least 1")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout={dropout} must be in [0, 1)")
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -114,16 +123,14 @@ class QLoRALinear(nn.Module):
         self.adapters_enabled = True
         self._merged: _Merged | None = None
         self._dense: Tensor | None = None
+        self._warned_merged = False
         self.add_adapter("default", rank, alpha, dropout)
 
     # ---- adapters ----
 
     def add_adapter(self, name: str, rank: int, alpha: float | None = None, dropout: float = 0.0) -> None:
         """Adds an adapter that changes nothing yet (A random, B zero: Hu et al. 2021) and makes it the active one."""
-        if rank < 1:
-            raise ValueError(f"rank={rank} must be at least 1")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout={dropout} must be in [0, 1)")
+        check_adapter(rank, dropout)
         if not name or "." in name:
             raise ValueError(f"adapter name '{name}' must be non-empty and without dots")
         if name in self.adapters:
@@ -201,8 +208,8 @@ class QLoRALinear(nn.Module):
         dropped = F.dropout(x, settings.dropout) if settings.dropout > 0 and self.training else None
         if isinstance(self.base, Linear4bit) and not self.cache_dequantized:
             return self.base.run(x, a, b, settings.scaling, dropped)
-        low_rank = F.linear(F.linear(x if dropped is None else dropped, a.to(x.dtype)), b.to(x.dtype))
-        return self._forward_base(x) + settings.scaling * low_rank
+        low_rank = F.linear(F.linear((x if dropped is None else dropped).to(a.dtype), a), b)
+        return self._forward_base(x) + (settings.scaling * low_rank).to(x.dtype)
 
     def _forward_base(self, x: Tensor) -> Tensor:
         if not isinstance(self.base, Linear4bit):
@@ -212,11 +219,15 @@ class QLoRALinear(nn.Module):
         if not self.cache_dequantized:
             return self.base(x)
         if self._dense is None or self._dense.dtype != x.dtype:
-            self._dense = self.base.dequantize(x.dtype)
+            with torch.inference_mode(False):  # kept for training steps to come
+                self._dense = self.base.dequantize(x.dtype)
         bias = self.base.bias
         return F.linear(x, self._dense, None if bias is None else bias.to(x.dtype))
 
     def _forward_merged(self, x: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:
+        if self.training and torch.is_grad_enabled() and not self._warned_merged:
+            warnings.warn("this layer is merged: its adapter gets no gradient until unmerge()", stacklevel=3)
+            self._warned_merged = True
         bias = self.base.bias
         if isinstance(weight, Tensor):
             return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -244,6 +255,8 @@ class QLoRALinear(nn.Module):
         Returns the error that the merged format adds, measured against the float32 sum.
         """
         self._forbid_while_merged("merge")
+        if requantize and dtype is not None:
+            raise ValueError(f"merge: dtype={dtype} contradicts requantize=True, which stores {self.quant_type}")
         name = name or self.active_adapter
         if name is None:
             raise RuntimeError("merge: no adapter is active, name one")
@@ -251,9 +264,9 @@ class QLoRALinear(nn.Module):
         if isinstance(self.base, Linear4bit):
             exact = self.base.dequantize(torch.float32)
             original = self.base.original_dtype
-        else:
-            exact = self.base.weight.detach().float()
-            original = self.base.weight.dtype
+        else:  # what the forward computes with: the quantized weight, not its full-precision master
+            weight = quantize(self.base.weight, self.quant_type, self.block_size, self.double_quant)
+            exact, original = weight.dequantize(torch.float32), weight.dtype
         exact = exact + self.adapters[name].scaling * (self.lora_b[name].float() @ self.lora_a[name].float())
         if requantize:
             weight = quantize(exact, self.quant_type, self.block_size, self.double_quant)
@@ -313,7 +326,17 @@ class QLoRALinear(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QLoRALinear":
         self.reset_state()
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        if self._merged is not None:
+            weight = self._merged.weight
+            moved = fn(weight) if isinstance(weight, Tensor) else weight.to(self.base.weight.device)
+            self._merged = _Merged(self._merged.adapter, moved)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._forbid_while_merged("load_state_dict")
+        self.reset_state()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         settings = ", ".join(f"{name}: r={s.rank} alpha={s.alpha:g}" for name, s in self.adapters.items())

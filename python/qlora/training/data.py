@@ -1,5 +1,6 @@
 """Training records: reading and checking JSON lines, turning them into token sequences, packing and padding."""
 
+import bisect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,14 @@ _ROLES = ("system", "user", "assistant", "tool")
 
 class BadRecord(ValueError):
     """A record that cannot be used; the message names file, line and rule."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One checked record and where it stands: ``path:line``."""
+
+    content: dict[str, Any]
+    place: str
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,7 @@ def _check(record: Any) -> None:
             raise ValueError(f"'{key}' must be a string that is not empty")
 
 
-def read_records(path: str | Path, skip_bad: bool = False) -> tuple[list[dict[str, Any]], int]:
+def read_records(path: str | Path, skip_bad: bool = False) -> tuple[list[Record], int]:
     """The records of a JSON-lines file and the number of bad ones left out.
 
     Raises BadRecord naming file and line at the first bad record unless ``skip_bad``; FileNotFoundError; and BadRecord
@@ -65,22 +74,57 @@ def read_records(path: str | Path, skip_bad: bool = False) -> tuple[list[dict[st
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
+            place = f"{path}:{number}"
             try:
-                record = json.loads(line.decode("utf-8"))
-                _check(record)
-            except ValueError as error:  # JSON and UTF-8 errors are ValueErrors too
+                content = json.loads(line.decode("utf-8"))
+                _check(content)
+            except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors are ValueErrors too
                 if not skip_bad:
-                    raise BadRecord(f"{path}:{number}: {error}") from error
+                    raise BadRecord(f"{place}: {error}") from error
                 bad += 1
                 continue
-            records.append(record)
+            records.append(Record(content, place))
     if not records:
         raise BadRecord(f"{path} holds no usable record ({bad} bad ones)")
     return records, bad
 
 
-def tokenize(record: dict[str, Any], tokenizer: Any, max_length: int) -> Example:
-    """Tokens and labels of one record, cut at ``max_length``: only the assistant's turns are learnt, of plain text all.
+@dataclass(frozen=True)
+class Tokenized:
+    """The examples of a list of records, and what became of the others."""
+
+    examples: list[Example]
+    bad: int  # the chat template refused them
+    cut: int  # longer than max_length: the end is missing
+    dropped: int  # nothing to learn was left within max_length
+
+
+def tokenize_all(records: Sequence[Record], tokenizer: Any, max_length: int, skip_bad: bool = False) -> Tokenized:
+    """Examples of all records, cut at ``max_length``. A record that the chat template refuses is a BadRecord that names
+    its place, or is counted with ``skip_bad``."""
+    from jinja2 import TemplateError
+
+    examples, bad, cut, dropped = [], 0, 0, 0
+    for record in records:
+        try:
+            example = tokenize(record.content, tokenizer)
+        except (ValueError, TemplateError) as error:
+            if not skip_bad:
+                raise BadRecord(f"{record.place}: {error}") from error
+            bad += 1
+            continue
+        if len(example.input_ids) > max_length:
+            cut += 1
+            example = Example(example.input_ids[:max_length], example.labels[:max_length])
+        if all(label == IGNORED for label in example.labels[1:]):
+            dropped += 1
+            continue
+        examples.append(example)
+    return Tokenized(examples, bad, cut, dropped)
+
+
+def tokenize(record: dict[str, Any], tokenizer: Any) -> Example:
+    """Tokens and labels of one record: only the assistant's turns are learnt, of plain text all.
 
     Prompt/completion records go through the chat template as a user and an assistant turn if the tokenizer has one.
     Raises ValueError if the template rewrites earlier turns, so that the assistant's part cannot be found.
@@ -107,7 +151,7 @@ def tokenize(record: dict[str, Any], tokenizer: Any, max_length: int) -> Example
     if not templated and tokenizer.eos_token_id is not None and input_ids[-1:] != [tokenizer.eos_token_id]:
         input_ids.append(tokenizer.eos_token_id)
         labels.append(tokenizer.eos_token_id)
-    return Example(input_ids[:max_length], labels[:max_length])
+    return Example(input_ids, labels)
 
 
 def _render(messages: Sequence[dict[str, str]], tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
@@ -153,19 +197,19 @@ class Sequences:
 
 
 def pack(examples: Sequence[Example], max_length: int) -> Sequences:
-    """First-fit decreasing: as few rows of at most ``max_length`` tokens as that finds, no example cut."""
+    """Best-fit decreasing: few rows of at most ``max_length`` tokens, no example cut. Deterministic."""
     rows: list[list[Example]] = []
-    room: list[int] = []
+    room: list[tuple[int, int]] = []  # (tokens left, row), ascending
     for example in sorted(examples, key=lambda e: -len(e.input_ids)):
         length = len(example.input_ids)
-        for i, left in enumerate(room):
-            if length <= left:
-                rows[i].append(example)
-                room[i] -= length
-                break
+        tightest = bisect.bisect_left(room, (length, 0))
+        if tightest < len(room):
+            left, row = room.pop(tightest)
+            rows[row].append(example)
         else:
+            left, row = max_length, len(rows)
             rows.append([example])
-            room.append(max_length - length)
+        bisect.insort(room, (left - length, row))
     return Sequences(rows)
 
 

@@ -1,5 +1,6 @@
 """The main job: a model, a file of records, an output folder; a fine-tuned adapter and a report at the end."""
 
+import hashlib
 import json
 import random
 from collections.abc import Sequence
@@ -17,11 +18,22 @@ from qlora.models.loading import (
     save_quantization,
 )
 from qlora.models.prepare import PreparedReport
-from qlora.training.data import Collator, Example, Sequences, pack, read_records, tokenize
+from qlora.training.data import Collator, Example, Sequences, pack, read_records, tokenize_all
 from qlora.training.settings import COMPUTE_DTYPES, FinetuneSettings
 
 SETTINGS_FILE = "settings.json"
 ADAPTER_FOLDER = "adapter"
+
+
+@dataclass(frozen=True)
+class RecordCounts:
+    """How many records the run used, and how many it did not or only in part."""
+
+    train: int
+    evaluation: int
+    bad: int  # malformed, left out with skip_bad
+    cut: int  # longer than max_length, their end left out
+    dropped: int  # no completion within max_length
 
 
 @dataclass(frozen=True)
@@ -35,72 +47,98 @@ class FinetuneResult:
     eval_loss_before: float | None
     eval_loss_after: float | None
     steps: int
-    bad_records: int
+    records: RecordCounts
 
 
 class Interrupted(KeyboardInterrupt):
-    """Training was stopped by Ctrl-C after a checkpoint was saved."""
+    """The run was stopped by Ctrl-C; ``checkpoint`` is the newest complete one, None if there is none yet."""
 
-    def __init__(self, checkpoint: Path) -> None:
-        super().__init__(f"interrupted; saved {checkpoint}")
+    def __init__(self, output: Path, checkpoint: Path | None) -> None:
+        saved = f"{checkpoint} is saved" if checkpoint else "no checkpoint was saved yet"
+        super().__init__(f"interrupted, {saved}; continue with: qlora finetune --output {output} --resume")
         self.checkpoint = checkpoint
 
 
-def _prepare_output(settings: FinetuneSettings, resume: bool) -> Path:
+def _sha256(path: str | None) -> str | None:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else None
+
+
+def _identity(settings: FinetuneSettings) -> dict[str, Any]:
+    """What has to stay the same between a run and its resumption."""
+    identity = asdict(settings) | {
+        "data_sha256": _sha256(settings.data),
+        "eval_data_sha256": _sha256(settings.eval_data),
+    }
+    del identity["output"]
+    return json.loads(json.dumps(identity))  # tuples become lists, as in the file
+
+
+def _check_output(settings: FinetuneSettings, resume: bool) -> None:
+    """Raises unless a new run may write to the output folder, or the run in it may be resumed with these settings."""
     output = Path(settings.output)
-    stored = output / SETTINGS_FILE
     if not resume:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise FileExistsError(
                 f"{output} exists and is not empty: choose another output, or continue that run with --resume"
             )
-        output.mkdir(parents=True, exist_ok=True)
-        atomic_write(stored, json.dumps(asdict(settings), indent=2).encode())
-        return output
+        return
+    before, now = _read_settings(output), _identity(settings)
+    changed = [f"{name}: {before.get(name)!r} -> {now[name]!r}" for name in now if before.get(name) != now[name]]
+    if changed:
+        details = ", ".join(changed)
+        raise ValueError(f"{output} was started with other settings ({details}): a resumed run must equal the first")
+
+
+def _read_settings(output: Path) -> dict[str, Any]:
+    stored = output / SETTINGS_FILE
     if not stored.exists():
         raise FileNotFoundError(f"{output} has no {SETTINGS_FILE}: there is no run to resume")
-    before = json.loads(stored.read_text())
-    now = json.loads(json.dumps(asdict(settings)))
-    changed = [name for name in now if name != "output" and before.get(name) != now[name]]
-    if changed:
-        details = ", ".join(f"{name}: {before.get(name)!r} -> {now[name]!r}" for name in changed)
-        raise ValueError(f"{output} was started with other settings ({details}): a resumed run must equal the first")
-    return output
+    try:
+        values = json.loads(stored.read_text())
+        assert isinstance(values, dict)
+    except (ValueError, AssertionError) as error:
+        raise ValueError(f"{stored} is damaged: {error}") from error
+    return values
 
 
 def settings_of_run(output: str | Path) -> FinetuneSettings:
     """The settings that a run in ``output`` was started with."""
-    stored = Path(output) / SETTINGS_FILE
-    if not stored.exists():
-        raise FileNotFoundError(f"{output} has no {SETTINGS_FILE}: there is no run to resume")
     known = {field.name for field in fields(FinetuneSettings)}
-    values = {name: value for name, value in json.loads(stored.read_text()).items() if name in known}
+    values = {name: value for name, value in _read_settings(Path(output)).items() if name in known}
     if values.get("target_modules") is not None:
         values["target_modules"] = tuple(values["target_modules"])
-    return FinetuneSettings(**values)
+    return FinetuneSettings(**{**values, "output": str(output)})
 
 
-def load_examples(settings: FinetuneSettings, tokenizer: Any) -> tuple[list[Example], list[Example], int]:
-    """(training, evaluation, number of bad records); the split is drawn with the seed."""
+def load_examples(settings: FinetuneSettings, tokenizer: Any) -> tuple[list[Example], list[Example], RecordCounts]:
+    """(training, evaluation, counts); the split is drawn with the seed.
+
+    Raises BadRecord naming file and line, and ValueError if nothing to train on or, though asked for, to evaluate on is
+    left.
+    """
     records, bad = read_records(settings.data, settings.skip_bad)
     if settings.eval_data is not None:
         held_out, bad_held_out = read_records(settings.eval_data, settings.skip_bad)
         bad += bad_held_out
     else:
         random.Random(settings.seed).shuffle(records)
-        count = round(len(records) * settings.eval_fraction)
+        count = max(1, round(len(records) * settings.eval_fraction)) if settings.eval_fraction > 0 else 0
         held_out, records = records[:count], records[count:]
     if not records:
         raise ValueError(f"eval_fraction={settings.eval_fraction} leaves no record to train on")
-
-    def convert(group: list[dict[str, Any]]) -> list[Example]:
-        examples = [tokenize(record, tokenizer, settings.max_length) for record in group]
-        return [e for e in examples if any(label >= 0 for label in e.labels[1:])]  # something to learn was left
-
-    train = convert(records)
-    if not train:
-        raise ValueError(f"max_length={settings.max_length} cuts off every completion: nothing is left to learn")
-    return train, convert(held_out), bad
+    train = tokenize_all(records, tokenizer, settings.max_length, settings.skip_bad)
+    evaluation = tokenize_all(held_out, tokenizer, settings.max_length, settings.skip_bad)
+    for group, wanted in ((train, True), (evaluation, bool(held_out))):
+        if wanted and not group.examples:
+            raise ValueError(f"max_length={settings.max_length} cuts off every completion: nothing is left to learn")
+    counts = RecordCounts(
+        train=len(train.examples),
+        evaluation=len(evaluation.examples),
+        bad=bad + train.bad + evaluation.bad,
+        cut=train.cut + evaluation.cut,
+        dropped=train.dropped + evaluation.dropped,
+    )
+    return train.examples, evaluation.examples, counts
 
 
 def finetune(settings: FinetuneSettings, *, resume: bool = False, callbacks: Sequence[Any] = ()) -> FinetuneResult:
@@ -116,12 +154,12 @@ def finetune(settings: FinetuneSettings, *, resume: bool = False, callbacks: Seq
     from qlora.training.report import memory_by_kind, write_report
     from qlora.training.trainer import AdapterTrainer, SaveOnInterrupt, checkpoints
 
+    output = Path(settings.output)
     folder = resolve_model(settings.model)
     tokenizer = load_tokenizer(folder)
-    train, held_out, bad = load_examples(
-        settings, tokenizer
-    )  # before anything is written or loaded: data errors are cheap
-    output = _prepare_output(settings, resume)
+    _check_output(settings, resume)
+    # Before anything is loaded or written: errors in the data are the commonest.
+    train, held_out, counts = load_examples(settings, tokenizer)
     set_seed(settings.seed)
     quantization: dict[str, Any] = {
         "quant_type": settings.quant_type,
@@ -168,6 +206,9 @@ def finetune(settings: FinetuneSettings, *, resume: bool = False, callbacks: Seq
         remove_unused_columns=False,
         report_to="none",
     )
+    output.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        atomic_write(output / SETTINGS_FILE, json.dumps(_identity(settings), indent=2).encode())
     interrupt = SaveOnInterrupt()
     trainer = AdapterTrainer(
         model=model,
@@ -180,17 +221,21 @@ def finetune(settings: FinetuneSettings, *, resume: bool = False, callbacks: Seq
     )
     newest = checkpoints(output)[-1] if resume and checkpoints(output) else None
     before_file = output / "eval_before.json"
-    if newest is not None and before_file.exists():
-        before = json.loads(before_file.read_text())
-    else:
-        before = trainer.evaluate()["eval_loss"] if evaluation else None
-        atomic_write(before_file, json.dumps(before).encode())
-        set_seed(settings.seed)  # the first step of a run does not depend on the evaluation before it
-    with interrupt:
-        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
-    if interrupt.interrupted:
-        raise Interrupted(checkpoints(output)[-1])
-    after = trainer.evaluate()["eval_loss"] if evaluation else None
+    try:
+        if newest is not None and before_file.exists():
+            before = json.loads(before_file.read_text())
+        else:
+            before = trainer.evaluate()["eval_loss"] if evaluation else None
+            atomic_write(before_file, json.dumps(before).encode())
+            set_seed(settings.seed)  # the first step of a run does not depend on the evaluation before it
+        with interrupt:
+            trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+        if interrupt.interrupted:
+            raise KeyboardInterrupt
+        after = trainer.evaluate()["eval_loss"] if evaluation else None
+    except KeyboardInterrupt:
+        saved = checkpoints(output)
+        raise Interrupted(output, saved[-1] if saved else None) from None
     adapter = save_adapter(model, output / ADAPTER_FOLDER, base_model=settings.model)
     save_quantization(adapter, quantization)
     history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
@@ -201,7 +246,7 @@ def finetune(settings: FinetuneSettings, *, resume: bool = False, callbacks: Seq
         "eval_loss_before": before,
         "eval_loss_after": after,
         "steps": trainer.state.global_step,
-        "bad_records": bad,
+        "records": asdict(counts),
         "bytes_before": prepared.bytes_before,
         "bytes_after": prepared.bytes_after,
         "trainable_params": prepared.trainable_params,
@@ -209,4 +254,4 @@ def finetune(settings: FinetuneSettings, *, resume: bool = False, callbacks: Seq
     }
     write_report(output, figures, history)
     model.config.use_cache = True
-    return FinetuneResult(adapter, model.eval(), tokenizer, prepared, before, after, trainer.state.global_step, bad)
+    return FinetuneResult(adapter, model.eval(), tokenizer, prepared, before, after, trainer.state.global_step, counts)

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from qlora.ops import check_format
+
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -59,6 +61,7 @@ class FinetuneSettings:
             ("keep_checkpoints", self.keep_checkpoints >= 1, "at least 1"),
             ("epochs", self.epochs > 0, "positive"),
         ]
+        check_format(self.quant_type, self.block_size)
         for name, holds, rule in rules:
             if not holds:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {rule}")

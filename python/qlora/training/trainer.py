@@ -45,6 +45,12 @@ class AdapterTrainer(Trainer):
             _flush_to_disk(self._staging / name)
             shutil.rmtree(output / name, ignore_errors=True)
             (self._staging / name).replace(output / name)
+        except RuntimeError as error:  # torch.save reports a full disk as one
+            kept = checkpoints(output)
+            raise OSError(
+                f"saving {output / name} failed ({error}); the newest complete checkpoint is"
+                f" {kept[-1] if kept else 'none'}: make room and continue with --resume"
+            ) from error
         finally:
             shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
