@@ -1,7 +1,7 @@
 # Everything a newcomer types. Each target makes what it needs in .venv and can be run twice.
 #   make demo   fine-tune a real language model in 4 bit     make test       all tests
 #   make bench  measure against torch                        make lint       style and types
-#   make test-abi  one wheel under several torch releases
+#   make test-abi  one wheel under several torch releases    make test-asan  C++ tests under the sanitizers
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc cmake python -type f -not -name '*.pyc' 2>/dev/null) CMakeLists.txt pyproject.toml
 say = @printf '\033[1m== %s\033[0m\n' "$(1)"
 
-.PHONY: demo test test-cpp lint format bench test-abi clean
+.PHONY: demo test test-cpp test-asan lint format bench test-abi clean
 
 demo: $(VENV)/.installed
 	$(call say,Fine-tuning SmolLM2-135M in 4 bit)
@@ -31,6 +31,13 @@ test-cpp: $(VENV)/.build-tools
 	$(BIN)/cmake -S . -B build/tests -G Ninja -DQLORA_BUILD_TESTS=ON -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) > /dev/null
 	$(BIN)/cmake --build build/tests > /dev/null
 	$(BIN)/ctest --test-dir build/tests --output-on-failure
+
+test-asan: $(VENV)/.build-tools
+	$(call say,C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer)
+	$(BIN)/cmake -S . -B build/asan -G Ninja -DQLORA_BUILD_TESTS=ON -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	  -DCMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined" > /dev/null
+	$(BIN)/cmake --build build/asan > /dev/null
+	$(BIN)/ctest --test-dir build/asan --output-on-failure
 
 bench: $(VENV)/.installed
 	$(call say,Benchmark: 4-bit forward and backward against dense torch)

@@ -173,7 +173,11 @@ void decode_row(const DecodeParams& p, typename V::Table table, int64_t row, con
   const float bias = p.bias != nullptr ? load_scalar(p.bias, p.bias_dtype, row) : 0.0f;
   for (int t = 0; t < kTokens; ++t) {
     float y = sums[t] + bias;
-    if (p.lora_t != nullptr) y += dense_dot<V>(p.lora_b, p.lora_dtype, row * p.r, p.lora_t + (token0 + t) * p.r, p.r);
+    if (p.lora_t != nullptr) {
+      const int64_t token = token0 + t, adapter = p.adapter_of_token != nullptr ? p.adapter_of_token[token] : 0;
+      const int64_t lora_row = adapter * p.weight.n + row;
+      if (adapter >= 0) y += dense_dot<V>(p.lora_b, p.lora_dtype, lora_row * p.r, p.lora_t + token * p.r, p.r);
+    }
     store_scalar(p.y, p.dtype, (token0 + t) * p.weight.n + row, y);
   }
 }

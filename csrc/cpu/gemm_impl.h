@@ -142,7 +142,7 @@ void gemm_items_typed(const GemmParams& p, int64_t begin, int64_t end, float* pa
     const int64_t row0 = item % row_panels * P::kRows, rows = min_i64(P::kRows, p.rows - row0);
     const int64_t col0 = item / row_panels * kBlockCols, cols = min_i64(kBlockCols, p.cols - col0);
     bool first = true;
-    for (int term = 0; term < p.term_count; ++term) {
+    for (int64_t term = 0; term < p.term_count; ++term) {
       const Term& t = p.terms[term];
       for (int64_t s0 = 0; s0 < t.steps; s0 += P::kSteps) {
         const int64_t steps = min_i64(P::kSteps, t.steps - s0);

@@ -71,8 +71,8 @@ struct Term {
 // out = scale * sum over terms (operand * columns) + bias, every product in the same float32 accumulator.
 // Unit: item = one panel of rows times one block of columns; gemm_items() counts them.
 struct GemmParams {
-  Term terms[2];
-  int term_count = 1;
+  const Term* terms = nullptr;  // [term_count]
+  int64_t term_count = 1;
   bool transposed = false;  // operands hold element (row, step) at [step * ld + row]
   int64_t rows = 0;
   int64_t cols = 0;
@@ -96,10 +96,11 @@ struct DecodeParams {
   const void* bias;      // [n] or null
   DType bias_dtype;
   const float* lora_t;  // [m, r], scaling * x lora_aᵀ, or null
-  const void* lora_b;   // [n, r]
+  const void* lora_b;   // [n, r], or [adapters, n, r] with adapter_of_token
   DType lora_dtype;
   int64_t r;
-  void* y;  // [m, n]
+  const int64_t* adapter_of_token;  // [m], -1 for none; null: one adapter for all
+  void* y;                          // [m, n]
   DType dtype;
 };
 

@@ -7,6 +7,8 @@
 // quantization_error: float64 [3]: sum of squared differences, sum of squares of the weight, largest difference
 // forward:  y [..., n] = x Wᵀ + bias + scaling * (lora_x or x) lora_aᵀ lora_bᵀ        lora_a [r, k], lora_b [n, r]
 // backward: (d_x, d_lora_a, d_lora_b, d_lora_x, d_bias); what is not asked for is an empty tensor. d_bias is float32.
+// multi:    the same with adapter adapter_of_row[row] for each row of x (int64, -1: base only):
+//           lora_a [adapters, r, k], lora_b [adapters, n, r], scaling float32 [adapters]
 // affine:   y [..., out] = x (q * scale + zero_point) + alpha / r * x B A             q [in, out], B [in, r], A [r,
 // out]
 STABLE_TORCH_LIBRARY(qlora, m) {
@@ -31,6 +33,16 @@ STABLE_TORCH_LIBRARY(qlora, m) {
       " Tensor? lora_a, Tensor? lora_b, float scaling, Tensor? lora_x,"
       " bool needs_x, bool needs_lora, bool needs_lora_x, bool needs_bias)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "forward.multi(Tensor x, Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset,"
+      " int[] shape, str quant_type, int block_size,"
+      " Tensor lora_a, Tensor lora_b, Tensor scaling, Tensor adapter_of_row, Tensor? bias=None) -> Tensor");
+  m.def(
+      "backward.multi(Tensor grad, Tensor x, Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? "
+      "nested_offset,"
+      " int[] shape, str quant_type, int block_size,"
+      " Tensor lora_a, Tensor lora_b, Tensor scaling, Tensor adapter_of_row,"
+      " bool needs_x, bool needs_lora, bool needs_bias) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "forward.affine(Tensor x, Tensor quantized_W, float scale, float zero_point, Tensor B, Tensor A, float alpha)"
       " -> Tensor");

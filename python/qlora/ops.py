@@ -140,6 +140,44 @@ def forward_affine(
     return torch.ops.qlora.forward.affine(x, quantized_W, scale, zero_point, B, A, alpha)
 
 
+def forward_multi(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    shape: Sequence[int],
+    quant_type: str,
+    block_size: int,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: Tensor,
+    adapter_of_row: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """:func:`forward` with an adapter of its own for each row of x; the weight is decoded once for all of them.
+
+    lora_a ``[adapters, r, k]`` and lora_b ``[adapters, n, r]``; scaling float32 ``[adapters]``; adapter_of_row int64,
+    one for each row of x (the product of its leading dimensions), -1 for the base alone. Differentiable in x, lora_a,
+    lora_b and bias, once.
+    """
+    return torch.ops.qlora.forward.multi(
+        x,
+        packed,
+        absmax,
+        nested_absmax,
+        nested_offset,
+        list(shape),
+        quant_type,
+        block_size,
+        lora_a,
+        lora_b,
+        scaling,
+        adapter_of_row,
+        bias,
+    )
+
+
 # ---- fake kernels: shapes and dtypes only ----------------------------------------------------------------------------
 
 
@@ -166,6 +204,7 @@ def _(weight, packed, absmax, nested_absmax, nested_offset, quant_type, block_si
     return weight.new_empty(3, dtype=torch.float64)
 
 
+@torch.library.register_fake("qlora::forward.multi")
 @torch.library.register_fake("qlora::forward")
 def _(x, packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size, *unused_lora, **unused):
     torch._check(x.shape[-1] == shape[1], lambda: f"x has {x.shape[-1]} features: in_features={shape[1]}")
@@ -209,6 +248,36 @@ def _(
     )
 
 
+@torch.library.register_fake("qlora::backward.multi")
+def _(
+    grad,
+    x,
+    packed,
+    absmax,
+    nested_absmax,
+    nested_offset,
+    shape,
+    quant_type,
+    block_size,
+    lora_a,
+    lora_b,
+    scaling,
+    adapter_of_row,
+    needs_x,
+    needs_lora,
+    needs_bias,
+):
+    def nothing():
+        return x.new_empty(0, dtype=torch.float32)
+
+    return (
+        x.new_empty(x.shape) if needs_x else nothing(),
+        lora_a.new_empty(lora_a.shape) if needs_lora else nothing(),
+        lora_b.new_empty(lora_b.shape) if needs_lora else nothing(),
+        x.new_empty(shape[0], dtype=torch.float32) if needs_bias else nothing(),
+    )
+
+
 @torch.library.register_fake("qlora::forward.affine")
 @torch.library.register_fake("qlora::forward.affine_grid")
 def _(x, quantized_W, scale, zero_point, B, A, alpha):
@@ -230,11 +299,15 @@ def _(grad, x, quantized_W, scale, zero_point, B, A, alpha, needs_x, needs_lora)
 # ---- autograd --------------------------------------------------------------------------------------------------------
 
 
+def _require_frozen(*statistics: Tensor | None) -> None:
+    if any(t is not None and t.requires_grad for t in statistics):
+        raise RuntimeError("absmax or its nested statistics require grad: a 4-bit weight is frozen, detach them")
+
+
 def _setup_forward(ctx: Any, inputs: tuple, output: Tensor) -> None:
     (x, packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size) = inputs[:8]
     lora_a, lora_b, scaling, bias, lora_x = inputs[8:]
-    if any(t is not None and t.requires_grad for t in (absmax, nested_absmax, nested_offset)):
-        raise RuntimeError("absmax or its nested statistics require grad: a 4-bit weight is frozen, detach them")
+    _require_frozen(absmax, nested_absmax, nested_offset)
     ctx.save_for_backward(x, packed, absmax, nested_absmax, nested_offset, lora_a, lora_b, lora_x)
     ctx.weight = (list(shape), quant_type, block_size)
     ctx.scaling = scaling
@@ -270,6 +343,36 @@ def _backward_forward(ctx: Any, grad: Tensor):
         None,
         d_bias.to(ctx.bias_dtype) if needs_bias else None,
         d_lora_x if needs_lora_x else None,
+    )
+
+
+def _setup_multi(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    (x, packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size) = inputs[:8]
+    lora_a, lora_b, scaling, adapter_of_row, bias = inputs[8:]
+    _require_frozen(absmax, nested_absmax, nested_offset)
+    if scaling.requires_grad:
+        raise RuntimeError("scaling requires grad: forward.multi has no gradient for it, detach it")
+    ctx.save_for_backward(x, packed, absmax, nested_absmax, nested_offset, lora_a, lora_b, scaling, adapter_of_row)
+    ctx.weight = (list(shape), quant_type, block_size)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward_multi(ctx: Any, grad: Tensor):
+    x, packed, absmax, nested_absmax, nested_offset, *adapters = ctx.saved_tensors
+    needs = (*ctx.needs_input_grad, False)  # the dispatcher leaves out a trailing bias=None
+    needs_x, needs_a, needs_b, needs_bias = needs[0], needs[8], needs[9], needs[12]
+    weight = (packed, absmax, nested_absmax, nested_offset, *ctx.weight)
+    d_x, d_a, d_b, d_bias = torch.ops.qlora.backward.multi(
+        grad, x, *weight, *adapters, needs_x, needs_a or needs_b, needs_bias
+    )
+    return (
+        d_x if needs_x else None,
+        *(None,) * 7,
+        d_a if needs_a else None,
+        d_b if needs_b else None,
+        None,
+        None,
+        d_bias.to(ctx.bias_dtype) if needs_bias else None,
     )
 
 
@@ -311,6 +414,8 @@ def _no_gradient_for_the_weight(ctx: Any, *grads: Tensor):
 
 
 torch.library.register_autograd("qlora::forward", _backward_forward, setup_context=_setup_forward)
+torch.library.register_autograd("qlora::forward.multi", _backward_multi, setup_context=_setup_multi)
+torch.library.register_autograd("qlora::backward.multi", _no_double_backward)
 torch.library.register_autograd("qlora::forward.affine", _backward_affine, setup_context=_setup_affine)
 torch.library.register_autograd("qlora::forward.affine_grid", _backward_affine, setup_context=_setup_affine)
 torch.library.register_autograd("qlora::backward", _no_double_backward)
@@ -344,17 +449,18 @@ def _register_autocast(device: str) -> None:
                 _cast_activation(x, dtype), *args, **kwargs, lora_x=_cast_activation(lora_x, dtype)
             )
 
-    def affine_autocast(op):
-        def run(x, *args):
+    def x_only(op):
+        def run(x, *args, **kwargs):
             with torch._C._ExcludeDispatchKeyGuard(below_autocast):
-                return op(_cast_activation(x, torch.get_autocast_dtype(device)), *args)
+                return op(_cast_activation(x, torch.get_autocast_dtype(device)), *args, **kwargs)
 
         return run
 
     name = f"Autocast{device.upper()}"
     _AUTOCAST_LIBRARY.impl("forward", forward_autocast, name)
-    _AUTOCAST_LIBRARY.impl("forward.affine", affine_autocast(torch.ops.qlora.forward.affine), name)
-    _AUTOCAST_LIBRARY.impl("forward.affine_grid", affine_autocast(torch.ops.qlora.forward.affine_grid), name)
+    _AUTOCAST_LIBRARY.impl("forward.multi", x_only(torch.ops.qlora.forward.multi), name)
+    _AUTOCAST_LIBRARY.impl("forward.affine", x_only(torch.ops.qlora.forward.affine), name)
+    _AUTOCAST_LIBRARY.impl("forward.affine_grid", x_only(torch.ops.qlora.forward.affine_grid), name)
 
 
 for _device in _AUTOCAST_KEYS:

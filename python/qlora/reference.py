@@ -137,6 +137,30 @@ def forward(
     return y
 
 
+def forward_multi(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    shape: Sequence[int],
+    quant_type: str,
+    block_size: int,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: Tensor,
+    adapter_of_row: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    weight = (packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size)
+    rows = x.reshape(-1, x.shape[-1])
+    outputs = [forward(rows, *weight, bias=bias)]  # index -1 + 1: the base alone
+    for a, b, s in zip(lora_a, lora_b, scaling.tolist(), strict=True):
+        outputs.append(forward(rows, *weight, a, b, s, bias))
+    y = torch.stack(outputs)[adapter_of_row + 1, torch.arange(len(rows))]
+    return y.view(*x.shape[:-1], shape[0])
+
+
 def forward_affine(
     x: Tensor,
     quantized_W: Tensor,

@@ -174,10 +174,12 @@ void test_forward(const KernelTable& kernels) {
       } else {
         std::vector<float> columns(static_cast<size_t>(kernels.packed_floats(m, k)));
         kernels.pack({x.data(), DType::kFloat32, k, false, m, k, columns.data()}, 0, ceil_div(m, kernels.tile_cols));
+        Term term;
+        term.operand.packed = &w;
+        term.columns = columns.data();
+        term.steps = k;
         GemmParams p;
-        p.terms[0].operand.packed = &w;
-        p.terms[0].columns = columns.data();
-        p.terms[0].steps = k;
+        p.terms = &term;
         p.rows = n;
         p.cols = m;
         p.out = y.data();
@@ -237,10 +239,12 @@ void test_indices_beyond_32_bits(const KernelTable& kernels) {
 
   std::vector<float> columns(static_cast<size_t>(kernels.packed_floats(1, k)));
   kernels.pack({x.data(), DType::kFloat32, k, false, 1, k, columns.data()}, 0, 1);
+  Term term;
+  term.operand.packed = &w;
+  term.columns = columns.data();
+  term.steps = k;
   GemmParams g;
-  g.terms[0].operand.packed = &w;
-  g.terms[0].columns = columns.data();
-  g.terms[0].steps = k;
+  g.terms = &term;
   g.rows = n;
   g.cols = 1;
   g.out = y;

@@ -1,0 +1,191 @@
+// forward.multi and its backward for the CPU: many adapters in one batch, W decoded once for all of them.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "ops/checks.h"
+#include "ops/cpu_common.h"
+#include "ops/cpu_decode.h"
+#include "ops/cpu_products.h"
+
+namespace qlora::ops {
+namespace {
+
+struct Adapters {
+  Matrix a, b;  // [adapters * r, k], [adapters * n, r]
+  Tensor scaling, adapter_of_row;
+  const float* scale;     // [adapters]
+  const int64_t* of_row;  // [tokens], -1: base only
+  int64_t count, r, n;
+  size_t element_size;
+
+  // One adapter's matrix, as a view.
+  Matrix a_of(int64_t adapter) const { return view(a, adapter, r); }
+  Matrix b_of(int64_t adapter) const { return view(b, adapter, n); }
+
+ private:
+  Matrix view(const Matrix& all, int64_t adapter, int64_t rows) const {
+    const char* data =
+        static_cast<const char*>(all.data) + adapter * rows * all.cols * static_cast<int64_t>(element_size);
+    return {all.tensor, data, all.dtype, rows, all.cols};
+  }
+};
+
+Adapters check_adapters(const Tensor& lora_a, const Tensor& lora_b, const Tensor& scaling, const Tensor& adapter_of_row,
+                        int64_t tokens, int64_t n, int64_t k) {
+  STD_TORCH_CHECK(lora_a.dim() == 3 && lora_a.size(2) == k, "lora_a has shape ", text_of(lora_a.sizes()),
+                  ": it must be [adapters, rank, in_features=", k, "]");
+  const int64_t count = lora_a.size(0), r = lora_a.size(1);
+  STD_TORCH_CHECK(r > 0, "rank=0: an adapter needs a rank of at least 1");
+  STD_TORCH_CHECK(lora_b.dim() == 3 && lora_b.size(0) == count && lora_b.size(1) == n && lora_b.size(2) == r,
+                  "lora_b has shape ", text_of(lora_b.sizes()), ": it must be [adapters, out_features, rank] = [",
+                  count, ", ", n, ", ", r, "]");
+  STD_TORCH_CHECK(lora_a.scalar_type() == lora_b.scalar_type(), "lora_a and lora_b must have the same dtype");
+  check_cpu(scaling, "scaling");
+  check_cpu(adapter_of_row, "adapter_of_row");
+  check_dtype(scaling, ScalarType::Float, "scaling", "it must be float32");
+  check_dtype(adapter_of_row, ScalarType::Long, "adapter_of_row", "it must be int64");
+  STD_TORCH_CHECK(scaling.numel() == count, "scaling has ", scaling.numel(), " values: there are ", count, " adapters");
+  STD_TORCH_CHECK(adapter_of_row.numel() == tokens, "adapter_of_row has ", adapter_of_row.numel(), " values: x has ",
+                  tokens, " rows");
+  Adapters adapters{as_matrix(lora_a, "lora_a", count * r, k),
+                    as_matrix(lora_b, "lora_b", count * n, r),
+                    torch::stable::contiguous(scaling),
+                    torch::stable::contiguous(adapter_of_row),
+                    nullptr,
+                    nullptr,
+                    count,
+                    r,
+                    n,
+                    lora_a.element_size()};
+  adapters.scale = adapters.scaling.const_data_ptr<float>();
+  adapters.of_row = adapters.adapter_of_row.const_data_ptr<int64_t>();
+  for (int64_t t = 0; t < tokens; ++t)
+    STD_TORCH_CHECK(adapters.of_row[t] >= -1 && adapters.of_row[t] < count, "adapter_of_row[", t,
+                    "]=", adapters.of_row[t], ": it must be -1 (base only) or an adapter from 0 to ", count - 1);
+  return adapters;
+}
+
+// The activations of one adapter [tokens, r]: zero where a token has another one, so that every adapter can be a term
+// of one sum. This costs r more steps of the product for each adapter, and saves decoding W once for each.
+void mask_rows(const Matrix& activation, const Adapters& adapters, int64_t adapter) {
+  float* data = static_cast<float*>(activation.tensor.mutable_data_ptr());
+  for (int64_t t = 0; t < activation.rows; ++t)
+    if (adapters.of_row[t] != adapter) std::fill_n(data + t * activation.cols, activation.cols, 0.0f);
+}
+
+// Which adapters occur; the others take no part in a product.
+std::vector<int64_t> adapters_in_use(const Adapters& adapters, int64_t tokens) {
+  std::vector<bool> used(static_cast<size_t>(adapters.count));
+  for (int64_t t = 0; t < tokens; ++t)
+    if (adapters.of_row[t] >= 0) used[static_cast<size_t>(adapters.of_row[t])] = true;
+  std::vector<int64_t> in_use;
+  for (int64_t i = 0; i < adapters.count; ++i)
+    if (used[static_cast<size_t>(i)]) in_use.push_back(i);
+  return in_use;
+}
+
+struct AdapterTerms {
+  std::vector<Matrix> matrices, activations;
+  std::vector<LowRankTerm> terms;
+
+  void add(Matrix matrix, Matrix activation) {
+    matrices.push_back(std::move(matrix));
+    activations.push_back(std::move(activation));
+  }
+  const std::vector<LowRankTerm>& get() {
+    terms.clear();
+    for (size_t i = 0; i < matrices.size(); ++i) terms.push_back({&matrices[i], &activations[i]});
+    return terms;
+  }
+};
+
+Tensor forward_multi(Tensor x, Tensor packed, Tensor absmax, OptionalTensor nested_absmax, OptionalTensor nested_offset,
+                     std::vector<int64_t> shape, std::string quant_type, int64_t block_size, Tensor lora_a,
+                     Tensor lora_b, Tensor scaling, Tensor adapter_of_row, OptionalTensor bias) {
+  const cpu::KernelTable& kernels = active_kernels();
+  check_matrix_shape(shape);
+  const int64_t n = shape[0], k = shape[1];
+  const CheckedWeight w = check_weight(packed, absmax, nested_absmax, nested_offset, n, k, quant_type, block_size);
+  const Matrix tokens = tokens_matrix(x, "x", k, "in_features");
+  const Adapters adapters = check_adapters(lora_a, lora_b, scaling, adapter_of_row, tokens.rows, n, k);
+  const std::optional<Matrix> bias_row = check_bias(bias, n);
+  const cpu::ForwardKernel kernel = cpu::select_forward(tokens.rows, k);
+  if (kernel != cpu::ForwardKernel::kGemm) {
+    const TokenFloats floats(kernels, tokens, kernel == cpu::ForwardKernel::kDecodeWords);
+    const Tensor t = empty_cpu({tokens.rows, adapters.r}, ScalarType::Float);
+    float* t_data = t.mutable_data_ptr<float>();
+    for (int64_t i = 0; i < tokens.rows; ++i) {
+      const int64_t adapter = adapters.of_row[i];
+      if (adapter >= 0)
+        low_rank_dot(kernels, adapters.a_of(adapter), floats.plain + i * k, 1, adapters.scale[adapter],
+                     t_data + i * adapters.r);
+    }
+    const DecodeLora up{t_data, adapters.b.data, adapters.b.dtype, adapters.r, adapters.of_row};
+    return decode(kernels, w.view, tokens, floats, &up, bias_row, x);
+  }
+  const Columns columns = pack(kernels, tokens, StepsAre::kColumns);
+  AdapterTerms terms;
+  for (const int64_t i : adapters_in_use(adapters, tokens.rows)) {
+    Matrix t = low_rank(kernels, adapters.a_of(i), Operands::kAsStored, columns, tokens.rows, adapters.scale[i]);
+    mask_rows(t, adapters, i);
+    terms.add(adapters.b_of(i), std::move(t));
+  }
+  return sum_of_terms(kernels, Operands::kAsStored, n, quantized(w.view), columns, k, terms.get(), x,
+                      bias_row ? &*bias_row : nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_multi(Tensor grad, Tensor x, Tensor packed, Tensor absmax,
+                                                          OptionalTensor nested_absmax, OptionalTensor nested_offset,
+                                                          std::vector<int64_t> shape, std::string quant_type,
+                                                          int64_t block_size, Tensor lora_a, Tensor lora_b,
+                                                          Tensor scaling, Tensor adapter_of_row, bool needs_x,
+                                                          bool needs_lora, bool needs_bias) {
+  const cpu::KernelTable& kernels = active_kernels();
+  check_matrix_shape(shape);
+  const int64_t n = shape[0], k = shape[1];
+  const CheckedWeight w = check_weight(packed, absmax, nested_absmax, nested_offset, n, k, quant_type, block_size);
+  const Matrix tokens = tokens_matrix(x, "x", k, "in_features");
+  const Matrix dy = tokens_matrix(grad, "grad", n, "out_features");
+  STD_TORCH_CHECK(dy.rows == tokens.rows, "grad has ", dy.rows, " rows: x has ", tokens.rows);
+  const Adapters adapters = check_adapters(lora_a, lora_b, scaling, adapter_of_row, tokens.rows, n, k);
+
+  Tensor d_x = nothing(), d_lora_a = nothing(), d_lora_b = nothing(), d_bias = nothing();
+  Columns dy_columns, dy_by_token, x_columns, x_by_token;
+  if (needs_x || needs_lora) dy_columns = pack(kernels, dy, StepsAre::kColumns);
+  if (needs_bias || needs_lora) dy_by_token = pack(kernels, dy, StepsAre::kRows);
+  if (needs_lora) {
+    x_columns = pack(kernels, tokens, StepsAre::kColumns);
+    x_by_token = pack(kernels, tokens, StepsAre::kRows);
+    const ScalarType dtype = lora_a.scalar_type();
+    d_lora_a = torch::stable::new_zeros(lora_a, {adapters.count, adapters.r, k}, dtype);
+    d_lora_b = torch::stable::new_zeros(lora_b, {adapters.count, n, adapters.r}, dtype);
+  }
+  AdapterTerms terms;
+  for (const int64_t i : adapters_in_use(adapters, tokens.rows)) {
+    if (!needs_x && !needs_lora) break;
+    Matrix u = low_rank(kernels, adapters.b_of(i), Operands::kTransposed, dy_columns, dy.rows, adapters.scale[i]);
+    mask_rows(u, adapters, i);
+    if (needs_lora) {
+      const Matrix t =
+          low_rank(kernels, adapters.a_of(i), Operands::kAsStored, x_columns, tokens.rows, adapters.scale[i]);
+      mask_rows(t, adapters, i);
+      const ScalarType dtype = lora_a.scalar_type();
+      Tensor slice_a = torch::stable::select(d_lora_a, 0, i), slice_b = torch::stable::select(d_lora_b, 0, i);
+      torch::stable::copy_(slice_a, low_rank_grad(kernels, u, x_by_token, k, dtype, true));
+      torch::stable::copy_(slice_b, low_rank_grad(kernels, t, dy_by_token, n, dtype, false));
+    }
+    terms.add(adapters.a_of(i), std::move(u));
+  }
+  if (needs_x) d_x = sum_of_terms(kernels, Operands::kTransposed, k, quantized(w.view), dy_columns, n, terms.get(), x);
+  if (needs_bias) d_bias = bias_grad(kernels, dy_by_token, dy.rows, n);
+  return {d_x, d_lora_a, d_lora_b, d_bias};
+}
+
+}  // namespace
+}  // namespace qlora::ops
+
+STABLE_TORCH_LIBRARY_IMPL(qlora, CPU, m) {
+  m.impl("forward.multi", TORCH_BOX(&qlora::ops::forward_multi));
+  m.impl("backward.multi", TORCH_BOX(&qlora::ops::backward_multi));
+}

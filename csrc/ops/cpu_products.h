@@ -1,0 +1,174 @@
+// The products that forward and backward are composed of: token-major matrices, packed columns, the kernels' one loop
+// nest.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "ops/checks.h"
+#include "ops/cpu_common.h"
+
+namespace qlora::ops {
+
+// A contiguous matrix [rows, cols] of the call: data, element type and extents.
+struct Matrix {
+  Tensor tensor;
+  const void* data;
+  cpu::DType dtype;
+  int64_t rows, cols;
+};
+
+inline Matrix as_matrix(const Tensor& t, const char* name, int64_t rows, int64_t cols) {
+  check_cpu(t, name);
+  Tensor c = torch::stable::contiguous(t);
+  const void* data = c.const_data_ptr();
+  const cpu::DType dtype = float_dtype(c.scalar_type(), name);
+  return {std::move(c), data, dtype, rows, cols};
+}
+
+inline Matrix tokens_matrix(const Tensor& t, const char* name, int64_t features, const char* rule) {
+  STD_TORCH_CHECK(t.dim() >= 1 && t.size(t.dim() - 1) == features, name, " has shape ", text_of(t.sizes()),
+                  ": its last dimension must be ", rule, "=", features);
+  int64_t tokens = 1;
+  for (int64_t d = 0; d + 1 < t.dim(); ++d) tokens *= t.size(d);
+  return as_matrix(t, name, tokens, features);
+}
+
+inline Matrix lora_matrix(const Tensor& t, const char* name, int64_t rows, int64_t cols, const char* rule) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols, name, " has shape ", text_of(t.sizes()),
+                  ": it must be ", rule, " = [", rows, ", ", cols, "]");
+  return as_matrix(t, name, rows, cols);
+}
+
+inline std::optional<Matrix> check_bias(const OptionalTensor& bias, int64_t n) {
+  if (!bias.has_value()) return std::nullopt;
+  STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == n, "bias has shape ", text_of(bias->sizes()),
+                  ": it must be [out_features] = [", n, "]");
+  return as_matrix(*bias, "bias", 1, n);
+}
+
+// Columns for the gemm: `m` is cut into tiles along its rows (features are steps), or along its columns (tokens are).
+struct Columns {
+  Tensor storage;
+  const float* data = nullptr;
+};
+enum class StepsAre { kColumns, kRows };
+
+inline Columns pack(const cpu::KernelTable& kernels, const Matrix& m, StepsAre steps_are) {
+  const bool rows = steps_are == StepsAre::kRows;
+  const int64_t cols = rows ? m.cols : m.rows, steps = rows ? m.rows : m.cols;
+  Tensor storage = empty_cpu({kernels.packed_floats(cols, steps)}, ScalarType::Float);
+  const cpu::PackParams p{m.data, m.dtype, m.cols, rows, cols, steps, storage.mutable_data_ptr<float>()};
+  parallel(ceil_div(cols, kernels.tile_cols), 1, [&](int64_t begin, int64_t end) { kernels.pack(p, begin, end); });
+  return {storage, p.out};
+}
+
+inline cpu::Operand dense(const Matrix& m) {
+  cpu::Operand operand;
+  operand.dense = m.data;
+  operand.dtype = m.dtype;
+  operand.ld = m.cols;
+  return operand;
+}
+
+inline cpu::Operand quantized(const PackedWeight& w) {
+  cpu::Operand operand;
+  operand.packed = &w;
+  return operand;
+}
+
+inline void run(const cpu::KernelTable& kernels, const cpu::GemmParams& p) {
+  if (p.rows == 0 || p.cols == 0) return;
+  parallel(kernels.gemm_items(p), 1,
+           [&](int64_t begin, int64_t end) { kernels.gemm(p, begin, end, thread_scratch(kernels.gemm_scratch(p))); });
+}
+
+enum class Operands { kAsStored, kTransposed };
+
+// [cols, rows] = scale * (operand (rows x steps) * columns)ᵀ, as float32: token-major low-rank activations.
+inline Matrix low_rank(const cpu::KernelTable& kernels, const Matrix& m, Operands form, const Columns& columns,
+                       int64_t tokens, float scale) {
+  cpu::GemmParams p;
+  p.transposed = form == Operands::kTransposed;
+  p.rows = p.transposed ? m.cols : m.rows;
+  p.cols = tokens;
+  const cpu::Term term{dense(m), columns.data, p.transposed ? m.rows : m.cols};
+  p.terms = &term;
+  p.scale = scale;
+  Tensor out = empty_cpu({tokens, p.rows}, ScalarType::Float);
+  p.out = out.mutable_data_ptr();
+  p.out_ld = p.rows;
+  run(kernels, p);
+  return {out, p.out, cpu::DType::kFloat32, tokens, p.rows};
+}
+
+// Gradient of one low-rank factor: sum over tokens of activation [tokens, r] and columns [tokens, features].
+// Written as [r, features] if r_is_major, else as [features, r].
+inline Tensor low_rank_grad(const cpu::KernelTable& kernels, const Matrix& activation, const Columns& columns,
+                            int64_t features, ScalarType dtype, bool r_is_major) {
+  cpu::GemmParams p;
+  p.transposed = true;
+  p.rows = activation.cols;
+  p.cols = features;
+  const cpu::Term term{dense(activation), columns.data, activation.rows};
+  p.terms = &term;
+  Tensor out = r_is_major ? empty_cpu({p.rows, features}, dtype) : empty_cpu({features, p.rows}, dtype);
+  p.out = out.mutable_data_ptr();
+  p.out_dtype = float_dtype(dtype, "lora");
+  p.out_ld = r_is_major ? features : p.rows;
+  p.rows_are_major = r_is_major;
+  run(kernels, p);
+  return out;
+}
+
+inline Tensor empty_with_last_dim(const Tensor& like, int64_t last, ScalarType dtype) {
+  std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
+  sizes.back() = last;
+  return torch::stable::empty({sizes.data(), sizes.size()}, dtype);
+}
+
+inline Tensor nothing() { return empty_cpu({0}, ScalarType::Float); }
+
+// One low-rank product of a sum: `matrix` [rows, r] (or [r, rows] if transposed) times activations [tokens, r].
+struct LowRankTerm {
+  const Matrix* matrix;
+  const Matrix* activation;
+};
+
+// out [tokens, rows] = base · x + sum of the low-rank terms + bias, all in one accumulator.
+inline Tensor sum_of_terms(const cpu::KernelTable& kernels, Operands form, int64_t rows, const cpu::Operand& base,
+                           const Columns& x, int64_t steps, const std::vector<LowRankTerm>& low_rank_terms,
+                           const Tensor& like, const Matrix* bias = nullptr) {
+  std::vector<cpu::Term> terms{{base, x.data, steps}};
+  std::vector<Columns> packed;  // keeps the columns alive
+  for (const LowRankTerm& t : low_rank_terms) {
+    packed.push_back(pack(kernels, *t.activation, StepsAre::kColumns));
+    terms.push_back({dense(*t.matrix), packed.back().data, t.activation->cols});
+  }
+  Tensor out = empty_with_last_dim(like, rows, like.scalar_type());
+  cpu::GemmParams p;
+  p.terms = terms.data();
+  p.term_count = static_cast<int64_t>(terms.size());
+  p.transposed = form == Operands::kTransposed;
+  p.rows = rows;
+  p.cols = 1;
+  for (int64_t d = 0; d + 1 < like.dim(); ++d) p.cols *= like.size(d);
+  p.out = out.mutable_data_ptr();
+  p.out_dtype = float_dtype(like.scalar_type(), "x");
+  p.out_ld = rows;
+  if (bias != nullptr) {
+    p.bias = bias->data;
+    p.bias_dtype = bias->dtype;
+  }
+  run(kernels, p);
+  return out;
+}
+
+// Sum over tokens, float32 [n]: a product with ones, so the order of summation is that of every other gradient.
+inline Tensor bias_grad(const cpu::KernelTable& kernels, const Columns& dy_by_token, int64_t tokens, int64_t n) {
+  const std::vector<float> ones(static_cast<size_t>(tokens), 1.0f);
+  const Matrix ones_column{nothing(), ones.data(), cpu::DType::kFloat32, tokens, 1};
+  return torch::stable::view(low_rank_grad(kernels, ones_column, dy_by_token, n, ScalarType::Float, true), {n});
+}
+
+}  // namespace qlora::ops

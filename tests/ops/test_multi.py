@@ -1,0 +1,119 @@
+"""forward.multi: each row of a batch with its own adapter, against float64 and against the single-adapter operator."""
+
+import pytest
+import torch
+from cases import DTYPES, weights
+from tolerances import accumulation, assert_within, output_rounding
+from torch.library import opcheck
+
+from qlora import ops, reference
+
+SHAPES = [(1, 5, 37), (3, 33, 96), (8, 64, 128), (9, 17, 64), (50, 130, 100)]
+
+
+def make(m, n, k, adapters=4, r=3, dtype=torch.float32):
+    weight, dense = weights(n, k)
+    of_row = torch.arange(m) % (adapters + 1) - 1  # every adapter and the base alone
+    lora = torch.randn(adapters, r, k), torch.randn(adapters, n, r), torch.randn(adapters), of_row
+    return torch.randn(m, k).to(dtype), weight, dense, lora
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forward_and_gradients(isa, dtype, shape):
+    m, n, k = shape
+    x, weight, dense, (a, b, s, of_row) = make(m, n, k, dtype=dtype)
+    bias, grad, r = torch.randn(n), torch.randn(m, n).to(dtype), a.shape[1]
+    x_, a_, b_, bias_ = (t.clone().requires_grad_() for t in (x, a, b, bias))
+    y = ops.forward_multi(x_, *weight, a_, b_, s, of_row, bias_)
+    y.backward(grad)
+
+    # One row at a time, in float64. Rows without an adapter get one that is zero.
+    pick = of_row.clamp(min=0)
+    on = (of_row >= 0).double()
+    A, B = a.double()[pick], b.double()[pick]
+    S = s.double()[pick] * on
+    X, G = x.double(), grad.double()
+    t, u = torch.einsum("mk,mrk->mr", X, A), torch.einsum("mn,mnr->mr", G, B)
+    t_abs = torch.einsum("mk,mrk->mr", X.abs(), A.abs())
+    u_abs = torch.einsum("mn,mnr->mr", G.abs(), B.abs())
+    SA = S.abs()[:, None]
+
+    def check(actual, expected, bound):
+        assert_within(actual, expected, bound + output_rounding(expected.abs() + bound, actual.dtype))
+
+    up, up_abs = torch.einsum("mr,mnr->mn", t, B), torch.einsum("mr,mnr->mn", t_abs, B.abs())
+    expected = X @ dense.T + bias.double() + S[:, None] * up
+    bound = accumulation(2 * k + 5 * r + 8, X.abs() @ dense.abs().T + SA * up_abs + bias.double().abs())
+    check(y, expected, bound)
+    down, down_abs = torch.einsum("mr,mrk->mk", u, A), torch.einsum("mr,mrk->mk", u_abs, A.abs())
+    expected = G @ dense + S[:, None] * down
+    check(x_.grad, expected, accumulation(2 * n + 5 * r + 8, G.abs() @ dense.abs() + SA * down_abs))
+    for i in range(len(a)):
+        rows = of_row == i
+        su, st = (S[:, None] * u)[rows], (S[:, None] * t)[rows]
+        su_abs, st_abs = (SA * u_abs)[rows], (SA * t_abs)[rows]
+        check(a_.grad[i], su.T @ X[rows], accumulation(m + n + 4, su_abs.T @ X[rows].abs()))
+        check(b_.grad[i], G[rows].T @ st, accumulation(m + k + 4, G[rows].abs().T @ st_abs))
+    check(bias_.grad, G.sum(0), accumulation(m, G.abs().sum(0)))
+
+
+@pytest.mark.parametrize("m", [1, 8, 9, 60])
+def test_one_adapter_for_all_rows_is_the_single_adapter_operator(isa, m):
+    x, weight, _, (a, b, s, _) = make(m, 40, 96)
+    y = ops.forward_multi(x, *weight, a, b, s, torch.full((m,), 2))
+    assert torch.equal(y, ops.forward(x, *weight, a[2], b[2], s[2].item()))
+    base = ops.forward_multi(x, *weight, a, b, s, torch.full((m,), -1))
+    assert torch.equal(base, ops.forward(x, *weight))
+
+
+@pytest.mark.parametrize("m", [6, 60])
+def test_bitwise_the_same_for_every_thread_count(isa, m, threads):
+    x, weight, _, lora = make(m, 200, 96)
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        results.append(ops.forward_multi(x, *weight, *lora))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_reference_twin_and_leading_dimensions():
+    x, weight, _, lora = make(12, 20, 64)
+    y = ops.forward_multi(x.view(3, 4, 64), *weight, *lora)
+    assert torch.allclose(y, reference.forward_multi(x.view(3, 4, 64), *weight, *lora), rtol=1e-4, atol=1e-4)
+
+
+def test_opcheck_compile_and_autocast():
+    x, weight, _, (a, b, s, of_row) = make(5, 24, 64)
+    leaves = [t.requires_grad_() for t in (x, a, b)]
+    arguments = (leaves[0], *weight, leaves[1], leaves[2], s, of_row, torch.randn(24, requires_grad=True))
+    opcheck(torch.ops.qlora.forward.multi, arguments)
+    opcheck(torch.ops.qlora.forward.multi, arguments[:-1])
+    plain = [t.detach() if isinstance(t, torch.Tensor) else t for t in arguments[:-1]]
+    opcheck(torch.ops.qlora.backward.multi, (torch.randn(5, 24), *plain, True, True, True))
+    compiled = torch.compile(ops.forward_multi, fullgraph=True)
+    assert torch.equal(compiled(*arguments), ops.forward_multi(*arguments))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = ops.forward_multi(*arguments)
+    assert torch.equal(y, ops.forward_multi(x.bfloat16(), *arguments[1:]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"of_row": torch.tensor([0, 4, 0])}, r"adapter_of_row\[1\]=4: it must be -1 \(base only\) or .* 0 to 3"),
+        ({"of_row": torch.tensor([0, -2, 0])}, r"adapter_of_row\[1\]=-2"),
+        ({"of_row": torch.zeros(2, dtype=torch.long)}, "adapter_of_row has 2 values: x has 3 rows"),
+        ({"of_row": torch.zeros(3)}, "adapter_of_row has the wrong dtype: it must be int64"),
+        ({"s": torch.randn(3)}, "scaling has 3 values: there are 4 adapters"),
+        ({"a": torch.randn(4, 3, 63)}, "lora_a has shape .* in_features=64"),
+        ({"b": torch.randn(4, 24, 2)}, r"lora_b has shape .* \[4, 24, 3\]"),
+        ({"a": torch.randn(4, 0, 64)}, "rank=0"),
+        ({"b": torch.randn(4, 24, 3).bfloat16()}, "same dtype"),
+    ],
+)
+def test_errors_name_value_and_rule(change, message):
+    x, weight, _, (a, b, s, of_row) = make(3, 24, 64)
+    values = {"a": a, "b": b, "s": s, "of_row": of_row} | change
+    with pytest.raises(RuntimeError, match=message):
+        ops.forward_multi(x, *weight, values["a"], values["b"], values["s"], values["of_row"])
