@@ -96,22 +96,24 @@ def test_bad_data_and_foreign_adapters_are_one_line(world, tmp_path, capsys):
 def test_ctrl_c_saves_and_says_how_to_resume(world, tmp_path):
     """A real signal to a real process; then the printed command, which finishes the run."""
     output = tmp_path / "run"
-    arguments = finetune_command(world, output, "--max-steps", "600", "--save-steps", "600", "--eval-steps", "600")
+    options = ("--max-steps", "800", "--save-steps", "100", "--eval-steps", "800", "--keep-checkpoints", "20")
     process = subprocess.Popen(
-        [sys.executable, "-m", "qlora", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "qlora", *finetune_command(world, output, *options)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     deadline = time.monotonic() + 120
-    while not (output / "eval_before.json").exists():  # training begins right after
+    while not (output / "checkpoint-100").exists():  # then 700 steps are left
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
-        time.sleep(0.1)
-    time.sleep(1)
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert f"qlora finetune --output {output} --resume" in error
-    saved = [name for name in os.listdir(output) if name.startswith("checkpoint-")]
-    assert len(saved) == 1
+    newest = max(int(name.rpartition("-")[2]) for name in os.listdir(output) if name.startswith("checkpoint-"))
+    assert 100 <= newest < 800
+    assert f"checkpoint-{newest} is saved; continue with: qlora finetune --output {output} --resume" in error
     assert main(["finetune", "--output", str(output), "--resume", "--rank", "3"]) == 1  # not as it started
     assert main(["finetune", "--output", str(output), "--resume"]) == 0
     assert (output / "adapter" / "adapter_model.safetensors").exists()
