@@ -91,5 +91,5 @@ $(VENV)/.test-tools: pyproject.toml $(VENV)/.installed
 
 $(VENV)/.lint-tools: pyproject.toml $(VENV)/.torch
 	$(call say,Installing lint tools)
-	$(PIP) $$($(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['lint'])")
+	$(PIP) $(shell sed -n 's/^lint = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",')
 	@touch $@

@@ -3,6 +3,7 @@
 
 #include <tuple>
 
+#include "format/half.h"
 #include "ops/checks.h"
 #include "ops/cpu_common.h"
 #include "ops/cpu_decode.h"
@@ -85,6 +86,24 @@ std::vector<int64_t> adapters_in_use(const Adapters& adapters, int64_t tokens) {
   return in_use;
 }
 
+// Rows of other adapters take part in an adapter's product with zeros, and 0 * inf is nan: a damaged adapter is refused
+// where it could reach rows that are not its own.
+void check_isolated(const Adapters& adapters, const Matrix& matrix, int64_t adapter, const char* name) {
+  bool alone = true;
+  for (int64_t t = 0; t < adapters.adapter_of_row.numel(); ++t) alone = alone && adapters.of_row[t] == adapter;
+  if (alone) return;
+  const auto all_finite = [&](auto* values) {
+    float probe = 0.0f;  // x * 0 is nan for nan and inf
+    for (int64_t i = 0; i < matrix.rows * matrix.cols; ++i) probe += to_float(values[i]) * 0.0f;
+    return probe == 0.0f;
+  };
+  const bool finite = matrix.dtype == cpu::DType::kBFloat16  ? all_finite(static_cast<const bf16*>(matrix.data))
+                      : matrix.dtype == cpu::DType::kFloat16 ? all_finite(static_cast<const fp16*>(matrix.data))
+                                                             : all_finite(static_cast<const float*>(matrix.data));
+  STD_TORCH_CHECK(finite, name, "[", adapter,
+                  "] holds nan or inf: in a batch it would reach the rows of other adapters");
+}
+
 struct AdapterTerms {
   std::vector<Matrix> matrices, activations;
   std::vector<LowRankTerm> terms;
@@ -127,6 +146,7 @@ Tensor forward_multi(Tensor x, Tensor packed, Tensor absmax, OptionalTensor nest
   const Columns columns = pack(kernels, tokens, StepsAre::kColumns);
   AdapterTerms terms;
   for (const int64_t i : adapters_in_use(adapters, tokens.rows)) {
+    check_isolated(adapters, adapters.b_of(i), i, "lora_b");
     Matrix t = low_rank(kernels, adapters.a_of(i), Operands::kAsStored, columns, tokens.rows, adapters.scale[i]);
     mask_rows(t, adapters, i);
     terms.add(adapters.b_of(i), std::move(t));
@@ -164,6 +184,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_multi(Tensor grad, Tensor x,
   AdapterTerms terms;
   for (const int64_t i : adapters_in_use(adapters, tokens.rows)) {
     if (!needs_x && !needs_lora) break;
+    if (needs_x) check_isolated(adapters, adapters.a_of(i), i, "lora_a");
     Matrix u = low_rank(kernels, adapters.b_of(i), Operands::kTransposed, dy_columns, dy.rows, adapters.scale[i]);
     mask_rows(u, adapters, i);
     if (needs_lora) {

@@ -53,6 +53,16 @@ def test_finetune_then_generate(world, tmp_path, capsys):
     assert "exists: choose another output" in capsys.readouterr().err
 
 
+def test_merge_of_an_adapter_on_some_layers_is_a_dense_model(world, tmp_path, capsys):
+    options = ("--max-steps", "1", "--target-modules", "q_proj", "--eval-fraction", "0")
+    assert main(finetune_command(world, tmp_path / "run", *options)) == 0
+    merge = ["merge", "--model", str(world / "model"), "--adapter", str(tmp_path / "run/adapter")]
+    assert main([*merge, "--output", str(tmp_path / "merged")]) == 0
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert all(p.dtype == torch.float32 for p in dense.parameters())
+    assert dense(torch.arange(6)[None]).logits.isfinite().all()
+
+
 def test_info_names_isa_kernels_and_versions(capsys, monkeypatch):
     monkeypatch.setenv("QLORA_CPU_ISA", "scalar")
     assert main(["info"]) == 0

@@ -163,6 +163,7 @@ KEY = "base_model.model.blocks.0.up.lora_A.weight"
         (lambda d: (d / "adapter_config.json").write_text("[]"), "must hold a JSON object, not list"),
         (lambda d: edit_config(d, lora_dropout=1.0), r"lora_dropout=1.0 must be in \[0, 1\)"),
         (lambda d: edit_config(d, lora_alpha=None), "lora_alpha=None must be a number"),
+        (lambda d: edit_config(d, alpha_pattern={"(": 8}), "'\\(' is no regular expression"),
         (lambda d: edit_config(d, alpha_pattern={"up": "x"}), "alpha_pattern='x' must be a number"),
         (lambda d: (d / "adapter_config.json").write_text('{"peft_type": "IA3"}'), "peft_type='IA3'"),
         (lambda d: (d / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 0}'), "r=0 must be"),
@@ -210,7 +211,7 @@ def test_a_full_disk_leaves_the_old_adapter(tmp_path, monkeypatch, failing_file)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old
 
 
-def test_layers_without_the_adapter_are_unloaded_to_their_base(tmp_path):
+def test_layers_without_the_adapter_are_made_dense_too(tmp_path):
     """An adapter on some layers only, loaded into a model with adapters on all."""
     partial = TiedModel()
     qlora.prepare_model(partial, rank=4, target_modules=["up"])
@@ -221,8 +222,21 @@ def test_layers_without_the_adapter_are_unloaded_to_their_base(tmp_path):
     before = model(IDS)
     reports = qlora.merge_and_unload(model, dtype=torch.float32)
     assert sorted(reports) == ["blocks.0.up", "blocks.1.up"]
-    assert type(model.blocks[0].down) is Linear4bit
+    assert type(model.blocks[0].down) is torch.nn.Linear
     assert torch.allclose(model(IDS), before, rtol=1e-4, atol=1e-4)
+    qlora.merge_and_unload(partial, requantize=True)
+    assert type(partial.blocks[0].down) is Linear4bit
+
+
+def test_layers_that_an_adapter_does_not_cover_do_not_keep_another_one(tmp_path):
+    partial = TiedModel()
+    qlora.prepare_model(partial, rank=4, target_modules=["up"])
+    qlora.save_adapter(partial, tmp_path)
+    model = prepared()
+    qlora.load_adapter(model, tmp_path, "second")
+    assert model.blocks[0].up.active_adapter == "second"
+    assert model.blocks[0].down.active_adapter is None
+    assert not model.blocks[0].down.lora_a["default"].requires_grad
 
 
 @pytest.mark.parametrize("requantize", [False, True])

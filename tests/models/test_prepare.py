@@ -220,6 +220,8 @@ def test_an_index_that_leaves_its_folder_is_refused(tmp_path):
 def test_models_that_cannot_be_prepared():
     with pytest.raises(ValueError, match="has no nn.Linear"):
         qlora.prepare_model(nn.Sequential(nn.ReLU()))
+    with pytest.raises(ValueError, match="use QLoRALinear"):
+        qlora.prepare_model(nn.Linear(4, 4))
     with torch.device("meta"):
         model = TiedModel()
     with pytest.raises(ValueError, match="meta device: pass weights="):

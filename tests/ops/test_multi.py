@@ -117,3 +117,24 @@ def test_errors_name_value_and_rule(change, message):
     values = {"a": a, "b": b, "s": s, "of_row": of_row} | change
     with pytest.raises(RuntimeError, match=message):
         ops.forward_multi(x, *weight, values["a"], values["b"], values["s"], values["of_row"])
+
+
+def test_a_damaged_adapter_never_reaches_the_rows_of_others():
+    """Few rows: only its own are not finite. Many: the batch is refused, unless all rows are its own."""
+    for m in (6, 40):
+        x, weight, _, (a, b, s, _) = make(m, 24, 64)
+        b[1, 3, 0] = float("inf")
+        of_row = torch.zeros(m, dtype=torch.long)
+        of_row[-1] = 1
+        if m == 6:
+            y = ops.forward_multi(x, *weight, a, b, s, of_row)
+            assert y[:-1].isfinite().all()
+        else:
+            with pytest.raises(RuntimeError, match=r"lora_b\[1\] holds nan or inf"):
+                ops.forward_multi(x, *weight, a, b, s, of_row)
+        assert not ops.forward_multi(x, *weight, a, b, s, torch.ones_like(of_row)).isfinite().all()
+    x, weight, _, (a, b, s, of_row) = make(6, 24, 64)
+    a[1, 0, 0] = float("nan")
+    y = ops.forward_multi(x.requires_grad_(), *weight, a, b, s, of_row)
+    with pytest.raises(RuntimeError, match=r"lora_a\[1\] holds nan or inf"):
+        y[of_row != 1].sum().backward()

@@ -15,6 +15,7 @@ from qlora.training.data import (
     Record,
     Sequences,
     pack,
+    packs_without_leaks,
     read_records,
     tokenize,
     tokenize_all,
@@ -115,6 +116,7 @@ def test_packing_is_fast_for_many_records():
         ({"prompt": "a"}, "'completion' must be a string that is not empty"),
         ({"prompt": "", "completion": "b"}, "'prompt' must be a string"),
         ({"text": 3}, "'text' must be a string"),
+        ('{"text": "half a \\ud800 pair"}', "surrogates not allowed"),
         ({"messages": []}, "list that is not empty"),
         ({"messages": [{"role": "bot", "content": "x"}]}, "role 'bot' is none of"),
         ({"messages": [{"role": "user", "content": "x"}]}, "there is nothing to learn"),
@@ -159,6 +161,26 @@ def test_a_packed_batch_restarts_positions_and_never_predicts_across_examples():
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0]]
     assert batch["labels"].tolist() == [[IGNORED, 2, 3, IGNORED, 2], [IGNORED, 2, 3, 4, IGNORED]]
     assert "attention_mask" not in batch
+
+
+def test_a_model_that_ignores_positions_is_found_out(folder):
+    from transformers import OPTConfig, OPTForCausalLM
+
+    llama = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    llama.config.use_cache = False
+    assert packs_without_leaks(llama)
+    opt = OPTForCausalLM(
+        OPTConfig(
+            vocab_size=40,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            ffn_dim=32,
+            word_embed_proj_dim=32,
+            use_cache=False,
+        )
+    )
+    assert not packs_without_leaks(opt)
 
 
 def test_packed_and_padded_rows_have_the_same_loss(folder):

@@ -23,6 +23,8 @@ def run(arguments: argparse.Namespace) -> int:
     from qlora.models.loading import load_for_inference, require_train_extra
 
     require_train_extra()
+    from safetensors import SafetensorError
+
     model, tokenizer = load_for_inference(arguments.model, arguments.adapter, torch.bfloat16)
     reports = qlora.merge_and_unload(model, dtype=torch.bfloat16)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
@@ -32,6 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
         tokenizer.save_pretrained(staging)
         staging.chmod(0o755)
         staging.replace(arguments.output)
+    except (RuntimeError, SafetensorError) as error:  # a full disk is one of these
+        raise OSError(f"saving {arguments.output} failed, nothing was written: {error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     worst = max(reports.values(), key=lambda report: report.relative_error)

@@ -37,7 +37,8 @@ def _from_pattern(patterns: dict[str, Any], layer_name: str, default: Any) -> An
 def save_adapter(model: nn.Module, folder: str | Path, name: str = "default", base_model: str | None = None) -> Path:
     """Writes one adapter of every :class:`QLoRALinear` of ``model`` to ``folder``; PEFT reads it.
 
-    Both files are replaced together: a crash or a full disk leaves the old ones. ``base_model`` is recorded as
+    Both files are on disk before either is renamed: a full disk leaves the old ones, and so does a crash, but for one
+    in the instant between the two renames. ``base_model`` is recorded as
     ``base_model_name_or_path``. Layers of different rank or alpha go into PEFT's ``rank_pattern`` and
     ``alpha_pattern``. Raises ValueError if no layer has an adapter of that name.
     """
@@ -103,6 +104,11 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     config["alpha_pattern"] = config.get("alpha_pattern") or {}
     if not isinstance(config["alpha_pattern"], dict):
         raise ValueError(f"{path}: alpha_pattern must be an object")
+    for pattern in config["alpha_pattern"]:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{path}: alpha_pattern {pattern!r} is no regular expression: {error}") from error
     for name, value in (
         ("lora_alpha", config["lora_alpha"]),
         ("lora_dropout", config["lora_dropout"]),
@@ -160,6 +166,7 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
         if name in layer.adapters:
             layer.delete_adapter(name)
         if layer_name not in adapted:
+            layer.deactivate()
             continue
         a, b = (tensors[key] for key in _keys_of(layer_name))
         rank = a.shape[0]

@@ -24,7 +24,18 @@ def atomic_write_all(files: dict[Path, bytes]) -> None:
             written[path].chmod(0o644)
         for path, temporary_path in written.items():
             temporary_path.replace(path)
+        for folder in {path.parent for path in files}:
+            sync_folder(folder)
     except BaseException:
         for temporary_path in written.values():
             temporary_path.unlink(missing_ok=True)
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Flushes a folder's entries to disk, so that renames survive a power loss."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -134,6 +134,8 @@ def chat_reply(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 64
     else:
         text = prompt
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
+    if inputs["input_ids"].shape[1] == 0:
+        raise ValueError(f"prompt={prompt!r} gives no token to begin with")
     sampling.setdefault("do_sample", False)
     with torch.inference_mode():
         output = model.generate(

@@ -4,13 +4,14 @@ import torch
 from torch import nn
 
 from qlora.models.prepare import qlora_layers, replace_module
-from qlora.nn import MergeReport
+from qlora.nn import Linear4bit, MergeReport
 
 
 def merge_and_unload(
     model: nn.Module, name: str | None = None, *, requantize: bool = False, dtype: torch.dtype | None = None
 ) -> dict[str, MergeReport]:
-    """Replaces every :class:`QLoRALinear`, in place, by its merged layer; one without the adapter by its base.
+    """Replaces every :class:`QLoRALinear`, in place, by its merged layer. Without ``requantize`` the whole model is
+    dense afterwards: 4-bit layers that have no such adapter are dequantized; with it they stay as they are.
 
     ``name`` (default: each layer's active adapter), ``requantize`` and ``dtype`` as in :meth:`QLoRALinear.merge`.
     Returns the added error of each merged layer by name. Raises ValueError, before anything changes, if no layer has
@@ -24,4 +25,8 @@ def merge_and_unload(
     reports = {n: layers[n].merge(adapter_of[n], requantize=requantize, dtype=dtype) for n in layers if n in merged}
     for n, layer in layers.items():
         replace_module(model, layer, layer.merged_linear() if n in merged else layer.base)
+    if not requantize:
+        for module in list(model.modules()):
+            if isinstance(module, Linear4bit):
+                replace_module(model, module, module.to_linear(dtype))
     return reports

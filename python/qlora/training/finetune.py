@@ -18,7 +18,7 @@ from qlora.models.loading import (
     save_quantization,
 )
 from qlora.models.prepare import PreparedReport
-from qlora.training.data import Collator, Example, Sequences, pack, read_records, tokenize_all
+from qlora.training.data import Collator, Example, Sequences, pack, packs_without_leaks, read_records, tokenize_all
 from qlora.training.settings import COMPUTE_DTYPES, FinetuneSettings
 
 SETTINGS_FILE = "settings.json"
@@ -178,6 +178,11 @@ def finetune(settings: FinetuneSettings, *, resume: bool = False, callbacks: Seq
     )
     model.config.use_cache = False
     model.config.pad_token_id = tokenizer.pad_token_id
+
+    if settings.packing and not packs_without_leaks(model):
+        raise ValueError(
+            f"{type(model).__name__} lets packed records see each other (it ignores position_ids): use --no-packing"
+        )
 
     def rows(examples: list[Example]) -> Sequences:
         return pack(examples, settings.max_length) if settings.packing else Sequences([[e] for e in examples])
