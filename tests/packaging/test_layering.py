@@ -22,7 +22,7 @@ MAY_INCLUDE = {
     "bindings": {"format", "cpu", "bindings"},
 }
 # Python layers, lowest first.
-LAYERS = ("_C", "_load", "ops", "reference", "weight", "explain", "nn", "models", "training", "cli")
+LAYERS = ("_C", "_load", "_registration", "ops", "reference", "weight", "explain", "nn", "models", "training", "cli")
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(CSRC)))
