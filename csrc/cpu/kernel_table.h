@@ -6,11 +6,10 @@
 
 #include <cstdint>
 
+#include "format/dtype.h"
 #include "format/layout.h"
 
 namespace qlora::cpu {
-
-enum class DType { kFloat32, kBFloat16, kFloat16, kInt8, kUInt8, kInt16, kInt32, kInt64 };
 
 // Unit: block. Returns the flat position of the first nan or inf in the range, or -1.
 struct QuantizeParams {
@@ -41,15 +40,6 @@ struct PackParams {
   int64_t cols;
   int64_t steps;
   float* out;
-};
-
-// An integer matrix stands for value * scale + zero_point; scalars, channels and groups are strides of one grid.
-struct AffineGrid {
-  const float* scale = nullptr;
-  const float* zero_point = nullptr;
-  int64_t group = 1;           // matrix rows per grid row
-  int64_t group_stride = 0;    // elements between grid rows
-  int64_t channel_stride = 0;  // elements between channels
 };
 
 // The left matrix of one product: packed 4-bit, or dense (float, or integer with an affine grid).

@@ -55,4 +55,13 @@ struct PackedWeight {
   int block_shift = 0;            // log2(weights per absmax)
 };
 
+// An integer matrix stands for value * scale + zero_point; scalars, channels and groups are strides of one grid.
+struct AffineGrid {
+  const float* scale = nullptr;
+  const float* zero_point = nullptr;
+  int64_t group = 1;           // matrix rows per grid row
+  int64_t group_stride = 0;    // elements between grid rows
+  int64_t channel_stride = 0;  // elements between channels
+};
+
 }  // namespace qlora

@@ -8,9 +8,9 @@
 #include <string>
 #include <vector>
 
-#include "cpu/kernel_table.h"
 #include "format/codebook.h"
-#include "format/dynamic_map.h"
+#include "format/dtype.h"
+#include "format/layout.h"
 
 namespace qlora::ops {
 
@@ -27,40 +27,40 @@ inline std::string text_of(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
 // None and an empty tensor mean the same.
 inline bool is_given(const OptionalTensor& t) { return t.has_value() && t->numel() > 0; }
 
-inline void check_cpu(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu(), name,
-                  " is on another device than the CPU: all tensors of one call must be on one device");
+inline void check_same_device(const Tensor& t, const char* name, const Tensor& like, const char* like_name) {
+  STD_TORCH_CHECK(t.is_cpu() == like.is_cpu() && t.get_device_index() == like.get_device_index(), name,
+                  " is on another device than ", like_name, ": all tensors of one call must be on one device");
 }
 
 inline void check_dtype(const Tensor& t, ScalarType dtype, const char* name, const char* rule) {
   STD_TORCH_CHECK(t.scalar_type() == dtype, name, " has the wrong dtype: ", rule);
 }
 
-inline cpu::DType float_dtype(ScalarType dtype, const char* name) {
+inline DType float_dtype(ScalarType dtype, const char* name) {
   switch (dtype) {
     case ScalarType::Float:
-      return cpu::DType::kFloat32;
+      return DType::kFloat32;
     case ScalarType::BFloat16:
-      return cpu::DType::kBFloat16;
+      return DType::kBFloat16;
     case ScalarType::Half:
-      return cpu::DType::kFloat16;
+      return DType::kFloat16;
     default:
       STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16, not ScalarType ", static_cast<int>(dtype));
   }
 }
 
-inline cpu::DType integer_dtype(ScalarType dtype, const char* name) {
+inline DType integer_dtype(ScalarType dtype, const char* name) {
   switch (dtype) {
     case ScalarType::Char:
-      return cpu::DType::kInt8;
+      return DType::kInt8;
     case ScalarType::Byte:
-      return cpu::DType::kUInt8;
+      return DType::kUInt8;
     case ScalarType::Short:
-      return cpu::DType::kInt16;
+      return DType::kInt16;
     case ScalarType::Int:
-      return cpu::DType::kInt32;
+      return DType::kInt32;
     case ScalarType::Long:
-      return cpu::DType::kInt64;
+      return DType::kInt64;
     default:
       STD_TORCH_CHECK(false, name, " must be an integer tensor, not ScalarType ", static_cast<int>(dtype));
   }
@@ -87,11 +87,13 @@ inline int64_t checked_numel(const std::vector<int64_t>& shape) {
   return numel;
 }
 
-// A packed weight whose tensors were checked and made contiguous; `view` points into them.
+// A packed weight whose tensors were checked and made contiguous.
 struct CheckedWeight {
   Tensor packed, absmax;
-  OptionalTensor nested_absmax;
-  PackedWeight view;
+  OptionalTensor nested_absmax, nested_offset;  // both given or neither
+  QuantType type;
+  int64_t n, k;
+  int block_shift;
 };
 
 inline CheckedWeight check_weight(const Tensor& packed, const Tensor& absmax, const OptionalTensor& nested_absmax,
@@ -100,24 +102,25 @@ inline CheckedWeight check_weight(const Tensor& packed, const Tensor& absmax, co
   const QuantType type = parse_quant_type(quant_type);
   check_block_size(block_size);
   const int64_t numel = checked_numel({n, k}), bytes = packed_bytes(numel), blocks = ceil_div(numel, block_size);
-  check_cpu(packed, "packed");
-  check_cpu(absmax, "absmax");
+  check_same_device(absmax, "absmax", packed, "packed");
   check_dtype(packed, ScalarType::Byte, "packed", "it must be uint8");
   STD_TORCH_CHECK(packed.numel() == bytes, "packed has ", packed.numel(), " bytes: a weight of ", numel,
                   " elements needs ", bytes);
   STD_TORCH_CHECK(absmax.numel() == blocks, "absmax has ", absmax.numel(), " values: ", numel,
                   " elements in blocks of ", block_size, " need ", blocks);
-  CheckedWeight w{torch::stable::contiguous(packed), torch::stable::contiguous(absmax), std::nullopt, {}};
-  w.view.packed = w.packed.const_data_ptr<uint8_t>();
-  w.view.levels = codebook(type);
-  w.view.n = n;
-  w.view.k = k;
-  w.view.block_shift = log2_exact(block_size);
+  CheckedWeight w{torch::stable::contiguous(packed),
+                  torch::stable::contiguous(absmax),
+                  std::nullopt,
+                  std::nullopt,
+                  type,
+                  n,
+                  k,
+                  log2_exact(block_size)};
   if (numel > 0 && (is_given(nested_absmax) || is_given(nested_offset))) {
     STD_TORCH_CHECK(is_given(nested_absmax) && is_given(nested_offset),
                     "nested_absmax and nested_offset belong together: only one of them was given");
-    check_cpu(*nested_absmax, "nested_absmax");
-    check_cpu(*nested_offset, "nested_offset");
+    check_same_device(*nested_absmax, "nested_absmax", packed, "packed");
+    check_same_device(*nested_offset, "nested_offset", packed, "packed");
     check_dtype(absmax, ScalarType::Byte, "absmax", "it must be uint8 with double quantization");
     check_dtype(*nested_absmax, ScalarType::Float, "nested_absmax", "it must be float32");
     check_dtype(*nested_offset, ScalarType::Float, "nested_offset", "it must be float32");
@@ -127,22 +130,12 @@ inline CheckedWeight check_weight(const Tensor& packed, const Tensor& absmax, co
     STD_TORCH_CHECK(nested_offset->numel() == 1, "nested_offset has ", nested_offset->numel(),
                     " values: it must have one");
     w.nested_absmax = torch::stable::contiguous(*nested_absmax);
-    w.view.scales.absmax_codes = w.absmax.const_data_ptr<uint8_t>();
-    w.view.scales.nested_absmax = w.nested_absmax->const_data_ptr<float>();
-    w.view.scales.nested_offset = *nested_offset->const_data_ptr<float>();
-    w.view.scales.dynamic_map = kDynamicMap.value;
+    w.nested_offset = *nested_offset;
   } else {
     STD_TORCH_CHECK(numel == 0 || absmax.scalar_type() == ScalarType::Float,
                     "absmax must be float32 without double quantization (nested_absmax was not given)");
-    static const float none = 0.0f;  // numel 0: never read, but absmax tells the kernels which kind of scale it is
-    w.view.scales.absmax = numel == 0 ? &none : w.absmax.const_data_ptr<float>();
   }
   return w;
-}
-
-inline void check_matrix_shape(const std::vector<int64_t>& shape) {
-  STD_TORCH_CHECK(shape.size() == 2, "shape has ", shape.size(),
-                  " dimensions: a matmul weight is (out_features, in_features)");
 }
 
 }  // namespace qlora::ops

@@ -9,6 +9,7 @@
 #include <initializer_list>
 
 #include "cpu/dispatch.h"
+#include "format/dynamic_map.h"
 #include "ops/checks.h"
 
 namespace qlora::ops {
@@ -23,6 +24,26 @@ inline const cpu::KernelTable& active_kernels() {
 
 inline Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return torch::stable::empty({sizes.begin(), sizes.size()}, dtype);
+}
+
+// The weight as the CPU kernels read it; valid while `w` lives.
+inline PackedWeight view_of(const CheckedWeight& w) {
+  PackedWeight view;
+  view.packed = w.packed.const_data_ptr<uint8_t>();
+  view.levels = codebook(w.type);
+  view.n = w.n;
+  view.k = w.k;
+  view.block_shift = w.block_shift;
+  if (w.nested_absmax) {
+    view.scales.absmax_codes = w.absmax.const_data_ptr<uint8_t>();
+    view.scales.nested_absmax = w.nested_absmax->const_data_ptr<float>();
+    view.scales.nested_offset = *w.nested_offset->const_data_ptr<float>();
+    view.scales.dynamic_map = kDynamicMap.value;
+  } else {
+    static const float none = 0.0f;  // numel 0: never read, but absmax tells the kernels which kind of scale it is
+    view.scales.absmax = w.n * w.k == 0 ? &none : w.absmax.const_data_ptr<float>();
+  }
+  return view;
 }
 
 // Working memory of a kernel on this thread, aligned to 64 bytes; what was in it before is lost. Kept for the life of

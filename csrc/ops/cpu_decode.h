@@ -40,7 +40,7 @@ inline void low_rank_dot(const cpu::KernelTable& kernels, const Matrix& a, const
 struct DecodeLora {
   const float* t;  // [m, r]
   const void* b;   // [n, r], or [adapters, n, r]
-  cpu::DType dtype;
+  DType dtype;
   int64_t r;
   const int64_t* adapter_of_token;  // [m] or null
 };

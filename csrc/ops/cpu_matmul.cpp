@@ -12,53 +12,26 @@
 namespace qlora::ops {
 namespace {
 
-struct Lora {
-  Matrix a, b;  // [r, k], [n, r]
-  float scaling;
-};
-
-std::optional<Lora> check_lora(const OptionalTensor& a, const OptionalTensor& b, int64_t n, int64_t k, double scaling) {
-  STD_TORCH_CHECK(a.has_value() == b.has_value(),
-                  a.has_value() ? "lora_a was given without lora_b" : "lora_b was given without lora_a",
-                  ": an adapter needs both");
-  if (!a.has_value()) return std::nullopt;
-  STD_TORCH_CHECK(a->dim() == 2, "lora_a has shape ", text_of(a->sizes()), ": it must be [rank, in_features]");
-  const int64_t r = a->size(0);
-  STD_TORCH_CHECK(r > 0, "rank=0: an adapter needs a rank of at least 1");
-  STD_TORCH_CHECK(a->scalar_type() == b->scalar_type(), "lora_a and lora_b must have the same dtype");
-  return Lora{lora_matrix(*a, "lora_a", r, k, "[rank, in_features]"),
-              lora_matrix(*b, "lora_b", n, r, "[out_features, rank]"), static_cast<float>(scaling)};
-}
-
-std::optional<Matrix> check_lora_x(const OptionalTensor& lora_x, const Tensor& x, const std::optional<Lora>& lora) {
-  if (!lora_x.has_value()) return std::nullopt;
-  STD_TORCH_CHECK(lora.has_value(), "lora_x was given without lora_a and lora_b");
-  STD_TORCH_CHECK(text_of(lora_x->sizes()) == text_of(x.sizes()) && lora_x->scalar_type() == x.scalar_type(),
-                  "lora_x has shape ", text_of(lora_x->sizes()), ": it must have the shape and dtype of x, ",
-                  text_of(x.sizes()));
-  return tokens_matrix(*lora_x, "lora_x", x.size(x.dim() - 1), "in_features");
-}
-
 Tensor forward(Tensor x, Tensor packed, Tensor absmax, OptionalTensor nested_absmax, OptionalTensor nested_offset,
                std::vector<int64_t> shape, std::string quant_type, int64_t block_size, OptionalTensor lora_a,
                OptionalTensor lora_b, double scaling, OptionalTensor bias, OptionalTensor lora_x) {
   const cpu::KernelTable& kernels = active_kernels();
-  check_matrix_shape(shape);
-  const int64_t n = shape[0], k = shape[1];
-  const CheckedWeight w = check_weight(packed, absmax, nested_absmax, nested_offset, n, k, quant_type, block_size);
-  const Matrix tokens = tokens_matrix(x, "x", k, "in_features");
-  const std::optional<Lora> lora = check_lora(lora_a, lora_b, n, k, scaling);
+  const Base base = check_base(x, packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size);
+  const PackedWeight w = view_of(base.w);
+  const Matrix& tokens = base.tokens;
+  const int64_t n = w.n, k = w.k;
+  const std::optional<Lora> lora = check_lora(lora_a, lora_b, n, k, scaling, x);
   const std::optional<Matrix> dropped = check_lora_x(lora_x, x, lora);
-  const std::optional<Matrix> bias_row = check_bias(bias, n);
+  const std::optional<Matrix> bias_row = check_bias(bias, n, x);
   const cpu::ForwardKernel kernel = cpu::select_forward(tokens.rows, k);
   if (kernel != cpu::ForwardKernel::kGemm) {
     const TokenFloats floats(kernels, tokens, kernel == cpu::ForwardKernel::kDecodeWords);
-    if (!lora) return decode(kernels, w.view, tokens, floats, nullptr, bias_row, x);
+    if (!lora) return decode(kernels, w, tokens, floats, nullptr, bias_row, x);
     const TokenFloats lora_floats = dropped ? TokenFloats(kernels, *dropped, false) : floats;
     const Tensor t = empty_cpu({tokens.rows, lora->a.rows}, ScalarType::Float);
     low_rank_dot(kernels, lora->a, lora_floats.plain, tokens.rows, lora->scaling, t.mutable_data_ptr<float>());
     const DecodeLora up{t.const_data_ptr<float>(), lora->b.data, lora->b.dtype, lora->b.cols, nullptr};
-    return decode(kernels, w.view, tokens, floats, &up, bias_row, x);
+    return decode(kernels, w, tokens, floats, &up, bias_row, x);
   }
 
   const Columns columns = pack(kernels, tokens, StepsAre::kColumns);
@@ -69,7 +42,7 @@ Tensor forward(Tensor x, Tensor packed, Tensor absmax, OptionalTensor nested_abs
     t = low_rank(kernels, lora->a, Operands::kAsStored, lora_columns, tokens.rows, lora->scaling);
     adapter.push_back({&lora->b, &*t});
   }
-  return sum_of_terms(kernels, Operands::kAsStored, n, quantized(w.view), columns, k, adapter, x,
+  return sum_of_terms(kernels, Operands::kAsStored, n, quantized(w), columns, k, adapter, x,
                       bias_row ? &*bias_row : nullptr);
 }
 
@@ -81,13 +54,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad, Tensor 
                                                             OptionalTensor lora_x, bool needs_x, bool needs_lora,
                                                             bool needs_lora_x, bool needs_bias) {
   const cpu::KernelTable& kernels = active_kernels();
-  check_matrix_shape(shape);
-  const int64_t n = shape[0], k = shape[1];
-  const CheckedWeight w = check_weight(packed, absmax, nested_absmax, nested_offset, n, k, quant_type, block_size);
-  const Matrix tokens = tokens_matrix(x, "x", k, "in_features");
-  const Matrix dy = tokens_matrix(grad, "grad", n, "out_features");
-  STD_TORCH_CHECK(dy.rows == tokens.rows, "grad has ", dy.rows, " rows: x has ", tokens.rows);
-  const std::optional<Lora> lora = check_lora(lora_a, lora_b, n, k, scaling);
+  const Base base = check_base(x, packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size);
+  const PackedWeight w = view_of(base.w);
+  const Matrix& tokens = base.tokens;
+  const int64_t n = w.n, k = w.k;
+  const Matrix dy = grad_matrix(grad, n, tokens);
+  const std::optional<Lora> lora = check_lora(lora_a, lora_b, n, k, scaling, x);
   const std::optional<Matrix> dropped = check_lora_x(lora_x, x, lora);
 
   Tensor d_x = nothing(), d_lora_a = nothing(), d_lora_b = nothing(), d_lora_x = nothing(), d_bias = nothing();
@@ -100,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad, Tensor 
   if (needs_x) {
     std::vector<LowRankTerm> adapter;
     if (low_rank_to_x) adapter.push_back({&lora->a, &*u});
-    d_x = sum_of_terms(kernels, Operands::kTransposed, k, quantized(w.view), dy_columns, n, adapter, x);
+    d_x = sum_of_terms(kernels, Operands::kTransposed, k, quantized(w), dy_columns, n, adapter, x);
   }
   if (needs_lora_x && dropped)
     d_lora_x = sum_of_terms(kernels, Operands::kTransposed, k, dense(lora->a), pack(kernels, *u, StepsAre::kColumns),

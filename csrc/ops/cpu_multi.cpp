@@ -12,59 +12,11 @@
 namespace qlora::ops {
 namespace {
 
-struct Adapters {
-  Matrix a, b;  // [adapters * r, k], [adapters * n, r]
-  Tensor scaling, adapter_of_row;
-  const float* scale;     // [adapters]
-  const int64_t* of_row;  // [tokens], -1: base only
-  int64_t count, r, n;
-  size_t element_size;
-
-  // One adapter's matrix, as a view.
-  Matrix a_of(int64_t adapter) const { return view(a, adapter, r); }
-  Matrix b_of(int64_t adapter) const { return view(b, adapter, n); }
-
- private:
-  Matrix view(const Matrix& all, int64_t adapter, int64_t rows) const {
-    const char* data =
-        static_cast<const char*>(all.data) + adapter * rows * all.cols * static_cast<int64_t>(element_size);
-    return {all.tensor, data, all.dtype, rows, all.cols};
-  }
-};
-
-Adapters check_adapters(const Tensor& lora_a, const Tensor& lora_b, const Tensor& scaling, const Tensor& adapter_of_row,
-                        int64_t tokens, int64_t n, int64_t k) {
-  STD_TORCH_CHECK(lora_a.dim() == 3 && lora_a.size(2) == k, "lora_a has shape ", text_of(lora_a.sizes()),
-                  ": it must be [adapters, rank, in_features=", k, "]");
-  const int64_t count = lora_a.size(0), r = lora_a.size(1);
-  STD_TORCH_CHECK(r > 0, "rank=0: an adapter needs a rank of at least 1");
-  STD_TORCH_CHECK(lora_b.dim() == 3 && lora_b.size(0) == count && lora_b.size(1) == n && lora_b.size(2) == r,
-                  "lora_b has shape ", text_of(lora_b.sizes()), ": it must be [adapters, out_features, rank] = [",
-                  count, ", ", n, ", ", r, "]");
-  STD_TORCH_CHECK(lora_a.scalar_type() == lora_b.scalar_type(), "lora_a and lora_b must have the same dtype");
-  check_cpu(scaling, "scaling");
-  check_cpu(adapter_of_row, "adapter_of_row");
-  check_dtype(scaling, ScalarType::Float, "scaling", "it must be float32");
-  check_dtype(adapter_of_row, ScalarType::Long, "adapter_of_row", "it must be int64");
-  STD_TORCH_CHECK(scaling.numel() == count, "scaling has ", scaling.numel(), " values: there are ", count, " adapters");
-  STD_TORCH_CHECK(adapter_of_row.numel() == tokens, "adapter_of_row has ", adapter_of_row.numel(), " values: x has ",
-                  tokens, " rows");
-  Adapters adapters{as_matrix(lora_a, "lora_a", count * r, k),
-                    as_matrix(lora_b, "lora_b", count * n, r),
-                    torch::stable::contiguous(scaling),
-                    torch::stable::contiguous(adapter_of_row),
-                    nullptr,
-                    nullptr,
-                    count,
-                    r,
-                    n,
-                    lora_a.element_size()};
-  adapters.scale = adapters.scaling.const_data_ptr<float>();
-  adapters.of_row = adapters.adapter_of_row.const_data_ptr<int64_t>();
-  for (int64_t t = 0; t < tokens; ++t)
-    STD_TORCH_CHECK(adapters.of_row[t] >= -1 && adapters.of_row[t] < count, "adapter_of_row[", t,
-                    "]=", adapters.of_row[t], ": it must be -1 (base only) or an adapter from 0 to ", count - 1);
-  return adapters;
+void check_adapter_of_row(const Adapters& adapters) {
+  for (int64_t t = 0; t < adapters.adapter_of_row.numel(); ++t)
+    STD_TORCH_CHECK(adapters.of_row[t] >= -1 && adapters.of_row[t] < adapters.count, "adapter_of_row[", t,
+                    "]=", adapters.of_row[t], ": it must be -1 (base only) or an adapter from 0 to ",
+                    adapters.count - 1);
 }
 
 // The activations of one adapter [tokens, r]: zero where a token has another one, so that every adapter can be a term
@@ -97,9 +49,9 @@ void check_isolated(const Adapters& adapters, const Matrix& matrix, int64_t adap
     for (int64_t i = 0; i < matrix.rows * matrix.cols; ++i) probe += to_float(values[i]) * 0.0f;
     return probe == 0.0f;
   };
-  const bool finite = matrix.dtype == cpu::DType::kBFloat16  ? all_finite(static_cast<const bf16*>(matrix.data))
-                      : matrix.dtype == cpu::DType::kFloat16 ? all_finite(static_cast<const fp16*>(matrix.data))
-                                                             : all_finite(static_cast<const float*>(matrix.data));
+  const bool finite = matrix.dtype == DType::kBFloat16  ? all_finite(static_cast<const bf16*>(matrix.data))
+                      : matrix.dtype == DType::kFloat16 ? all_finite(static_cast<const fp16*>(matrix.data))
+                                                        : all_finite(static_cast<const float*>(matrix.data));
   STD_TORCH_CHECK(finite, name, "[", adapter,
                   "] holds nan or inf: in a batch it would reach the rows of other adapters");
 }
@@ -123,12 +75,13 @@ Tensor forward_multi(Tensor x, Tensor packed, Tensor absmax, OptionalTensor nest
                      std::vector<int64_t> shape, std::string quant_type, int64_t block_size, Tensor lora_a,
                      Tensor lora_b, Tensor scaling, Tensor adapter_of_row, OptionalTensor bias) {
   const cpu::KernelTable& kernels = active_kernels();
-  check_matrix_shape(shape);
-  const int64_t n = shape[0], k = shape[1];
-  const CheckedWeight w = check_weight(packed, absmax, nested_absmax, nested_offset, n, k, quant_type, block_size);
-  const Matrix tokens = tokens_matrix(x, "x", k, "in_features");
-  const Adapters adapters = check_adapters(lora_a, lora_b, scaling, adapter_of_row, tokens.rows, n, k);
-  const std::optional<Matrix> bias_row = check_bias(bias, n);
+  const Base base = check_base(x, packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size);
+  const PackedWeight w = view_of(base.w);
+  const Matrix& tokens = base.tokens;
+  const int64_t n = w.n, k = w.k;
+  const Adapters adapters = check_adapters(lora_a, lora_b, scaling, adapter_of_row, base);
+  check_adapter_of_row(adapters);
+  const std::optional<Matrix> bias_row = check_bias(bias, n, x);
   const cpu::ForwardKernel kernel = cpu::select_forward(tokens.rows, k);
   if (kernel != cpu::ForwardKernel::kGemm) {
     const TokenFloats floats(kernels, tokens, kernel == cpu::ForwardKernel::kDecodeWords);
@@ -141,7 +94,7 @@ Tensor forward_multi(Tensor x, Tensor packed, Tensor absmax, OptionalTensor nest
                      t_data + i * adapters.r);
     }
     const DecodeLora up{t_data, adapters.b.data, adapters.b.dtype, adapters.r, adapters.of_row};
-    return decode(kernels, w.view, tokens, floats, &up, bias_row, x);
+    return decode(kernels, w, tokens, floats, &up, bias_row, x);
   }
   const Columns columns = pack(kernels, tokens, StepsAre::kColumns);
   AdapterTerms terms;
@@ -151,7 +104,7 @@ Tensor forward_multi(Tensor x, Tensor packed, Tensor absmax, OptionalTensor nest
     mask_rows(t, adapters, i);
     terms.add(adapters.b_of(i), std::move(t));
   }
-  return sum_of_terms(kernels, Operands::kAsStored, n, quantized(w.view), columns, k, terms.get(), x,
+  return sum_of_terms(kernels, Operands::kAsStored, n, quantized(w), columns, k, terms.get(), x,
                       bias_row ? &*bias_row : nullptr);
 }
 
@@ -162,13 +115,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_multi(Tensor grad, Tensor x,
                                                           Tensor scaling, Tensor adapter_of_row, bool needs_x,
                                                           bool needs_lora, bool needs_bias) {
   const cpu::KernelTable& kernels = active_kernels();
-  check_matrix_shape(shape);
-  const int64_t n = shape[0], k = shape[1];
-  const CheckedWeight w = check_weight(packed, absmax, nested_absmax, nested_offset, n, k, quant_type, block_size);
-  const Matrix tokens = tokens_matrix(x, "x", k, "in_features");
-  const Matrix dy = tokens_matrix(grad, "grad", n, "out_features");
-  STD_TORCH_CHECK(dy.rows == tokens.rows, "grad has ", dy.rows, " rows: x has ", tokens.rows);
-  const Adapters adapters = check_adapters(lora_a, lora_b, scaling, adapter_of_row, tokens.rows, n, k);
+  const Base base = check_base(x, packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size);
+  const PackedWeight w = view_of(base.w);
+  const Matrix& tokens = base.tokens;
+  const int64_t n = w.n, k = w.k;
+  const Matrix dy = grad_matrix(grad, n, tokens);
+  const Adapters adapters = check_adapters(lora_a, lora_b, scaling, adapter_of_row, base);
+  check_adapter_of_row(adapters);
 
   Tensor d_x = nothing(), d_lora_a = nothing(), d_lora_b = nothing(), d_bias = nothing();
   Columns dy_columns, dy_by_token, x_columns, x_by_token;
@@ -198,7 +151,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_multi(Tensor grad, Tensor x,
     }
     terms.add(adapters.a_of(i), std::move(u));
   }
-  if (needs_x) d_x = sum_of_terms(kernels, Operands::kTransposed, k, quantized(w.view), dy_columns, n, terms.get(), x);
+  if (needs_x) d_x = sum_of_terms(kernels, Operands::kTransposed, k, quantized(w), dy_columns, n, terms.get(), x);
   if (needs_bias) d_bias = bias_grad(kernels, dy_by_token, dy.rows, n);
   return {d_x, d_lora_a, d_lora_b, d_bias};
 }

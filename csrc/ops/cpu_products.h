@@ -5,47 +5,10 @@
 #include <string>
 #include <vector>
 
-#include "ops/checks.h"
+#include "ops/arguments.h"
 #include "ops/cpu_common.h"
 
 namespace qlora::ops {
-
-// A contiguous matrix [rows, cols] of the call: data, element type and extents.
-struct Matrix {
-  Tensor tensor;
-  const void* data;
-  cpu::DType dtype;
-  int64_t rows, cols;
-};
-
-inline Matrix as_matrix(const Tensor& t, const char* name, int64_t rows, int64_t cols) {
-  check_cpu(t, name);
-  Tensor c = torch::stable::contiguous(t);
-  const void* data = c.const_data_ptr();
-  const cpu::DType dtype = float_dtype(c.scalar_type(), name);
-  return {std::move(c), data, dtype, rows, cols};
-}
-
-inline Matrix tokens_matrix(const Tensor& t, const char* name, int64_t features, const char* rule) {
-  STD_TORCH_CHECK(t.dim() >= 1 && t.size(t.dim() - 1) == features, name, " has shape ", text_of(t.sizes()),
-                  ": its last dimension must be ", rule, "=", features);
-  int64_t tokens = 1;
-  for (int64_t d = 0; d + 1 < t.dim(); ++d) tokens *= t.size(d);
-  return as_matrix(t, name, tokens, features);
-}
-
-inline Matrix lora_matrix(const Tensor& t, const char* name, int64_t rows, int64_t cols, const char* rule) {
-  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols, name, " has shape ", text_of(t.sizes()),
-                  ": it must be ", rule, " = [", rows, ", ", cols, "]");
-  return as_matrix(t, name, rows, cols);
-}
-
-inline std::optional<Matrix> check_bias(const OptionalTensor& bias, int64_t n) {
-  if (!bias.has_value()) return std::nullopt;
-  STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == n, "bias has shape ", text_of(bias->sizes()),
-                  ": it must be [out_features] = [", n, "]");
-  return as_matrix(*bias, "bias", 1, n);
-}
 
 // Columns for the gemm: `m` is cut into tiles along its rows (features are steps), or along its columns (tokens are).
 struct Columns {
@@ -99,7 +62,7 @@ inline Matrix low_rank(const cpu::KernelTable& kernels, const Matrix& m, Operand
   p.out = out.mutable_data_ptr();
   p.out_ld = p.rows;
   run(kernels, p);
-  return {out, p.out, cpu::DType::kFloat32, tokens, p.rows};
+  return {out, p.out, DType::kFloat32, tokens, p.rows};
 }
 
 // Gradient of one low-rank factor: sum over tokens of activation [tokens, r] and columns [tokens, features].
@@ -119,12 +82,6 @@ inline Tensor low_rank_grad(const cpu::KernelTable& kernels, const Matrix& activ
   p.rows_are_major = r_is_major;
   run(kernels, p);
   return out;
-}
-
-inline Tensor empty_with_last_dim(const Tensor& like, int64_t last, ScalarType dtype) {
-  std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
-  sizes.back() = last;
-  return torch::stable::empty({sizes.data(), sizes.size()}, dtype);
 }
 
 inline Tensor nothing() { return empty_cpu({0}, ScalarType::Float); }
@@ -167,7 +124,7 @@ inline Tensor sum_of_terms(const cpu::KernelTable& kernels, Operands form, int64
 // Sum over tokens, float32 [n]: a product with ones, so the order of summation is that of every other gradient.
 inline Tensor bias_grad(const cpu::KernelTable& kernels, const Columns& dy_by_token, int64_t tokens, int64_t n) {
   const std::vector<float> ones(static_cast<size_t>(tokens), 1.0f);
-  const Matrix ones_column{nothing(), ones.data(), cpu::DType::kFloat32, tokens, 1};
+  const Matrix ones_column{nothing(), ones.data(), DType::kFloat32, tokens, 1};
   return torch::stable::view(low_rank_grad(kernels, ones_column, dy_by_token, n, ScalarType::Float, true), {n});
 }
 

@@ -16,9 +16,9 @@ namespace {
 
 constexpr int64_t kElementsPerTask = 1 << 16;  // below this a second thread costs more than it saves
 
-float load(const void* values, cpu::DType dtype, int64_t i) {
-  if (dtype == cpu::DType::kBFloat16) return to_float(static_cast<const bf16*>(values)[i]);
-  if (dtype == cpu::DType::kFloat16) return to_float(static_cast<const fp16*>(values)[i]);
+float load(const void* values, DType dtype, int64_t i) {
+  if (dtype == DType::kBFloat16) return to_float(static_cast<const bf16*>(values)[i]);
+  if (dtype == DType::kFloat16) return to_float(static_cast<const fp16*>(values)[i]);
   return static_cast<const float*>(values)[i];
 }
 
@@ -87,7 +87,7 @@ Tensor dequantize(Tensor packed, Tensor absmax, OptionalTensor nested_absmax, Op
   const cpu::KernelTable& kernels = active_kernels();
   const int64_t numel = checked_numel(shape);
   const CheckedWeight w = check_weight(packed, absmax, nested_absmax, nested_offset, 1, numel, quant_type, block_size);
-  cpu::DequantizeParams p{w.view, nullptr, float_dtype(dtype, "dtype")};
+  cpu::DequantizeParams p{view_of(w), nullptr, float_dtype(dtype, "dtype")};
   Tensor out = torch::stable::empty({shape.data(), shape.size()}, dtype);
   p.out = out.mutable_data_ptr();
   // Whole bytes for every thread: the unit is a run of elements that starts on a block.
@@ -103,10 +103,11 @@ Tensor quantization_error(Tensor weight, Tensor packed, Tensor absmax, OptionalT
                           OptionalTensor nested_offset, std::string quant_type, int64_t block_size) {
   const cpu::KernelTable& kernels = active_kernels();
   const Tensor source = torch::stable::contiguous(weight);
-  check_cpu(source, "weight");
-  const cpu::DType dtype = float_dtype(source.scalar_type(), "weight");
+  const DType dtype = float_dtype(source.scalar_type(), "weight");
   const int64_t numel = source.numel();
+  check_same_device(packed, "packed", source, "weight");
   const CheckedWeight w = check_weight(packed, absmax, nested_absmax, nested_offset, 1, numel, quant_type, block_size);
+  const PackedWeight view = view_of(w);
   struct Sums {
     double squared_error = 0.0, squares = 0.0, largest = 0.0;
   };
@@ -120,7 +121,7 @@ Tensor quantization_error(Tensor weight, Tensor packed, Tensor absmax, OptionalT
       for (int64_t first = task * kElementsPerTask; first < last; first += kStretch) {
         float dense[kStretch];
         const int64_t stop = std::min(first + kStretch, last);
-        kernels.dequantize({w.view, dense, cpu::DType::kFloat32, first}, first, stop);
+        kernels.dequantize({view, dense, DType::kFloat32, first}, first, stop);
         for (int64_t i = first; i < stop; ++i) {
           const double exact = load(source.const_data_ptr(), dtype, i);
           const double difference = std::abs(exact - static_cast<double>(dense[i - first]));
