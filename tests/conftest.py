@@ -1,9 +1,10 @@
-"""Fixtures for every test: the instruction set in use, and a fixed seed."""
+"""Fixtures for every test: the device in use, and a fixed seed."""
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a network
 
+import devices
 import pytest
 import torch
 
@@ -15,12 +16,21 @@ def _seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=_C.runnable_isas())
-def isa(request, monkeypatch):
-    """Runs the test once for each kernel level of this machine."""
-    monkeypatch.setenv("QLORA_CPU_ISA", request.param)
-    assert _C.active_isa() == request.param
-    return request.param
+@pytest.fixture(params=devices.available())
+def device(request, monkeypatch):
+    """Runs the test once on everything that this machine has: each CPU kernel level, simt, a GPU."""
+    name = request.param
+    if name.startswith("cpu-"):
+        monkeypatch.setenv("QLORA_CPU_ISA", name[4:])
+        assert _C.active_isa() == name[4:]
+        yield name
+    elif name == "simt":
+        with devices.simt():
+            yield name
+    else:
+        torch.set_default_device(name)
+        yield name
+        torch.set_default_device(None)
 
 
 @pytest.fixture

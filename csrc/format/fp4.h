@@ -17,4 +17,17 @@ inline constexpr float kFp4Thresholds[7] = {0.00260417f, 0.0859375f, 0.20833333f
                                             0.4166667f,  0.583333f,  0.8333333f};
 inline constexpr uint8_t kFp4CodeOfRank[8] = {0, 1, 6, 7, 4, 5, 2, 3};
 
+// The same, for code that may not read host memory: ranks to codes as nibbles of one word.
+struct Fp4Tables {
+  float threshold[7];
+  uint32_t codes_of_ranks;
+};
+constexpr Fp4Tables make_fp4_tables() {
+  Fp4Tables t{};
+  for (int i = 0; i < 7; ++i) t.threshold[i] = kFp4Thresholds[i];
+  for (int i = 0; i < 8; ++i) t.codes_of_ranks |= static_cast<uint32_t>(kFp4CodeOfRank[i]) << (4 * i);
+  return t;
+}
+inline constexpr Fp4Tables kFp4Tables = make_fp4_tables();
+
 }  // namespace qlora

@@ -24,6 +24,16 @@ inline std::string text_of(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   return text + "]";
 }
 
+// The index of a flat position in a tensor of these sizes, as text.
+inline std::string position_text(int64_t flat, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  std::vector<int64_t> index(sizes.size());
+  for (size_t d = sizes.size(); d-- > 0;) {
+    index[d] = flat % sizes[d];
+    flat /= sizes[d];
+  }
+  return text_of({index.data(), index.size()});
+}
+
 // None and an empty tensor mean the same.
 inline bool is_given(const OptionalTensor& t) { return t.has_value() && t->numel() > 0; }
 

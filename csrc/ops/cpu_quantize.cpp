@@ -22,15 +22,6 @@ float load(const void* values, DType dtype, int64_t i) {
   return static_cast<const float*>(values)[i];
 }
 
-std::string position_text(int64_t flat, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
-  std::vector<int64_t> index(sizes.size());
-  for (size_t d = sizes.size(); d-- > 0;) {
-    index[d] = flat % sizes[d];
-    flat /= sizes[d];
-  }
-  return text_of({index.data(), index.size()});
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(Tensor weight, std::string quant_type, int64_t block_size,
                                                     bool double_quant, bool check_finite) {
   const cpu::KernelTable& kernels = active_kernels();

@@ -10,7 +10,7 @@ from qlora.nn import Linear4bit
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("in_features", [64, 75])
-def test_equals_a_dense_layer_with_the_dequantized_weight(isa, in_features, bias):
+def test_equals_a_dense_layer_with_the_dequantized_weight(device, in_features, bias):
     linear = nn.Linear(in_features, 48, bias)
     layer = Linear4bit.from_linear(linear)
     dense = nn.Linear(in_features, 48, bias)

@@ -44,7 +44,7 @@ def test_a_new_adapter_changes_nothing(x):
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("alpha", [None, 8, -3.5])
-def test_forward(isa, x, alpha, bias):
+def test_forward(device, x, alpha, bias):
     layer = make(bias, alpha=alpha)
     assert layer.adapters["default"].scaling == (1.0 if alpha is None else alpha / 4)
     for tokens in (x, x[:1]):

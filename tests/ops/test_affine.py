@@ -10,7 +10,7 @@ from qlora import ops, reference
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
-def test_textbook_example(isa):
+def test_textbook_example(device):
     x = torch.tensor([[2.0, 1.0]])
     y = ops.forward_affine(
         x,
@@ -35,7 +35,7 @@ GRIDS = {
 @pytest.mark.parametrize("m", [0, 1, 5, 70])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("grid", GRIDS)
-def test_forward_and_gradients(isa, grid, dtype, m):
+def test_forward_and_gradients(device, grid, dtype, m):
     k, n, r, alpha = 12, 19, 3, 2.0
     scale, zero = GRIDS[grid](k, n)
     q = torch.randint(-8, 8, (k, n), dtype=torch.int8)
@@ -65,14 +65,14 @@ def test_forward_and_gradients(isa, grid, dtype, m):
 
 
 @pytest.mark.parametrize("dtype", INTEGERS)
-def test_any_integer_dtype(isa, dtype):
+def test_any_integer_dtype(device, dtype):
     q = torch.randint(0, 100, (6, 5), dtype=dtype)
     x, b, a = torch.randn(4, 6), torch.randn(6, 2), torch.randn(2, 5)
     expected = ops.forward_affine(x, q.to(torch.int32), 0.1, 1.0, b, a, 1.0)
     assert torch.equal(ops.forward_affine(x, q, 0.1, 1.0, b, a, 1.0), expected)
 
 
-def test_numbers_and_tensors_agree(isa):
+def test_numbers_and_tensors_agree(device):
     q = torch.randint(-8, 8, (6, 5), dtype=torch.int8)
     x, b, a = torch.randn(4, 6), torch.randn(6, 2), torch.randn(2, 5)
     assert torch.equal(

@@ -17,7 +17,7 @@ def gradients(x, weight, a, b, scaling, bias, lora_x, grad):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=name_of)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_all_gradients_with_dropped_input(isa, dtype, shape):
+def test_all_gradients_with_dropped_input(device, dtype, shape):
     m, n, k = shape
     r, s = 5, 0.7
     weight, dense = weights(n, k)
@@ -40,7 +40,7 @@ def test_all_gradients_with_dropped_input(isa, dtype, shape):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
 @pytest.mark.parametrize("block_size", [32, 4096])
-def test_dx_carries_base_and_adapter_in_one_sum(isa, quant_type, dtype, block_size):
+def test_dx_carries_base_and_adapter_in_one_sum(device, quant_type, dtype, block_size):
     m, n, k, r, s = 21, 70, 90, 4, -1.5
     weight, dense = weights(n, k, quant_type, block_size)
     x = torch.randn(m, k).to(dtype).requires_grad_()
@@ -78,7 +78,7 @@ def test_any_subset_of_gradients(needed):
             assert gradient is None
 
 
-def test_gradients_are_bitwise_the_same_for_every_thread_count(isa, threads):
+def test_gradients_are_bitwise_the_same_for_every_thread_count(device, threads):
     weight, _ = weights(130, 300)
     x, a, b = torch.randn(500, 300), torch.randn(8, 300), torch.randn(130, 8)
     results = []

@@ -32,7 +32,7 @@ def check(x, weight, dense, lora_a=None, lora_b=None, scaling=1.0, bias=None, lo
 @pytest.mark.parametrize("shape", SHAPES, ids=name_of)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
-def test_base(isa, quant_type, dtype, shape):
+def test_base(device, quant_type, dtype, shape):
     m, n, k = shape
     weight, dense = weights(n, k, quant_type)
     check(torch.randn(m, k).to(dtype), weight, dense)
@@ -40,7 +40,7 @@ def test_base(isa, quant_type, dtype, shape):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=name_of)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_adapter_bias_and_dropped_input(isa, dtype, shape):
+def test_adapter_bias_and_dropped_input(device, dtype, shape):
     m, n, k = shape
     weight, dense = weights(n, k)
     x = torch.randn(m, k).to(dtype)
@@ -53,7 +53,7 @@ def test_adapter_bias_and_dropped_input(isa, dtype, shape):
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("m", [2, 20])
-def test_every_block_size(isa, m, double_quant, block_size):
+def test_every_block_size(device, m, double_quant, block_size):
     """k = 1056 = 33 * 32: rows begin inside the larger blocks."""
     weight, dense = weights(9, 1056, "nf4", block_size, double_quant)
     check(torch.randn(m, 1056), weight, dense)
@@ -61,14 +61,14 @@ def test_every_block_size(isa, m, double_quant, block_size):
 
 @pytest.mark.parametrize("rank", [1, 16, 64, 200])
 @pytest.mark.parametrize("m", [1, 40])
-def test_ranks(isa, m, rank):
+def test_ranks(device, m, rank):
     weight, dense = weights(33, 160)
     check(torch.randn(m, 160), weight, dense, torch.randn(rank, 160), torch.randn(33, rank), 2.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("m", [1, 64])
-def test_error_against_dequantize_then_matmul(isa, m, dtype):
+def test_error_against_dequantize_then_matmul(device, m, dtype):
     """In 16 bit at most torch's own error: torch rounds W, the kernels do not. In float32, where only the order of
     summation differs, at most twice."""
     weight, dense = weights(256, 1024)
@@ -77,21 +77,21 @@ def test_error_against_dequantize_then_matmul(isa, m, dtype):
     assert_error_at_most(1 if dtype != torch.float32 else 2, y, reference.forward(x, *weight), expected)
 
 
-def test_long_rows(isa):
+def test_long_rows(device):
     """Rows of more than one stretch (512) and of more scales than one nested block (256) has."""
     for k in (8192 + 96, 9001):
         weight, dense = weights(3, k)
         check(torch.randn(2, k), weight, dense)
 
 
-def test_leading_dimensions_and_strides(isa):
+def test_leading_dimensions_and_strides(device):
     weight, dense = weights(24, 64)
     x = torch.randn(64, 3, 5).permute(1, 2, 0)  # not contiguous
     y, _ = check(x, weight, dense)
     assert y.shape == (3, 5, 24)
 
 
-def test_one_dimensional_x(isa):
+def test_one_dimensional_x(device):
     weight, dense = weights(24, 64)
     y, _ = check(torch.randn(64), weight, dense)
     assert y.shape == (24,)
@@ -114,7 +114,7 @@ def test_none_and_empty_nested_tensors_mean_the_same():
 
 
 @pytest.mark.parametrize("m", [1, 8, 9, 600])
-def test_bitwise_the_same_for_every_thread_count_and_run(isa, m, threads):
+def test_bitwise_the_same_for_every_thread_count_and_run(device, m, threads):
     weight, _ = weights(300, 576)
     x, a, b = torch.randn(m, 576), torch.randn(16, 576), torch.randn(300, 16)
     results = []
@@ -124,7 +124,7 @@ def test_bitwise_the_same_for_every_thread_count_and_run(isa, m, threads):
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-def test_no_input_features(isa):
+def test_no_input_features(device):
     weight, _ = weights(5, 0)
     bias = torch.randn(5)
     for m in (2, 12):

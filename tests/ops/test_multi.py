@@ -20,7 +20,7 @@ def make(m, n, k, adapters=4, r=3, dtype=torch.float32):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_forward_and_gradients(isa, dtype, shape):
+def test_forward_and_gradients(device, dtype, shape):
     m, n, k = shape
     x, weight, dense, (a, b, s, of_row) = make(m, n, k, dtype=dtype)
     bias, grad, r = torch.randn(n), torch.randn(m, n).to(dtype), a.shape[1]
@@ -59,7 +59,7 @@ def test_forward_and_gradients(isa, dtype, shape):
 
 
 @pytest.mark.parametrize("m", [1, 8, 9, 60])
-def test_one_adapter_for_all_rows_is_the_single_adapter_operator(isa, m):
+def test_one_adapter_for_all_rows_is_the_single_adapter_operator(device, m):
     x, weight, _, (a, b, s, _) = make(m, 40, 96)
     y = ops.forward_multi(x, *weight, a, b, s, torch.full((m,), 2))
     assert torch.equal(y, ops.forward(x, *weight, a[2], b[2], s[2].item()))
@@ -68,7 +68,7 @@ def test_one_adapter_for_all_rows_is_the_single_adapter_operator(isa, m):
 
 
 @pytest.mark.parametrize("m", [6, 60])
-def test_bitwise_the_same_for_every_thread_count(isa, m, threads):
+def test_bitwise_the_same_for_every_thread_count(device, m, threads):
     x, weight, _, lora = make(m, 200, 96)
     results = []
     for count in (1, 2, 3):

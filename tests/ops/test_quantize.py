@@ -23,7 +23,7 @@ def assert_same(actual, expected):
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
 @pytest.mark.parametrize("shape", [(1,), (63,), (64, 64), (7, 75), (129, 33), (3, 5, 1100)])
-def test_equals_reference(isa, quant_type, shape, double_quant):
+def test_equals_reference(device, quant_type, shape, double_quant):
     weight = torch.randn(shape)
     assert_same(
         ops.quantize(weight, quant_type, 64, double_quant), reference.quantize(weight, quant_type, 64, double_quant)
@@ -32,19 +32,19 @@ def test_equals_reference(isa, quant_type, shape, double_quant):
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
-def test_every_block_size(isa, quant_type, block_size):
+def test_every_block_size(device, quant_type, block_size):
     weight = torch.randn(3, 4099)
     assert_same(ops.quantize(weight, quant_type, block_size), reference.quantize(weight, quant_type, block_size))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_16_bit_weights_are_quantized_from_their_exact_values(isa, dtype):
+def test_16_bit_weights_are_quantized_from_their_exact_values(device, dtype):
     weight = torch.randn(37, 65).to(dtype)
     assert_same(ops.quantize(weight), reference.quantize(weight.float()))
 
 
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
-def test_a_tie_takes_the_lower_code(isa, quant_type):
+def test_a_tie_takes_the_lower_code(device, quant_type):
     levels = torch.tensor(_C.codebook(quant_type)).sort().values.unique()
     midpoints = (levels[1:] + levels[:-1]) / 2
     weight = torch.cat((midpoints, torch.ones(1)))  # absmax 1: normalised values are the midpoints themselves
@@ -54,7 +54,7 @@ def test_a_tie_takes_the_lower_code(isa, quant_type):
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
-def test_dequantize_rounds_once(isa, quant_type, dtype, double_quant):
+def test_dequantize_rounds_once(device, quant_type, dtype, double_quant):
     for shape in ((1, 1), (5, 77), (64, 128)):
         q = ops.quantize(torch.randn(shape), quant_type, 32, double_quant)
         actual = ops.dequantize(*q, shape, quant_type, 32, dtype)
@@ -90,7 +90,7 @@ def test_decode_written_a_second_time(quant_type, double_quant):
 
 
 @pytest.mark.parametrize("name", GOLDEN_NAMES)
-def test_bitsandbytes_golden(isa, name):
+def test_bitsandbytes_golden(device, name):
     """Stores what bitsandbytes stores and reads what it stored, bit for bit (version in the file)."""
     quant_type, block, kind = name.split("-")
     block = int(block)
@@ -116,14 +116,14 @@ def test_bitsandbytes_golden(isa, name):
 
 
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
-def test_all_zero_block_dequantizes_to_zero(isa, quant_type):
+def test_all_zero_block_dequantizes_to_zero(device, quant_type):
     weight = torch.randn(4, 64)
     weight[1] = 0
     q = ops.quantize(weight, quant_type, 64, False)
     assert (ops.dequantize(*q, (4, 64), quant_type, 64, torch.float32)[1] == 0).all()
 
 
-def test_subnormal_block_keeps_its_sign_and_size(isa):
+def test_subnormal_block_keeps_its_sign_and_size(device):
     """1 / absmax overflows: such a block is divided instead of multiplied."""
     weight = torch.full((64,), -1e-40)
     weight[0] = 1e-40
@@ -132,7 +132,7 @@ def test_subnormal_block_keeps_its_sign_and_size(isa):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_not_finite_names_the_first_position(isa, bad):
+def test_not_finite_names_the_first_position(device, bad):
     weight = torch.randn(300, 1000)
     weight[270, 3] = bad
     weight[123, 456] = bad
@@ -153,12 +153,12 @@ def test_unchecked_nan_is_the_same_on_every_isa(quant_type, monkeypatch):
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
-def test_empty_weight(isa, double_quant):
+def test_empty_weight(device, double_quant):
     q = ops.quantize(torch.empty(0, 64), "nf4", 64, double_quant)
     assert ops.dequantize(*q, (0, 64), "nf4", 64, torch.float32).shape == (0, 64)
 
 
-def test_an_infinite_scale_cannot_be_double_quantized(isa):
+def test_an_infinite_scale_cannot_be_double_quantized(device):
     """The mean of all scales would be infinite, and with it every block; without double quantization only one is."""
     weight = torch.randn(8, 64)
     weight[3, 7] = float("inf")
@@ -169,12 +169,12 @@ def test_an_infinite_scale_cannot_be_double_quantized(isa):
     assert finite.tolist() == [True, True, True, False, True, True, True, True]
 
 
-def test_weight_need_not_be_contiguous(isa):
+def test_weight_need_not_be_contiguous(device):
     weight = torch.randn(48, 80)
     assert_same(ops.quantize(weight.T), ops.quantize(weight.T.contiguous()))
 
 
-def test_thread_count_does_not_change_a_bit(isa, threads):
+def test_thread_count_does_not_change_a_bit(device, threads):
     weight = torch.randn(1024, 1056)
     threads(1)
     one = ops.quantize(weight)

@@ -1,0 +1,74 @@
+// Elements of any type as float32, and the codebooks in device memory.
+#pragma once
+
+#include "cuda/device/ptx.cuh"
+#include "cuda/launch.h"
+#include "format/codebook.h"
+#include "format/dynamic_map.h"
+
+namespace qlora::cuda {
+
+struct Tables {
+  float levels[3][16];  // [QuantType][code]
+  DynamicMap dynamic;
+};
+constexpr Tables make_tables() {
+  Tables t{};
+  for (int type = 0; type < 3; ++type)
+    for (int code = 0; code < 16; ++code) t.levels[type][code] = codebook(static_cast<QuantType>(type))[code];
+  t.dynamic = kDynamicMap;
+  return t;
+}
+QLORA_TABLE Tables kTables = make_tables();
+
+QLORA_DEVICE float load_as_float(const float* p) { return ptx::load(p); }
+QLORA_DEVICE float load_as_float(const bf16* p) { return to_float(bf16{ptx::load(&p->bits)}); }
+QLORA_DEVICE float load_as_float(const fp16* p) { return to_float(fp16{ptx::load(&p->bits)}); }
+
+// Element i of an array whose type is known at run time; the switch is the same for all lanes.
+QLORA_DEVICE float load_element(const void* data, DType dtype, int64_t i) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return load_as_float(static_cast<const bf16*>(data) + i);
+    case DType::kFloat16:
+      return load_as_float(static_cast<const fp16*>(data) + i);
+    case DType::kInt8:
+      return static_cast<float>(ptx::load(static_cast<const int8_t*>(data) + i));
+    case DType::kUInt8:
+      return static_cast<float>(ptx::load(static_cast<const uint8_t*>(data) + i));
+    case DType::kInt16:
+      return static_cast<float>(ptx::load(static_cast<const int16_t*>(data) + i));
+    case DType::kInt32:
+      return static_cast<float>(ptx::load(static_cast<const int32_t*>(data) + i));
+    case DType::kInt64:
+      return static_cast<float>(ptx::load(static_cast<const int64_t*>(data) + i));
+    default:
+      return load_as_float(static_cast<const float*>(data) + i);
+  }
+}
+
+QLORA_DEVICE void store_element(void* data, DType dtype, int64_t i, float value) {
+  if (dtype == DType::kBFloat16)
+    ptx::store(&(static_cast<bf16*>(data) + i)->bits, from_float<bf16>(value).bits);
+  else if (dtype == DType::kFloat16)
+    ptx::store(&(static_cast<fp16*>(data) + i)->bits, from_float<fp16>(value).bits);
+  else
+    ptx::store(static_cast<float*>(data) + i, value);
+}
+
+// The scale of a block, by one lane alone. Two roundings: kernels are compiled without contraction.
+QLORA_DEVICE float scale_at(const Weight& w, int64_t block) {
+  if (w.absmax != nullptr) return ptx::load(w.absmax + block);
+  const float product = ptx::load(&kTables.dynamic.value[ptx::load(w.absmax_codes + block)]) *
+                        ptx::load(w.nested_absmax + (block >> kNestedBlockShift));
+  return product + ptx::load(w.nested_offset);
+}
+
+// One dequantized weight, in float32.
+QLORA_DEVICE float weight_at(const Weight& w, int64_t element) {
+  const uint8_t byte = ptx::load(w.packed + (element >> 1));
+  const int code = (element & 1) ? (byte & 0xF) : (byte >> 4);
+  return ptx::load(&kTables.levels[w.quant_type][code]) * scale_at(w, element >> w.block_shift);
+}
+
+}  // namespace qlora::cuda

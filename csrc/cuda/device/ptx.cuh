@@ -1,0 +1,230 @@
+// Every instruction of the GPU that the kernels use by name, one function each. Kernels touch memory, other lanes and
+// the tensor cores through this file only, so that tests/simt can put a checked host twin in its place.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "cuda/device/types.h"
+
+#define QLORA_DEVICE static __device__ __forceinline__
+#define QLORA_METHOD __device__ __forceinline__
+#define QLORA_KERNEL __global__
+#define QLORA_BOUNDS(threads, blocks_per_sm) __launch_bounds__(threads, blocks_per_sm)
+#define QLORA_PARAMS const __grid_constant__
+#define QLORA_TABLE static __device__ const
+
+namespace qlora::cuda::ptx {
+
+// ---- where am I ------------------------------------------------------------------------------------------------------
+
+QLORA_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
+QLORA_DEVICE int lane() { return static_cast<int>(threadIdx.x & 31u); }
+QLORA_DEVICE int warp() { return static_cast<int>(threadIdx.x >> 5); }
+QLORA_DEVICE int threads() { return static_cast<int>(blockDim.x); }
+QLORA_DEVICE int block_x() { return static_cast<int>(blockIdx.x); }
+QLORA_DEVICE int block_y() { return static_cast<int>(blockIdx.y); }
+QLORA_DEVICE int block_z() { return static_cast<int>(blockIdx.z); }
+QLORA_DEVICE int blocks_x() { return static_cast<int>(gridDim.x); }
+
+// ---- barriers --------------------------------------------------------------------------------------------------------
+
+QLORA_DEVICE void sync_threads() { __syncthreads(); }
+QLORA_DEVICE void sync_warp() { __syncwarp(); }
+
+// ---- global memory ---------------------------------------------------------------------------------------------------
+
+template <class T>
+QLORA_DEVICE T load(const T* p) {
+  return *p;
+}
+template <class T>
+QLORA_DEVICE void store(T* p, T value) {
+  *p = value;
+}
+
+// Weights are read once: they must not push x and the scales out of L1.
+QLORA_DEVICE uint32_t load_once(const uint32_t* p) {
+  uint32_t v;
+  asm volatile("ld.global.nc.L1::no_allocate.b32 %0, [%1];" : "=r"(v) : "l"(p));
+  return v;
+}
+QLORA_DEVICE Words2 load_once(const Words2* p) {
+  Words2 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+  return v;
+}
+
+// Integers only: the result does not depend on the order.
+QLORA_DEVICE void atomic_max(unsigned long long* p, unsigned long long value) { atomicMax(p, value); }
+
+// ---- shared memory: a byte address in the block's own window ---------------------------------------------------------
+
+QLORA_DEVICE SharedAddress shared_base() {
+  extern __shared__ __align__(1024) unsigned char qlora_dynamic_shared[];
+  return static_cast<SharedAddress>(__cvta_generic_to_shared(qlora_dynamic_shared));
+}
+
+QLORA_DEVICE void load_shared(uint16_t& v, SharedAddress a) {
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(a));
+}
+QLORA_DEVICE void load_shared(uint32_t& v, SharedAddress a) {
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(a));
+}
+QLORA_DEVICE void load_shared(float& v, SharedAddress a) {
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(a));
+}
+QLORA_DEVICE void load_shared(double& v, SharedAddress a) {
+  asm volatile("ld.shared.f64 %0, [%1];" : "=d"(v) : "r"(a));
+}
+QLORA_DEVICE void load_shared(Words2& v, SharedAddress a) {
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(a));
+}
+QLORA_DEVICE void load_shared(Floats2& v, SharedAddress a) {
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(a));
+}
+QLORA_DEVICE void load_shared(Words4& v, SharedAddress a) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(a));
+}
+QLORA_DEVICE void load_shared(Floats4& v, SharedAddress a) {
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(a));
+}
+template <class T>
+QLORA_DEVICE T load_shared(SharedAddress a) {
+  T v;
+  load_shared(v, a);
+  return v;
+}
+
+QLORA_DEVICE void store_shared(SharedAddress a, uint32_t v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(a), "r"(v)); }
+QLORA_DEVICE void store_shared(SharedAddress a, float v) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(a), "f"(v)); }
+QLORA_DEVICE void store_shared(SharedAddress a, double v) { asm volatile("st.shared.f64 [%0], %1;" ::"r"(a), "d"(v)); }
+QLORA_DEVICE void store_shared(SharedAddress a, Floats2 v) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(a), "f"(v.x), "f"(v.y));
+}
+QLORA_DEVICE void store_shared(SharedAddress a, Words4 v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(a), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w));
+}
+
+// 16 bytes from global to shared memory, or 16 zero bytes (nothing is read then). Arrives at the wait.
+QLORA_DEVICE void cp_async_16(SharedAddress to, const void* from, bool valid) {
+#if __CUDA_ARCH__ >= 800
+  const int bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes));
+#else
+  store_shared(to, valid ? *static_cast<const Words4*>(from) : Words4{0, 0, 0, 0});
+#endif
+}
+QLORA_DEVICE void cp_async_commit() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;");
+#endif
+}
+template <int kPending>
+QLORA_DEVICE void cp_async_wait() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+// ---- other lanes of the warp -----------------------------------------------------------------------------------------
+
+template <class T>
+QLORA_DEVICE T shuffle(T v, int from_lane) {
+  return __shfl_sync(0xFFFFFFFFu, v, from_lane);
+}
+template <class T>
+QLORA_DEVICE T shuffle_xor(T v, int mask) {
+  return __shfl_xor_sync(0xFFFFFFFFu, v, mask);
+}
+
+// ---- arithmetic ------------------------------------------------------------------------------------------------------
+
+// Byte kByte of a word, zero-extended.
+template <int kByte>
+QLORA_DEVICE uint32_t byte_of(uint32_t word) {
+  return __byte_perm(word, 0, 0x4440u | kByte);
+}
+
+// Two floats rounded to nearest even; `low` lands in the lower half.
+template <class T>
+QLORA_DEVICE uint32_t pack(float low, float high);
+template <>
+__device__ __forceinline__ uint32_t pack<bf16>(float low, float high) {
+#if __CUDA_ARCH__ >= 800
+  uint32_t v;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+  return v;
+#else
+  return static_cast<uint32_t>(from_float<bf16>(low).bits) | static_cast<uint32_t>(from_float<bf16>(high).bits) << 16;
+#endif
+}
+template <>
+__device__ __forceinline__ uint32_t pack<fp16>(float low, float high) {
+#if __CUDA_ARCH__ >= 800
+  uint32_t v;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+  return v;
+#else
+  uint16_t l, h;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(l) : "f"(low));
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(high));
+  return static_cast<uint32_t>(l) | static_cast<uint32_t>(h) << 16;
+#endif
+}
+
+// One half of a pair as float32; exact.
+template <class T>
+QLORA_DEVICE float unpack(uint32_t pair, int half);
+template <>
+__device__ __forceinline__ float unpack<bf16>(uint32_t pair, int half) {
+  return float_of(half == 0 ? pair << 16 : pair & 0xFFFF0000u);
+}
+template <>
+__device__ __forceinline__ float unpack<fp16>(uint32_t pair, int half) {
+  float v;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(static_cast<uint16_t>(half == 0 ? pair : pair >> 16)));
+  return v;
+}
+
+// ---- tensor cores ----------------------------------------------------------------------------------------------------
+
+// d[16, 8] += a[16, 16] b[16, 8], float32 accumulation. With g = lane / 4 and t = lane % 4 a lane holds (pairs, the
+// lower half first): a[0] = (g, 2t), a[1] = (g + 8, 2t), a[2] = (g, 2t + 8), a[3] = (g + 8, 2t + 8);
+// b[0] = (2t, g), b[1] = (2t + 8, g); d[0], d[1] = (g, 2t), (g, 2t + 1), d[2], d[3] = (g + 8, 2t), (g + 8, 2t + 1).
+template <class T>
+QLORA_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <>
+__device__ __forceinline__ void mma<fp16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b0));
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[2]), "r"(a[3]), "r"(b1));
+#endif
+}
+template <>
+__device__ __forceinline__ void mma<bf16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+  __trap();  // Turing has no bfloat16 tensor cores: select.h sends bfloat16 to the general path there
+#endif
+}
+
+}  // namespace qlora::cuda::ptx

@@ -1,0 +1,150 @@
+// The general path: products of any shape, dtype and block size on the CUDA cores, in float32. Whatever the tensor-core
+// kernels cannot take (float32 tokens, odd extents, affine weights, gradients of many adapters) runs here.
+#include "cuda/device/elements.cuh"
+#include "cuda/device/launch.cuh"
+
+namespace qlora::cuda {
+namespace general {
+
+constexpr int kTile = 64;         // rows and columns of a block's tile
+constexpr int kSteps = 16;        // steps in shared memory at a time
+constexpr int kThreads = 256;     // 16 x 16 threads, 4 x 4 results each
+constexpr int kPitch = kTile + 4;  // floats between steps: rows of four lanes fall into different banks
+constexpr int kSharedBytes = 2 * kSteps * kPitch * static_cast<int>(sizeof(float));
+
+template <OperandKind kKind>
+QLORA_DEVICE float operand_at(const GeneralParams& p, int64_t row, int64_t step) {
+  if constexpr (kKind == OperandKind::kPacked) return weight_at(p.weight, row * p.weight.k + step);
+  if constexpr (kKind == OperandKind::kPackedTransposed) return weight_at(p.weight, step * p.weight.k + row);
+  const DenseMatrix& m = p.operand;
+  const float value = load_element(m.data, m.dtype, row * m.row_stride + step * m.col_stride);
+  if (p.affine.scale == nullptr) return value;
+  const int64_t in = p.affine_rows_are_channels ? step : row, out = p.affine_rows_are_channels ? row : step;
+  const int64_t cell = in / p.affine.group * p.affine.group_stride + out * p.affine.channel_stride;
+  const float scaled = value * ptx::load(p.affine.scale + cell);
+  return scaled + ptx::load(p.affine.zero_point + cell);
+}
+
+// Copies a tile [kSteps][kTile] to shared memory: value(index in tile, step), zero outside. Neighbouring lanes take
+// neighbouring elements of whichever extent is contiguous.
+template <class Value>
+QLORA_DEVICE void fill_tile(SharedAddress tile, bool steps_are_contiguous, int64_t count, int64_t steps,
+                            const Value& value) {
+  for (int i = ptx::thread(); i < kSteps * kTile; i += kThreads) {
+    const int step = steps_are_contiguous ? i % kSteps : i / kTile;
+    const int index = steps_are_contiguous ? i / kSteps : i % kTile;
+    const float v = index < count && step < steps ? value(index, step) : 0.0f;
+    ptx::store_shared(tile + static_cast<SharedAddress>((step * kPitch + index) * sizeof(float)), v);
+  }
+}
+
+template <OperandKind kKind>
+QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GeneralParams p) {
+  const SharedAddress rows_tile = ptx::shared_base();
+  const SharedAddress cols_tile = rows_tile + kSteps * kPitch * sizeof(float);
+  const int64_t row0 = static_cast<int64_t>(ptx::block_x()) * kTile, col0 = static_cast<int64_t>(ptx::block_y()) * kTile;
+  const int my_row = ptx::thread() / 16 * 4, my_col = ptx::thread() % 16 * 4;
+  const int64_t adapter = ptx::block_z();
+  const bool operand_steps_contiguous = kKind == OperandKind::kPacked || (kKind == OperandKind::kDense && p.operand.col_stride == 1);
+  const bool columns_steps_contiguous = p.columns.col_stride == 1;
+  float sum[4][4] = {};
+
+  for (int64_t step0 = 0; step0 < p.steps; step0 += kSteps) {
+    const auto mine = [&](int step) {
+      return p.adapter_of_step == nullptr || ptx::load(p.adapter_of_step + step0 + step) == adapter;
+    };
+    fill_tile(rows_tile, operand_steps_contiguous, p.rows - row0, p.steps - step0, [&](int i, int step) {
+      return mine(step) ? operand_at<kKind>(p, row0 + i, step0 + step) : 0.0f;
+    });
+    fill_tile(cols_tile, columns_steps_contiguous, p.cols - col0, p.steps - step0, [&](int i, int step) {
+      return mine(step) ? load_element(p.columns.data, p.columns.dtype,
+                                       (col0 + i) * p.columns.row_stride + (step0 + step) * p.columns.col_stride)
+                        : 0.0f;
+    });
+    ptx::sync_threads();
+    // A sum of its own for these steps: adding up sums of 16 keeps the rounding error of long rows near that of a tree.
+    float part[4][4] = {};
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const auto a = ptx::load_shared<Floats4>(rows_tile + (step * kPitch + my_row) * sizeof(float));
+      const auto b = ptx::load_shared<Floats4>(cols_tile + (step * kPitch + my_col) * sizeof(float));
+      const float rows[4] = {a.x, a.y, a.z, a.w}, cols[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) part[i][j] = fmaf(rows[i], cols[j], part[i][j]);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sum[i][j] += part[i][j];
+    ptx::sync_threads();
+  }
+
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const int64_t col = col0 + my_col + j;
+    if (col >= p.cols) continue;
+    const int64_t of_col = p.adapter_of_col != nullptr ? ptx::load(p.adapter_of_col + col) : 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64_t row = row0 + my_row + i;
+      if (row >= p.rows) continue;
+      float value = p.scale * sum[i][j];
+      if (p.r > 0 && of_col != -1) {
+        if (of_col < -1 || of_col >= p.adapters) value = __builtin_nanf("");  // no such adapter: see arguments.h
+        else
+          for (int64_t r = 0; r < p.r; ++r)
+            value = fmaf(load_element(p.up.data, p.up.dtype, of_col * p.up_adapter_stride + row * p.up.row_stride + r * p.up.col_stride),
+                         load_element(p.activation.data, p.activation.dtype, col * p.activation.row_stride + r * p.activation.col_stride), value);
+      }
+      if (p.bias != nullptr) value += load_element(p.bias, p.bias_dtype, row);
+      store_element(p.out, p.out_dtype, adapter * p.out_adapter_stride + row * p.out_row_stride + col * p.out_col_stride, value);
+    }
+  }
+}
+
+QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) token_dot(QLORA_PARAMS TokenDotParams p) {
+  const int64_t item = static_cast<int64_t>(ptx::block_x()) * (kThreads / 32) + ptx::warp();
+  if (item >= p.tokens * p.rows) return;
+  const int64_t token = item / p.rows, row = item % p.rows;
+  const int64_t adapter = p.adapter_of_token != nullptr ? ptx::load(p.adapter_of_token + token) : 0;
+  const bool known = adapter >= 0 && adapter < p.adapters;
+  float sum = 0.0f;
+  for (int64_t step = ptx::lane(); known && step < p.steps; step += 32)
+    sum = fmaf(load_element(p.x.data, p.x.dtype, token * p.x.row_stride + step * p.x.col_stride),
+               load_element(p.operand.data, p.operand.dtype, adapter * p.adapter_stride + row * p.operand.row_stride + step * p.operand.col_stride), sum);
+  for (int mask = 16; mask > 0; mask /= 2) sum += ptx::shuffle_xor(sum, mask);
+  if (ptx::lane() != 0) return;
+  const float scaling = p.scaling_of_adapter != nullptr && known ? ptx::load(p.scaling_of_adapter + adapter) : p.scaling;
+  ptx::store(p.out + item, known ? scaling * sum : 0.0f);
+}
+
+QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) column_sum(QLORA_PARAMS ColumnSumParams p) {
+  const int64_t col = static_cast<int64_t>(ptx::block_x()) * kThreads + ptx::thread();
+  if (col >= p.cols) return;
+  float sum = 0.0f;
+  for (int64_t row = 0; row < p.rows; ++row) sum += load_element(p.matrix, p.dtype, row * p.cols + col);
+  ptx::store(p.out + col, sum);
+}
+
+}  // namespace general
+
+Status launch_general(const GeneralParams& p, cudaStream_t stream) {
+  const Grid grid{ceil_div(p.rows, general::kTile), ceil_div(p.cols, general::kTile),
+                  p.adapter_of_step != nullptr ? p.adapters : 1};
+  const auto kernel = p.kind == OperandKind::kPacked             ? general::kernel<OperandKind::kPacked>
+                      : p.kind == OperandKind::kPackedTransposed ? general::kernel<OperandKind::kPackedTransposed>
+                                                                 : general::kernel<OperandKind::kDense>;
+  return start(kernel, grid, general::kThreads, general::kSharedBytes, stream, p);
+}
+
+Status launch_token_dot(const TokenDotParams& p, cudaStream_t stream) {
+  return start(general::token_dot, {ceil_div(p.tokens * p.rows, general::kThreads / 32)}, general::kThreads, 0, stream, p);
+}
+
+Status launch_column_sum(const ColumnSumParams& p, cudaStream_t stream) {
+  return start(general::column_sum, {ceil_div(p.cols, general::kThreads)}, general::kThreads, 0, stream, p);
+}
+
+}  // namespace qlora::cuda

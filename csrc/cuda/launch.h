@@ -1,0 +1,146 @@
+// What the glue sees of the CUDA kernels: one parameter struct and one launch function each. No torch, no CUDA headers.
+//
+// Extents: m tokens, n out features, k in features, r rank. A launch never allocates and never synchronizes, so it can
+// be captured in a CUDA graph; workspaces come from the caller. Results are bitwise the same on every run.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/select.h"
+#include "format/dtype.h"
+#include "format/layout.h"
+
+struct CUstream_st;
+using cudaStream_t = CUstream_st*;
+
+namespace qlora::cuda {
+
+// What became of a launch; `error` is a text that lives forever, or null.
+struct Status {
+  const char* error = nullptr;
+};
+
+// A packed matrix (n, k) in device memory. Exactly one of absmax and absmax_codes is set.
+struct Weight {
+  const uint8_t* packed = nullptr;        // [ceil(n * k / 2)]
+  const float* absmax = nullptr;          // [blocks]
+  const uint8_t* absmax_codes = nullptr;  // [blocks], double quantization
+  const float* nested_absmax = nullptr;   // [ceil(blocks / 256)]
+  const float* nested_offset = nullptr;   // [1]
+  int64_t n = 0;
+  int64_t k = 0;
+  int block_shift = 0;  // log2(weights per absmax)
+  int quant_type = 0;   // QuantType
+};
+
+// ---- 4-bit packing ---------------------------------------------------------------------------------------------------
+
+struct QuantizeParams {
+  const void* weight;  // [numel], aligned to 16 bytes
+  DType dtype;         // float32, bfloat16 or float16
+  int64_t numel;
+  int block_shift;
+  int quant_type;
+  bool check_finite;         // else an inf is reported instead: it cannot be double-quantized
+  uint8_t* packed;           // [ceil(numel / 2)], aligned to 4 bytes
+  float* absmax;             // [blocks]
+  unsigned long long* bad;   // [1], zero before: 2^63 - the first position that is nan or inf, or 0
+};
+Status launch_quantize(const QuantizeParams& p, cudaStream_t stream);
+
+inline constexpr int kMeanParts = 256;  // doubles of workspace
+struct DoubleQuantizeParams {
+  const float* absmax;   // [blocks]
+  int64_t blocks;        // > 0
+  double* parts;         // [kMeanParts], workspace
+  uint8_t* codes;        // [blocks]
+  float* nested_absmax;  // [ceil(blocks / 256)]
+  float* nested_offset;  // [1]: the mean, summed in double in a fixed order
+};
+Status launch_double_quantize(const DoubleQuantizeParams& p, cudaStream_t stream);
+
+struct DequantizeParams {
+  Weight weight;
+  int64_t first;  // elements [first, first + count) of the flat weight; a multiple of 8
+  int64_t count;
+  void* out;  // [count], aligned to 16 bytes
+  DType dtype;
+};
+Status launch_dequantize(const DequantizeParams& p, cudaStream_t stream);
+
+inline constexpr int kErrorParts = 256;
+struct QuantizationErrorParams {
+  Weight weight;
+  const void* exact;  // [n * k]
+  DType dtype;
+  double* parts;  // [kErrorParts, 3], workspace
+  double* out;    // [3]: sum of squared differences, sum of squares, largest difference
+};
+Status launch_quantization_error(const QuantizationErrorParams& p, cudaStream_t stream);
+
+// ---- the general path: any shape, dtype and block size, float32 products ------------------------------------------------
+
+// Element (row, col) of a dense matrix is data[row * row_stride + col * col_stride].
+struct DenseMatrix {
+  const void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t row_stride = 0;
+  int64_t col_stride = 0;
+};
+
+enum class OperandKind { kPacked, kPackedTransposed, kDense };
+
+// out(row, col) = scale * sum over steps operand(row, step) * columns(col, step)
+//               + sum over r up(adapter of col; row, r) * activation(col, r) + bias[row]
+struct GeneralParams {
+  OperandKind kind = OperandKind::kDense;
+  Weight weight;        // kPacked: row is n and step is k; kPackedTransposed: row is k and step is n
+  DenseMatrix operand;  // kDense
+  AffineGrid affine;    // with kDense integers: (in feature, out feature) -> scale, zero point
+  bool affine_rows_are_channels = false;
+  DenseMatrix columns;
+  int64_t rows = 0, cols = 0, steps = 0;
+  float scale = 1.0f;
+  // Low-rank term; r == 0: none.
+  DenseMatrix up;          // (row, r) of one adapter
+  DenseMatrix activation;  // (col, r)
+  int64_t r = 0;
+  const int64_t* adapter_of_col = nullptr;  // -1: none for this column; null: one adapter for all
+  int64_t adapters = 1;
+  int64_t up_adapter_stride = 0;  // elements
+  const void* bias = nullptr;     // [rows]
+  DType bias_dtype = DType::kFloat32;
+  void* out = nullptr;
+  DType out_dtype = DType::kFloat32;
+  int64_t out_row_stride = 0, out_col_stride = 0;
+  // One product for each adapter, over its own steps only: out advances by out_adapter_stride.
+  const int64_t* adapter_of_step = nullptr;
+  int64_t out_adapter_stride = 0;
+};
+Status launch_general(const GeneralParams& p, cudaStream_t stream);
+
+// out[token, row] = scaling * x[token] · operand[adapter of token][row], one warp each; row_stride and step_stride as in
+// DenseMatrix. Tokens without an adapter get zeros.
+struct TokenDotParams {
+  DenseMatrix x;        // (token, step)
+  DenseMatrix operand;  // (row, step) of one adapter
+  int64_t adapter_stride = 0;
+  const int64_t* adapter_of_token = nullptr;  // null: one adapter for all
+  int64_t adapters = 1;
+  const float* scaling_of_adapter = nullptr;  // null: `scaling`
+  float scaling = 1.0f;
+  int64_t tokens = 0, rows = 0, steps = 0;
+  float* out = nullptr;  // [tokens, rows]
+};
+Status launch_token_dot(const TokenDotParams& p, cudaStream_t stream);
+
+// out[col] = sum over rows of matrix [rows, cols], in order, float32.
+struct ColumnSumParams {
+  const void* matrix;
+  DType dtype;
+  int64_t rows, cols;
+  float* out;
+};
+Status launch_column_sum(const ColumnSumParams& p, cudaStream_t stream);
+
+}  // namespace qlora::cuda

@@ -1,0 +1,157 @@
+// Blockwise 4-bit quantization: absmax, normalise, code, pack. Eight weights a lane, so that a lane loads 16 or 32 bytes
+// and stores one word; a block of 64 is eight lanes, which find its absmax by shuffles.
+#include "cuda/device/elements.cuh"
+#include "cuda/device/launch.cuh"
+
+namespace qlora::cuda {
+namespace quantize {
+
+constexpr int kThreads = 256;
+constexpr int kPerLane = 8;
+constexpr int kPerWarp = 32 * kPerLane;
+
+// Eight neighbouring weights; zeros beyond the end.
+template <class T>
+QLORA_DEVICE void load_eight(const T* weight, int64_t first, int64_t numel, float (&x)[kPerLane]) {
+  if (first + kPerLane <= numel) {
+    constexpr int kWords = kPerLane * static_cast<int>(sizeof(T)) / 16;
+    Words4 words[kWords];
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) words[i] = ptx::load(reinterpret_cast<const Words4*>(weight + first) + i);
+    const uint32_t flat[8] = {words[0].x, words[0].y, words[0].z, words[0].w,
+                              words[kWords - 1].x, words[kWords - 1].y, words[kWords - 1].z, words[kWords - 1].w};
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      if constexpr (sizeof(T) == 4)
+        x[i] = float_of(flat[i]);
+      else
+        x[i] = ptx::unpack<T>(flat[i / 2], i % 2);
+    }
+  } else {
+    for (int i = 0; i < kPerLane; ++i) x[i] = first + i < numel ? load_as_float(weight + first + i) : 0.0f;
+  }
+}
+
+// Thresholds as immediates: a search of four comparisons.
+template <QuantType kType>
+QLORA_DEVICE uint32_t code_of(float x) {
+  if constexpr (kType == QuantType::kNf4) {
+    constexpr Nf4Thresholds t = kNf4Thresholds;
+    const bool a = x > t.value[7];
+    const bool b = x > (a ? t.value[11] : t.value[3]);
+    const bool c = x > (a ? (b ? t.value[13] : t.value[9]) : (b ? t.value[5] : t.value[1]));
+    const float low = b ? (c ? t.value[6] : t.value[4]) : (c ? t.value[2] : t.value[0]);
+    const float high = b ? (c ? t.value[14] : t.value[12]) : (c ? t.value[10] : t.value[8]);
+    const bool d = x > (a ? high : low);
+    return (a ? 8u : 0u) + (b ? 4u : 0u) + (c ? 2u : 0u) + (d ? 1u : 0u);
+  } else if constexpr (kType == QuantType::kFp4) {
+    constexpr Fp4Tables t = kFp4Tables;
+    const float magnitude = fabsf(x);
+    const bool a = magnitude > t.threshold[3];
+    const bool b = magnitude > (a ? t.threshold[5] : t.threshold[1]);
+    const bool c = magnitude > (a ? (b ? t.threshold[6] : t.threshold[4]) : (b ? t.threshold[2] : t.threshold[0]));
+    const int rank = (a ? 4 : 0) + (b ? 2 : 0) + (c ? 1 : 0);
+    return ((t.codes_of_ranks >> (4 * rank)) & 0xFu) | (x < 0.0f ? 8u : 0u);
+  } else {
+    const float steps = rintf(x * kInt4Steps);
+    const float clamped = fminf(fmaxf(steps, -static_cast<float>(kInt4Zero)), 15.0f - kInt4Zero);
+    return static_cast<uint32_t>(static_cast<int>(clamped) + kInt4Zero);
+  }
+}
+
+// The largest magnitude of the block whose lanes are `lanes` neighbours. A nan is passed over; inf is kept.
+QLORA_DEVICE float absmax_of(const float (&x)[kPerLane], float before) {
+  float largest = before;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) largest = fmaxf(largest, fabsf(x[i]));
+  return largest;
+}
+
+QLORA_DEVICE void report(const QuantizeParams& p, int64_t position) {
+  ptx::atomic_max(p.bad, 0x8000000000000000ull - static_cast<unsigned long long>(position));
+}
+
+template <class T>
+QLORA_DEVICE void check_finite(const QuantizeParams& p, const float (&x)[kPerLane], int64_t first) {
+  float probe = 0.0f;  // x * 0 is nan for nan and inf, and survives the sum
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) probe = fmaf(x[i], 0.0f, probe);
+  if (probe == 0.0f) return;
+  for (int i = 0; i < kPerLane; ++i) {
+    if ((bits_of(x[i]) & 0x7F800000u) != 0x7F800000u) continue;
+    report(p, first + i);
+    return;
+  }
+}
+
+template <class T, QuantType kType>
+QLORA_KERNEL void QLORA_BOUNDS(kThreads, 4) kernel(QLORA_PARAMS QuantizeParams p) {
+  const T* weight = static_cast<const T*>(p.weight);
+  const int block = 1 << p.block_shift;
+  const int lanes = block < kPerWarp ? block / kPerLane : 32;  // of one block
+  const int span = block < kPerWarp ? kPerWarp : block;        // weights that a warp quantizes at once
+  const int64_t warp = static_cast<int64_t>(ptx::block_x()) * (kThreads / 32) + ptx::warp();
+  const int64_t begin = warp * span;
+  if (begin >= p.numel) return;
+
+  float x[kPerLane];
+  float absmax = 0.0f;
+  for (int64_t first = begin; first < begin + span && first < p.numel; first += kPerWarp) {
+    load_eight(weight, first + ptx::lane() * kPerLane, p.numel, x);
+    if (p.check_finite) check_finite<T>(p, x, first + ptx::lane() * kPerLane);
+    absmax = absmax_of(x, absmax);
+  }
+  for (int mask = 1; mask < lanes; mask *= 2) absmax = fmaxf(absmax, ptx::shuffle_xor(absmax, mask));
+  const int64_t my_first = begin + ptx::lane() * kPerLane;
+  if (ptx::lane() % lanes == 0 && my_first < p.numel) {
+    ptx::store(p.absmax + (my_first >> p.block_shift), absmax);
+    if (!p.check_finite && (bits_of(absmax) & 0x7F800000u) == 0x7F800000u) report(p, my_first);
+  }
+
+  const float reciprocal = 1.0f / absmax;
+  const bool usable = (bits_of(reciprocal) & 0x7F800000u) != 0x7F800000u;  // else all zero, or subnormal: divide
+  for (int64_t first = begin; first < begin + span && first < p.numel; first += kPerWarp) {
+    const int64_t mine = first + ptx::lane() * kPerLane;
+    if (span > kPerWarp) load_eight(weight, mine, p.numel, x);
+    uint32_t word = 0;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const float normalised = usable ? x[i] * reciprocal : absmax > 0.0f ? x[i] / absmax : 0.0f;
+      word |= code_of<kType>(normalised) << (4 * element_of_nibble(i));
+    }
+    if (mine + kPerLane <= p.numel) {
+      ptx::store(reinterpret_cast<uint32_t*>(p.packed + mine / 2), word);
+    } else {
+      for (int i = 0; mine + i < p.numel; i += 2) {
+        const uint32_t byte = word >> (4 * i);
+        // The spare nibble of an odd number of weights is zero.
+        ptx::store(p.packed + (mine + i) / 2, static_cast<uint8_t>(mine + i + 1 < p.numel ? byte : byte & 0xF0u));
+      }
+    }
+  }
+}
+
+template <class T>
+Status launch_typed(const QuantizeParams& p, cudaStream_t stream) {
+  const int64_t block = int64_t{1} << p.block_shift;
+  const int64_t per_block = (block < kPerWarp ? kPerWarp : block) * (kThreads / 32);
+  const auto kernel_of_type = p.quant_type == static_cast<int>(QuantType::kNf4)   ? kernel<T, QuantType::kNf4>
+                              : p.quant_type == static_cast<int>(QuantType::kFp4) ? kernel<T, QuantType::kFp4>
+                                                                                  : kernel<T, QuantType::kInt4>;
+  return start(kernel_of_type, {ceil_div(p.numel, per_block)}, kThreads, 0, stream, p);
+}
+
+}  // namespace quantize
+
+Status launch_quantize(const QuantizeParams& p, cudaStream_t stream) {
+  switch (p.dtype) {
+    case DType::kBFloat16:
+      return quantize::launch_typed<bf16>(p, stream);
+    case DType::kFloat16:
+      return quantize::launch_typed<fp16>(p, stream);
+    default:
+      return quantize::launch_typed<float>(p, stream);
+  }
+}
+
+}  // namespace qlora::cuda

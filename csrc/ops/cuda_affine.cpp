@@ -1,0 +1,64 @@
+// forward.affine and its backward for CUDA: the textbook form with integer weights, scale and zero point.
+#include "ops/cuda_ops.h"
+#include "ops/cuda_products.h"
+
+namespace qlora::ops {
+namespace {
+
+// quantized_W [in, out] as the operand of a product over its rows (in) or its columns (out).
+cuda::GeneralParams integers(const Affine& affine, bool steps_are_in, const Matrix& columns) {
+  cuda::GeneralParams p;
+  p.operand = {affine.quantized.const_data_ptr(), affine.dtype, steps_are_in ? 1 : affine.out,
+               steps_are_in ? affine.out : 1};
+  p.affine = affine.grid;
+  p.affine_rows_are_channels = steps_are_in;
+  p.steps = steps_are_in ? affine.in : affine.out;
+  p.columns = rows_of(columns);
+  return p;
+}
+
+}  // namespace
+
+Tensor cuda_forward_affine_grid(Tensor x, Tensor quantized_w, Tensor scale, Tensor zero_point, Tensor b, Tensor a,
+                                double alpha) {
+  const Affine affine = check_affine(x, quantized_w, scale, zero_point, b, a, alpha);
+  const GpuScope scope(x, "forward.affine", {affine.tokens.rows, affine.out, affine.in, affine.r});
+  const Matrix t = token_dot(affine.tokens, columns_of(affine.b), affine.r, affine.scaling, scope.stream());
+  const Up up{columns_of(affine.a), &t};
+  return general_product(integers(affine, true, affine.tokens), &up, nullptr, x, affine.out, scope.stream());
+}
+
+Tensor cuda_forward_affine(Tensor x, Tensor quantized_w, double scale, double zero_point, Tensor b, Tensor a,
+                           double alpha) {
+  const auto number = [&](double value) {
+    Tensor t = empty_like_device(x, {1}, ScalarType::Float);
+    torch::stable::fill_(t, value);
+    return t;
+  };
+  return cuda_forward_affine_grid(x, quantized_w, number(scale), number(zero_point), b, a, alpha);
+}
+
+std::tuple<Tensor, Tensor, Tensor> cuda_backward_affine_grid(Tensor grad, Tensor x, Tensor quantized_w, Tensor scale,
+                                                             Tensor zero_point, Tensor b, Tensor a, double alpha,
+                                                             bool needs_x, bool needs_lora) {
+  const Affine affine = check_affine(x, quantized_w, scale, zero_point, b, a, alpha);
+  const Matrix dy = grad_matrix(grad, affine.out, affine.tokens);
+  const GpuScope scope(x, "backward.affine", {affine.tokens.rows, affine.out, affine.in, affine.r});
+  const cudaStream_t stream = scope.stream();
+  Tensor d_x = nothing(x), d_b = nothing(x), d_a = nothing(x);
+  const Matrix u = token_dot(dy, rows_of(affine.a), affine.r, affine.scaling, stream);
+  if (needs_x) {
+    const Up down{rows_of(affine.b), &u};
+    d_x = general_product(integers(affine, false, dy), &down, nullptr, x, affine.in, stream);
+  }
+  if (needs_lora) {
+    const Matrix t = token_dot(affine.tokens, columns_of(affine.b), affine.r, affine.scaling, stream);
+    d_b = torch::stable::new_empty(b, b.sizes());
+    d_a = torch::stable::new_empty(a, a.sizes());
+    low_rank_grad(u, affine.tokens, false, d_b, stream);
+    low_rank_grad(t, dy, true, d_a, stream);
+  }
+  return {d_x, d_b, d_a};
+}
+
+}  // namespace qlora::ops

@@ -1,0 +1,62 @@
+// forward and backward for CUDA: select.h says which kernels, this file allocates and launches them.
+#include "ops/cuda_ops.h"
+#include "ops/cuda_products.h"
+
+namespace qlora::ops {
+
+Tensor cuda_forward(Tensor x, Tensor packed, Tensor absmax, OptionalTensor nested_absmax, OptionalTensor nested_offset,
+                    std::vector<int64_t> shape, std::string quant_type, int64_t block_size, OptionalTensor lora_a,
+                    OptionalTensor lora_b, double scaling, OptionalTensor bias, OptionalTensor lora_x) {
+  const Base base = check_base(x, packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size);
+  const int64_t n = base.w.n, k = base.w.k;
+  const std::optional<Lora> lora = check_lora(lora_a, lora_b, n, k, scaling, x);
+  const std::optional<Matrix> dropped = check_lora_x(lora_x, x, lora);
+  const std::optional<Matrix> bias_row = check_bias(bias, n, x);
+  const GpuScope scope(x, "forward", {base.tokens.rows, n, k, lora ? lora->a.rows : 0});
+  const cuda::Weight w = device_view_of(base.w);
+  std::optional<Matrix> t;
+  Up up;
+  if (lora) {
+    t = token_dot(dropped ? *dropped : base.tokens, rows_of(lora->a), lora->a.rows, lora->scaling, scope.stream());
+    up = {rows_of(lora->b), &*t};
+  }
+  return general_product(packed_operand(w, false, base.tokens), lora ? &up : nullptr, bias_row ? &*bias_row : nullptr,
+                         x, n, scope.stream());
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cuda_backward(
+    Tensor grad, Tensor x, Tensor packed, Tensor absmax, OptionalTensor nested_absmax, OptionalTensor nested_offset,
+    std::vector<int64_t> shape, std::string quant_type, int64_t block_size, OptionalTensor lora_a,
+    OptionalTensor lora_b, double scaling, OptionalTensor lora_x, bool needs_x, bool needs_lora, bool needs_lora_x,
+    bool needs_bias) {
+  const Base base = check_base(x, packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size);
+  const int64_t n = base.w.n, k = base.w.k;
+  const Matrix dy = grad_matrix(grad, n, base.tokens);
+  const std::optional<Lora> lora = check_lora(lora_a, lora_b, n, k, scaling, x);
+  const std::optional<Matrix> dropped = check_lora_x(lora_x, x, lora);
+  const GpuScope scope(x, "backward", {base.tokens.rows, n, k, lora ? lora->a.rows : 0});
+  const cudaStream_t stream = scope.stream();
+  const cuda::Weight w = device_view_of(base.w);
+
+  Tensor d_x = nothing(x), d_lora_a = nothing(x), d_lora_b = nothing(x), d_lora_x = nothing(x), d_bias = nothing(x);
+  const bool low_rank_to_x = needs_x && lora && !dropped;
+  std::optional<Matrix> u;  // scaling * dy B, [m, r]
+  if (lora && (low_rank_to_x || needs_lora || needs_lora_x))
+    u = token_dot(dy, columns_of(lora->b), lora->b.cols, lora->scaling, stream);
+  const Up down = u ? Up{columns_of(lora->a), &*u} : Up{};
+  if (needs_x)
+    d_x = general_product(packed_operand(w, true, dy), low_rank_to_x ? &down : nullptr, nullptr, x, k, stream);
+  if (needs_lora_x && dropped) d_lora_x = general_product({}, &down, nullptr, x, k, stream);
+  if (lora && needs_lora) {
+    const Matrix& lora_tokens = dropped ? *dropped : base.tokens;
+    const Matrix t = token_dot(lora_tokens, rows_of(lora->a), lora->a.rows, lora->scaling, stream);
+    d_lora_a = torch::stable::new_empty(*lora_a, lora_a->sizes());
+    d_lora_b = torch::stable::new_empty(*lora_b, lora_b->sizes());
+    low_rank_grad(*u, lora_tokens, true, d_lora_a, stream);
+    low_rank_grad(t, dy, false, d_lora_b, stream);
+  }
+  if (needs_bias) d_bias = column_sum(dy, stream);
+  return {d_x, d_lora_a, d_lora_b, d_lora_x, d_bias};
+}
+
+}  // namespace qlora::ops

@@ -1,0 +1,58 @@
+// forward.multi and its backward for CUDA: many adapters in one batch, W decoded once for all of them.
+//
+// Which adapter a row has stays on the device: reading it here would wait for the stream. A row whose adapter does not
+// exist comes out as nan.
+#include "ops/cuda_ops.h"
+#include "ops/cuda_products.h"
+
+namespace qlora::ops {
+
+Tensor cuda_forward_multi(Tensor x, Tensor packed, Tensor absmax, OptionalTensor nested_absmax,
+                          OptionalTensor nested_offset, std::vector<int64_t> shape, std::string quant_type,
+                          int64_t block_size, Tensor lora_a, Tensor lora_b, Tensor scaling, Tensor adapter_of_row,
+                          OptionalTensor bias) {
+  const Base base = check_base(x, packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size);
+  const int64_t n = base.w.n, k = base.w.k;
+  const Adapters adapters = check_adapters(lora_a, lora_b, scaling, adapter_of_row, base);
+  const std::optional<Matrix> bias_row = check_bias(bias, n, x);
+  const GpuScope scope(x, "forward.multi", {base.tokens.rows, n, k, adapters.r});
+  const cuda::Weight w = device_view_of(base.w);
+  const Matrix t =
+      token_dot(base.tokens, rows_of(adapters.a), adapters.r, 1.0f, scope.stream(), &adapters, adapters.r * k);
+  const Up up{rows_of(adapters.b), &t, &adapters, n * adapters.r};
+  return general_product(packed_operand(w, false, base.tokens), &up, bias_row ? &*bias_row : nullptr, x, n,
+                         scope.stream());
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_backward_multi(
+    Tensor grad, Tensor x, Tensor packed, Tensor absmax, OptionalTensor nested_absmax, OptionalTensor nested_offset,
+    std::vector<int64_t> shape, std::string quant_type, int64_t block_size, Tensor lora_a, Tensor lora_b,
+    Tensor scaling, Tensor adapter_of_row, bool needs_x, bool needs_lora, bool needs_bias) {
+  const Base base = check_base(x, packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size);
+  const int64_t n = base.w.n, k = base.w.k;
+  const Matrix dy = grad_matrix(grad, n, base.tokens);
+  const Adapters adapters = check_adapters(lora_a, lora_b, scaling, adapter_of_row, base);
+  const GpuScope scope(x, "backward.multi", {base.tokens.rows, n, k, adapters.r});
+  const cudaStream_t stream = scope.stream();
+  const cuda::Weight w = device_view_of(base.w);
+
+  Tensor d_x = nothing(x), d_lora_a = nothing(x), d_lora_b = nothing(x), d_bias = nothing(x);
+  std::optional<Matrix> u;  // scaling * dy B of the row's adapter, [m, r]
+  if (needs_x || needs_lora)
+    u = token_dot(dy, columns_of(adapters.b), adapters.r, 1.0f, stream, &adapters, n * adapters.r);
+  if (needs_x) {
+    const Up down{columns_of(adapters.a), &*u, &adapters, adapters.r * k};
+    d_x = general_product(packed_operand(w, true, dy), &down, nullptr, x, k, stream);
+  }
+  if (needs_lora) {
+    const Matrix t = token_dot(base.tokens, rows_of(adapters.a), adapters.r, 1.0f, stream, &adapters, adapters.r * k);
+    d_lora_a = torch::stable::new_empty(lora_a, lora_a.sizes());
+    d_lora_b = torch::stable::new_empty(lora_b, lora_b.sizes());
+    low_rank_grad(*u, base.tokens, true, d_lora_a, stream, &adapters);
+    low_rank_grad(t, dy, false, d_lora_b, stream, &adapters);
+  }
+  if (needs_bias) d_bias = column_sum(dy, stream);
+  return {d_x, d_lora_a, d_lora_b, d_bias};
+}
+
+}  // namespace qlora::ops

@@ -1,0 +1,60 @@
+// The CUDA implementations by name, and their registration for a dispatch key.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "ops/arguments.h"
+
+namespace qlora::ops {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_quantize(Tensor weight, std::string quant_type, int64_t block_size,
+                                                         bool double_quant, bool check_finite);
+Tensor cuda_dequantize(Tensor packed, Tensor absmax, OptionalTensor nested_absmax, OptionalTensor nested_offset,
+                       std::vector<int64_t> shape, std::string quant_type, int64_t block_size, ScalarType dtype);
+Tensor cuda_quantization_error(Tensor weight, Tensor packed, Tensor absmax, OptionalTensor nested_absmax,
+                               OptionalTensor nested_offset, std::string quant_type, int64_t block_size);
+
+Tensor cuda_forward(Tensor x, Tensor packed, Tensor absmax, OptionalTensor nested_absmax, OptionalTensor nested_offset,
+                    std::vector<int64_t> shape, std::string quant_type, int64_t block_size, OptionalTensor lora_a,
+                    OptionalTensor lora_b, double scaling, OptionalTensor bias, OptionalTensor lora_x);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cuda_backward(
+    Tensor grad, Tensor x, Tensor packed, Tensor absmax, OptionalTensor nested_absmax, OptionalTensor nested_offset,
+    std::vector<int64_t> shape, std::string quant_type, int64_t block_size, OptionalTensor lora_a,
+    OptionalTensor lora_b, double scaling, OptionalTensor lora_x, bool needs_x, bool needs_lora, bool needs_lora_x,
+    bool needs_bias);
+
+Tensor cuda_forward_multi(Tensor x, Tensor packed, Tensor absmax, OptionalTensor nested_absmax,
+                          OptionalTensor nested_offset, std::vector<int64_t> shape, std::string quant_type,
+                          int64_t block_size, Tensor lora_a, Tensor lora_b, Tensor scaling, Tensor adapter_of_row,
+                          OptionalTensor bias);
+std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_backward_multi(
+    Tensor grad, Tensor x, Tensor packed, Tensor absmax, OptionalTensor nested_absmax, OptionalTensor nested_offset,
+    std::vector<int64_t> shape, std::string quant_type, int64_t block_size, Tensor lora_a, Tensor lora_b,
+    Tensor scaling, Tensor adapter_of_row, bool needs_x, bool needs_lora, bool needs_bias);
+
+Tensor cuda_forward_affine(Tensor x, Tensor quantized_w, double scale, double zero_point, Tensor b, Tensor a,
+                           double alpha);
+Tensor cuda_forward_affine_grid(Tensor x, Tensor quantized_w, Tensor scale, Tensor zero_point, Tensor b, Tensor a,
+                                double alpha);
+std::tuple<Tensor, Tensor, Tensor> cuda_backward_affine_grid(Tensor grad, Tensor x, Tensor quantized_w, Tensor scale,
+                                                             Tensor zero_point, Tensor b, Tensor a, double alpha,
+                                                             bool needs_x, bool needs_lora);
+
+// Registers all of them in `library`, a block of STABLE_TORCH_LIBRARY_IMPL.
+template <class Library>
+void implement_cuda_ops(Library& library) {
+  library.impl("quantize", TORCH_BOX(&cuda_quantize));
+  library.impl("dequantize", TORCH_BOX(&cuda_dequantize));
+  library.impl("quantization_error", TORCH_BOX(&cuda_quantization_error));
+  library.impl("forward", TORCH_BOX(&cuda_forward));
+  library.impl("backward", TORCH_BOX(&cuda_backward));
+  library.impl("forward.multi", TORCH_BOX(&cuda_forward_multi));
+  library.impl("backward.multi", TORCH_BOX(&cuda_backward_multi));
+  library.impl("forward.affine", TORCH_BOX(&cuda_forward_affine));
+  library.impl("forward.affine_grid", TORCH_BOX(&cuda_forward_affine_grid));
+  library.impl("backward.affine_grid", TORCH_BOX(&cuda_backward_affine_grid));
+}
+
+}  // namespace qlora::ops

@@ -1,0 +1,103 @@
+"""Where an operator runs in a test: a level of the CPU kernels, the CUDA kernels on the CPU (simt), or a GPU.
+
+simt: ``libqlora_simt.so`` registers the CUDA operators under a dispatch key of its own. While a test runs on it, the
+CPU's entries of the dispatcher are replaced by calls of that key, so that everything above them (autograd, fake kernels,
+autocast, layers) is what users run.
+"""
+
+import contextlib
+import ctypes
+import functools
+import os
+from pathlib import Path
+
+import torch
+
+from qlora import _C
+
+KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse3)
+NAMES = (
+    "quantize",
+    "dequantize",
+    "quantization_error",
+    "forward",
+    "backward",
+    "forward.multi",
+    "backward.multi",
+    "forward.affine",
+    "forward.affine_grid",
+    "backward.affine_grid",
+)
+LIBRARY = os.environ.get("QLORA_SIMT_LIBRARY", Path(__file__).parents[1] / "build/tests/tests/simt/libqlora_simt.so")
+
+
+class Counters(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_uint64)
+        for name in (
+            "launches",
+            "barriers",
+            "mma",
+            "global_load_bytes",
+            "global_load_sectors",
+            "global_load_ideal",
+            "global_store_bytes",
+            "global_store_sectors",
+            "global_store_ideal",
+            "shared_load_waves",
+            "shared_load_ideal",
+            "shared_store_waves",
+            "shared_store_ideal",
+        )
+    ]
+
+
+@functools.cache
+def simt_library() -> ctypes.CDLL | None:
+    """The library, loaded; None where it was not built. A path given by QLORA_SIMT_LIBRARY has to exist."""
+    if not Path(LIBRARY).exists():
+        if "QLORA_SIMT_LIBRARY" in os.environ:
+            raise FileNotFoundError(f"QLORA_SIMT_LIBRARY={LIBRARY} does not exist")
+        return None
+    torch.ops.load_library(str(LIBRARY))
+    library = ctypes.CDLL(str(LIBRARY))
+    library.qlora_simt_counters.restype = ctypes.POINTER(Counters)
+    library.qlora_simt_last_range.restype = ctypes.c_char_p
+    library.qlora_simt_seed.argtypes = [ctypes.c_uint64]
+    return library
+
+
+def available() -> list[str]:
+    devices = [f"cpu-{isa}" for isa in _C.runnable_isas()]
+    if simt_library() is not None:
+        devices.append("simt")
+    if torch.cuda.is_available():
+        devices.append("cuda")
+    return devices
+
+
+def _overload(name: str):
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.qlora, packet), overload or "default")
+
+
+@contextlib.contextmanager
+def simt(seed: int = 1, arch: int = 80, sm_count: int = 4, shared_bytes: int = 163 * 1024):
+    """CPU tensors go to the CUDA kernels on the simt executor, which pretends to be the GPU that is described."""
+    library = simt_library()
+    assert library is not None
+    library.qlora_simt_seed(seed)
+    library.qlora_simt_gpu(arch, sm_count, shared_bytes)
+    overrides = torch.library.Library("qlora", "IMPL")
+    for name in NAMES:
+        overrides.impl(name, functools.partial(_overload(name).redispatch, KEY), "CPU", allow_override=True)
+    try:
+        yield library
+    finally:
+        overrides._destroy()
+
+
+def counters(library: ctypes.CDLL) -> dict[str, int]:
+    """Counted since the last qlora_simt_reset()."""
+    values = library.qlora_simt_counters().contents
+    return {name: getattr(values, name) for name, _ in Counters._fields_}

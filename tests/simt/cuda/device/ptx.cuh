@@ -1,0 +1,158 @@
+// The host twin of csrc/cuda/device/ptx.cuh: the same functions on fibers, each written from the PTX manual's tables.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "cuda/device/types.h"
+#include "simt.h"
+
+#define QLORA_DEVICE [[maybe_unused]] static inline
+#define QLORA_METHOD inline
+#define QLORA_KERNEL __attribute__((visibility("default"), noinline))
+#define QLORA_BOUNDS(threads, blocks_per_sm)
+#define QLORA_PARAMS const
+#define QLORA_TABLE static const
+
+namespace qlora::cuda::ptx {
+
+using std::fabs;
+using std::fma;
+using std::fmax;
+using std::fmin;
+
+QLORA_DEVICE int thread() { return simt::index().thread; }
+QLORA_DEVICE int lane() { return simt::index().thread & 31; }
+QLORA_DEVICE int warp() { return simt::index().thread >> 5; }
+QLORA_DEVICE int threads() { return simt::index().threads; }
+QLORA_DEVICE int block_x() { return static_cast<int>(simt::index().block[0]); }
+QLORA_DEVICE int block_y() { return static_cast<int>(simt::index().block[1]); }
+QLORA_DEVICE int block_z() { return static_cast<int>(simt::index().block[2]); }
+QLORA_DEVICE int blocks_x() { return static_cast<int>(simt::index().blocks[0]); }
+
+QLORA_DEVICE void sync_threads() { simt::sync_threads(); }
+QLORA_DEVICE void sync_warp() {
+  simt::collective("syncwarp", nullptr, [](void* const*) {});
+}
+
+template <class T>
+QLORA_DEVICE T load(const T* p) {
+  simt::global_read(p, sizeof(T));
+  return *p;
+}
+template <class T>
+QLORA_DEVICE void store(T* p, T value) {
+  simt::global_write(p, sizeof(T));
+  *p = value;
+}
+template <class T>
+QLORA_DEVICE T load_once(const T* p) {
+  return load(p);
+}
+QLORA_DEVICE void atomic_max(unsigned long long* p, unsigned long long value) {
+  simt::global_write(p, sizeof *p);
+  if (value > *p) *p = value;
+}
+
+QLORA_DEVICE SharedAddress shared_base() { return 0; }
+template <class T>
+QLORA_DEVICE T load_shared(SharedAddress a) {
+  T v;
+  std::memcpy(&v, simt::shared_read(a, sizeof v), sizeof v);
+  return v;
+}
+template <class T>
+QLORA_DEVICE void store_shared(SharedAddress a, T v) {
+  simt::shared_write(a, &v, sizeof v);
+}
+
+QLORA_DEVICE void cp_async_16(SharedAddress to, const void* from, bool valid) { simt::cp_async(to, from, valid); }
+QLORA_DEVICE void cp_async_commit() { simt::cp_async_commit(); }
+template <int kPending>
+QLORA_DEVICE void cp_async_wait() {
+  simt::cp_async_wait(kPending);
+}
+
+namespace twin {
+template <class T>
+struct Exchange {
+  T value;
+  int from;
+  T result;
+};
+template <class T>
+T exchange(const char* place, T v, int from_lane) {
+  Exchange<T> mine{v, from_lane & 31, v};
+  simt::collective(place, &mine, [](void* const* lanes) {
+    for (int i = 0; i < 32; ++i) {
+      auto* lane = static_cast<Exchange<T>*>(lanes[i]);
+      lane->result = static_cast<const Exchange<T>*>(lanes[lane->from])->value;
+    }
+  });
+  return mine.result;
+}
+}  // namespace twin
+
+template <class T>
+QLORA_DEVICE T shuffle(T v, int from_lane) {
+  return twin::exchange("shuffle", v, from_lane);
+}
+template <class T>
+QLORA_DEVICE T shuffle_xor(T v, int mask) {
+  return twin::exchange("shuffle_xor", v, lane() ^ mask);
+}
+
+template <int kByte>
+QLORA_DEVICE uint32_t byte_of(uint32_t word) {
+  return word >> (8 * kByte) & 0xFFu;
+}
+
+template <class T>
+QLORA_DEVICE uint32_t pack(float low, float high) {
+  return static_cast<uint32_t>(from_float<T>(low).bits) | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
+}
+template <class T>
+QLORA_DEVICE float unpack(uint32_t pair, int half) {
+  return to_float(T{static_cast<uint16_t>(half == 0 ? pair : pair >> 16)});
+}
+
+// PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type": the row and column of every element.
+struct MmaLane {
+  uint32_t a[4], b[2];
+  float d[4];
+};
+QLORA_DEVICE int mma_a_row(int lane, int i) { return lane / 4 + (i == 2 || i == 3 || i == 6 || i == 7 ? 8 : 0); }
+QLORA_DEVICE int mma_a_col(int lane, int i) { return lane % 4 * 2 + (i & 1) + (i >= 4 ? 8 : 0); }
+QLORA_DEVICE int mma_b_row(int lane, int i) { return lane % 4 * 2 + (i & 1) + (i >= 2 ? 8 : 0); }
+QLORA_DEVICE int mma_b_col(int lane, int) { return lane / 4; }
+QLORA_DEVICE int mma_d_row(int lane, int i) { return lane / 4 + (i >= 2 ? 8 : 0); }
+QLORA_DEVICE int mma_d_col(int lane, int i) { return lane % 4 * 2 + (i & 1); }
+
+template <class T>
+void mma_of_warp(void* const* lanes) {
+  static float a[16][16], b[16][8];
+  for (int l = 0; l < 32; ++l) {
+    const auto* lane = static_cast<const MmaLane*>(lanes[l]);
+    for (int i = 0; i < 8; ++i) a[mma_a_row(l, i)][mma_a_col(l, i)] = unpack<T>(lane->a[i / 2], i % 2);
+    for (int i = 0; i < 4; ++i) b[mma_b_row(l, i)][mma_b_col(l, i)] = unpack<T>(lane->b[i / 2], i % 2);
+  }
+  for (int l = 0; l < 32; ++l) {
+    auto* lane = static_cast<MmaLane*>(lanes[l]);
+    for (int i = 0; i < 4; ++i) {
+      float sum = 0.0f;
+      for (int k = 0; k < 16; ++k) sum += a[mma_d_row(l, i)][k] * b[k][mma_d_col(l, i)];
+      lane->d[i] += sum;
+    }
+  }
+}
+
+template <class T>
+QLORA_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  MmaLane mine{{a[0], a[1], a[2], a[3]}, {b0, b1}, {d[0], d[1], d[2], d[3]}};
+  simt::count_mma();
+  simt::collective(sizeof(T) == 2 ? "mma" : "", &mine, &mma_of_warp<T>);
+  for (int i = 0; i < 4; ++i) d[i] = mine.d[i];
+}
+
+}  // namespace qlora::cuda::ptx

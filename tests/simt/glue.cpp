@@ -1,0 +1,38 @@
+// The CUDA ops on the simt executor: registered under a dispatch key of its own, so that tests can send CPU tensors
+// there, with a scope that needs no GPU and entry points for ctypes.
+#include <cstring>
+
+#include "ops/cuda_ops.h"
+#include "ops/cuda_runtime.h"
+#include "simt.h"
+
+STABLE_TORCH_LIBRARY_IMPL(qlora, PrivateUse3, m) { qlora::ops::implement_cuda_ops(m); }
+
+namespace qlora::ops {
+
+namespace {
+cuda::GpuInfo pretended{80, 4, 166912};
+std::string last_range;
+}  // namespace
+
+struct GpuScope::Guard {};
+
+GpuScope::GpuScope(const Tensor&, const char* op, const Extents& e) : gpu_(pretended) {
+  last_range = std::string("qlora::") + op + "[m=" + std::to_string(e.m) + ",n=" + std::to_string(e.n) +
+               ",k=" + std::to_string(e.k) + ",r=" + std::to_string(e.r) + "]";
+}
+GpuScope::~GpuScope() = default;
+
+}  // namespace qlora::ops
+
+#define QLORA_EXPORT extern "C" __attribute__((visibility("default")))
+
+QLORA_EXPORT void qlora_simt_seed(uint64_t seed) { qlora::simt::set_seed(seed); }
+QLORA_EXPORT void qlora_simt_gpu(int arch, int sm_count, int shared_bytes) {
+  qlora::ops::pretended = {arch, sm_count, shared_bytes};
+}
+QLORA_EXPORT void qlora_simt_count(int on) { qlora::simt::set_counting(on != 0); }
+QLORA_EXPORT void qlora_simt_reset() { std::memset(&qlora::simt::counters(), 0, sizeof(qlora::simt::Counters)); }
+QLORA_EXPORT const qlora::simt::Counters* qlora_simt_counters() { return &qlora::simt::counters(); }
+QLORA_EXPORT void qlora_simt_launcher(qlora::simt::Launcher launcher) { qlora::simt::set_launcher(launcher); }
+QLORA_EXPORT const char* qlora_simt_last_range() { return qlora::ops::last_range.c_str(); }
