@@ -82,15 +82,20 @@ def _overload(name: str):
 
 
 @contextlib.contextmanager
-def simt(seed: int = 1, arch: int = 80, sm_count: int = 4, shared_bytes: int = 163 * 1024):
-    """CPU tensors go to the CUDA kernels on the simt executor, which pretends to be the GPU that is described."""
+def simt(seed: int = 1, arch: int = 80, sm_count: int = 4, shared_bytes: int = 163 * 1024, call=None):
+    """CPU tensors go to the CUDA kernels on the simt executor, which pretends to be the GPU that is described.
+
+    ``call(op, *args)`` may do more around the redispatch of an operator.
+    """
     library = simt_library()
     assert library is not None
     library.qlora_simt_seed(seed)
     library.qlora_simt_gpu(arch, sm_count, shared_bytes)
     overrides = torch.library.Library("qlora", "IMPL")
     for name in NAMES:
-        overrides.impl(name, functools.partial(_overload(name).redispatch, KEY), "CPU", allow_override=True)
+        op = _overload(name)
+        function = functools.partial(call, op) if call else functools.partial(op.redispatch, KEY)
+        overrides.impl(name, function, "CPU", allow_override=True)
     try:
         yield library
     finally:

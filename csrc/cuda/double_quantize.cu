@@ -7,40 +7,46 @@ namespace double_quantize {
 
 constexpr int kThreads = 256;
 static_assert(kThreads == kNestedBlock && kThreads == kMeanParts, "a thread is a scale, and a part of the mean");
-constexpr int kSharedBytes = kThreads * static_cast<int>(sizeof(double));
+constexpr int kWarps = kThreads / 32;
+constexpr int kSharedBytes = kWarps * static_cast<int>(sizeof(double));
 
-// Sum over the threads of a block, in a fixed order; every thread gets it.
+// Sum over the threads of a block, in a fixed order: a tree in each warp, then the warps. Every thread gets it.
 QLORA_DEVICE double block_sum(double value) {
   const SharedAddress base = ptx::shared_base();
-  ptx::store_shared(base + ptx::thread() * 8, value);
+  for (int mask = 16; mask > 0; mask /= 2) value += ptx::shuffle_xor(value, mask);
+  if (ptx::lane() == 0) ptx::store_shared(base + ptx::warp() * 8, value);
   ptx::sync_threads();
   double sum = 0.0;
-  for (int i = 0; i < kThreads; ++i) sum += ptx::load_shared<double>(base + i * 8);
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) sum += ptx::load_shared<double>(base + i * 8);
   ptx::sync_threads();
   return sum;
 }
+
+// Parts in use: a block of 256 threads for each, and no more than there is work for.
+QLORA_INLINE int64_t part_count(int64_t blocks) { return min_i64(kMeanParts, ceil_div(blocks, kThreads)); }
 
 QLORA_DEVICE float block_max(float value) {
   const SharedAddress base = ptx::shared_base();
   for (int mask = 16; mask > 0; mask /= 2) value = fmaxf(value, ptx::shuffle_xor(value, mask));
   if (ptx::lane() == 0) ptx::store_shared(base + ptx::warp() * 4, value);
   ptx::sync_threads();
-  for (int i = 0; i < kThreads / 32; ++i) value = fmaxf(value, ptx::load_shared<float>(base + i * 4));
+  for (int i = 0; i < kWarps; ++i) value = fmaxf(value, ptx::load_shared<float>(base + i * 4));
   ptx::sync_threads();
   return value;
 }
 
-// Part i of the mean: scales i * 256 + t, + 65536, … of thread t, then over the threads.
+// Part i of the mean: every part_count-th stretch of 256 scales from the i-th on.
 QLORA_KERNEL void QLORA_BOUNDS(kThreads, 4) sum_parts(QLORA_PARAMS DoubleQuantizeParams p) {
   double sum = 0.0;
-  for (int64_t i = ptx::block_x() * int64_t{kThreads} + ptx::thread(); i < p.blocks; i += int64_t{kMeanParts} * kThreads)
+  for (int64_t i = ptx::block_x() * int64_t{kThreads} + ptx::thread(); i < p.blocks; i += part_count(p.blocks) * kThreads)
     sum += ptx::load(p.absmax + i);
   sum = block_sum(sum);
   if (ptx::thread() == 0) ptx::store(p.parts + ptx::block_x(), sum);
 }
 
 QLORA_KERNEL void QLORA_BOUNDS(kThreads, 4) kernel(QLORA_PARAMS DoubleQuantizeParams p) {
-  const double sum = block_sum(ptx::load(p.parts + ptx::thread()));
+  const double sum = block_sum(ptx::thread() < part_count(p.blocks) ? ptx::load(p.parts + ptx::thread()) : 0.0);
   const float offset = static_cast<float>(sum / static_cast<double>(p.blocks));
   if (ptx::block_x() == 0 && ptx::thread() == 0) ptx::store(p.nested_offset, offset);
 
@@ -63,7 +69,7 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 4) kernel(QLORA_PARAMS DoubleQuantizePa
 
 Status launch_double_quantize(const DoubleQuantizeParams& p, cudaStream_t stream) {
   using namespace double_quantize;
-  const Status status = start(sum_parts, {kMeanParts}, kThreads, kSharedBytes, stream, p);
+  const Status status = start(sum_parts, {part_count(p.blocks)}, kThreads, kSharedBytes, stream, p);
   if (status.error != nullptr) return status;
   return start(kernel, {ceil_div(p.blocks, kNestedBlock)}, kThreads, kSharedBytes, stream, p);
 }

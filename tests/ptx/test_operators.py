@@ -1,0 +1,7 @@
+"""Every test of an operator that runs on a device, on PTX."""
+
+from ops.test_affine import *  # noqa: F403
+from ops.test_backward import *  # noqa: F403
+from ops.test_forward import *  # noqa: F403
+from ops.test_multi import *  # noqa: F403
+from ops.test_quantize import *  # noqa: F403
