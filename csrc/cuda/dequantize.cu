@@ -27,7 +27,7 @@ QLORA_DEVICE void store_eight(T* out, const float (&v)[8]) {
 template <class T>
 QLORA_KERNEL void QLORA_BOUNDS(kThreads, 3) kernel(QLORA_PARAMS DequantizeParams p) {
   const SharedAddress table = ptx::shared_base();
-  ValuePairs::fill(table, p.weight.quant_type);
+  ValuePairs::fill<kThreads>(table, p.weight.quant_type);
   const WarpScales scales(p.weight);
   ptx::sync_threads();
   const ValuePairs pairs(table);
@@ -40,7 +40,7 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 3) kernel(QLORA_PARAMS DequantizeParams
     const int64_t begin = p.first + (warp * kRounds + round) * kPerRound;
     if (begin >= end) return;
     const int64_t first_block = begin >> p.weight.block_shift;
-    const float mine = scales.of_block(p.weight, first_block + ptx::lane(), first_block + ptx::lane() <= last_block);
+    const float mine = scales.of_block(p.weight, min_i64(first_block + ptx::lane(), last_block));
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
       const int64_t element = begin + i * 256 + ptx::lane() * 8;

@@ -78,8 +78,6 @@ struct QuantizationErrorParams {
 };
 Status launch_quantization_error(const QuantizationErrorParams& p, cudaStream_t stream);
 
-// ---- the general path: any shape, dtype and block size, float32 products ------------------------------------------------
-
 // Element (row, col) of a dense matrix is data[row * row_stride + col * col_stride].
 struct DenseMatrix {
   const void* data = nullptr;
@@ -87,6 +85,68 @@ struct DenseMatrix {
   int64_t row_stride = 0;
   int64_t col_stride = 0;
 };
+
+// ---- tensor cores: 16-bit tokens, in_features a multiple of 64, blocks of at least 64 ---------------------------------
+
+// y = x Wᵀ + lora_t lora_bᵀ + bias for m <= kDecodeTokens.
+struct DecodeParams {
+  Weight weight;
+  const void* x;  // [m, k], aligned to 16 bytes
+  DType dtype;    // of x and y: bfloat16 or float16
+  int64_t m;
+  const float* lora_t;  // [m, r], scaled; r == 0: none
+  const void* lora_b;   // [n, r], or [adapters, n, r] with adapter_of_token
+  DType lora_dtype;
+  int64_t r;
+  const int64_t* adapter_of_token;  // [m], -1: none; null: one adapter for all
+  int64_t adapters;
+  int64_t b_adapter_stride;  // elements
+  bool b_is_vectorized;      // lora_b has the dtype of x, r is a multiple of 8, all aligned to 16 bytes
+  const void* bias;          // [n] or null
+  DType bias_dtype;
+  void* y;                 // [m, n]
+  int rows_per_block;      // select_decode_rows()
+  float level_multiplier;  // the launch sets these two
+  float level_factor;
+};
+Status launch_decode(DecodeParams p, cudaStream_t stream);
+
+// y = x Wᵀ + lora_t lora_upᵀ + bias for any number of tokens.
+struct GemmParams {
+  Weight weight;
+  const void* x;  // [m, k], aligned to 16 bytes
+  DType dtype;    // of x, y, lora_up and lora_t: bfloat16 or float16
+  int64_t m;
+  const void* lora_up;  // [n, r], or [adapters, n, r] with adapter_of_token; aligned to 16 bytes
+  const void* lora_t;   // [m, r], scaled; aligned to 16 bytes
+  int r;                // a multiple of 16; 0: none
+  const int64_t* adapter_of_token;  // [m], -1: none; null: one adapter for all
+  int64_t adapters;
+  const void* bias;  // [n] or null
+  DType bias_dtype;
+  void* y;  // [m, n]
+  GemmTile tile;
+  float level_multiplier;  // the launch sets these two
+  float level_factor;
+};
+Status launch_gemm(GemmParams p, cudaStream_t stream);
+
+// out [rows, padded(r)] in 16 bit = source (row, r), zero from r on. With `split`, three such parts side by side whose
+// products add up to one of nearly float32: an operand (split = kOperand) is [high, high, low], the activations that it
+// meets (kActivation) are [high, low, high].
+enum class Split : int { kNone, kOperand, kActivation };
+struct LoraPackParams {
+  DenseMatrix source;
+  int64_t rows;
+  int r;
+  int padded_r;  // of one part, a multiple of 16
+  Split split;
+  void* out;
+  DType dtype;
+};
+Status launch_lora_pack(const LoraPackParams& p, cudaStream_t stream);
+
+// ---- the general path: any shape, dtype and block size, float32 products ------------------------------------------------
 
 enum class OperandKind { kPacked, kPackedTransposed, kDense };
 

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "format/dtype.h"
+
 namespace qlora::cuda {
 
 struct GpuInfo {
@@ -10,5 +12,50 @@ struct GpuInfo {
   int sm_count = 0;
   int shared_bytes_per_block = 0;  // the most that a launch may ask for
 };
+
+// The shape of a product, and what decides over its kernel besides.
+struct Problem {
+  int64_t m = 0, n = 0, k = 0;
+  DType dtype = DType::kFloat32;  // of the tokens
+  int64_t block_size = 64;
+};
+
+inline constexpr int kDecodeTokens = 16;  // up to here the weight's bytes are the cost, above it the products
+
+// Rows of W that a block of the decode kernel takes: twice as many halve what a block costs before its first product, and
+// what L2 delivers of x, as long as every SM still has a block.
+constexpr int select_decode_rows(int64_t n, const GpuInfo& gpu) { return n >= int64_t{32} * gpu.sm_count ? 32 : 16; }
+
+// Rows of W and tokens of a block's tile.
+enum class GemmTile { k64x64, k64x64Turing, k128x128 };
+
+constexpr int tile_rows(GemmTile tile) { return tile == GemmTile::k128x128 ? 128 : 64; }
+
+// The large tile decodes a weight half as often and reads x half as often; it pays once it still fills the GPU.
+constexpr GemmTile select_gemm_tile(int64_t m, int64_t n, const GpuInfo& gpu) {
+  if (gpu.shared_bytes_per_block < 80 * 1024) return GemmTile::k64x64Turing;
+  const int64_t large_tiles = (m + 127) / 128 * ((n + 127) / 128);
+  return m > 64 && large_tiles * 4 >= int64_t{3} * gpu.sm_count ? GemmTile::k128x128 : GemmTile::k64x64;
+}
+
+enum class ForwardKernel { kDecode, kGemm, kGeneral };
+
+// Why the tensor-core kernels cannot take a forward product; null if they can.
+constexpr const char* why_general_forward(const Problem& p, const GpuInfo& gpu) {
+  if (p.dtype == DType::kFloat32) return "float32 tokens: their products run on the CUDA cores";
+  if (p.dtype == DType::kBFloat16 && gpu.arch < 80) return "this GPU has no bfloat16 tensor cores: use float16";
+  if (p.k % 64 != 0) return "in_features is not a multiple of 64, so the scale changes inside a tensor-core step";
+  if (p.block_size < 64) return "block_size 32: the scale changes inside a tensor-core step";
+  return nullptr;
+}
+
+constexpr ForwardKernel select_forward(const Problem& p, const GpuInfo& gpu) {
+  if (why_general_forward(p, gpu) != nullptr) return ForwardKernel::kGeneral;
+  return p.m <= kDecodeTokens ? ForwardKernel::kDecode : ForwardKernel::kGemm;
+}
+
+constexpr const char* kernel_name(ForwardKernel kernel) {
+  return kernel == ForwardKernel::kDecode ? "decode" : kernel == ForwardKernel::kGemm ? "gemm" : "general";
+}
 
 }  // namespace qlora::cuda

@@ -20,6 +20,12 @@ Tensor cuda_forward(Tensor x, Tensor packed, Tensor absmax, OptionalTensor neste
     t = token_dot(dropped ? *dropped : base.tokens, rows_of(lora->a), lora->a.rows, lora->scaling, scope.stream());
     up = {rows_of(lora->b), &*t};
   }
+  const cuda::Problem problem{base.tokens.rows, n, k, base.tokens.dtype, block_size};
+  const cuda::ForwardKernel kernel = cuda::select_forward(problem, scope.gpu());
+  if (kernel == cuda::ForwardKernel::kDecode)
+    return decode(w, base.tokens, lora ? &up : nullptr, bias_row ? &*bias_row : nullptr, x, scope);
+  if (kernel == cuda::ForwardKernel::kGemm)
+    return gemm(w, base.tokens, lora ? &up : nullptr, bias_row ? &*bias_row : nullptr, x, scope);
   return general_product(packed_operand(w, false, base.tokens), lora ? &up : nullptr, bias_row ? &*bias_row : nullptr,
                          x, n, scope.stream());
 }

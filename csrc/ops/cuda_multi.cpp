@@ -20,6 +20,12 @@ Tensor cuda_forward_multi(Tensor x, Tensor packed, Tensor absmax, OptionalTensor
   const Matrix t =
       token_dot(base.tokens, rows_of(adapters.a), adapters.r, 1.0f, scope.stream(), &adapters, adapters.r * k);
   const Up up{rows_of(adapters.b), &t, &adapters, n * adapters.r};
+  const cuda::Problem problem{base.tokens.rows, n, k, base.tokens.dtype, block_size};
+  const cuda::ForwardKernel kernel = cuda::select_forward(problem, scope.gpu());
+  if (kernel == cuda::ForwardKernel::kDecode)
+    return decode(w, base.tokens, &up, bias_row ? &*bias_row : nullptr, x, scope);
+  if (kernel == cuda::ForwardKernel::kGemm)
+    return gemm(w, base.tokens, &up, bias_row ? &*bias_row : nullptr, x, scope);
   return general_product(packed_operand(w, false, base.tokens), &up, bias_row ? &*bias_row : nullptr, x, n,
                          scope.stream());
 }

@@ -63,6 +63,109 @@ inline cuda::GeneralParams packed_operand(const cuda::Weight& w, bool transposed
   return p;
 }
 
+// y [..., n] by the decode kernel; up->matrix holds rows of r neighbours.
+inline Tensor decode(const cuda::Weight& w, const Matrix& tokens, const Up* up, const Matrix* bias, const Tensor& like,
+                     const GpuScope& scope) {
+  Tensor y = empty_with_last_dim(like, w.n, like.scalar_type());
+  if (tokens.rows == 0 || w.n == 0) return y;
+  const Tensor x = aligned(tokens.tensor);
+  cuda::DecodeParams p{};
+  p.weight = w;
+  p.x = x.const_data_ptr();
+  p.dtype = tokens.dtype;
+  p.m = tokens.rows;
+  p.adapters = 1;
+  if (up != nullptr) {
+    p.lora_t = static_cast<const float*>(up->activation->data);
+    p.lora_b = up->matrix.data;
+    p.lora_dtype = up->matrix.dtype;
+    p.r = up->activation->cols;
+    p.b_is_vectorized = p.lora_dtype == p.dtype && p.r % 8 == 0 && is_aligned(p.lora_b);
+    if (up->adapters != nullptr) {
+      p.adapter_of_token = up->adapters->of_row;
+      p.adapters = up->adapters->count;
+      p.b_adapter_stride = up->adapter_stride;
+    }
+  }
+  if (bias != nullptr) {
+    p.bias = bias->data;
+    p.bias_dtype = bias->dtype;
+  }
+  p.y = y.mutable_data_ptr();
+  p.rows_per_block = cuda::select_decode_rows(w.n, scope.gpu());
+  check(cuda::launch_decode(p, scope.stream()), "decode");
+  return y;
+}
+
+// A low-rank operand for the tensor cores: 16 bit, whole steps of 16 ranks.
+struct Packed16 {
+  Tensor storage;
+  const void* data = nullptr;
+  int r = 0;
+};
+
+inline Packed16 lora_pack(const cuda::DenseMatrix& source, int64_t rows, int64_t r, cuda::Split split, const Matrix& x,
+                          cudaStream_t stream) {
+  const int padded = static_cast<int>(ceil_div(r, 16) * 16), total = split == cuda::Split::kNone ? padded : 3 * padded;
+  Packed16 packed{empty_like_device(x.tensor, {rows, total}, x.tensor.scalar_type()), nullptr, total};
+  packed.data = packed.storage.const_data_ptr();
+  const cuda::LoraPackParams p{source, rows, static_cast<int>(r), padded, split, packed.storage.mutable_data_ptr(), x.dtype};
+  check(cuda::launch_lora_pack(p, stream), "lora_pack");
+  return packed;
+}
+
+// Both sides of the low-rank term of a gemm. Adapters of the tokens' dtype are taken as they are, as torch does; those in
+// float32 are split into high and low halves.
+struct LowRank16 {
+  Packed16 up, activation;
+};
+
+inline LowRank16 low_rank_operands(const Up& up, int64_t rows, const Matrix& x, cudaStream_t stream) {
+  const int64_t r = up.activation->cols;
+  const bool same = up.matrix.dtype == x.dtype;
+  const bool as_it_is = same && up.matrix.col_stride == 1 && up.matrix.row_stride == r && r % 16 == 0 && is_aligned(up.matrix.data);
+  LowRank16 operands;
+  if (as_it_is)
+    operands.up = {x.tensor, up.matrix.data, static_cast<int>(r)};
+  else
+    operands.up = lora_pack(up.matrix, rows, r, same ? cuda::Split::kNone : cuda::Split::kOperand, x, stream);
+  operands.activation = lora_pack(rows_of(*up.activation), x.rows, r,
+                                  same ? cuda::Split::kNone : cuda::Split::kActivation, x, stream);
+  return operands;
+}
+
+// y [..., n] by the gemm kernel.
+inline Tensor gemm(const cuda::Weight& w, const Matrix& tokens, const Up* up, const Matrix* bias, const Tensor& like,
+                   const GpuScope& scope) {
+  Tensor y = empty_with_last_dim(like, w.n, like.scalar_type());
+  if (tokens.rows == 0 || w.n == 0) return y;
+  const Tensor x = aligned(tokens.tensor);
+  cuda::GemmParams p{};
+  p.weight = w;
+  p.x = x.const_data_ptr();
+  p.dtype = tokens.dtype;
+  p.m = tokens.rows;
+  LowRank16 low_rank;
+  if (up != nullptr) {
+    low_rank = low_rank_operands(*up, up->adapters != nullptr ? up->adapters->count * w.n : w.n, tokens, scope.stream());
+    p.lora_up = low_rank.up.data;
+    p.lora_t = low_rank.activation.data;
+    p.r = low_rank.up.r;
+    if (up->adapters != nullptr) {
+      p.adapter_of_token = up->adapters->of_row;
+      p.adapters = up->adapters->count;
+    }
+  }
+  if (bias != nullptr) {
+    p.bias = bias->data;
+    p.bias_dtype = bias->dtype;
+  }
+  p.y = y.mutable_data_ptr();
+  p.tile = cuda::select_gemm_tile(p.m, w.n, scope.gpu());
+  check(cuda::launch_gemm(p, scope.stream()), "gemm");
+  return y;
+}
+
 // [tokens, rows] = scaling * x · operandᵀ in float32, one adapter for each token if there are several.
 inline Matrix token_dot(const Matrix& x, const cuda::DenseMatrix& operand, int64_t rows, float scaling,
                         cudaStream_t stream, const Adapters* adapters = nullptr, int64_t adapter_stride = 0) {

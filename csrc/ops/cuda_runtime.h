@@ -39,9 +39,8 @@ inline Tensor empty_like_device(const Tensor& like, std::initializer_list<int64_
 }
 
 // Kernels load 16 bytes at a time; a view into the middle of a storage may need a copy for that.
-inline Tensor aligned(const Tensor& t) {
-  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 ? t : torch::stable::clone(t);
-}
+inline bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+inline Tensor aligned(const Tensor& t) { return is_aligned(t.const_data_ptr()) ? t : torch::stable::clone(t); }
 
 // The weight as the kernels read it; valid while `w` lives.
 inline cuda::Weight device_view_of(const CheckedWeight& w) {

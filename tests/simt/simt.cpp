@@ -60,7 +60,6 @@ enum class State { kRunnable, kAtBarrier, kAtCollective, kDone };
 struct Copy {
   uint32_t to;
   const void* from;
-  bool valid;
 };
 
 // Accesses of one kind between two meetings of a warp: the i-th access of each lane belongs to one instruction, as long
@@ -298,8 +297,7 @@ void each_cell(uint32_t address, int bytes, const Fn& fn) {
 }
 
 void arrive(const Copy& copy) {
-  if (copy.valid) std::memcpy(machine.shared.get() + copy.to, copy.from, 16);
-  else std::memset(machine.shared.get() + copy.to, 0, 16);
+  std::memcpy(machine.shared.get() + copy.to, copy.from, 16);
   each_cell(copy.to, 16, [](Cell& cell, uint32_t) { cell.pending = false; });
 }
 
@@ -473,16 +471,16 @@ void global_write(const void* p, int bytes) {
   record(kGlobalStore, reinterpret_cast<uint64_t>(p), bytes);
 }
 
-void cp_async(uint32_t to, const void* from, bool valid) {
+void cp_async(uint32_t to, const void* from) {
   check_range(to, 16, "cp.async");
-  if (valid) global_read(from, 16);
+  global_read(from, 16);
   record(kSharedStore, to, 16);
   each_cell(to, 16, [](Cell& cell, uint32_t address) {
     note_write(cell, address);
     cell.pending = true;
   });
   std::memset(machine.shared.get() + to, kPoison, 16);
-  self().open.push_back({to, from, valid});
+  self().open.push_back({to, from});
 }
 
 void cp_async_commit() {

@@ -52,7 +52,7 @@ void shared_write(uint32_t address, const void* from, int bytes);
 void global_read(const void* p, int bytes);   // counted
 void global_write(const void* p, int bytes);
 
-void cp_async(uint32_t to, const void* from, bool valid);  // 16 bytes
+void cp_async(uint32_t to, const void* from);  // 16 bytes
 void cp_async_commit();
 void cp_async_wait(int pending);
 void count_mma();

@@ -10,6 +10,21 @@ namespace qlora::cuda {
 inline constexpr int kPairTableBytes = 32 * 1024;
 inline constexpr int kPairTableRow = 128;  // bytes of one entry with all its copies: 32 banks
 
+// Writes the table with all threads of a block: pair(even level, odd level) gives the two words that alternate in an
+// entry. A thread's odd level (low nibble) is the same in all its entries.
+template <int kThreads, class Pair>
+QLORA_DEVICE void fill_pairs(SharedAddress base, float level, const Pair& pair) {
+  static_assert(kThreads % 128 == 0, "a thread keeps its low nibble");
+  const float odd = ptx::shuffle(level, ptx::thread() / 8 % 16);
+  const SharedAddress mine = base + ptx::thread() * 16;
+#pragma unroll
+  for (int i = 0; i < kPairTableBytes / 16 / kThreads; ++i) {
+    const float even = ptx::shuffle(level, i * (kThreads / 128) + ptx::thread() / 128);
+    const Words2 words = pair(even, odd);
+    ptx::store_shared(mine + i * kThreads * 16, Words4{words.x, words.y, words.x, words.y});
+  }
+}
+
 // Pairs of levels in 16 bit, 32 copies. The levels are multiplied by level_multiplier() first: its reciprocal belongs
 // into the scale.
 template <class T>
@@ -18,19 +33,19 @@ class LevelPairs {
   QLORA_METHOD explicit LevelPairs(SharedAddress base) : mine_(base + ptx::lane() * 4) {}
 
   // All threads; a barrier has to follow.
+  template <int kThreads>
   QLORA_METHOD static void fill(SharedAddress base, int quant_type, float multiplier) {
     const float level = ptx::load(&kTables.levels[quant_type][ptx::lane() & 15]) * multiplier;
-    for (int i = ptx::thread(); i < kPairTableBytes / 16; i += ptx::threads()) {
-      const int byte = i / 8;
-      const uint32_t pair = ptx::pack<T>(ptx::shuffle(level, byte >> 4), ptx::shuffle(level, byte & 15));
-      ptx::store_shared(base + i * 16, Words4{pair, pair, pair, pair});
-    }
+    fill_pairs<kThreads>(base, level, [](float even, float odd) {
+      const uint32_t pair = ptx::pack<T>(even, odd);
+      return Words2{pair, pair};
+    });
   }
 
   // The even element (high nibble) in the lower half.
   template <int kByte>
   QLORA_METHOD uint32_t at(uint32_t word) const {
-    return ptx::load_shared<uint32_t>(mine_ + ptx::byte_of<kByte>(word) * kPairTableRow);
+    return ptx::load_shared<uint32_t>(ptx::mad<kPairTableRow>(ptx::byte_of<kByte>(word), mine_));
   }
 
  private:
@@ -42,18 +57,15 @@ class ValuePairs {
  public:
   QLORA_METHOD explicit ValuePairs(SharedAddress base) : mine_(base + (ptx::lane() & 15) * 8) {}
 
+  template <int kThreads>
   QLORA_METHOD static void fill(SharedAddress base, int quant_type) {
     const float level = ptx::load(&kTables.levels[quant_type][ptx::lane() & 15]);
-    for (int i = ptx::thread(); i < kPairTableBytes / 16; i += ptx::threads()) {
-      const int byte = i / 8;
-      const uint32_t even = bits_of(ptx::shuffle(level, byte >> 4)), odd = bits_of(ptx::shuffle(level, byte & 15));
-      ptx::store_shared(base + i * 16, Words4{even, odd, even, odd});
-    }
+    fill_pairs<kThreads>(base, level, [](float even, float odd) { return Words2{bits_of(even), bits_of(odd)}; });
   }
 
   template <int kByte>
   QLORA_METHOD Floats2 at(uint32_t word) const {
-    return ptx::load_shared<Floats2>(mine_ + ptx::byte_of<kByte>(word) * kPairTableRow);
+    return ptx::load_shared<Floats2>(ptx::mad<kPairTableRow>(ptx::byte_of<kByte>(word), mine_));
   }
 
  private:

@@ -10,6 +10,7 @@
 
 #define QLORA_DEVICE static __device__ __forceinline__
 #define QLORA_METHOD __device__ __forceinline__
+#define QLORA_BOTH __host__ __device__ __forceinline__
 #define QLORA_KERNEL __global__
 #define QLORA_BOUNDS(threads, blocks_per_sm) __launch_bounds__(threads, blocks_per_sm)
 #define QLORA_PARAMS const __grid_constant__
@@ -103,17 +104,19 @@ QLORA_DEVICE void store_shared(SharedAddress a, double v) { asm volatile("st.sha
 QLORA_DEVICE void store_shared(SharedAddress a, Floats2 v) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(a), "f"(v.x), "f"(v.y));
 }
+QLORA_DEVICE void store_shared(SharedAddress a, Floats4 v) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(a), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w));
+}
 QLORA_DEVICE void store_shared(SharedAddress a, Words4 v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(a), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w));
 }
 
-// 16 bytes from global to shared memory, or 16 zero bytes (nothing is read then). Arrives at the wait.
-QLORA_DEVICE void cp_async_16(SharedAddress to, const void* from, bool valid) {
+// 16 bytes from global to shared memory. They arrive at the wait.
+QLORA_DEVICE void cp_async_16(SharedAddress to, const void* from) {
 #if __CUDA_ARCH__ >= 800
-  const int bytes = valid ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
 #else
-  store_shared(to, valid ? *static_cast<const Words4*>(from) : Words4{0, 0, 0, 0});
+  store_shared(to, *static_cast<const Words4*>(from));
 #endif
 }
 QLORA_DEVICE void cp_async_commit() {
@@ -144,7 +147,17 @@ QLORA_DEVICE T shuffle_xor(T v, int mask) {
 // Byte kByte of a word, zero-extended.
 template <int kByte>
 QLORA_DEVICE uint32_t byte_of(uint32_t word) {
-  return __byte_perm(word, 0, 0x4440u | kByte);
+  uint32_t v;
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(v) : "r"(word), "n"(0x4440 | kByte));
+  return v;
+}
+
+// a * kFactor + c; nvcc would write a shift and an addition.
+template <int kFactor>
+QLORA_DEVICE uint32_t mad(uint32_t a, uint32_t c) {
+  uint32_t v;
+  asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "n"(kFactor), "r"(c));
+  return v;
 }
 
 // Two floats rounded to nearest even; `low` lands in the lower half.
@@ -190,24 +203,26 @@ __device__ __forceinline__ float unpack<fp16>(uint32_t pair, int half) {
 
 // ---- tensor cores ----------------------------------------------------------------------------------------------------
 
-// d[16, 8] += a[16, 16] b[16, 8], float32 accumulation. With g = lane / 4 and t = lane % 4 a lane holds (pairs, the
+// d[16, 8] = a[16, 16] b[16, 8] + c[16, 8], float32 accumulation. With g = lane / 4 and t = lane % 4 a lane holds (pairs, the
 // lower half first): a[0] = (g, 2t), a[1] = (g + 8, 2t), a[2] = (g, 2t + 8), a[3] = (g + 8, 2t + 8);
 // b[0] = (2t, g), b[1] = (2t + 8, g); d[0], d[1] = (g, 2t), (g, 2t + 1), d[2], d[3] = (g + 8, 2t), (g + 8, 2t + 1).
+// The sum starts from c, which may be d itself.
 template <class T>
-QLORA_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+QLORA_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]);
 template <>
-__device__ __forceinline__ void mma<fp16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void mma<fp16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                          const float (&c)[4]) {
 #if __CUDA_ARCH__ >= 800
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
-      "%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, "
+      "%13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 #else
   asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(b0));
+      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b0), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
   asm volatile(
       "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
@@ -215,13 +230,14 @@ __device__ __forceinline__ void mma<fp16>(float (&d)[4], const uint32_t (&a)[4],
 #endif
 }
 template <>
-__device__ __forceinline__ void mma<bf16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void mma<bf16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                          const float (&c)[4]) {
 #if __CUDA_ARCH__ >= 800
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
-      "%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, "
+      "%13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 #else
   __trap();  // Turing has no bfloat16 tensor cores: select.h sends bfloat16 to the general path there
 #endif

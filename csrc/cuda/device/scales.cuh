@@ -1,4 +1,4 @@
-// Scales of many blocks, decoded by whole warps: the dynamic map lives in the registers of a warp, eight values a lane,
+// Scales of many blocks, decoded by whole warps: the dynamic map lives in the registers of a warp, four values a lane,
 // and is read by shuffles. No table in memory, so no bank conflicts and no scattered sectors.
 #pragma once
 
@@ -9,32 +9,39 @@ namespace qlora::cuda {
 class WarpScales {
  public:
   // Whole warps only, like every member.
-  QLORA_METHOD explicit WarpScales(const Weight& w) {
-    if (w.absmax != nullptr) return;
+  QLORA_METHOD explicit WarpScales(const Weight& w) : nested_(w.absmax == nullptr) {
+    if (!nested_) return;
     offset_ = ptx::load(w.nested_offset);
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) map_[i] = ptx::load(&kTables.dynamic.value[i * 32 + ptx::lane()]);
+    for (int i = 0; i < kPerLane; ++i) map_[i] = bits_of(ptx::load(&kTables.dynamic.value[kZero + i * 32 + ptx::lane()]));
   }
 
-  // The scale of a block of the lane's own choice; a lane with `valid` unset reads nothing and gets 0.
-  QLORA_METHOD float of_block(const Weight& w, int64_t block, bool valid) const {
-    if (w.absmax != nullptr) return valid ? ptx::load(w.absmax + block) : 0.0f;
-    const int code = valid ? ptx::load(w.absmax_codes + block) : 0;
-    const float nested = valid ? ptx::load(w.nested_absmax + (block >> kNestedBlockShift)) : 0.0f;
-    float value = 0.0f;
+  // The scale of a block of the lane's own choice.
+  QLORA_METHOD float of_block(const Weight& w, int64_t block) const {
+    if (!nested_) return ptx::load(w.absmax + block);
+    const float nested = ptx::load(w.nested_absmax + (block >> kNestedBlockShift));
+    // The map is odd about its zero but for a last value of 1, so half of it is enough: magnitude 0 … 127, and 128 for 1.
+    const int code = ptx::load(w.absmax_codes + block) - kZero;
+    const int magnitude = code < 0 ? -code : code;
+    uint32_t candidate[kPerLane];
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const float candidate = ptx::shuffle(map_[i], code & 31);
-      value = code >> 5 == i ? candidate : value;
-    }
-    const float product = value * nested;  // two roundings, as the format says
-    return valid ? product + offset_ : 0.0f;
+    for (int i = 0; i < kPerLane; ++i) candidate[i] = ptx::shuffle(map_[i], magnitude & 31);
+    const bool odd = (magnitude & 32) != 0;
+    const uint32_t low = odd ? candidate[1] : candidate[0], high = odd ? candidate[3] : candidate[2];
+    const uint32_t value = (magnitude & 128) ? bits_of(1.0f) : (magnitude & 64) ? high : low;
+    const float product = float_of(value | (code & 0x80000000u)) * nested;  // two roundings, as the format says
+    return product + offset_;
   }
 
  private:
-  static constexpr int kPerLane = kDynamicMapSize / 32;
+  static constexpr int kZero = kDynamicMapSize / 2 - 1;  // the code that stands for 0
+  static constexpr int kPerLane = kDynamicMapSize / 64;
+  static_assert(kDynamicMap.value[kZero] == 0.0f && kDynamicMap.value[kDynamicMapSize - 1] == 1.0f &&
+                    kDynamicMap.value[kZero - 5] == -kDynamicMap.value[kZero + 5],
+                "the map is odd about kZero");
+  bool nested_;
   float offset_ = 0.0f;
-  float map_[kPerLane] = {};
+  uint32_t map_[kPerLane] = {};  // float32 bits
 };
 
 }  // namespace qlora::cuda

@@ -22,4 +22,10 @@ struct alignas(16) Floats4 {
   float x, y, z, w;
 };
 
+// A number of a compile-time loop.
+template <int kIndex>
+struct Step {
+  static constexpr int value = kIndex;
+};
+
 }  // namespace qlora::cuda

@@ -10,6 +10,7 @@
 
 #define QLORA_DEVICE [[maybe_unused]] static inline
 #define QLORA_METHOD inline
+#define QLORA_BOTH inline
 #define QLORA_KERNEL __attribute__((visibility("default"), noinline))
 #define QLORA_BOUNDS(threads, blocks_per_sm)
 #define QLORA_PARAMS const
@@ -67,7 +68,7 @@ QLORA_DEVICE void store_shared(SharedAddress a, T v) {
   simt::shared_write(a, &v, sizeof v);
 }
 
-QLORA_DEVICE void cp_async_16(SharedAddress to, const void* from, bool valid) { simt::cp_async(to, from, valid); }
+QLORA_DEVICE void cp_async_16(SharedAddress to, const void* from) { simt::cp_async(to, from); }
 QLORA_DEVICE void cp_async_commit() { simt::cp_async_commit(); }
 template <int kPending>
 QLORA_DEVICE void cp_async_wait() {
@@ -106,6 +107,11 @@ QLORA_DEVICE T shuffle_xor(T v, int mask) {
 template <int kByte>
 QLORA_DEVICE uint32_t byte_of(uint32_t word) {
   return word >> (8 * kByte) & 0xFFu;
+}
+
+template <int kFactor>
+QLORA_DEVICE uint32_t mad(uint32_t a, uint32_t c) {
+  return a * kFactor + c;
 }
 
 template <class T>
@@ -148,10 +154,10 @@ void mma_of_warp(void* const* lanes) {
 }
 
 template <class T>
-QLORA_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  MmaLane mine{{a[0], a[1], a[2], a[3]}, {b0, b1}, {d[0], d[1], d[2], d[3]}};
+QLORA_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]) {
+  MmaLane mine{{a[0], a[1], a[2], a[3]}, {b0, b1}, {c[0], c[1], c[2], c[3]}};
   simt::count_mma();
-  simt::collective(sizeof(T) == 2 ? "mma" : "", &mine, &mma_of_warp<T>);
+  simt::collective("mma", &mine, &mma_of_warp<T>);
   for (int i = 0; i < 4; ++i) d[i] = mine.d[i];
 }
 

@@ -1,0 +1,275 @@
+// Few tokens (m <= 16): y = x Wᵀ + low-rank term + bias on the tensor cores, the weight read once and decoded in
+// registers. Sixteen or 32 rows a block (select.h); k is dealt to the warps in chunks of 64, whose sums are added in a fixed order.
+#include "cuda/device/fragments.cuh"
+#include "cuda/device/launch.cuh"
+#include "cuda/device/levels.h"
+
+namespace qlora::cuda {
+namespace decode {
+
+constexpr int kWarps = 4;  // more would each pay for its start-up with fewer chunks (docs/kernels.md)
+constexpr int kThreads = 32 * kWarps;
+constexpr int kPanelChunks = 256;  // scales of 16384 weights a row at a time
+
+// Words between the sums of two tokens and of two warps: stores of lanes (g, t) and loads of half warps meet no bank twice.
+template <int R>
+constexpr int kTokenPitch = 16 * R + 8;
+template <int R, int kTokens>
+constexpr int kWarpPitch = kTokens * kTokenPitch<R> + 32 / kWarps;
+
+// A token's place among the sums of a warp: the two tokens of a lane lie far apart, those of neighbouring lanes side by side.
+template <int kTokens>
+QLORA_DEVICE int place_of_token(int token) {
+  return token / 2 % 4 + token % 2 * 4 + token / 8 * 8;
+}
+
+QLORA_DEVICE uint32_t word_of(const Words4& lower, const Words4& upper, int i) {
+  const uint32_t words[8] = {lower.x, lower.y, lower.z, lower.w, upper.x, upper.y, upper.z, upper.w};
+  return words[i];
+}
+
+// Part of the low-rank term of one row and token: every second group of eight ranks, or every second rank.
+template <class T>
+QLORA_DEVICE float low_rank_part(const DecodeParams& p, int64_t row, int64_t token, int64_t adapter, int half) {
+  const float* t = p.lora_t + token * p.r;
+  const int64_t b = adapter * p.b_adapter_stride + row * p.r;
+  float sum = 0.0f;
+  if (p.b_is_vectorized) {
+    const T* up = static_cast<const T*>(p.lora_b) + b;
+    for (int64_t r = half * 8; r < p.r; r += 16) {
+      const Words4 words = ptx::load(reinterpret_cast<const Words4*>(up + r));
+      const Floats4 low = ptx::load(reinterpret_cast<const Floats4*>(t + r));
+      const Floats4 high = ptx::load(reinterpret_cast<const Floats4*>(t + r + 4));
+      sum = fmaf(ptx::unpack<T>(words.x, 0), low.x, sum);
+      sum = fmaf(ptx::unpack<T>(words.x, 1), low.y, sum);
+      sum = fmaf(ptx::unpack<T>(words.y, 0), low.z, sum);
+      sum = fmaf(ptx::unpack<T>(words.y, 1), low.w, sum);
+      sum = fmaf(ptx::unpack<T>(words.z, 0), high.x, sum);
+      sum = fmaf(ptx::unpack<T>(words.z, 1), high.y, sum);
+      sum = fmaf(ptx::unpack<T>(words.w, 0), high.z, sum);
+      sum = fmaf(ptx::unpack<T>(words.w, 1), high.w, sum);
+    }
+  } else {
+    for (int64_t r = half; r < p.r; r += 2)
+      sum = fmaf(load_element(p.lora_b, p.lora_dtype, b + r), ptx::load(t + r), sum);
+  }
+  return sum;
+}
+
+// Adds up the warps' sums and stores y. A half warp takes 16 rows of one token: lanes 0-15 the sums of the first half of
+// the warps, lanes 16-31 those of the others.
+template <class T, int R, int kTokens>
+QLORA_DEVICE void finish(const DecodeParams& p, SharedAddress sums, int64_t first_row) {
+  const int half = ptx::lane() / 16;
+  for (int item = ptx::warp(); item < kTokens * R; item += kWarps) {
+    const int token = item / R, local = item % R * 16 + ptx::lane() % 16;
+    if (token >= p.m) return;
+    const int64_t row = first_row + local;
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kWarps / 2; ++w)
+      sum += ptx::load_shared<float>(sums + ((half * kWarps / 2 + w) * kWarpPitch<R, kTokens> +
+                                             place_of_token<kTokens>(token) * kTokenPitch<R> + local) * 4);
+    if (p.r > 0 && row < p.weight.n) {
+      const int64_t adapter = p.adapter_of_token != nullptr ? ptx::load(p.adapter_of_token + token) : 0;
+      if (adapter < -1 || adapter >= p.adapters) sum = __builtin_nanf("");  // no such adapter
+      else if (adapter >= 0) sum += low_rank_part<T>(p, row, token, adapter, half);
+    }
+    sum += ptx::shuffle_xor(sum, 16);
+    if (half == 0 && row < p.weight.n) {
+      if (p.bias != nullptr) sum += load_element(p.bias, p.bias_dtype, row);
+      ptx::store(&(static_cast<T*>(p.y) + token * p.weight.n + row)->bits, from_float<T>(sum).bits);
+    }
+  }
+}
+
+// The chunks of one warp on their way from global memory: a ring of stages, each with the packed bytes of 16R rows
+// (32 bytes a row, the row of lane group g and place i in slot 8i + g) and m tokens (128 bytes each).
+template <int R, int kTokens, int kStages>
+class Ring {
+ public:
+  static QLORA_BOTH constexpr int stage_bytes(int64_t m) { return 512 * R + 128 * static_cast<int>(m); }
+  static QLORA_BOTH constexpr int bytes(int64_t m) { return stage_bytes(m) * kStages; }
+
+  QLORA_METHOD Ring(SharedAddress base, const DecodeParams& p, int64_t first_row)
+      : base_(base), end_(base + bytes(p.m)), stage_bytes_(stage_bytes(p.m)), x_pitch_bytes_(p.weight.k * 8) {
+    const int slot = ptx::lane() / 2, token = ptx::lane() / 8, piece = ptx::lane() % 8;
+#pragma unroll
+    for (int i = 0; i < R; ++i) {
+      const int64_t row = min_i64(first_row + slot % 8 * 2 * R + slot / 8 + 2 * i, p.weight.n - 1);
+      w_[i] = p.weight.packed + (row * p.weight.k + ptx::warp() * kChunk) / 2 + ptx::lane() % 2 * 16;
+    }
+    x_ = static_cast<const char*>(p.x) + (token * p.weight.k + ptx::warp() * kChunk) * 2 + piece * 16;
+    w_to_ = ptx::lane() * 16;
+    x_to_ = 512 * R + token * 128 + (piece ^ (token & 1)) * 16;
+    tokens_ = static_cast<int>(p.m) - token;
+  }
+
+  // Starts anew with `chunks` chunks to come, and has the first ones on their way.
+  QLORA_METHOD void begin(int chunks) {
+    to_fill_ = to_read_ = base_;
+    left_ = chunks;
+#pragma unroll
+    for (int i = 0; i < kStages - 1; ++i) fetch();
+  }
+
+  // The next chunk, arrived, and one more on its way. Whole warps.
+  QLORA_METHOD SharedAddress next() {
+    ptx::cp_async_wait<kStages - 2>();
+    ptx::sync_warp();
+    fetch();
+    const SharedAddress here = to_read_;
+    to_read_ = advance(to_read_);
+    return here;
+  }
+
+ private:
+  QLORA_METHOD SharedAddress advance(SharedAddress stage) const {
+    return stage + stage_bytes_ == end_ ? base_ : stage + stage_bytes_;
+  }
+  // Every call is one group, also where there is nothing left to copy.
+  QLORA_METHOD void fetch() {
+    if (left_ > 0) {
+#pragma unroll
+      for (int i = 0; i < R; ++i) {
+        ptx::cp_async_16(to_fill_ + 512 * i + w_to_, w_[i]);
+        w_[i] += kWarps * kChunk / 2;
+      }
+      const char* x = x_;
+#pragma unroll
+      for (int i = 0; i < kTokens / 4; ++i, x += x_pitch_bytes_)
+        if (4 * i < tokens_) ptx::cp_async_16(to_fill_ + x_to_ + i * 512, x);
+      x_ += kWarps * kChunk * 2;
+      to_fill_ = advance(to_fill_);
+    }
+    --left_;
+    ptx::cp_async_commit();
+  }
+
+  SharedAddress base_, end_;
+  int stage_bytes_;
+  int64_t x_pitch_bytes_;  // of four tokens
+  const uint8_t* w_[R];
+  const char* x_;
+  SharedAddress w_to_, x_to_, to_fill_ = 0, to_read_ = 0;
+  int tokens_, left_ = 0;
+};
+
+template <class T, int R, int kTokens, int kStages>
+QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS DecodeParams p) {
+  const SharedAddress table = ptx::shared_base();
+  const int chunks = static_cast<int>(p.weight.k / kChunk);
+  const int64_t first_row = static_cast<int64_t>(ptx::block_x()) * 16 * R;
+  const int g = ptx::lane() / 4, t = ptx::lane() % 4;
+  using Chunks = Ring<R, kTokens, kStages>;
+  Chunks ring(table + kPairTableBytes + ptx::warp() * Chunks::bytes(p.m), p, first_row);
+  const ScalePanel panel(table + kPairTableBytes + kWarps * Chunks::bytes(p.m),
+                         chunks < kPanelChunks ? chunks : kPanelChunks);
+  SharedAddress my_x[kTokens / 8];
+#pragma unroll
+  for (int j = 0; j < kTokens / 8; ++j) {
+    const int token = static_cast<int>(min_i64(8 * j + g, p.m - 1));
+    my_x[j] = 512 * R + token * 128 + (2 * t + (token & 1)) * 16;
+  }
+  const WarpScales scales(p.weight);
+  const LevelPairs<T> pairs(table);
+
+  float sum[R][kTokens / 8][4] = {};
+  for (int panel_chunk = 0; panel_chunk < chunks; panel_chunk += kPanelChunks) {
+    const int count = chunks - panel_chunk < kPanelChunks ? chunks - panel_chunk : kPanelChunks;
+    if (panel_chunk > 0) ptx::sync_threads();  // the panel before this one is done with
+    const int my_count = (count - ptx::warp() + kWarps - 1) / kWarps;
+    ring.begin(my_count);  // the copies are on their way while the tables are made
+    if (panel_chunk == 0) LevelPairs<T>::template fill<kThreads>(table, p.weight.quant_type, p.level_multiplier);
+    panel.fill<kWarps>(p.weight, scales, first_row, 16 * R, panel_chunk, count, p.level_factor);
+    ptx::sync_threads();
+
+    SharedAddress scale_at = panel.address(2 * R * g, ptx::warp());
+    for (int i = 0; i < my_count; ++i) {
+      const SharedAddress here = ring.next();
+      Words4 x[kTokens / 8][2];
+#pragma unroll
+      for (int j = 0; j < kTokens / 8; ++j) {
+        // The second 16 bytes lie behind the first or, swizzled, before them.
+        x[j][0] = ptx::load_shared<Words4>(here + my_x[j]);
+        x[j][1] = ptx::load_shared<Words4>((here + my_x[j]) ^ 16u);
+      }
+#pragma unroll
+      for (int f = 0; f < R; ++f) {
+        const auto a = ptx::load_shared<Words2>(here + 512 * f + g * 32 + t * 8);
+        const auto b = ptx::load_shared<Words2>(here + 512 * f + 256 + g * 32 + t * 8);
+        float part[kTokens / 8][4];
+        const float kNone[4] = {};
+        const auto step = [&](auto s) {
+          constexpr int kStep = decltype(s)::value;
+          uint32_t fragment[4];
+          decode_step<T, kStep>(pairs, a, b, fragment);
+#pragma unroll
+          for (int j = 0; j < kTokens / 8; ++j) {
+            const uint32_t b0 = word_of(x[j][0], x[j][1], 2 * kStep), b1 = word_of(x[j][0], x[j][1], 2 * kStep + 1);
+            if constexpr (kStep == 0)
+              ptx::mma<T>(part[j], fragment, b0, b1, kNone);
+            else
+              ptx::mma<T>(part[j], fragment, b0, b1, part[j]);
+          }
+        };
+        step(Step<0>{});
+        step(Step<1>{});
+        step(Step<2>{});
+        step(Step<3>{});
+        const float scale_a = ptx::load_shared<float>(scale_at + 2 * f * panel.pitch() * 4);
+        const float scale_b = ptx::load_shared<float>(scale_at + (2 * f + 1) * panel.pitch() * 4);
+#pragma unroll
+        for (int j = 0; j < kTokens / 8; ++j) {
+          sum[f][j][0] = fmaf(scale_a, part[j][0], sum[f][j][0]);
+          sum[f][j][1] = fmaf(scale_a, part[j][1], sum[f][j][1]);
+          sum[f][j][2] = fmaf(scale_b, part[j][2], sum[f][j][2]);
+          sum[f][j][3] = fmaf(scale_b, part[j][3], sum[f][j][3]);
+        }
+      }
+      scale_at += kWarps * 4;
+    }
+    ptx::cp_async_wait<0>();
+  }
+
+  ptx::sync_threads();  // the table is done with: the sums take its place
+  const SharedAddress mine = table + (ptx::warp() * kWarpPitch<R, kTokens> + 2 * R * g) * 4;
+#pragma unroll
+  for (int j = 0; j < kTokens / 8; ++j)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const SharedAddress to = mine + place_of_token<kTokens>(8 * j + 2 * t + i) * kTokenPitch<R> * 4;
+      if constexpr (R == 1)
+        ptx::store_shared(to, Floats2{sum[0][j][i], sum[0][j][2 + i]});
+      else
+        ptx::store_shared(to, Floats4{sum[0][j][i], sum[0][j][2 + i], sum[1][j][i], sum[1][j][2 + i]});
+    }
+  ptx::sync_threads();
+  finish<T, R, kTokens>(p, table, first_row);
+}
+
+template <class T, int R, int kTokens, int kStages>
+Status launch_tile(const DecodeParams& p, cudaStream_t stream) {
+  static_assert(kWarps * kWarpPitch<R, kTokens> * 4 <= kPairTableBytes, "the sums fit where the table was");
+  const int64_t chunks = min_i64(p.weight.k / kChunk, kPanelChunks);
+  const int shared_bytes = kPairTableBytes + kWarps * Ring<R, kTokens, kStages>::bytes(p.m) +
+                           ScalePanel::bytes(16 * R, static_cast<int>(chunks));
+  return start(kernel<T, R, kTokens, kStages>, {ceil_div(p.weight.n, 16 * R)}, kThreads, shared_bytes, stream, p);
+}
+
+template <class T>
+Status launch_typed(const DecodeParams& p, cudaStream_t stream) {
+  if (p.m <= 8)
+    return p.rows_per_block == 32 ? launch_tile<T, 2, 8, 5>(p, stream) : launch_tile<T, 1, 8, 5>(p, stream);
+  return p.rows_per_block == 32 ? launch_tile<T, 2, 16, 3>(p, stream) : launch_tile<T, 1, 16, 3>(p, stream);
+}
+
+}  // namespace decode
+
+Status launch_decode(DecodeParams p, cudaStream_t stream) {
+  p.level_multiplier = level_multiplier(static_cast<QuantType>(p.weight.quant_type), p.dtype);
+  p.level_factor = 1.0f / p.level_multiplier;
+  return p.dtype == DType::kBFloat16 ? decode::launch_typed<bf16>(p, stream) : decode::launch_typed<fp16>(p, stream);
+}
+
+}  // namespace qlora::cuda

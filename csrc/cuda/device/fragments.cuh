@@ -1,0 +1,57 @@
+// The weight as the A operand of the tensor cores, decoded from global memory as it lies.
+//
+// The order of k inside 64 weights of a row is free as long as x uses the same: lane (g, t) = (lane / 4, lane % 4) takes
+// k = 16t … 16t + 15 of its rows, 8 bytes, and step s of four multiplies k = 16t + 4s + {0, 1, 2, 3}. So neither W nor x is
+// rearranged, and x is read 16 bytes at a time. The order of rows is free as well: fragment f holds rows
+// 2Rg + 2f and 2Rg + 2f + 1 where the manual says g and g + 8, so that a lane's results are neighbours in memory.
+#pragma once
+
+#include "cuda/device/pair_table.cuh"
+#include "cuda/device/scales.cuh"
+
+namespace qlora::cuda {
+
+inline constexpr int kChunk = 64;  // weights of a row that are decoded together; they share a scale
+
+// Step s of a chunk: the fragment of rows a and b.
+template <class T, int kStep>
+QLORA_DEVICE void decode_step(const LevelPairs<T>& pairs, Words2 a, Words2 b, uint32_t (&fragment)[4]) {
+  const uint32_t word_a = kStep < 2 ? a.x : a.y, word_b = kStep < 2 ? b.x : b.y;
+  constexpr int kByte = kStep % 2 * 2;
+  fragment[0] = pairs.template at<kByte>(word_a);
+  fragment[1] = pairs.template at<kByte>(word_b);
+  fragment[2] = pairs.template at<kByte + 1>(word_a);
+  fragment[3] = pairs.template at<kByte + 1>(word_b);
+}
+
+// The scales of kRows rows and `count` chunks in shared memory, [kRows][count | 1]: an odd pitch, so that eight rows lie
+// in eight banks. Each warp decodes whole rows, neighbouring lanes neighbouring scales.
+class ScalePanel {
+ public:
+  QLORA_METHOD ScalePanel(SharedAddress base, int count) : base_(base), pitch_(count | 1) {}
+  static QLORA_BOTH constexpr int bytes(int rows, int count) { return rows * (count | 1) * static_cast<int>(sizeof(float)); }
+
+  // All threads; a barrier has to follow. `factor` undoes level_multiplier.
+  template <int kWarps>
+  QLORA_METHOD void fill(const Weight& w, const WarpScales& scales, int64_t first_row, int rows, int first_chunk,
+                         int count, float factor) const {
+    const int shift = w.block_shift - 6;
+    for (int r = ptx::warp(); r < rows; r += kWarps) {
+      const int64_t first = min_i64(first_row + r, w.n - 1) * (w.k / kChunk) + first_chunk;
+      SharedAddress to = base_ + (r * pitch_ + ptx::lane()) * 4;
+      for (int c = ptx::lane(); c < count + ptx::lane(); c += 32, to += 128) {
+        const float scale = scales.of_block(w, (first + (c < count ? c : count - 1)) >> shift);
+        if (c < count) ptx::store_shared(to, scale * factor);
+      }
+    }
+  }
+  // The scales of rows row and row + 1 lie 4 * pitch() bytes apart.
+  QLORA_METHOD SharedAddress address(int row, int chunk) const { return base_ + (row * pitch_ + chunk) * 4; }
+  QLORA_METHOD int pitch() const { return pitch_; }
+
+ private:
+  SharedAddress base_;
+  int pitch_;
+};
+
+}  // namespace qlora::cuda

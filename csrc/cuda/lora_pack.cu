@@ -1,0 +1,41 @@
+// Low-rank factors and activations as 16-bit operands of the tensor cores: padded to whole steps of 16 ranks, and split
+// into high and low parts where they come in float32, so that nothing of them is lost.
+#include "cuda/device/elements.cuh"
+#include "cuda/device/launch.cuh"
+
+namespace qlora::cuda {
+namespace lora_pack {
+
+constexpr int kThreads = 256;
+
+template <class T>
+QLORA_KERNEL void QLORA_BOUNDS(kThreads, 4) kernel(QLORA_PARAMS LoraPackParams p) {
+  const int64_t item = static_cast<int64_t>(ptx::block_x()) * kThreads + ptx::thread();
+  if (item >= p.rows * p.padded_r) return;
+  const int64_t row = item / p.padded_r;
+  const int r = static_cast<int>(item % p.padded_r);
+  const float value =
+      r < p.r ? load_element(p.source.data, p.source.dtype, row * p.source.row_stride + r * p.source.col_stride) : 0.0f;
+  const T high = from_float<T>(value);
+  T* out = static_cast<T*>(p.out);
+  if (p.split == Split::kNone) {
+    ptx::store(&out[item].bits, high.bits);
+    return;
+  }
+  const T low = from_float<T>(value - to_float(high));
+  out += row * 3 * p.padded_r + r;
+  ptx::store(&out[0].bits, high.bits);
+  ptx::store(&out[p.padded_r].bits, p.split == Split::kOperand ? high.bits : low.bits);
+  ptx::store(&out[2 * p.padded_r].bits, p.split == Split::kOperand ? low.bits : high.bits);
+}
+
+}  // namespace lora_pack
+
+Status launch_lora_pack(const LoraPackParams& p, cudaStream_t stream) {
+  using namespace lora_pack;
+  const Grid grid{ceil_div(p.rows * p.padded_r, kThreads)};
+  return p.dtype == DType::kBFloat16 ? start(kernel<bf16>, grid, kThreads, 0, stream, p)
+                                     : start(kernel<fp16>, grid, kThreads, 0, stream, p);
+}
+
+}  // namespace qlora::cuda

@@ -1,0 +1,84 @@
+"""Counts what the kernels execute, by PTX instructions, sectors and bank conflicts: the table of docs/kernels.md.
+
+    PTXEMU=… QLORA_SIMT_LIBRARY=… python tests/ptx/count.py [--hot]
+
+Counted per 1,000 four-bit weights at n=1024, k=4096: warp instructions, mma, ideal / actual sectors of global memory
+(loads, stores, cp.async), and bank conflicts of the whole launch.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import cases
+from ptx import executor
+
+import qlora
+
+N, K = 1024, 4096
+
+
+def weigh(result) -> tuple[float, float, float, int]:
+    per_thousand = N * K / 1000
+    kinds = ("g_ld", "g_st", "cp")
+    ideal, sectors = (sum(result[f"{kind}_{what}"] for kind in kinds) for what in ("ideal", "sect"))
+    kinds = ("s_ld", "s_st", "lm", "cs")
+    conflicts = sum(result[f"{kind}_wave"] - result[f"{kind}_ideal"] for kind in kinds)
+    mma = sum(result["mma"].values())
+    return result["warp_insts"] / per_thousand, mma / per_thousand, 100 * ideal / max(1, sectors), conflicts
+
+
+def run(name: str, call, arch: str, hot: bool) -> None:
+    with executor.ptx(arch, sm_count=108, checks="none") as running:
+        call()
+    for result in running.results:
+        instructions, mma, sectors, conflicts = weigh(result)
+        kernel = result["kernel"].split("(")[0].removeprefix("void ").replace("qlora::cuda::", "")
+        print(f"| {name:<22} | {kernel:<40} | {instructions:8.1f} | {mma:6.1f} | {sectors:5.1f} % | {conflicts:8d} |")
+        if hot:
+            for key in ("exec", "sectors", "conflicts"):
+                for line in result.hot(30 if key == "exec" else 6, key):
+                    print("     ", key, line)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", default="sm_80", choices=executor.ARCHS)
+    parser.add_argument("--only", default="", help="part of a row's name")
+    parser.add_argument("--hot", action="store_true", help="the lines that cost most")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if arguments.arch != "sm_75" else torch.float16
+    weight, _ = cases.weights(N, K)
+    dense = torch.randn(N, K, dtype=dtype)
+    lora_a, lora_b = torch.randn(16, K, dtype=dtype), torch.randn(N, 16, dtype=dtype)
+
+    def forward(m, *lora):
+        return lambda: qlora.ops.forward(torch.randn(m, K, dtype=dtype), *weight, *lora)
+
+    def backward(m):
+        def call():
+            torch.ops.qlora.backward(
+                torch.randn(m, N, dtype=dtype), torch.randn(m, K, dtype=dtype), *weight, lora_a, lora_b, 1.0, None,
+                True, True, False, False,
+            )  # fmt: skip
+
+        return call
+
+    rows = {f"forward m={m}": forward(m) for m in (1, 8, 16, 64, 128)}
+    rows |= {f"forward m={m} r=16": forward(m, lora_a, lora_b) for m in (1, 16, 128)}
+    rows |= {"backward m=128 r=16": backward(128)}
+    rows |= {"quantize": lambda: qlora.ops.quantize(dense)}
+    rows |= {"dequantize": lambda: qlora.ops.dequantize(*weight, dtype)}
+    print(f"| call                   | {'kernel':<40} | insts/kw | mma/kw | sectors | conflicts |")
+    for name, call in rows.items():
+        if arguments.only in name:
+            run(name, call, arguments.arch, arguments.hot)
+
+
+if __name__ == "__main__":
+    main()
