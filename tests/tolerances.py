@@ -17,6 +17,14 @@ def accumulation(steps: int, absolute_products: Tensor) -> Tensor:
     return (steps + 2) * U32 * absolute_products
 
 
+def operand_rounding(device: str, dtype: torch.dtype, absolute_products: Tensor) -> Tensor:
+    """Bound for what the tensor cores of a GPU add in 16 bit: one operand of each product (a level or a weight, an
+    activation of the low-rank term) is rounded to ``dtype`` once, by at most eps / 2 of itself."""
+    if device.startswith("cpu") or dtype == torch.float32:
+        return torch.zeros_like(absolute_products)
+    return torch.finfo(dtype).eps / 2 * absolute_products
+
+
 def output_rounding(y: Tensor, dtype: torch.dtype) -> Tensor:
     """Bound for one rounding of ``y`` to ``dtype``."""
     info = torch.finfo(dtype)

@@ -3,6 +3,7 @@
 #include "cuda/device/fragments.cuh"
 #include "cuda/device/launch.cuh"
 #include "cuda/device/levels.h"
+#include "cuda/device/unroll.cuh"
 
 namespace qlora::cuda {
 namespace decode {
@@ -200,8 +201,8 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS DecodeParams p) 
         const auto b = ptx::load_shared<Words2>(here + 512 * f + 256 + g * 32 + t * 8);
         float part[kTokens / 8][4];
         const float kNone[4] = {};
-        const auto step = [&](auto s) {
-          constexpr int kStep = decltype(s)::value;
+        unroll<4>([&](auto step) {
+          constexpr int kStep = decltype(step)::value;
           uint32_t fragment[4];
           decode_step<T, kStep>(pairs, a, b, fragment);
 #pragma unroll
@@ -212,11 +213,7 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS DecodeParams p) 
             else
               ptx::mma<T>(part[j], fragment, b0, b1, part[j]);
           }
-        };
-        step(Step<0>{});
-        step(Step<1>{});
-        step(Step<2>{});
-        step(Step<3>{});
+        });
         const float scale_a = ptx::load_shared<float>(scale_at + 2 * f * panel.pitch() * 4);
         const float scale_b = ptx::load_shared<float>(scale_at + (2 * f + 1) * panel.pitch() * 4);
 #pragma unroll

@@ -111,33 +111,51 @@ struct DecodeParams {
 };
 Status launch_decode(DecodeParams p, cudaStream_t stream);
 
-// y = x Wᵀ + lora_t lora_upᵀ + bias for any number of tokens.
-struct GemmParams {
-  Weight weight;
-  const void* x;  // [m, k], aligned to 16 bytes
-  DType dtype;    // of x, y, lora_up and lora_t: bfloat16 or float16
+// y [m, rows] = product + lora_t lora_upᵀ + bias: rows are out features in the forward, in features in the backward.
+struct GemmOutput {
+  void* y;
   int64_t m;
-  const void* lora_up;  // [n, r], or [adapters, n, r] with adapter_of_token; aligned to 16 bytes
+  int64_t rows;
+  const void* lora_up;  // [rows, r], or [adapters, rows, r] with adapter_of_token; aligned to 16 bytes
   const void* lora_t;   // [m, r], scaled; aligned to 16 bytes
   int r;                // a multiple of 16; 0: none
   const int64_t* adapter_of_token;  // [m], -1: none; null: one adapter for all
   int64_t adapters;
-  const void* bias;  // [n] or null
+  const void* bias;  // [rows] or null
   DType bias_dtype;
-  void* y;  // [m, n]
+};
+
+// y = x Wᵀ + … for any number of tokens; out.rows is n.
+struct GemmParams {
+  Weight weight;
+  const void* x;  // [m, k], aligned to 16 bytes
+  DType dtype;    // of x, y, lora_up and lora_t: bfloat16 or float16
   GemmTile tile;
+  GemmOutput out;
   float level_multiplier;  // the launch sets these two
   float level_factor;
 };
 Status launch_gemm(GemmParams p, cudaStream_t stream);
+
+// dx = dy W + …; out.rows is k, a multiple of 32; n is a multiple of 8. Every block size.
+struct GemmDxParams {
+  Weight weight;
+  const void* dy;  // [m, n], aligned to 16 bytes
+  DType dtype;     // of dy, dx, lora_up and lora_t: bfloat16 or float16
+  int tokens_per_block;  // select_dx_tokens()
+  GemmOutput out;
+};
+Status launch_gemm_dx(const GemmDxParams& p, cudaStream_t stream);
 
 // out [rows, padded(r)] in 16 bit = source (row, r), zero from r on. With `split`, three such parts side by side whose
 // products add up to one of nearly float32: an operand (split = kOperand) is [high, high, low], the activations that it
 // meets (kActivation) are [high, low, high].
 enum class Split : int { kNone, kOperand, kActivation };
 struct LoraPackParams {
-  DenseMatrix source;
-  int64_t rows;
+  DenseMatrix source;          // (row, r) of one adapter
+  int64_t rows;                // of one adapter
+  int64_t adapters;            // out is [adapters, rows, …]
+  int64_t adapter_stride;      // elements of the source
   int r;
   int padded_r;  // of one part, a multiple of 16
   Split split;

@@ -11,11 +11,12 @@ constexpr int kThreads = 256;
 template <class T>
 QLORA_KERNEL void QLORA_BOUNDS(kThreads, 4) kernel(QLORA_PARAMS LoraPackParams p) {
   const int64_t item = static_cast<int64_t>(ptx::block_x()) * kThreads + ptx::thread();
-  if (item >= p.rows * p.padded_r) return;
-  const int64_t row = item / p.padded_r;
+  if (item >= p.adapters * p.rows * p.padded_r) return;
+  const int64_t row = item / p.padded_r;  // over all adapters
+  const int64_t source = row / p.rows * p.adapter_stride + row % p.rows * p.source.row_stride;
   const int r = static_cast<int>(item % p.padded_r);
   const float value =
-      r < p.r ? load_element(p.source.data, p.source.dtype, row * p.source.row_stride + r * p.source.col_stride) : 0.0f;
+      r < p.r ? load_element(p.source.data, p.source.dtype, source + r * p.source.col_stride) : 0.0f;
   const T high = from_float<T>(value);
   T* out = static_cast<T*>(p.out);
   if (p.split == Split::kNone) {
@@ -33,7 +34,7 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 4) kernel(QLORA_PARAMS LoraPackParams p
 
 Status launch_lora_pack(const LoraPackParams& p, cudaStream_t stream) {
   using namespace lora_pack;
-  const Grid grid{ceil_div(p.rows * p.padded_r, kThreads)};
+  const Grid grid{ceil_div(p.adapters * p.rows * p.padded_r, kThreads)};
   return p.dtype == DType::kBFloat16 ? start(kernel<bf16>, grid, kThreads, 0, stream, p)
                                      : start(kernel<fp16>, grid, kThreads, 0, stream, p);
 }

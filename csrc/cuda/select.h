@@ -27,15 +27,20 @@ inline constexpr int kDecodeTokens = 16;  // up to here the weight's bytes are t
 constexpr int select_decode_rows(int64_t n, const GpuInfo& gpu) { return n >= int64_t{32} * gpu.sm_count ? 32 : 16; }
 
 // Rows of W and tokens of a block's tile.
-enum class GemmTile { k64x64, k64x64Turing, k128x128 };
+enum class GemmTile { k64x64Turing, k64x64, k64x128, k128x128 };
 
-constexpr int tile_rows(GemmTile tile) { return tile == GemmTile::k128x128 ? 128 : 64; }
-
-// The large tile decodes a weight half as often and reads x half as often; it pays once it still fills the GPU.
+// A tile of 128 tokens decodes each weight half as often as one of 64; one of 128 rows reads x half as often as well. Both
+// pay as long as three of four SMs have a tile.
 constexpr GemmTile select_gemm_tile(int64_t m, int64_t n, const GpuInfo& gpu) {
-  if (gpu.shared_bytes_per_block < 80 * 1024) return GemmTile::k64x64Turing;
+  if (gpu.shared_bytes_per_block < 96 * 1024) return GemmTile::k64x64Turing;
+  if (m <= 64) return GemmTile::k64x64;
   const int64_t large_tiles = (m + 127) / 128 * ((n + 127) / 128);
-  return m > 64 && large_tiles * 4 >= int64_t{3} * gpu.sm_count ? GemmTile::k128x128 : GemmTile::k64x64;
+  return large_tiles * 4 >= int64_t{3} * gpu.sm_count ? GemmTile::k128x128 : GemmTile::k64x128;
+}
+
+// Tokens of a block of the backward kernel, whose other extent is 128 in features.
+constexpr int select_dx_tokens(int64_t m, const GpuInfo& gpu) {
+  return m > 64 && gpu.shared_bytes_per_block >= 96 * 1024 ? 128 : 64;
 }
 
 enum class ForwardKernel { kDecode, kGemm, kGeneral };
@@ -46,6 +51,15 @@ constexpr const char* why_general_forward(const Problem& p, const GpuInfo& gpu) 
   if (p.dtype == DType::kBFloat16 && gpu.arch < 80) return "this GPU has no bfloat16 tensor cores: use float16";
   if (p.k % 64 != 0) return "in_features is not a multiple of 64, so the scale changes inside a tensor-core step";
   if (p.block_size < 64) return "block_size 32: the scale changes inside a tensor-core step";
+  return nullptr;
+}
+
+// The same for dx = dy W.
+constexpr const char* why_general_backward(const Problem& p, const GpuInfo& gpu) {
+  if (p.dtype == DType::kFloat32) return "float32 tokens: their products run on the CUDA cores";
+  if (p.dtype == DType::kBFloat16 && gpu.arch < 80) return "this GPU has no bfloat16 tensor cores: use float16";
+  if (p.k % 32 != 0) return "in_features is not a multiple of 32: packed rows are not aligned to 16 bytes";
+  if (p.n % 8 != 0) return "out_features is not a multiple of 8: rows of the gradient are not aligned to 16 bytes";
   return nullptr;
 }
 

@@ -42,7 +42,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cuda_backward(
   const std::optional<Matrix> dropped = check_lora_x(lora_x, x, lora);
   const GpuScope scope(x, "backward", {base.tokens.rows, n, k, lora ? lora->a.rows : 0});
   const cudaStream_t stream = scope.stream();
-  const cuda::Weight w = device_view_of(base.w);
 
   Tensor d_x = nothing(x), d_lora_a = nothing(x), d_lora_b = nothing(x), d_lora_x = nothing(x), d_bias = nothing(x);
   const bool low_rank_to_x = needs_x && lora && !dropped;
@@ -51,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cuda_backward(
     u = token_dot(dy, columns_of(lora->b), lora->b.cols, lora->scaling, stream);
   const Up down = u ? Up{columns_of(lora->a), &*u} : Up{};
   if (needs_x)
-    d_x = general_product(packed_operand(w, true, dy), low_rank_to_x ? &down : nullptr, nullptr, x, k, stream);
+    d_x = input_grad(base.w, dy, low_rank_to_x ? &down : nullptr, x, scope);
   if (needs_lora_x && dropped) d_lora_x = general_product({}, &down, nullptr, x, k, stream);
   if (lora && needs_lora) {
     const Matrix& lora_tokens = dropped ? *dropped : base.tokens;

@@ -40,7 +40,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_backward_multi(
   const Adapters adapters = check_adapters(lora_a, lora_b, scaling, adapter_of_row, base);
   const GpuScope scope(x, "backward.multi", {base.tokens.rows, n, k, adapters.r});
   const cudaStream_t stream = scope.stream();
-  const cuda::Weight w = device_view_of(base.w);
 
   Tensor d_x = nothing(x), d_lora_a = nothing(x), d_lora_b = nothing(x), d_bias = nothing(x);
   std::optional<Matrix> u;  // scaling * dy B of the row's adapter, [m, r]
@@ -48,7 +47,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_backward_multi(
     u = token_dot(dy, columns_of(adapters.b), adapters.r, 1.0f, stream, &adapters, n * adapters.r);
   if (needs_x) {
     const Up down{columns_of(adapters.a), &*u, &adapters, adapters.r * k};
-    d_x = general_product(packed_operand(w, true, dy), &down, nullptr, x, k, stream);
+    d_x = input_grad(base.w, dy, &down, x, scope);
   }
   if (needs_lora) {
     const Matrix t = token_dot(base.tokens, rows_of(adapters.a), adapters.r, 1.0f, stream, &adapters, adapters.r * k);

@@ -105,11 +105,12 @@ struct Packed16 {
 };
 
 inline Packed16 lora_pack(const cuda::DenseMatrix& source, int64_t rows, int64_t r, cuda::Split split, const Matrix& x,
-                          cudaStream_t stream) {
+                          cudaStream_t stream, int64_t adapters = 1, int64_t adapter_stride = 0) {
   const int padded = static_cast<int>(ceil_div(r, 16) * 16), total = split == cuda::Split::kNone ? padded : 3 * padded;
-  Packed16 packed{empty_like_device(x.tensor, {rows, total}, x.tensor.scalar_type()), nullptr, total};
+  Packed16 packed{empty_like_device(x.tensor, {adapters * rows, total}, x.tensor.scalar_type()), nullptr, total};
   packed.data = packed.storage.const_data_ptr();
-  const cuda::LoraPackParams p{source, rows, static_cast<int>(r), padded, split, packed.storage.mutable_data_ptr(), x.dtype};
+  const cuda::LoraPackParams p{source, rows,  adapters, adapter_stride, static_cast<int>(r),
+                               padded, split, packed.storage.mutable_data_ptr(), x.dtype};
   check(cuda::launch_lora_pack(p, stream), "lora_pack");
   return packed;
 }
@@ -123,47 +124,85 @@ struct LowRank16 {
 inline LowRank16 low_rank_operands(const Up& up, int64_t rows, const Matrix& x, cudaStream_t stream) {
   const int64_t r = up.activation->cols;
   const bool same = up.matrix.dtype == x.dtype;
-  const bool as_it_is = same && up.matrix.col_stride == 1 && up.matrix.row_stride == r && r % 16 == 0 && is_aligned(up.matrix.data);
+  const bool as_it_is = same && up.matrix.col_stride == 1 && up.matrix.row_stride == r && r % 16 == 0 &&
+                        is_aligned(up.matrix.data);
   LowRank16 operands;
   if (as_it_is)
     operands.up = {x.tensor, up.matrix.data, static_cast<int>(r)};
   else
-    operands.up = lora_pack(up.matrix, rows, r, same ? cuda::Split::kNone : cuda::Split::kOperand, x, stream);
+    operands.up = lora_pack(up.matrix, rows, r, same ? cuda::Split::kNone : cuda::Split::kOperand, x, stream,
+                            up.adapters != nullptr ? up.adapters->count : 1, up.adapter_stride);
   operands.activation = lora_pack(rows_of(*up.activation), x.rows, r,
                                   same ? cuda::Split::kNone : cuda::Split::kActivation, x, stream);
   return operands;
 }
 
-// y [..., n] by the gemm kernel.
-inline Tensor gemm(const cuda::Weight& w, const Matrix& tokens, const Up* up, const Matrix* bias, const Tensor& like,
-                   const GpuScope& scope) {
-  Tensor y = empty_with_last_dim(like, w.n, like.scalar_type());
-  if (tokens.rows == 0 || w.n == 0) return y;
-  const Tensor x = aligned(tokens.tensor);
-  cuda::GemmParams p{};
-  p.weight = w;
-  p.x = x.const_data_ptr();
-  p.dtype = tokens.dtype;
-  p.m = tokens.rows;
-  LowRank16 low_rank;
-  if (up != nullptr) {
-    low_rank = low_rank_operands(*up, up->adapters != nullptr ? up->adapters->count * w.n : w.n, tokens, scope.stream());
-    p.lora_up = low_rank.up.data;
-    p.lora_t = low_rank.activation.data;
-    p.r = low_rank.up.r;
+// The result of a gemm and what its kernel needs besides the product; `low_rank` keeps the operands alive.
+inline Tensor prepare_output(cuda::GemmOutput& out, LowRank16& low_rank, const Matrix& tokens, const Up* up,
+                             const Matrix* bias, const Tensor& like, int64_t rows, cudaStream_t stream) {
+  Tensor y = empty_with_last_dim(like, rows, like.scalar_type());
+  out = {};
+  out.y = y.mutable_data_ptr();
+  out.m = tokens.rows;
+  out.rows = rows;
+  if (up != nullptr && y.numel() > 0) {
+    low_rank = low_rank_operands(*up, rows, tokens, stream);
+    out.lora_up = low_rank.up.data;
+    out.lora_t = low_rank.activation.data;
+    out.r = low_rank.up.r;
     if (up->adapters != nullptr) {
-      p.adapter_of_token = up->adapters->of_row;
-      p.adapters = up->adapters->count;
+      out.adapter_of_token = up->adapters->of_row;
+      out.adapters = up->adapters->count;
     }
   }
   if (bias != nullptr) {
-    p.bias = bias->data;
-    p.bias_dtype = bias->dtype;
+    out.bias = bias->data;
+    out.bias_dtype = bias->dtype;
   }
-  p.y = y.mutable_data_ptr();
-  p.tile = cuda::select_gemm_tile(p.m, w.n, scope.gpu());
+  return y;
+}
+
+// y [..., n] = x Wᵀ + …, by the gemm kernel.
+inline Tensor gemm(const cuda::Weight& w, const Matrix& tokens, const Up* up, const Matrix* bias, const Tensor& like,
+                   const GpuScope& scope) {
+  cuda::GemmParams p{};
+  LowRank16 low_rank;
+  const Tensor y = prepare_output(p.out, low_rank, tokens, up, bias, like, w.n, scope.stream());
+  if (y.numel() == 0) return y;
+  const Tensor x = aligned(tokens.tensor);
+  p.weight = w;
+  p.x = x.const_data_ptr();
+  p.dtype = tokens.dtype;
+  p.tile = cuda::select_gemm_tile(tokens.rows, w.n, scope.gpu());
   check(cuda::launch_gemm(p, scope.stream()), "gemm");
   return y;
+}
+
+// dx [..., k] = dy W + …, by the gemm_dx kernel.
+inline Tensor gemm_dx(const cuda::Weight& w, const Matrix& grad, const Up* down, const Tensor& like,
+                      const GpuScope& scope) {
+  cuda::GemmDxParams p{};
+  LowRank16 low_rank;
+  const Tensor dx = prepare_output(p.out, low_rank, grad, down, nullptr, like, w.k, scope.stream());
+  if (dx.numel() == 0) return dx;
+  const Tensor dy = aligned(grad.tensor);
+  p.weight = w;
+  p.dy = dy.const_data_ptr();
+  p.dtype = grad.dtype;
+  p.tokens_per_block = cuda::select_dx_tokens(grad.rows, scope.gpu());
+  check(cuda::launch_gemm_dx(p, scope.stream()), "gemm_dx");
+  return dx;
+}
+
+// The gradient of the input by the kernel that takes it.
+inline Tensor input_grad(const CheckedWeight& checked, const Matrix& dy, const Up* down, const Tensor& like,
+                         const GpuScope& scope) {
+  const cuda::Weight w = device_view_of(checked);
+  const cuda::Problem problem{dy.rows, w.n, w.k, dy.dtype, int64_t{1} << w.block_shift};
+  const bool fits = like.scalar_type() == dy.tensor.scalar_type() &&
+                    cuda::why_general_backward(problem, scope.gpu()) == nullptr;
+  return fits ? gemm_dx(w, dy, down, like, scope)
+              : general_product(packed_operand(w, true, dy), down, nullptr, like, w.k, scope.stream());
 }
 
 // [tokens, rows] = scaling * x · operandᵀ in float32, one adapter for each token if there are several.

@@ -3,18 +3,18 @@
 import pytest
 import torch
 from cases import BLOCK_SIZES, DTYPES, QUANT_TYPES, SHAPES, name_of, weights
-from tolerances import accumulation, assert_error_at_most, assert_within, output_rounding
+from tolerances import accumulation, assert_error_at_most, assert_within, operand_rounding, output_rounding
 
 from qlora import ops, reference
 
 
-def check(x, weight, dense, lora_a=None, lora_b=None, scaling=1.0, bias=None, lora_x=None):
+def check(device, x, weight, dense, lora_a=None, lora_b=None, scaling=1.0, bias=None, lora_x=None):
     y = ops.forward(x, *weight, lora_a, lora_b, scaling, bias, lora_x)
     assert y.dtype == x.dtype
     k = x.shape[-1]
     x64 = x.double()
     expected, products = x64 @ dense.T, x64.abs() @ dense.abs().T
-    bound = accumulation(k, products)
+    bound = accumulation(k, products) + operand_rounding(device, x.dtype, products)
     if bias is not None:
         expected = expected + bias.double()
         bound = bound + (k + 2) * 2.0**-24 * bias.double().abs()
@@ -23,7 +23,8 @@ def check(x, weight, dense, lora_a=None, lora_b=None, scaling=1.0, bias=None, lo
         a64, b64, r = lora_a.double(), lora_b.double(), lora_a.shape[0]
         expected = expected + scaling * (down_x @ a64.T @ b64.T)
         # The inner sum is rounded (k steps), scaled, then summed again with the base (k + r steps).
-        bound = bound + accumulation(2 * k + r + 4, abs(scaling) * (down_x.abs() @ a64.abs().T @ b64.abs().T))
+        products = abs(scaling) * (down_x.abs() @ a64.abs().T @ b64.abs().T)
+        bound = bound + accumulation(2 * k + r + 4, products) + operand_rounding(device, x.dtype, products)
     bound = bound + accumulation(4, expected.abs())
     assert_within(y, expected, bound + output_rounding(expected.abs() + bound, x.dtype))
     return y, expected
@@ -35,7 +36,7 @@ def check(x, weight, dense, lora_a=None, lora_b=None, scaling=1.0, bias=None, lo
 def test_base(device, quant_type, dtype, shape):
     m, n, k = shape
     weight, dense = weights(n, k, quant_type)
-    check(torch.randn(m, k).to(dtype), weight, dense)
+    check(device, torch.randn(m, k).to(dtype), weight, dense)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=name_of)
@@ -47,7 +48,7 @@ def test_adapter_bias_and_dropped_input(device, dtype, shape):
     lora_x = (x * (torch.rand(m, k) > 0.3)).to(dtype)
     for adapter_dtype in {dtype, torch.float32}:
         a, b = torch.randn(5, k).to(adapter_dtype), torch.randn(n, 5).to(adapter_dtype)
-        check(x, weight, dense, a, b, -0.7, torch.randn(n).to(adapter_dtype), lora_x)
+        check(device, x, weight, dense, a, b, -0.7, torch.randn(n).to(adapter_dtype), lora_x)
 
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
@@ -56,14 +57,14 @@ def test_adapter_bias_and_dropped_input(device, dtype, shape):
 def test_every_block_size(device, m, double_quant, block_size):
     """k = 1056 = 33 * 32: rows begin inside the larger blocks."""
     weight, dense = weights(9, 1056, "nf4", block_size, double_quant)
-    check(torch.randn(m, 1056), weight, dense)
+    check(device, torch.randn(m, 1056), weight, dense)
 
 
 @pytest.mark.parametrize("rank", [1, 16, 64, 200])
 @pytest.mark.parametrize("m", [1, 40])
 def test_ranks(device, m, rank):
     weight, dense = weights(33, 160)
-    check(torch.randn(m, 160), weight, dense, torch.randn(rank, 160), torch.randn(33, rank), 2.0)
+    check(device, torch.randn(m, 160), weight, dense, torch.randn(rank, 160), torch.randn(33, rank), 2.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -73,7 +74,7 @@ def test_error_against_dequantize_then_matmul(device, m, dtype):
     summation differs, at most twice."""
     weight, dense = weights(256, 1024)
     x = torch.randn(m, 1024).to(dtype)
-    y, expected = check(x, weight, dense)
+    y, expected = check(device, x, weight, dense)
     assert_error_at_most(1 if dtype != torch.float32 else 2, y, reference.forward(x, *weight), expected)
 
 
@@ -81,19 +82,19 @@ def test_long_rows(device):
     """Rows of more than one stretch (512) and of more scales than one nested block (256) has."""
     for k in (8192 + 96, 9001):
         weight, dense = weights(3, k)
-        check(torch.randn(2, k), weight, dense)
+        check(device, torch.randn(2, k), weight, dense)
 
 
 def test_leading_dimensions_and_strides(device):
     weight, dense = weights(24, 64)
     x = torch.randn(64, 3, 5).permute(1, 2, 0)  # not contiguous
-    y, _ = check(x, weight, dense)
+    y, _ = check(device, x, weight, dense)
     assert y.shape == (3, 5, 24)
 
 
 def test_one_dimensional_x(device):
     weight, dense = weights(24, 64)
-    y, _ = check(torch.randn(64), weight, dense)
+    y, _ = check(device, torch.randn(64), weight, dense)
     assert y.shape == (24,)
 
 

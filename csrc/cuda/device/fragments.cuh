@@ -35,21 +35,39 @@ class ScalePanel {
   template <int kWarps>
   QLORA_METHOD void fill(const Weight& w, const WarpScales& scales, int64_t first_row, int rows, int first_chunk,
                          int count, float factor) const {
-    const int shift = w.block_shift - 6;
-    for (int r = ptx::warp(); r < rows; r += kWarps) {
-      const int64_t first = min_i64(first_row + r, w.n - 1) * (w.k / kChunk) + first_chunk;
-      SharedAddress to = base_ + (r * pitch_ + ptx::lane()) * 4;
-      for (int c = ptx::lane(); c < count + ptx::lane(); c += 32, to += 128) {
-        const float scale = scales.of_block(w, (first + (c < count ? c : count - 1)) >> shift);
-        if (c < count) ptx::store_shared(to, scale * factor);
-      }
-    }
+    if (scales.nested())
+      fill_rows<kWarps>(w, first_row, rows, first_chunk, count, factor,
+                        [&](int64_t block) { return scales.of_nested(w, block); });
+    else
+      fill_rows<kWarps>(w, first_row, rows, first_chunk, count, factor,
+                        [&](int64_t block) { return ptx::load(w.absmax + block); });
   }
   // The scales of rows row and row + 1 lie 4 * pitch() bytes apart.
   QLORA_METHOD SharedAddress address(int row, int chunk) const { return base_ + (row * pitch_ + chunk) * 4; }
   QLORA_METHOD int pitch() const { return pitch_; }
 
  private:
+  // Stretches of 32 chunks; within one the rows differ by a constant, so that a scale costs one addition of 64 bits.
+  template <int kWarps, class ScaleOf>
+  QLORA_METHOD void fill_rows(const Weight& w, int64_t first_row, int rows, int first_chunk, int count, float factor,
+                              const ScaleOf& scale_of) const {
+    const int shift = w.block_shift - 6;
+    const int64_t row_chunks = w.k / kChunk, last_row = (w.n - 1) * row_chunks;
+    for (int c = ptx::lane(); c < count + ptx::lane(); c += 32) {
+      const bool mine = c < count;
+      const int64_t offset = first_chunk + (mine ? c : count - 1);
+      int64_t row = (first_row + ptx::warp()) * row_chunks;
+      SharedAddress to = base_ + (ptx::warp() * pitch_ + c) * 4;
+#pragma unroll 1
+      for (int r = ptx::warp(); r < rows; r += kWarps) {
+        const float scale = scale_of((min_i64(row, last_row) + offset) >> shift);
+        if (mine) ptx::store_shared(to, scale * factor);
+        row += kWarps * row_chunks;
+        to += kWarps * pitch_ * 4;
+      }
+    }
+  }
+
   SharedAddress base_;
   int pitch_;
 };

@@ -67,34 +67,47 @@ QLORA_DEVICE SharedAddress shared_base() {
   return static_cast<SharedAddress>(__cvta_generic_to_shared(qlora_dynamic_shared));
 }
 
-QLORA_DEVICE void load_shared(uint16_t& v, SharedAddress a) {
-  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(a));
-}
+// kOffset is a constant number of bytes behind the address: it goes into the instruction.
+template <int kOffset>
 QLORA_DEVICE void load_shared(uint32_t& v, SharedAddress a) {
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(a));
+  asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(v) : "r"(a), "n"(kOffset));
 }
+template <int kOffset>
 QLORA_DEVICE void load_shared(float& v, SharedAddress a) {
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(a));
+  asm volatile("ld.shared.f32 %0, [%1 + %2];" : "=f"(v) : "r"(a), "n"(kOffset));
 }
+template <int kOffset>
 QLORA_DEVICE void load_shared(double& v, SharedAddress a) {
-  asm volatile("ld.shared.f64 %0, [%1];" : "=d"(v) : "r"(a));
+  asm volatile("ld.shared.f64 %0, [%1 + %2];" : "=d"(v) : "r"(a), "n"(kOffset));
 }
+template <int kOffset>
+QLORA_DEVICE void load_shared(uint16_t& v, SharedAddress a) {
+  asm volatile("ld.shared.u16 %0, [%1 + %2];" : "=h"(v) : "r"(a), "n"(kOffset));
+}
+template <int kOffset>
 QLORA_DEVICE void load_shared(Words2& v, SharedAddress a) {
-  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(a));
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2 + %3];" : "=r"(v.x), "=r"(v.y) : "r"(a), "n"(kOffset));
 }
+template <int kOffset>
 QLORA_DEVICE void load_shared(Floats2& v, SharedAddress a) {
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(a));
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2 + %3];" : "=f"(v.x), "=f"(v.y) : "r"(a), "n"(kOffset));
 }
+template <int kOffset>
 QLORA_DEVICE void load_shared(Words4& v, SharedAddress a) {
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(a));
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4 + %5];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(a), "n"(kOffset));
 }
+template <int kOffset>
 QLORA_DEVICE void load_shared(Floats4& v, SharedAddress a) {
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(a));
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4 + %5];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(a), "n"(kOffset));
 }
-template <class T>
+template <class T, int kOffset = 0>
 QLORA_DEVICE T load_shared(SharedAddress a) {
   T v;
-  load_shared(v, a);
+  load_shared<kOffset>(v, a);
   return v;
 }
 
@@ -111,12 +124,13 @@ QLORA_DEVICE void store_shared(SharedAddress a, Words4 v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(a), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w));
 }
 
-// 16 bytes from global to shared memory. They arrive at the wait.
+// 16 bytes from global to shared memory, kOffset bytes behind `to`. They arrive at the wait.
+template <int kOffset = 0>
 QLORA_DEVICE void cp_async_16(SharedAddress to, const void* from) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
+  asm volatile("cp.async.cg.shared.global [%0 + %1], [%2], 16;" ::"r"(to), "n"(kOffset), "l"(from));
 #else
-  store_shared(to, *static_cast<const Words4*>(from));
+  store_shared(to + kOffset, *static_cast<const Words4*>(from));
 #endif
 }
 QLORA_DEVICE void cp_async_commit() {

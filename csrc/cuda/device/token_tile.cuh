@@ -2,7 +2,7 @@
 // kernels, for x in the forward and dy in the backward.
 #pragma once
 
-#include "cuda/device/ptx.cuh"
+#include "cuda/device/unroll.cuh"
 #include "format/common.h"
 
 namespace qlora::cuda {
@@ -15,38 +15,51 @@ class TokenTile {
   static constexpr int kStageBytes = kTokens * 128;
   static constexpr int kBytes = kStageBytes * kStages;
 
-  // All threads. x [m, row_elems]; tokens beyond the last one are the last one, whose results are not stored.
+  // x [m, row_elems], row_elems a multiple of 8; tokens and elements beyond the last one are zeros. `extra` starts the
+  // copies of whoever shares the pipeline, once for each chunk. All threads.
+  template <class Extra>
   QLORA_METHOD TokenTile(SharedAddress base, const void* x, int64_t m, int64_t row_elems, int64_t first_token,
-                         int chunks)
-      : base_(base), left_(chunks) {
+                         const Extra& extra)
+      : base_(base), left_(static_cast<int>(row_elems) - ptx::thread() % 8 * 8), chunks_left_(static_cast<int>(ceil_div(row_elems, 64))) {
     const int row = ptx::thread() / 8, piece = ptx::thread() % 8;
     to_ = row * 128 + (piece ^ (row & 1)) * 16;
-    from_ = static_cast<const char*>(x) + min_i64(first_token + row, m - 1) * row_elems * 2 + piece * 16;
+    from_ = static_cast<const char*>(x) + (first_token + row) * row_elems * 2 + piece * 16;
     stride_ = kRowsAtOnce * row_elems * 2;
-    // From here on the thread's rows would lie beyond the last token; it copies its last one again.
-    last_copy_ = static_cast<int>(min_i64(kCopies, ceil_div(m - first_token - row, kRowsAtOnce))) - 1;
+    copies_ = static_cast<int>(min_i64(kCopies, ceil_div(m - first_token - row, kRowsAtOnce)));
+    full_ = first_token + kTokens <= m;
+    for (int i = copies_ < 0 ? 0 : copies_; i < kCopies; ++i)
+      for (int stage = 0; stage < kStages; ++stage)
+        ptx::store_shared(base + stage * kStageBytes + to_ + i * (kRowsAtOnce * 128), Words4{0, 0, 0, 0});
     const int g = ptx::lane() / 4, t = ptx::lane() % 4;
     mine_ = g * 128 + (2 * t + (g & 1)) * 16;
     fill_ = read_ = base;
 #pragma unroll
-    for (int i = 0; i < kStages - 1; ++i) fetch();
+    for (int i = 0; i < kStages - 1; ++i) fetch(extra);
   }
 
   // The next chunk, arrived for all threads, and one more on its way. Contains a barrier: whatever was read from the
   // chunk before is done with.
-  QLORA_METHOD SharedAddress next() {
+  template <class Extra>
+  QLORA_METHOD SharedAddress next(const Extra& extra) {
     ptx::cp_async_wait<kStages - 2>();
     ptx::sync_threads();
-    fetch();
+    fetch(extra);
     const SharedAddress here = read_;
     read_ = advance(read_);
     return here;
   }
 
-  // The words of token 8j + g at the lane's sixteen elements, 16t … 16t + 15.
-  QLORA_METHOD void fragment(SharedAddress here, int j, uint32_t (&words)[8]) const {
-    const auto low = ptx::load_shared<Words4>(here + mine_ + j * 1024);
-    const auto high = ptx::load_shared<Words4>(((here + mine_) ^ 16u) + j * 1024);
+  // Where the lane finds its sixteen elements, 16t … 16t + 15, of token g: in two halves, neighbours in either order.
+  struct Place {
+    SharedAddress low, high;
+  };
+  QLORA_METHOD Place place(SharedAddress here) const { return {here + mine_, (here + mine_) ^ 16u}; }
+
+  // The words of token 8 kGroup + g.
+  template <int kGroup>
+  static QLORA_METHOD void fragment(Place place, uint32_t (&words)[8]) {
+    const auto low = ptx::load_shared<Words4, kGroup * 1024>(place.low);
+    const auto high = ptx::load_shared<Words4, kGroup * 1024>(place.high);
     words[0] = low.x, words[1] = low.y, words[2] = low.z, words[3] = low.w;
     words[4] = high.x, words[5] = high.y, words[6] = high.z, words[7] = high.w;
   }
@@ -59,23 +72,34 @@ class TokenTile {
     return stage + kStageBytes == base_ + kBytes ? base_ : stage + kStageBytes;
   }
   // Every call is one group, also where there is nothing left to copy.
-  QLORA_METHOD void fetch() {
-    if (left_ > 0) {
+  template <class Extra>
+  QLORA_METHOD void fetch(const Extra& extra) {
+    if (chunks_left_ > 0) {
+      extra();
       const char* from = from_;
-#pragma unroll
-      for (int i = 0; i < kCopies; ++i) {
-        ptx::cp_async_16(fill_ + to_ + i * (kRowsAtOnce * 128), from);
-        from += i < last_copy_ ? stride_ : 0;
+      const SharedAddress to = fill_ + to_;
+      if (left_ <= 0) {  // the row ends before this piece
+        for (int i = 0; i < kCopies; ++i) ptx::store_shared(to + i * (kRowsAtOnce * 128), Words4{0, 0, 0, 0});
+      } else if (full_) {
+        unroll<kCopies>([&](auto i) {
+          ptx::cp_async_16<decltype(i)::value * kRowsAtOnce * 128>(to, from);
+          from += stride_;
+        });
+      } else {
+        for (int i = 0; i < copies_; ++i) ptx::cp_async_16(to + i * (kRowsAtOnce * 128), from + i * stride_);
       }
       from_ += 128;
       fill_ = advance(fill_);
     }
-    --left_;
+    left_ -= 64;
+    --chunks_left_;
     ptx::cp_async_commit();
   }
 
   SharedAddress base_, fill_, read_, to_, mine_;
-  int left_, last_copy_;
+  int left_;  // elements of the row from the thread's piece on
+  int chunks_left_, copies_;
+  bool full_;
   int64_t stride_;
   const char* from_;
 };

@@ -22,9 +22,9 @@ struct alignas(16) Floats4 {
   float x, y, z, w;
 };
 
-// A number of a compile-time loop.
+// A number of a compile-time loop: unroll<3>(f) calls f(Index<0>{}), f(Index<1>{}), f(Index<2>{}).
 template <int kIndex>
-struct Step {
+struct Index {
   static constexpr int value = kIndex;
 };
 

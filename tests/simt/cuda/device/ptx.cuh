@@ -57,10 +57,10 @@ QLORA_DEVICE void atomic_max(unsigned long long* p, unsigned long long value) {
 }
 
 QLORA_DEVICE SharedAddress shared_base() { return 0; }
-template <class T>
+template <class T, int kOffset = 0>
 QLORA_DEVICE T load_shared(SharedAddress a) {
   T v;
-  std::memcpy(&v, simt::shared_read(a, sizeof v), sizeof v);
+  std::memcpy(&v, simt::shared_read(a + kOffset, sizeof v), sizeof v);
   return v;
 }
 template <class T>
@@ -68,7 +68,10 @@ QLORA_DEVICE void store_shared(SharedAddress a, T v) {
   simt::shared_write(a, &v, sizeof v);
 }
 
-QLORA_DEVICE void cp_async_16(SharedAddress to, const void* from) { simt::cp_async(to, from); }
+template <int kOffset = 0>
+QLORA_DEVICE void cp_async_16(SharedAddress to, const void* from) {
+  simt::cp_async(to + kOffset, from);
+}
 QLORA_DEVICE void cp_async_commit() { simt::cp_async_commit(); }
 template <int kPending>
 QLORA_DEVICE void cp_async_wait() {
