@@ -1,13 +1,15 @@
 # Finds what a LibTorch stable-ABI library needs of the torch in the build environment: one include folder, one library.
 # find_package(Torch) would do the same and go looking for a CUDA toolkit as well.
 #
-# Result: target TorchStable::TorchStable, variable TORCH_VERSION_FOUND.
+# Result: targets TorchStable::TorchStable and TorchStable::Cuda, variables TORCH_VERSION_FOUND and TORCH_CUDA_VERSION (empty without CUDA).
 
 execute_process(
   COMMAND "${Python_EXECUTABLE}" -c
-          "import importlib.metadata as m, pathlib, sys
+          "import importlib.metadata as m, pathlib, re
 d = m.distribution('torch')
-print(pathlib.Path(d.locate_file('torch')).resolve().as_posix() + ';' + d.version)"
+root = pathlib.Path(d.locate_file('torch')).resolve()
+cuda = re.search(r'^cuda\\b.*=\\s*.([0-9.]+).\\s*$', (root / 'version.py').read_text(), re.M)
+print(root.as_posix() + ';' + d.version + ';' + (cuda.group(1) if cuda else 'none'))"
   OUTPUT_VARIABLE torch_location
   ERROR_VARIABLE torch_error
   OUTPUT_STRIP_TRAILING_WHITESPACE
@@ -17,6 +19,10 @@ if(NOT torch_result EQUAL 0)
 endif()
 list(GET torch_location 0 torch_root)
 list(GET torch_location 1 TORCH_VERSION_FOUND)
+list(GET torch_location 2 TORCH_CUDA_VERSION)
+if(TORCH_CUDA_VERSION STREQUAL "none")
+  set(TORCH_CUDA_VERSION "")
+endif()
 if(TORCH_VERSION_FOUND VERSION_LESS 2.11)
   message(FATAL_ERROR "torch ${TORCH_VERSION_FOUND} is too old: the stable ABI of torch 2.11 or newer is needed")
 endif()
@@ -24,3 +30,7 @@ endif()
 add_library(TorchStable::TorchStable INTERFACE IMPORTED)
 target_include_directories(TorchStable::TorchStable SYSTEM INTERFACE "${torch_root}/include")
 target_link_libraries(TorchStable::TorchStable INTERFACE "${torch_root}/lib/libtorch_cpu.so")
+
+# What only a torch with CUDA has: the current stream.
+add_library(TorchStable::Cuda INTERFACE IMPORTED)
+target_link_libraries(TorchStable::Cuda INTERFACE TorchStable::TorchStable "${torch_root}/lib/libtorch_cuda.so")

@@ -20,6 +20,8 @@ struct Status {
   const char* error = nullptr;
 };
 
+Status query_gpu(int device, GpuInfo* info);
+
 // A packed matrix (n, k) in device memory. Exactly one of absmax and absmax_codes is set.
 struct Weight {
   const uint8_t* packed = nullptr;        // [ceil(n * k / 2)]

@@ -7,7 +7,10 @@ import torch
 _PACKAGE = Path(__file__).parent
 
 
-def _library_path(name: str) -> Path:
+CUDA_LIBRARY = "libqlora_cuda.so"
+
+
+def _find_library(name: str) -> Path | None:
     # An installed package keeps its libraries beside this file; an editable one beside the compiled module.
     from qlora import _C
 
@@ -15,7 +18,12 @@ def _library_path(name: str) -> Path:
         path = folder / name
         if path.exists():
             return path
-    raise ImportError(f"{name} is missing beside {_PACKAGE}: the package was installed without its compiled part")
+    return None
+
+
+def has_cuda_ops() -> bool:
+    """Whether ``torch.ops.qlora.*`` takes CUDA tensors: this build has the kernels, and torch has CUDA."""
+    return torch.version.cuda is not None and _find_library(CUDA_LIBRARY) is not None
 
 
 def load_ops() -> None:
@@ -26,7 +34,14 @@ def load_ops() -> None:
         raise ImportError(
             f"torch {torch.__version__} is too old: qlora needs the stable ABI of torch {_C.TORCH_TARGET} or newer"
         )
-    torch.ops.load_library(str(_library_path("libqlora_cpu.so")))
+    cpu = _find_library("libqlora_cpu.so")
+    if cpu is None:
+        raise ImportError(
+            f"libqlora_cpu.so is missing beside {_PACKAGE}: the package was installed without its compiled part"
+        )
+    torch.ops.load_library(str(cpu))
+    if has_cuda_ops():
+        torch.ops.load_library(str(_find_library(CUDA_LIBRARY)))
 
 
 load_ops()

@@ -92,6 +92,11 @@ class Memory:
             self.ranges[storage.data_ptr()] = (storage.nbytes(), initialised)
             self.keep.append(tensor)
 
+    def mark_initialised(self, tensor: torch.Tensor) -> None:
+        address = tensor.untyped_storage().data_ptr()
+        if address in self.ranges:
+            self.ranges[address] = (self.ranges[address][0], True)
+
     def host(self, address: int) -> np.ndarray:
         size = self.ranges[address][0]
         return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
@@ -134,7 +139,9 @@ class _LogAllocations(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         if isinstance(result, torch.Tensor):
-            self.memory.add(result, "empty" not in function.name())
+            self.memory.add(result, initialised="empty" not in function.name())
+            if function._schema.is_mutable:  # fill_ and the like
+                self.memory.mark_initialised(result)
         return result
 
 
