@@ -22,22 +22,29 @@ demo: $(VENV)/.installed
 	$(call say,Fine-tuning SmolLM2-135M in 4 bit)
 	$(BIN)/qlora demo
 
+# QLORA_SIMT_LIBRARY makes the tests fail, not skip, where the CUDA kernels on the CPU are missing.
 test: $(VENV)/.installed $(VENV)/.test-tools test-cpp
 	$(call say,Python tests)
-	$(BIN)/python -m pytest
+	QLORA_SIMT_LIBRARY=$(abspath build/tests/tests/simt/libqlora_simt.so) $(BIN)/python -m pytest
+
+CMAKE_TESTS = $(BIN)/cmake -S . -G Ninja -DQLORA_BUILD_TESTS=ON -DQLORA_BUILD_SIMT=ON \
+  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 
 test-cpp: $(VENV)/.build-tools
-	$(call say,C++ tests of the kernels)
-	$(BIN)/cmake -S . -B build/tests -G Ninja -DQLORA_BUILD_TESTS=ON -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) > /dev/null
-	$(BIN)/cmake --build build/tests > /dev/null
+	$(call say,C++ tests of the kernels; the CUDA kernels on the CPU)
+	$(CMAKE_TESTS) -B build/tests > /dev/null
+	$(BIN)/cmake --build build/tests
 	$(BIN)/ctest --test-dir build/tests --output-on-failure
 
-test-asan: $(VENV)/.build-tools
-	$(call say,C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer)
-	$(BIN)/cmake -S . -B build/asan -G Ninja -DQLORA_BUILD_TESTS=ON -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
-	  -DCMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined" > /dev/null
-	$(BIN)/cmake --build build/asan > /dev/null
+# libasan has to come before everything else in the process, so Python gets it preloaded.
+test-asan: $(VENV)/.installed $(VENV)/.test-tools
+	$(call say,C++ tests and CUDA kernels on the CPU under AddressSanitizer and UndefinedBehaviorSanitizer)
+	$(CMAKE_TESTS) -B build/asan -DCMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined" > /dev/null
+	$(BIN)/cmake --build build/asan
 	$(BIN)/ctest --test-dir build/asan --output-on-failure
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 QLORA_SIMT_LIBRARY=$(abspath build/asan/tests/simt/libqlora_simt.so) \
+	  $(BIN)/python -m pytest tests/ops -k simt
 
 bench: $(VENV)/.installed
 	$(call say,Benchmark: 4-bit forward and backward against dense torch)
@@ -48,14 +55,14 @@ lint: $(VENV)/.lint-tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(call say,clang-format)
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 	$(call say,mypy)
 	$(BIN)/mypy
 
 format: $(VENV)/.lint-tools
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find csrc tests -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format -i $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 test-abi: $(VENV)/.build-tools
 	$(call say,One wheel under $(TORCH) $(ABI_TORCHES))

@@ -1,8 +1,8 @@
 """Where an operator runs in a test: a level of the CPU kernels, the CUDA kernels on the CPU (simt), or a GPU.
 
 simt: ``libqlora_simt.so`` registers the CUDA operators under a dispatch key of its own. While a test runs on it, the
-CPU's entries of the dispatcher are replaced by calls of that key, so that everything above them (autograd, fake kernels,
-autocast, layers) is what users run.
+CPU's entries of the dispatcher are replaced by calls of that key, so that everything above them (autograd, fake
+kernels, autocast, layers) is what users run.
 """
 
 import contextlib

@@ -1,5 +1,6 @@
 // Few tokens (m <= 16): y = x Wᵀ + low-rank term + bias on the tensor cores, the weight read once and decoded in
-// registers. Sixteen or 32 rows a block (select.h); k is dealt to the warps in chunks of 64, whose sums are added in a fixed order.
+// registers. Sixteen or 32 rows a block (select.h); k is dealt to the warps in chunks of 64, whose sums are added in a
+// fixed order.
 #include "cuda/device/fragments.cuh"
 #include "cuda/device/launch.cuh"
 #include "cuda/device/levels.h"
@@ -12,13 +13,15 @@ constexpr int kWarps = 4;  // more would each pay for its start-up with fewer ch
 constexpr int kThreads = 32 * kWarps;
 constexpr int kPanelChunks = 256;  // scales of 16384 weights a row at a time
 
-// Words between the sums of two tokens and of two warps: stores of lanes (g, t) and loads of half warps meet no bank twice.
+// Words between the sums of two tokens and of two warps: stores of lanes (g, t) and loads of half warps meet no bank
+// twice.
 template <int R>
 constexpr int kTokenPitch = 16 * R + 8;
 template <int R, int kTokens>
 constexpr int kWarpPitch = kTokens * kTokenPitch<R> + 32 / kWarps;
 
-// A token's place among the sums of a warp: the two tokens of a lane lie far apart, those of neighbouring lanes side by side.
+// A token's place among the sums of a warp: the two tokens of a lane lie far apart, those of neighbouring lanes side by
+// side.
 template <int kTokens>
 QLORA_DEVICE int place_of_token(int token) {
   return token / 2 % 4 + token % 2 * 4 + token / 8 * 8;
@@ -57,8 +60,8 @@ QLORA_DEVICE float low_rank_part(const DecodeParams& p, int64_t row, int64_t tok
   return sum;
 }
 
-// Adds up the warps' sums and stores y. A half warp takes 16 rows of one token: lanes 0-15 the sums of the first half of
-// the warps, lanes 16-31 those of the others.
+// Adds up the warps' sums and stores y. A half warp takes 16 rows of one token: lanes 0-15 the sums of the first half
+// of the warps, lanes 16-31 those of the others.
 template <class T, int R, int kTokens>
 QLORA_DEVICE void finish(const DecodeParams& p, SharedAddress sums, int64_t first_row) {
   const int half = ptx::lane() / 16;
@@ -70,11 +73,14 @@ QLORA_DEVICE void finish(const DecodeParams& p, SharedAddress sums, int64_t firs
 #pragma unroll
     for (int w = 0; w < kWarps / 2; ++w)
       sum += ptx::load_shared<float>(sums + ((half * kWarps / 2 + w) * kWarpPitch<R, kTokens> +
-                                             place_of_token<kTokens>(token) * kTokenPitch<R> + local) * 4);
+                                             place_of_token<kTokens>(token) * kTokenPitch<R> + local) *
+                                                4);
     if (p.r > 0 && row < p.weight.n) {
       const int64_t adapter = p.adapter_of_token != nullptr ? ptx::load(p.adapter_of_token + token) : 0;
-      if (adapter < -1 || adapter >= p.adapters) sum = __builtin_nanf("");  // no such adapter
-      else if (adapter >= 0) sum += low_rank_part<T>(p, row, token, adapter, half);
+      if (adapter < -1 || adapter >= p.adapters)
+        sum = __builtin_nanf("");  // no such adapter
+      else if (adapter >= 0)
+        sum += low_rank_part<T>(p, row, token, adapter, half);
     }
     sum += ptx::shuffle_xor(sum, 16);
     if (half == 0 && row < p.weight.n) {
@@ -256,8 +262,7 @@ Status launch_tile(const DecodeParams& p, cudaStream_t stream) {
 
 template <class T>
 Status launch_typed(const DecodeParams& p, cudaStream_t stream) {
-  if (p.m <= 8)
-    return p.rows_per_block == 32 ? launch_tile<T, 2, 8, 5>(p, stream) : launch_tile<T, 1, 8, 5>(p, stream);
+  if (p.m <= 8) return p.rows_per_block == 32 ? launch_tile<T, 2, 8, 5>(p, stream) : launch_tile<T, 1, 8, 5>(p, stream);
   return p.rows_per_block == 32 ? launch_tile<T, 2, 16, 3>(p, stream) : launch_tile<T, 1, 16, 3>(p, stream);
 }
 

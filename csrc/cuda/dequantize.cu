@@ -1,5 +1,6 @@
 // 4 bit back to dense, double-quantized scales decoded on the way: one launch, each weight rounded once. A lane decodes
-// the eight weights of a word; a warp takes four words a lane at a time, so that one decode of scales serves 1024 weights.
+// the eight weights of a word; a warp takes four words a lane at a time, so that one decode of scales serves 1024
+// weights.
 #include "cuda/device/launch.cuh"
 #include "cuda/device/pair_table.cuh"
 #include "cuda/device/scales.cuh"
@@ -8,9 +9,9 @@ namespace qlora::cuda {
 namespace dequantize {
 
 constexpr int kThreads = 256;
-constexpr int kWords = 4;                     // words of a lane in one round
-constexpr int kPerRound = 32 * 8 * kWords;    // weights of a warp in one round
-constexpr int kRounds = 8;                    // rounds of a warp: 8192 weights pay for their share of the table
+constexpr int kWords = 4;                   // words of a lane in one round
+constexpr int kPerRound = 32 * 8 * kWords;  // weights of a warp in one round
+constexpr int kRounds = 8;                  // rounds of a warp: 8192 weights pay for their share of the table
 static_assert(kPerRound >> 5 <= 32, "one lane for each block of a round");
 
 template <class T>
@@ -52,8 +53,7 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 3) kernel(QLORA_PARAMS DequantizeParams
                             c.x * scale, c.y * scale, d.x * scale, d.y * scale};
         store_eight(out + (element - p.first), v);
       } else {
-        for (int64_t e = element; e < end; ++e)
-          store_element(p.out, p.dtype, e - p.first, weight_at(p.weight, e));
+        for (int64_t e = element; e < end; ++e) store_element(p.out, p.dtype, e - p.first, weight_at(p.weight, e));
       }
     }
   }

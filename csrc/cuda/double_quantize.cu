@@ -39,7 +39,8 @@ QLORA_DEVICE float block_max(float value) {
 // Part i of the mean: every part_count-th stretch of 256 scales from the i-th on.
 QLORA_KERNEL void QLORA_BOUNDS(kThreads, 4) sum_parts(QLORA_PARAMS DoubleQuantizeParams p) {
   double sum = 0.0;
-  for (int64_t i = ptx::block_x() * int64_t{kThreads} + ptx::thread(); i < p.blocks; i += part_count(p.blocks) * kThreads)
+  for (int64_t i = ptx::block_x() * int64_t{kThreads} + ptx::thread(); i < p.blocks;
+       i += part_count(p.blocks) * kThreads)
     sum += ptx::load(p.absmax + i);
   sum = block_sum(sum);
   if (ptx::thread() == 0) ptx::store(p.parts + ptx::block_x(), sum);

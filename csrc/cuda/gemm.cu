@@ -1,6 +1,6 @@
 // Many tokens (m > 16): y = x Wᵀ + low-rank term + bias on the tensor cores, one accumulator. W is decoded from the
-// registers it was loaded into, once for each tile of tokens, and never written back; x passes through shared memory in a
-// pipeline of cp.async. The low-rank term comes first, as r / 16 more steps of the same product.
+// registers it was loaded into, once for each tile of tokens, and never written back; x passes through shared memory in
+// a pipeline of cp.async. The low-rank term comes first, as r / 16 more steps of the same product.
 #include <type_traits>
 
 #include "cuda/device/fragments.cuh"
@@ -21,8 +21,8 @@ template <int R>
 constexpr int kRows = 16 * R * kWarps;
 
 template <int R, int kTokens, int kStages>
-constexpr int kSharedBytes = kPairTableBytes + TokenTile<kTokens, kStages, kThreads>::kBytes +
-                             kRows<R> * (kPanelChunks | 1) * 4;
+constexpr int kSharedBytes =
+    kPairTableBytes + TokenTile<kTokens, kStages, kThreads>::kBytes + kRows<R> * (kPanelChunks | 1) * 4;
 
 // The packed bytes of a lane's 2R rows, a chunk at a time.
 template <int R>
@@ -116,7 +116,8 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GemmParams p) {
 template <class T, int R, int kTokens, int kStages>
 Status launch_tile(const GemmParams& p, cudaStream_t stream) {
   const Grid grid{ceil_div(p.out.m, kTokens), ceil_div(p.weight.n, kRows<R>)};
-  const auto kernel_of_call = p.out.adapter_of_token != nullptr ? kernel<T, R, kTokens, kStages, true> : kernel<T, R, kTokens, kStages, false>;
+  const auto kernel_of_call =
+      p.out.adapter_of_token != nullptr ? kernel<T, R, kTokens, kStages, true> : kernel<T, R, kTokens, kStages, false>;
   return start(kernel_of_call, grid, kThreads, kSharedBytes<R, kTokens, kStages>, stream, p);
 }
 

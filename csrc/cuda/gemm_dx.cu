@@ -1,9 +1,9 @@
 // Backward of the input: dx = dy W + low-rank term on the tensor cores, one accumulator, W decoded on the way.
 //
-// The reduction runs over out features, so a scale cannot wait for the accumulators: weights are decoded to float32, scaled
-// and rounded once, which gives exactly the weights that torch would multiply with. Packed rows are read as they lie: a
-// byte holds two in features of one row, the operand wants two rows of one in feature, and the rounding instruction, which
-// takes two floats, pairs them for nothing.
+// The reduction runs over out features, so a scale cannot wait for the accumulators: weights are decoded to float32,
+// scaled and rounded once, which gives exactly the weights that torch would multiply with. Packed rows are read as they
+// lie: a byte holds two in features of one row, the operand wants two rows of one in feature, and the rounding
+// instruction, which takes two floats, pairs them for nothing.
 #include "cuda/device/launch.cuh"
 #include "cuda/device/pair_table.cuh"
 #include "cuda/device/results.cuh"
@@ -80,7 +80,12 @@ class WeightTile {
 class ScaleTile {
  public:
   QLORA_METHOD ScaleTile(SharedAddress base, const Weight& w, int64_t first_feature)
-      : base_(base), shift_(w.block_shift), shared_(w.block_shift > 5 && w.k % 64 == 0), row_(ptx::thread() % kChunk), k_(w.k), last_row_(w.n - 1) {
+      : base_(base),
+        shift_(w.block_shift),
+        shared_(w.block_shift > 5 && w.k % 64 == 0),
+        row_(ptx::thread() % kChunk),
+        k_(w.k),
+        last_row_(w.n - 1) {
     const int pair = ptx::thread() / kChunk;
     for (int i = 0; i < 2; ++i) feature_[i] = min_i64(first_feature + (2 * pair + i) * 32, w.k - 32);
     to_ = 2 * pair * kChunk * 4 + slot(static_cast<int>(row_)) * 4;
@@ -167,9 +172,10 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GemmDxParams p) 
     uint32_t fragment[4][2][4];
     unroll<4>([&](auto step) {
       constexpr int s = decltype(step)::value;
-      const uint32_t bytes[4] = {
-          ptx::load_shared<uint16_t, (4 * s + 0) * 64>(bytes_at), ptx::load_shared<uint16_t, (4 * s + 1) * 64>(bytes_at),
-          ptx::load_shared<uint16_t, (4 * s + 2) * 64>(bytes_at), ptx::load_shared<uint16_t, (4 * s + 3) * 64>(bytes_at)};
+      const uint32_t bytes[4] = {ptx::load_shared<uint16_t, (4 * s + 0) * 64>(bytes_at),
+                                 ptx::load_shared<uint16_t, (4 * s + 1) * 64>(bytes_at),
+                                 ptx::load_shared<uint16_t, (4 * s + 2) * 64>(bytes_at),
+                                 ptx::load_shared<uint16_t, (4 * s + 3) * 64>(bytes_at)};
       decode_rows<T>(pairs, bytes, scale_tile.at(chunk % 2, s), fragment[s][0], fragment[s][1]);
     });
     const auto place = tokens.place(here);

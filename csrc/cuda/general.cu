@@ -6,9 +6,9 @@
 namespace qlora::cuda {
 namespace general {
 
-constexpr int kTile = 64;         // rows and columns of a block's tile
-constexpr int kSteps = 16;        // steps in shared memory at a time
-constexpr int kThreads = 256;     // 16 x 16 threads, 4 x 4 results each
+constexpr int kTile = 64;          // rows and columns of a block's tile
+constexpr int kSteps = 16;         // steps in shared memory at a time
+constexpr int kThreads = 256;      // 16 x 16 threads, 4 x 4 results each
 constexpr int kPitch = kTile + 4;  // floats between steps: rows of four lanes fall into different banks
 constexpr int kSharedBytes = 2 * kSteps * kPitch * static_cast<int>(sizeof(float));
 
@@ -42,10 +42,12 @@ template <OperandKind kKind>
 QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GeneralParams p) {
   const SharedAddress rows_tile = ptx::shared_base();
   const SharedAddress cols_tile = rows_tile + kSteps * kPitch * sizeof(float);
-  const int64_t row0 = static_cast<int64_t>(ptx::block_x()) * kTile, col0 = static_cast<int64_t>(ptx::block_y()) * kTile;
+  const int64_t row0 = static_cast<int64_t>(ptx::block_x()) * kTile,
+                col0 = static_cast<int64_t>(ptx::block_y()) * kTile;
   const int my_row = ptx::thread() / 16 * 4, my_col = ptx::thread() % 16 * 4;
   const int64_t adapter = ptx::block_z();
-  const bool operand_steps_contiguous = kKind == OperandKind::kPacked || (kKind == OperandKind::kDense && p.operand.col_stride == 1);
+  const bool operand_steps_contiguous =
+      kKind == OperandKind::kPacked || (kKind == OperandKind::kDense && p.operand.col_stride == 1);
   const bool columns_steps_contiguous = p.columns.col_stride == 1;
   float sum[4][4] = {};
 
@@ -53,9 +55,8 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GeneralParams p)
     const auto mine = [&](int step) {
       return p.adapter_of_step == nullptr || ptx::load(p.adapter_of_step + step0 + step) == adapter;
     };
-    fill_tile(rows_tile, operand_steps_contiguous, p.rows - row0, p.steps - step0, [&](int i, int step) {
-      return mine(step) ? operand_at<kKind>(p, row0 + i, step0 + step) : 0.0f;
-    });
+    fill_tile(rows_tile, operand_steps_contiguous, p.rows - row0, p.steps - step0,
+              [&](int i, int step) { return mine(step) ? operand_at<kKind>(p, row0 + i, step0 + step) : 0.0f; });
     fill_tile(cols_tile, columns_steps_contiguous, p.cols - col0, p.steps - step0, [&](int i, int step) {
       return mine(step) ? load_element(p.columns.data, p.columns.dtype,
                                        (col0 + i) * p.columns.row_stride + (step0 + step) * p.columns.col_stride)
@@ -92,14 +93,19 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GeneralParams p)
       if (row >= p.rows) continue;
       float value = p.scale * sum[i][j];
       if (p.r > 0 && of_col != -1) {
-        if (of_col < -1 || of_col >= p.adapters) value = __builtin_nanf("");  // no such adapter: see arguments.h
+        if (of_col < -1 || of_col >= p.adapters)
+          value = __builtin_nanf("");  // no such adapter: see arguments.h
         else
           for (int64_t r = 0; r < p.r; ++r)
-            value = fmaf(load_element(p.up.data, p.up.dtype, of_col * p.up_adapter_stride + row * p.up.row_stride + r * p.up.col_stride),
-                         load_element(p.activation.data, p.activation.dtype, col * p.activation.row_stride + r * p.activation.col_stride), value);
+            value = fmaf(load_element(p.up.data, p.up.dtype,
+                                      of_col * p.up_adapter_stride + row * p.up.row_stride + r * p.up.col_stride),
+                         load_element(p.activation.data, p.activation.dtype,
+                                      col * p.activation.row_stride + r * p.activation.col_stride),
+                         value);
       }
       if (p.bias != nullptr) value += load_element(p.bias, p.bias_dtype, row);
-      store_element(p.out, p.out_dtype, adapter * p.out_adapter_stride + row * p.out_row_stride + col * p.out_col_stride, value);
+      store_element(p.out, p.out_dtype,
+                    adapter * p.out_adapter_stride + row * p.out_row_stride + col * p.out_col_stride, value);
     }
   }
 }
@@ -113,10 +119,13 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) token_dot(QLORA_PARAMS TokenDotParam
   float sum = 0.0f;
   for (int64_t step = ptx::lane(); known && step < p.steps; step += 32)
     sum = fmaf(load_element(p.x.data, p.x.dtype, token * p.x.row_stride + step * p.x.col_stride),
-               load_element(p.operand.data, p.operand.dtype, adapter * p.adapter_stride + row * p.operand.row_stride + step * p.operand.col_stride), sum);
+               load_element(p.operand.data, p.operand.dtype,
+                            adapter * p.adapter_stride + row * p.operand.row_stride + step * p.operand.col_stride),
+               sum);
   for (int mask = 16; mask > 0; mask /= 2) sum += ptx::shuffle_xor(sum, mask);
   if (ptx::lane() != 0) return;
-  const float scaling = p.scaling_of_adapter != nullptr && known ? ptx::load(p.scaling_of_adapter + adapter) : p.scaling;
+  const float scaling =
+      p.scaling_of_adapter != nullptr && known ? ptx::load(p.scaling_of_adapter + adapter) : p.scaling;
   ptx::store(p.out + item, known ? scaling * sum : 0.0f);
 }
 
@@ -140,7 +149,8 @@ Status launch_general(const GeneralParams& p, cudaStream_t stream) {
 }
 
 Status launch_token_dot(const TokenDotParams& p, cudaStream_t stream) {
-  return start(general::token_dot, {ceil_div(p.tokens * p.rows, general::kThreads / 32)}, general::kThreads, 0, stream, p);
+  return start(general::token_dot, {ceil_div(p.tokens * p.rows, general::kThreads / 32)}, general::kThreads, 0, stream,
+               p);
 }
 
 Status launch_column_sum(const ColumnSumParams& p, cudaStream_t stream) {

@@ -35,7 +35,8 @@ struct Weight {
   int quant_type = 0;   // QuantType
 };
 
-// ---- 4-bit packing ---------------------------------------------------------------------------------------------------
+// ---- 4-bit packing
+// ---------------------------------------------------------------------------------------------------
 
 struct QuantizeParams {
   const void* weight;  // [numel], aligned to 16 bytes
@@ -43,10 +44,10 @@ struct QuantizeParams {
   int64_t numel;
   int block_shift;
   int quant_type;
-  bool check_finite;         // else an inf is reported instead: it cannot be double-quantized
-  uint8_t* packed;           // [ceil(numel / 2)], aligned to 4 bytes
-  float* absmax;             // [blocks]
-  unsigned long long* bad;   // [1], zero before: 2^63 - the first position that is nan or inf, or 0
+  bool check_finite;        // else an inf is reported instead: it cannot be double-quantized
+  uint8_t* packed;          // [ceil(numel / 2)], aligned to 4 bytes
+  float* absmax;            // [blocks]
+  unsigned long long* bad;  // [1], zero before: 2^63 - the first position that is nan or inf, or 0
 };
 Status launch_quantize(const QuantizeParams& p, cudaStream_t stream);
 
@@ -88,7 +89,8 @@ struct DenseMatrix {
   int64_t col_stride = 0;
 };
 
-// ---- tensor cores: 16-bit tokens, in_features a multiple of 64, blocks of at least 64 ---------------------------------
+// ---- tensor cores: 16-bit tokens, in_features a multiple of 64, blocks of at least 64
+// ---------------------------------
 
 // y = x Wᵀ + lora_t lora_bᵀ + bias for m <= kDecodeTokens.
 struct DecodeParams {
@@ -118,9 +120,9 @@ struct GemmOutput {
   void* y;
   int64_t m;
   int64_t rows;
-  const void* lora_up;  // [rows, r], or [adapters, rows, r] with adapter_of_token; aligned to 16 bytes
-  const void* lora_t;   // [m, r], scaled; aligned to 16 bytes
-  int r;                // a multiple of 16; 0: none
+  const void* lora_up;              // [rows, r], or [adapters, rows, r] with adapter_of_token; aligned to 16 bytes
+  const void* lora_t;               // [m, r], scaled; aligned to 16 bytes
+  int r;                            // a multiple of 16; 0: none
   const int64_t* adapter_of_token;  // [m], -1: none; null: one adapter for all
   int64_t adapters;
   const void* bias;  // [rows] or null
@@ -142,8 +144,8 @@ Status launch_gemm(GemmParams p, cudaStream_t stream);
 // dx = dy W + …; out.rows is k, a multiple of 32; n is a multiple of 8. Every block size.
 struct GemmDxParams {
   Weight weight;
-  const void* dy;  // [m, n], aligned to 16 bytes
-  DType dtype;     // of dy, dx, lora_up and lora_t: bfloat16 or float16
+  const void* dy;        // [m, n], aligned to 16 bytes
+  DType dtype;           // of dy, dx, lora_up and lora_t: bfloat16 or float16
   int tokens_per_block;  // select_dx_tokens()
   GemmOutput out;
 };
@@ -154,10 +156,10 @@ Status launch_gemm_dx(const GemmDxParams& p, cudaStream_t stream);
 // meets (kActivation) are [high, low, high].
 enum class Split : int { kNone, kOperand, kActivation };
 struct LoraPackParams {
-  DenseMatrix source;          // (row, r) of one adapter
-  int64_t rows;                // of one adapter
-  int64_t adapters;            // out is [adapters, rows, …]
-  int64_t adapter_stride;      // elements of the source
+  DenseMatrix source;      // (row, r) of one adapter
+  int64_t rows;            // of one adapter
+  int64_t adapters;        // out is [adapters, rows, …]
+  int64_t adapter_stride;  // elements of the source
   int r;
   int padded_r;  // of one part, a multiple of 16
   Split split;
@@ -166,7 +168,8 @@ struct LoraPackParams {
 };
 Status launch_lora_pack(const LoraPackParams& p, cudaStream_t stream);
 
-// ---- the general path: any shape, dtype and block size, float32 products ------------------------------------------------
+// ---- the general path: any shape, dtype and block size, float32 products
+// ------------------------------------------------
 
 enum class OperandKind { kPacked, kPackedTransposed, kDense };
 
@@ -199,8 +202,8 @@ struct GeneralParams {
 };
 Status launch_general(const GeneralParams& p, cudaStream_t stream);
 
-// out[token, row] = scaling * x[token] · operand[adapter of token][row], one warp each; row_stride and step_stride as in
-// DenseMatrix. Tokens without an adapter get zeros.
+// out[token, row] = scaling * x[token] · operand[adapter of token][row], one warp each; row_stride and step_stride as
+// in DenseMatrix. Tokens without an adapter get zeros.
 struct TokenDotParams {
   DenseMatrix x;        // (token, step)
   DenseMatrix operand;  // (row, step) of one adapter

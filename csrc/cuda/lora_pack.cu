@@ -15,8 +15,7 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 4) kernel(QLORA_PARAMS LoraPackParams p
   const int64_t row = item / p.padded_r;  // over all adapters
   const int64_t source = row / p.rows * p.adapter_stride + row % p.rows * p.source.row_stride;
   const int r = static_cast<int>(item % p.padded_r);
-  const float value =
-      r < p.r ? load_element(p.source.data, p.source.dtype, source + r * p.source.col_stride) : 0.0f;
+  const float value = r < p.r ? load_element(p.source.data, p.source.dtype, source + r * p.source.col_stride) : 0.0f;
   const T high = from_float<T>(value);
   T* out = static_cast<T*>(p.out);
   if (p.split == Split::kNone) {

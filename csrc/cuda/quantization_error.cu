@@ -1,4 +1,5 @@
-// How far a 4-bit weight is from the dense one: sums in double, in a fixed order, nothing of the weight's size allocated.
+// How far a 4-bit weight is from the dense one: sums in double, in a fixed order, nothing of the weight's size
+// allocated.
 #include "cuda/device/elements.cuh"
 #include "cuda/device/launch.cuh"
 
@@ -42,7 +43,8 @@ QLORA_DEVICE void store_sums(double* out, const Sums& sums) {
 QLORA_KERNEL void QLORA_BOUNDS(kThreads, 4) parts(QLORA_PARAMS QuantizationErrorParams p) {
   Sums sums;
   const int64_t numel = p.weight.n * p.weight.k;
-  for (int64_t i = ptx::block_x() * int64_t{kThreads} + ptx::thread(); i < numel; i += int64_t{kErrorParts} * kThreads) {
+  for (int64_t i = ptx::block_x() * int64_t{kThreads} + ptx::thread(); i < numel;
+       i += int64_t{kErrorParts} * kThreads) {
     const double exact = load_element(p.exact, p.dtype, i);
     const double difference = fabs(exact - static_cast<double>(weight_at(p.weight, i)));
     sums.add({difference * difference, exact * exact, difference});

@@ -1,5 +1,5 @@
-// Blockwise 4-bit quantization: absmax, normalise, code, pack. Eight weights a lane, so that a lane loads 16 or 32 bytes
-// and stores one word; a block of 64 is eight lanes, which find its absmax by shuffles.
+// Blockwise 4-bit quantization: absmax, normalise, code, pack. Eight weights a lane, so that a lane loads 16 or 32
+// bytes and stores one word; a block of 64 is eight lanes, which find its absmax by shuffles.
 #include "cuda/device/elements.cuh"
 #include "cuda/device/launch.cuh"
 
@@ -18,7 +18,7 @@ QLORA_DEVICE void load_eight(const T* weight, int64_t first, int64_t numel, floa
     Words4 words[kWords];
 #pragma unroll
     for (int i = 0; i < kWords; ++i) words[i] = ptx::load(reinterpret_cast<const Words4*>(weight + first) + i);
-    const uint32_t flat[8] = {words[0].x, words[0].y, words[0].z, words[0].w,
+    const uint32_t flat[8] = {words[0].x,          words[0].y,          words[0].z,          words[0].w,
                               words[kWords - 1].x, words[kWords - 1].y, words[kWords - 1].z, words[kWords - 1].w};
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {

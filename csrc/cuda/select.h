@@ -22,15 +22,15 @@ struct Problem {
 
 inline constexpr int kDecodeTokens = 16;  // up to here the weight's bytes are the cost, above it the products
 
-// Rows of W that a block of the decode kernel takes: twice as many halve what a block costs before its first product, and
-// what L2 delivers of x, as long as every SM still has a block.
+// Rows of W that a block of the decode kernel takes: twice as many halve what a block costs before its first product,
+// and what L2 delivers of x, as long as every SM still has a block.
 constexpr int select_decode_rows(int64_t n, const GpuInfo& gpu) { return n >= int64_t{32} * gpu.sm_count ? 32 : 16; }
 
 // Rows of W and tokens of a block's tile.
 enum class GemmTile { k64x64Turing, k64x64, k64x128, k128x128 };
 
-// A tile of 128 tokens decodes each weight half as often as one of 64; one of 128 rows reads x half as often as well. Both
-// pay as long as three of four SMs have a tile.
+// A tile of 128 tokens decodes each weight half as often as one of 64; one of 128 rows reads x half as often as well.
+// Both pay as long as three of four SMs have a tile.
 constexpr GemmTile select_gemm_tile(int64_t m, int64_t n, const GpuInfo& gpu) {
   if (gpu.shared_bytes_per_block < 96 * 1024) return GemmTile::k64x64Turing;
   if (m <= 64) return GemmTile::k64x64;

@@ -49,8 +49,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cuda_backward(
   if (lora && (low_rank_to_x || needs_lora || needs_lora_x))
     u = token_dot(dy, columns_of(lora->b), lora->b.cols, lora->scaling, stream);
   const Up down = u ? Up{columns_of(lora->a), &*u} : Up{};
-  if (needs_x)
-    d_x = input_grad(base.w, dy, low_rank_to_x ? &down : nullptr, x, scope);
+  if (needs_x) d_x = input_grad(base.w, dy, low_rank_to_x ? &down : nullptr, x, scope);
   if (needs_lora_x && dropped) d_lora_x = general_product({}, &down, nullptr, x, k, stream);
   if (lora && needs_lora) {
     const Matrix& lora_tokens = dropped ? *dropped : base.tokens;

@@ -24,8 +24,7 @@ Tensor cuda_forward_multi(Tensor x, Tensor packed, Tensor absmax, OptionalTensor
   const cuda::ForwardKernel kernel = cuda::select_forward(problem, scope.gpu());
   if (kernel == cuda::ForwardKernel::kDecode)
     return decode(w, base.tokens, &up, bias_row ? &*bias_row : nullptr, x, scope);
-  if (kernel == cuda::ForwardKernel::kGemm)
-    return gemm(w, base.tokens, &up, bias_row ? &*bias_row : nullptr, x, scope);
+  if (kernel == cuda::ForwardKernel::kGemm) return gemm(w, base.tokens, &up, bias_row ? &*bias_row : nullptr, x, scope);
   return general_product(packed_operand(w, false, base.tokens), &up, bias_row ? &*bias_row : nullptr, x, n,
                          scope.stream());
 }

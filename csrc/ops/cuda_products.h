@@ -109,14 +109,15 @@ inline Packed16 lora_pack(const cuda::DenseMatrix& source, int64_t rows, int64_t
   const int padded = static_cast<int>(ceil_div(r, 16) * 16), total = split == cuda::Split::kNone ? padded : 3 * padded;
   Packed16 packed{empty_like_device(x.tensor, {adapters * rows, total}, x.tensor.scalar_type()), nullptr, total};
   packed.data = packed.storage.const_data_ptr();
-  const cuda::LoraPackParams p{source, rows,  adapters, adapter_stride, static_cast<int>(r),
-                               padded, split, packed.storage.mutable_data_ptr(), x.dtype};
+  const cuda::LoraPackParams p{
+      source, rows, adapters, adapter_stride, static_cast<int>(r), padded, split, packed.storage.mutable_data_ptr(),
+      x.dtype};
   check(cuda::launch_lora_pack(p, stream), "lora_pack");
   return packed;
 }
 
-// Both sides of the low-rank term of a gemm. Adapters of the tokens' dtype are taken as they are, as torch does; those in
-// float32 are split into high and low halves.
+// Both sides of the low-rank term of a gemm. Adapters of the tokens' dtype are taken as they are, as torch does; those
+// in float32 are split into high and low halves.
 struct LowRank16 {
   Packed16 up, activation;
 };
@@ -124,16 +125,16 @@ struct LowRank16 {
 inline LowRank16 low_rank_operands(const Up& up, int64_t rows, const Matrix& x, cudaStream_t stream) {
   const int64_t r = up.activation->cols;
   const bool same = up.matrix.dtype == x.dtype;
-  const bool as_it_is = same && up.matrix.col_stride == 1 && up.matrix.row_stride == r && r % 16 == 0 &&
-                        is_aligned(up.matrix.data);
+  const bool as_it_is =
+      same && up.matrix.col_stride == 1 && up.matrix.row_stride == r && r % 16 == 0 && is_aligned(up.matrix.data);
   LowRank16 operands;
   if (as_it_is)
     operands.up = {x.tensor, up.matrix.data, static_cast<int>(r)};
   else
     operands.up = lora_pack(up.matrix, rows, r, same ? cuda::Split::kNone : cuda::Split::kOperand, x, stream,
                             up.adapters != nullptr ? up.adapters->count : 1, up.adapter_stride);
-  operands.activation = lora_pack(rows_of(*up.activation), x.rows, r,
-                                  same ? cuda::Split::kNone : cuda::Split::kActivation, x, stream);
+  operands.activation =
+      lora_pack(rows_of(*up.activation), x.rows, r, same ? cuda::Split::kNone : cuda::Split::kActivation, x, stream);
   return operands;
 }
 
@@ -199,8 +200,8 @@ inline Tensor input_grad(const CheckedWeight& checked, const Matrix& dy, const U
                          const GpuScope& scope) {
   const cuda::Weight w = device_view_of(checked);
   const cuda::Problem problem{dy.rows, w.n, w.k, dy.dtype, int64_t{1} << w.block_shift};
-  const bool fits = like.scalar_type() == dy.tensor.scalar_type() &&
-                    cuda::why_general_backward(problem, scope.gpu()) == nullptr;
+  const bool fits =
+      like.scalar_type() == dy.tensor.scalar_type() && cuda::why_general_backward(problem, scope.gpu()) == nullptr;
   return fits ? gemm_dx(w, dy, down, like, scope)
               : general_product(packed_operand(w, true, dy), down, nullptr, like, w.k, scope.stream());
 }

@@ -54,12 +54,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_quantize(Tensor weight, std::str
   Tensor nested_offset = torch::stable::new_zeros(source, {1}, ScalarType::Float);
   if (blocks > 0) {
     const Tensor parts = empty_like_device(source, {cuda::kMeanParts}, ScalarType::Double);
-    const cuda::DoubleQuantizeParams p{absmax.const_data_ptr<float>(),
-                                       blocks,
-                                       parts.mutable_data_ptr<double>(),
-                                       codes.mutable_data_ptr<uint8_t>(),
-                                       nested_absmax.mutable_data_ptr<float>(),
-                                       nested_offset.mutable_data_ptr<float>()};
+    const cuda::DoubleQuantizeParams p{
+        absmax.const_data_ptr<float>(),          blocks,
+        parts.mutable_data_ptr<double>(),        codes.mutable_data_ptr<uint8_t>(),
+        nested_absmax.mutable_data_ptr<float>(), nested_offset.mutable_data_ptr<float>()};
     check(cuda::launch_double_quantize(p, scope.stream()), "double_quantize");
   }
   return {packed, codes, nested_absmax, nested_offset};

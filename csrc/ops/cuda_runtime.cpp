@@ -29,8 +29,9 @@ struct GpuScope::Guard {
   bool range_is_open = false;
 };
 
-GpuScope::GpuScope(const Tensor& like, const char* op, const Extents& e)
-    : guard_(std::make_unique<Guard>(like.get_device_index())) {
+GpuScope::GpuScope(const Tensor& like, const char* op, const Extents& e) {
+  STD_TORCH_CHECK(!like.is_cpu(), "the CUDA kernel of qlora::", op, " was asked for, but its tensors are on the CPU");
+  guard_ = std::make_unique<Guard>(like.get_device_index());
   void* stream = nullptr;
   const auto error = aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream);
   STD_TORCH_CHECK(error == 0, "torch has no current CUDA stream for device ", like.get_device_index());

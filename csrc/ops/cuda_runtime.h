@@ -1,4 +1,5 @@
-// What an op needs of the GPU besides its kernels: the device of a tensor, the current stream, a range for the profiler.
+// What an op needs of the GPU besides its kernels: the device of a tensor, the current stream, a range for the
+// profiler.
 #pragma once
 
 #include <memory>

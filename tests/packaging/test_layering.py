@@ -18,8 +18,9 @@ MAY_INCLUDE = {
     "format": {"format"},
     "reference": {"format", "reference"},
     "cpu": {"format", "cpu"},
-    "ops": {"format", "cpu", "ops"},
-    "bindings": {"format", "cpu", "bindings"},
+    "cuda": {"format", "cuda"},
+    "ops": {"format", "cpu", "cuda", "ops"},
+    "bindings": {"format", "cpu", "cuda", "bindings"},
 }
 # Python layers, lowest first.
 LAYERS = ("_C", "_load", "_registration", "ops", "reference", "weight", "explain", "nn", "models", "training", "cli")
@@ -31,6 +32,8 @@ def test_includes_go_one_way_and_torch_stays_in_ops(path):
     for include in re.findall(r'#include [<"]([^">]+)[">]', path.read_text()):
         if include.startswith("torch"):
             assert room == "ops", f"{path} includes {include}"
+        if "cuda" in include and "cuda/" not in include:
+            assert room == "cuda", f"{path} includes {include}"
         if include.startswith("pybind11"):
             assert room == "bindings", f"{path} includes {include}"
         folder = include.split("/")[0]

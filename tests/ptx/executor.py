@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +49,10 @@ def why_not() -> str:
 
 @functools.cache
 def emulator():
-    sys.path.insert(0, os.environ["PTXEMU"])
+    # It builds itself on first use: in a copy, for its own folder may not be ours to write.
+    copy = ROOT / "build" / "ptxemu"
+    shutil.copytree(os.environ["PTXEMU"], copy, dirs_exist_ok=True, ignore=shutil.ignore_patterns("build", ".*"))
+    sys.path.insert(0, str(copy))
     import ptxemu
 
     return ptxemu
@@ -164,9 +168,7 @@ class Executor:
                 if translated is not None:
                     raw[offset : offset + 8] = translated.to_bytes(8, "little")
             extents = tuple(grid[i] for i in range(3))
-            result = module.launch(
-                name.decode(), extents, threads, [bytes(raw)], shared=shared_bytes, **self.options
-            )
+            result = module.launch(name.decode(), extents, threads, [bytes(raw)], shared=shared_bytes, **self.options)
             assert not result.warnings, "\n".join(warning["text"] for warning in result.warnings)
             self.results.append(result)
             self.memory.to_host()

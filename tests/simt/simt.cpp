@@ -13,6 +13,7 @@
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #define QLORA_ASAN 1
 #endif
@@ -52,7 +53,7 @@ namespace {
 
 constexpr size_t kStackBytes = 128 * 1024;
 constexpr int kMaxThreads = 1024;
-constexpr int kCellBytes = 2;  // the smallest access to shared memory
+constexpr int kCellBytes = 2;      // the smallest access to shared memory
 constexpr uint8_t kPoison = 0xFF;  // a nan in every float type
 
 enum class State { kRunnable, kAtBarrier, kAtCollective, kDone };
@@ -75,7 +76,7 @@ struct Thread {
   void* stack_pointer = nullptr;
   State state = State::kDone;
   const char* place = nullptr;
-  void* mine = nullptr;  // argument of the collective
+  void* mine = nullptr;                   // argument of the collective
   std::vector<Copy> open;                 // not committed
   std::vector<std::vector<Copy>> groups;  // committed, not waited for
   size_t ordinal[kKinds] = {};
@@ -174,14 +175,19 @@ void resume(int thread) {
 void prepare(Thread& t, int thread) {
   t = Thread{};
   t.state = State::kRunnable;
-  // The frame that qlora_simt_switch pops: six registers and the address to return to, on a stack aligned as after a call.
+#ifdef QLORA_ASAN
+  __asan_unpoison_memory_region(stack_of(thread), kStackBytes);  // a fiber that was given up never left its frames
+#endif
+  // The frame that qlora_simt_switch pops: six registers and the address to return to, on a stack aligned as after a
+  // call.
   auto* top = reinterpret_cast<uint64_t*>(stack_of(thread) + kStackBytes) - 2;
   *top = reinterpret_cast<uint64_t>(&fiber_main);
   for (int i = 1; i <= 6; ++i) top[-i] = 0;
   t.stack_pointer = top - 6;
 }
 
-// ---- counters --------------------------------------------------------------------------------------------------------
+// ---- counters
+// --------------------------------------------------------------------------------------------------------
 
 void record(Kind kind, uint64_t address, int bytes) {
   if (!machine.counting) return;
@@ -211,7 +217,8 @@ uint64_t waves_of(const Lanes& lanes, uint64_t* ideal) {
   for (size_t begin = 0; begin < lanes.size(); begin += per_phase) {
     std::vector<uint64_t> words[32];
     for (size_t i = begin; i < std::min(begin + per_phase, lanes.size()); ++i)
-      for (uint64_t w = lanes[i].address / 4; w < (lanes[i].address + static_cast<uint64_t>(lanes[i].bytes) + 3) / 4; ++w)
+      for (uint64_t w = lanes[i].address / 4; w < (lanes[i].address + static_cast<uint64_t>(lanes[i].bytes) + 3) / 4;
+           ++w)
         if (std::find(words[w % 32].begin(), words[w % 32].end(), w) == words[w % 32].end()) words[w % 32].push_back(w);
     size_t most = 0;
     for (const auto& bank : words) most = std::max(most, bank.size());
@@ -244,7 +251,8 @@ void flush(Warp& warp, int first_thread) {
   }
 }
 
-// ---- shared memory ---------------------------------------------------------------------------------------------------
+// ---- shared memory
+// ---------------------------------------------------------------------------------------------------
 
 std::string at(uint32_t address) { return " at shared byte " + std::to_string(address); }
 
@@ -265,10 +273,12 @@ void note_write(Cell& cell, uint32_t address) {
   const int me = machine.index.thread;
   const uint32_t meetings = machine.warps[static_cast<size_t>(warp_of(me))].meetings;
   if (cell.written && unordered(cell.writer, cell.write_barrier, cell.write_meeting))
-    fail("race: written by thread " + std::to_string(cell.writer) + " and by this one without a barrier between" + at(address));
-  const bool others_read = cell.read_barrier == machine.barriers && cell.reader != -1 &&
-                           (cell.reader == -2 ? cell.reader_warp == -2 || cell.reader_warp != warp_of(me) || cell.read_meeting == meetings
-                                              : unordered(cell.reader, cell.read_barrier, cell.read_meeting));
+    fail("race: written by thread " + std::to_string(cell.writer) + " and by this one without a barrier between" +
+         at(address));
+  const bool others_read =
+      cell.read_barrier == machine.barriers && cell.reader != -1 &&
+      (cell.reader == -2 ? cell.reader_warp == -2 || cell.reader_warp != warp_of(me) || cell.read_meeting == meetings
+                         : unordered(cell.reader, cell.read_barrier, cell.read_meeting));
   if (others_read) fail("race: read by another thread and written by this one without a barrier between" + at(address));
   cell = Cell{};
   cell.written = true;
@@ -282,7 +292,8 @@ void note_read(Cell& cell, uint32_t address) {
   if (cell.pending) fail("read of a cp.async that was not waited for" + at(address));
   if (!cell.written) fail("read of uninitialised shared memory" + at(address));
   if (unordered(cell.writer, cell.write_barrier, cell.write_meeting))
-    fail("race: written by thread " + std::to_string(cell.writer) + " and read by this one without a barrier between" + at(address));
+    fail("race: written by thread " + std::to_string(cell.writer) + " and read by this one without a barrier between" +
+         at(address));
   const bool first = cell.reader == -1 || cell.read_barrier != machine.barriers;
   cell.reader_warp = static_cast<int16_t>(first || cell.reader_warp == warp_of(me) ? warp_of(me) : -2);
   cell.reader = static_cast<int16_t>(first || cell.reader == me ? me : -2);
@@ -292,7 +303,8 @@ void note_read(Cell& cell, uint32_t address) {
 
 template <class Fn>
 void each_cell(uint32_t address, int bytes, const Fn& fn) {
-  for (uint32_t a = address / kCellBytes; a < (address + static_cast<uint32_t>(bytes) + kCellBytes - 1) / kCellBytes; ++a)
+  for (uint32_t a = address / kCellBytes; a < (address + static_cast<uint32_t>(bytes) + kCellBytes - 1) / kCellBytes;
+       ++a)
     fn(machine.cells[a], a * kCellBytes);
 }
 
@@ -301,7 +313,8 @@ void arrive(const Copy& copy) {
   each_cell(copy.to, 16, [](Cell& cell, uint32_t) { cell.pending = false; });
 }
 
-// ---- the block -------------------------------------------------------------------------------------------------------
+// ---- the block
+// -------------------------------------------------------------------------------------------------------
 
 void start_block(int threads, int shared_bytes) {
   machine.index.threads = threads;
@@ -318,7 +331,9 @@ void start_block(int threads, int shared_bytes) {
 
 std::string standing(int thread) {
   const Thread& t = machine.threads[static_cast<size_t>(thread)];
-  return t.state == State::kDone ? "has ended" : t.state == State::kAtBarrier ? "waits at a barrier" : std::string("waits at ") + t.place;
+  return t.state == State::kDone        ? "has ended"
+         : t.state == State::kAtBarrier ? "waits at a barrier"
+                                        : std::string("waits at ") + t.place;
 }
 
 // Nobody can run: a barrier that all reached, or a mistake.
@@ -380,7 +395,8 @@ void run_block() {
   }
   for (size_t w = 0; w < machine.warps.size(); ++w) flush(machine.warps[w], static_cast<int>(w) * 32);
   for (const Thread& t : machine.threads)
-    if (!t.groups.empty() || !t.open.empty()) machine.error = "a cp.async was never waited for [" + machine.kernel + "]";
+    if (!t.groups.empty() || !t.open.empty())
+      machine.error = "a cp.async was never waited for [" + machine.kernel + "]";
 }
 
 }  // namespace
@@ -409,7 +425,7 @@ const char* launch(const void* kernel, const int64_t (&grid)[3], int threads, in
   }
   machine.body = &body;
   for (int i = 0; i < 3; ++i) machine.index.blocks[i] = grid[i];
-  int64_t(&block)[3] = machine.index.block;
+  int64_t (&block)[3] = machine.index.block;
   for (block[2] = 0; block[2] < grid[2]; ++block[2])
     for (block[1] = 0; block[1] < grid[1]; ++block[1])
       for (block[0] = 0; block[0] < grid[0]; ++block[0]) {

@@ -8,11 +8,13 @@
 
 namespace qlora::simt {
 
-// ---- for tests -------------------------------------------------------------------------------------------------------
+// ---- for tests
+// -------------------------------------------------------------------------------------------------------
 
 struct Counters {
   uint64_t launches, barriers, mma;
-  uint64_t global_load_bytes, global_load_sectors, global_load_ideal;  // sectors of 32 bytes; ideal: distinct bytes / 32
+  uint64_t global_load_bytes, global_load_sectors,
+      global_load_ideal;  // sectors of 32 bytes; ideal: distinct bytes / 32
   uint64_t global_store_bytes, global_store_sectors, global_store_ideal;
   uint64_t shared_load_waves, shared_load_ideal;  // most words in one bank, and one, for each phase of a request
   uint64_t shared_store_waves, shared_store_ideal;
@@ -29,7 +31,8 @@ using Launcher = const char* (*)(const char* kernel, const int64_t* grid, int th
                                  const void* params, int64_t params_bytes);
 void set_launcher(Launcher launcher);
 
-// ---- for the twins ---------------------------------------------------------------------------------------------------
+// ---- for the twins
+// ---------------------------------------------------------------------------------------------------
 
 struct Index {
   int thread, threads;
@@ -47,9 +50,9 @@ void sync_threads();
 // last one to come runs `all` on the 32 pointers.
 void collective(const char* place, void* mine, const std::function<void(void* const* lanes)>& all);
 
-void* shared_read(uint32_t address, int bytes);   // checked; a pointer to the bytes
+void* shared_read(uint32_t address, int bytes);  // checked; a pointer to the bytes
 void shared_write(uint32_t address, const void* from, int bytes);
-void global_read(const void* p, int bytes);   // counted
+void global_read(const void* p, int bytes);  // counted
 void global_write(const void* p, int bytes);
 
 void cp_async(uint32_t to, const void* from);  // 16 bytes

@@ -1,9 +1,9 @@
 // The weight as the A operand of the tensor cores, decoded from global memory as it lies.
 //
-// The order of k inside 64 weights of a row is free as long as x uses the same: lane (g, t) = (lane / 4, lane % 4) takes
-// k = 16t … 16t + 15 of its rows, 8 bytes, and step s of four multiplies k = 16t + 4s + {0, 1, 2, 3}. So neither W nor x is
-// rearranged, and x is read 16 bytes at a time. The order of rows is free as well: fragment f holds rows
-// 2Rg + 2f and 2Rg + 2f + 1 where the manual says g and g + 8, so that a lane's results are neighbours in memory.
+// The order of k inside 64 weights of a row is free as long as x uses the same: lane (g, t) = (lane / 4, lane % 4)
+// takes k = 16t … 16t + 15 of its rows, 8 bytes, and step s of four multiplies k = 16t + 4s + {0, 1, 2, 3}. So neither
+// W nor x is rearranged, and x is read 16 bytes at a time. The order of rows is free as well: fragment f holds rows 2Rg
+// + 2f and 2Rg + 2f + 1 where the manual says g and g + 8, so that a lane's results are neighbours in memory.
 #pragma once
 
 #include "cuda/device/pair_table.cuh"
@@ -24,12 +24,14 @@ QLORA_DEVICE void decode_step(const LevelPairs<T>& pairs, Words2 a, Words2 b, ui
   fragment[3] = pairs.template at<kByte + 1>(word_b);
 }
 
-// The scales of kRows rows and `count` chunks in shared memory, [kRows][count | 1]: an odd pitch, so that eight rows lie
-// in eight banks. Each warp decodes whole rows, neighbouring lanes neighbouring scales.
+// The scales of kRows rows and `count` chunks in shared memory, [kRows][count | 1]: an odd pitch, so that eight rows
+// lie in eight banks. Each warp decodes whole rows, neighbouring lanes neighbouring scales.
 class ScalePanel {
  public:
   QLORA_METHOD ScalePanel(SharedAddress base, int count) : base_(base), pitch_(count | 1) {}
-  static QLORA_BOTH constexpr int bytes(int rows, int count) { return rows * (count | 1) * static_cast<int>(sizeof(float)); }
+  static QLORA_BOTH constexpr int bytes(int rows, int count) {
+    return rows * (count | 1) * static_cast<int>(sizeof(float));
+  }
 
   // All threads; a barrier has to follow. `factor` undoes level_multiplier.
   template <int kWarps>

@@ -1,6 +1,6 @@
-// Levels in 16 bit, for the tensor cores. Rounding the levels themselves would cost accuracy; rounded after a factor that
-// was chosen for it (and undone in the float32 scale) they cost half of what torch's rounding of each dequantized weight
-// does: root mean square error 0.49 of torch's in bfloat16, 0.41 in float16 (docs/kernels.md).
+// Levels in 16 bit, for the tensor cores. Rounding the levels themselves would cost accuracy; rounded after a factor
+// that was chosen for it (and undone in the float32 scale) they cost half of what torch's rounding of each dequantized
+// weight does: root mean square error 0.49 of torch's in bfloat16, 0.41 in float16 (docs/kernels.md).
 #pragma once
 
 #include "format/codebook.h"

@@ -18,7 +18,8 @@
 
 namespace qlora::cuda::ptx {
 
-// ---- where am I ------------------------------------------------------------------------------------------------------
+// ---- where am I
+// ------------------------------------------------------------------------------------------------------
 
 QLORA_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
 QLORA_DEVICE int lane() { return static_cast<int>(threadIdx.x & 31u); }
@@ -29,12 +30,14 @@ QLORA_DEVICE int block_y() { return static_cast<int>(blockIdx.y); }
 QLORA_DEVICE int block_z() { return static_cast<int>(blockIdx.z); }
 QLORA_DEVICE int blocks_x() { return static_cast<int>(gridDim.x); }
 
-// ---- barriers --------------------------------------------------------------------------------------------------------
+// ---- barriers
+// --------------------------------------------------------------------------------------------------------
 
 QLORA_DEVICE void sync_threads() { __syncthreads(); }
 QLORA_DEVICE void sync_warp() { __syncwarp(); }
 
-// ---- global memory ---------------------------------------------------------------------------------------------------
+// ---- global memory
+// ---------------------------------------------------------------------------------------------------
 
 template <class T>
 QLORA_DEVICE T load(const T* p) {
@@ -60,7 +63,8 @@ QLORA_DEVICE Words2 load_once(const Words2* p) {
 // Integers only: the result does not depend on the order.
 QLORA_DEVICE void atomic_max(unsigned long long* p, unsigned long long value) { atomicMax(p, value); }
 
-// ---- shared memory: a byte address in the block's own window ---------------------------------------------------------
+// ---- shared memory: a byte address in the block's own window
+// ---------------------------------------------------------
 
 QLORA_DEVICE SharedAddress shared_base() {
   extern __shared__ __align__(1024) unsigned char qlora_dynamic_shared[];
@@ -111,7 +115,9 @@ QLORA_DEVICE T load_shared(SharedAddress a) {
   return v;
 }
 
-QLORA_DEVICE void store_shared(SharedAddress a, uint32_t v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(a), "r"(v)); }
+QLORA_DEVICE void store_shared(SharedAddress a, uint32_t v) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(a), "r"(v));
+}
 QLORA_DEVICE void store_shared(SharedAddress a, float v) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(a), "f"(v)); }
 QLORA_DEVICE void store_shared(SharedAddress a, double v) { asm volatile("st.shared.f64 [%0], %1;" ::"r"(a), "d"(v)); }
 QLORA_DEVICE void store_shared(SharedAddress a, Floats2 v) {
@@ -145,7 +151,8 @@ QLORA_DEVICE void cp_async_wait() {
 #endif
 }
 
-// ---- other lanes of the warp -----------------------------------------------------------------------------------------
+// ---- other lanes of the warp
+// -----------------------------------------------------------------------------------------
 
 template <class T>
 QLORA_DEVICE T shuffle(T v, int from_lane) {
@@ -156,7 +163,8 @@ QLORA_DEVICE T shuffle_xor(T v, int mask) {
   return __shfl_xor_sync(0xFFFFFFFFu, v, mask);
 }
 
-// ---- arithmetic ------------------------------------------------------------------------------------------------------
+// ---- arithmetic
+// ------------------------------------------------------------------------------------------------------
 
 // Byte kByte of a word, zero-extended.
 template <int kByte>
@@ -215,12 +223,13 @@ __device__ __forceinline__ float unpack<fp16>(uint32_t pair, int half) {
   return v;
 }
 
-// ---- tensor cores ----------------------------------------------------------------------------------------------------
+// ---- tensor cores
+// ----------------------------------------------------------------------------------------------------
 
-// d[16, 8] = a[16, 16] b[16, 8] + c[16, 8], float32 accumulation. With g = lane / 4 and t = lane % 4 a lane holds (pairs, the
-// lower half first): a[0] = (g, 2t), a[1] = (g + 8, 2t), a[2] = (g, 2t + 8), a[3] = (g + 8, 2t + 8);
-// b[0] = (2t, g), b[1] = (2t + 8, g); d[0], d[1] = (g, 2t), (g, 2t + 1), d[2], d[3] = (g + 8, 2t), (g + 8, 2t + 1).
-// The sum starts from c, which may be d itself.
+// d[16, 8] = a[16, 16] b[16, 8] + c[16, 8], float32 accumulation. With g = lane / 4 and t = lane % 4 a lane holds
+// (pairs, the lower half first): a[0] = (g, 2t), a[1] = (g + 8, 2t), a[2] = (g, 2t + 8), a[3] = (g + 8, 2t + 8); b[0] =
+// (2t, g), b[1] = (2t + 8, g); d[0], d[1] = (g, 2t), (g, 2t + 1), d[2], d[3] = (g + 8, 2t), (g + 8, 2t + 1). The sum
+// starts from c, which may be d itself.
 template <class T>
 QLORA_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]);
 template <>
@@ -233,14 +242,12 @@ __device__ __forceinline__ void mma<fp16>(float (&d)[4], const uint32_t (&a)[4],
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 #else
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};"
-      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(b0), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[2]), "r"(a[3]), "r"(b1));
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};"
+               : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(b0), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[2]), "r"(a[3]), "r"(b1));
 #endif
 }
 template <>
@@ -248,7 +255,8 @@ __device__ __forceinline__ void mma<bf16>(float (&d)[4], const uint32_t (&a)[4],
                                           const float (&c)[4]) {
 #if __CUDA_ARCH__ >= 800
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, "
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, "
+      "%12, "
       "%13};"
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));

@@ -37,7 +37,8 @@ QLORA_DEVICE void low_rank_steps(const GemmOutput& p, int64_t first_row, int64_t
   }
 }
 
-// The low-rank term of one result with the adapter of its token, on the CUDA cores; nan for an adapter that is not there.
+// The low-rank term of one result with the adapter of its token, on the CUDA cores; nan for an adapter that is not
+// there.
 template <class T>
 QLORA_DEVICE float low_rank_of_adapter(const GemmOutput& p, int64_t row, int64_t token, int64_t adapter) {
   if (adapter == -1) return 0.0f;

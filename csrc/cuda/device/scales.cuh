@@ -13,7 +13,8 @@ class WarpScales {
     if (!nested_) return;
     offset_ = ptx::load(w.nested_offset);
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) map_[i] = bits_of(ptx::load(&kTables.dynamic.value[kZero + i * 32 + ptx::lane()]));
+    for (int i = 0; i < kPerLane; ++i)
+      map_[i] = bits_of(ptx::load(&kTables.dynamic.value[kZero + i * 32 + ptx::lane()]));
   }
 
   // The scale of a block of the lane's own choice. Some 30 instructions with double quantization.
@@ -25,7 +26,8 @@ class WarpScales {
   QLORA_METHOD bool nested() const { return nested_; }
   QLORA_METHOD float of_nested(const Weight& w, int64_t block) const {
     const float nested = ptx::load(w.nested_absmax + (block >> kNestedBlockShift));
-    // The map is odd about its zero but for a last value of 1, so half of it is enough: magnitude 0 … 127, and 128 for 1.
+    // The map is odd about its zero but for a last value of 1, so half of it is enough: magnitude 0 … 127, and 128
+    // for 1.
     const int code = ptx::load(w.absmax_codes + block) - kZero;
     const int magnitude = code < 0 ? -code : code;
     uint32_t candidate[kPerLane];

@@ -20,7 +20,9 @@ class TokenTile {
   template <class Extra>
   QLORA_METHOD TokenTile(SharedAddress base, const void* x, int64_t m, int64_t row_elems, int64_t first_token,
                          const Extra& extra)
-      : base_(base), left_(static_cast<int>(row_elems) - ptx::thread() % 8 * 8), chunks_left_(static_cast<int>(ceil_div(row_elems, 64))) {
+      : base_(base),
+        left_(static_cast<int>(row_elems) - ptx::thread() % 8 * 8),
+        chunks_left_(static_cast<int>(ceil_div(row_elems, 64))) {
     const int row = ptx::thread() / 8, piece = ptx::thread() % 8;
     to_ = row * 128 + (piece ^ (row & 1)) * 16;
     from_ = static_cast<const char*>(x) + (first_token + row) * row_elems * 2 + piece * 16;
