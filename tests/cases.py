@@ -21,6 +21,8 @@ SHAPES = (
     (17, 3, 7),
     (53, 67, 101),
     (130, 70, 300),
+    (33, 136, 192),  # tensor cores: part of a tile of tokens, rows and chunks
+    (70, 72, 2112),  # more chunks than one panel of scales has
 )
 
 

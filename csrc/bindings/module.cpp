@@ -9,6 +9,7 @@
 #include "cpu/cpu_features.h"
 #include "cpu/dispatch.h"
 #include "cpu/select.h"
+#include "cuda/select.h"
 #include "format/codebook.h"
 #include "format/dynamic_map.h"
 #include "format/layout.h"
@@ -50,6 +51,32 @@ py::tuple explain_forward(int64_t m, int64_t k) {
   return py::make_tuple(qlora::cpu::kernel_name(kernel), qlora::cpu::why_not_faster(kernel));
 }
 
+// What select.h decides for one product on one GPU, as the keys of a dictionary.
+py::dict cuda_select(int64_t m, int64_t n, int64_t k, const std::string& dtype, int64_t block_size, int arch,
+                     int sm_count, int shared_bytes_per_block) {
+  using namespace qlora::cuda;
+  const qlora::DType type = dtype == "bfloat16"  ? qlora::DType::kBFloat16
+                            : dtype == "float16" ? qlora::DType::kFloat16
+                                                 : qlora::DType::kFloat32;
+  const Problem problem{m, n, k, type, block_size};
+  const GpuInfo gpu{arch, sm_count, shared_bytes_per_block};
+  const ForwardKernel kernel = select_forward(problem, gpu);
+  const char* why_forward = why_general_forward(problem, gpu);
+  const char* why_backward = why_general_backward(problem, gpu);
+  const GemmTile tile = select_gemm_tile(m, n, gpu);
+  const auto tuple = [](int rows, int tokens) { return py::make_tuple(rows, tokens); };
+  py::dict chosen;
+  chosen["forward"] = kernel_name(kernel);
+  chosen["forward_tile"] = kernel == ForwardKernel::kDecode ? tuple(select_decode_rows(n, gpu), kDecodeTokens)
+                           : kernel == ForwardKernel::kGemm ? tuple(tile_rows(tile), tile_tokens(tile))
+                                                            : tuple(64, 64);
+  chosen["why_not_faster"] = why_forward != nullptr ? why_forward : "";
+  chosen["backward"] = why_backward != nullptr ? "general" : "gemm_dx";
+  chosen["backward_tile"] = why_backward != nullptr ? tuple(64, 64) : tuple(128, select_dx_tokens(m, gpu));
+  chosen["why_not_faster_backward"] = why_backward != nullptr ? why_backward : "";
+  return chosen;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -63,6 +90,9 @@ PYBIND11_MODULE(_C, m) {
       "The 256 values of the signed 8-bit dynamic map, ascending.");
   m.def("explain_forward", &explain_forward, py::arg("m"), py::arg("k"),
         "(kernel, why not a faster one) for m tokens and k input features.");
+  m.def("cuda_select", &cuda_select, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("dtype"), py::arg("block_size"),
+        py::arg("arch"), py::arg("sm_count"), py::arg("shared_bytes_per_block"),
+        "The kernels and tiles for one product on one GPU, and why not faster ones; needs no GPU.");
   std::vector<std::string> quant_types;
   for (const qlora::QuantTypeName& entry : qlora::kQuantTypes) quant_types.emplace_back(entry.name);
   m.attr("QUANT_TYPES") = py::tuple(py::cast(quant_types));

@@ -57,7 +57,9 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GemmParams p) {
   const int chunks = static_cast<int>(p.weight.k / kChunk);
   const int g = ptx::lane() / 4;
 
-  Tile tokens(table + kPairTableBytes, p.x, p.out.m, p.weight.k, first_token, [] {});
+  Tile tokens(table + kPairTableBytes, p.x, p.out.m, p.weight.k, p.weight.k, first_token);
+  const auto fetch = [&] { tokens.fetch(); };
+  start_pipeline<kStages>(fetch);
   RowReader<R> rows(p.weight, first_row);
   Words2 raw[2 * R];
   rows.next(raw);
@@ -70,8 +72,8 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GemmParams p) {
   if constexpr (!kMulti) low_rank_steps<T, R, kTokens>(p.out, first_row, first_token, sum);
 
   for (int chunk = 0; chunk < chunks; ++chunk) {
-    const SharedAddress here = tokens.next([] {});
-    if (chunk % kPanelChunks == 0) {  // behind the barrier of next(): nobody reads the scales before
+    advance_pipeline<kStages>(fetch);
+    if (chunk % kPanelChunks == 0) {  // behind the pipeline's barrier: nobody reads the scales before
       const int count = chunks - chunk < kPanelChunks ? chunks - chunk : kPanelChunks;
       panel.fill<kWarps>(p.weight, scales, block_row, kRows<R>, chunk, count, p.level_factor);
       ptx::sync_threads();
@@ -89,7 +91,7 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GemmParams p) {
       scale[2 * f + 1] = ptx::load_shared<float>(scale_at + (2 * f + 1) * panel.pitch() * 4);
     }
     if (chunk + 1 < chunks) rows.next(raw);  // arrives behind the products of this chunk
-    const auto place = tokens.place(here);
+    const auto place = tokens.place(tokens.next());
     unroll<kTokens / 8>([&](auto group) {
       constexpr int j = decltype(group)::value;
       uint32_t x[8];

@@ -30,7 +30,11 @@ constexpr int kSharedBytes = kPairTableBytes + TokenTile<kTokens, kStages, kThre
 class WeightTile {
  public:
   QLORA_METHOD WeightTile(SharedAddress base, const Weight& w, int64_t first_feature)
-      : base_(base), fill_(base), read_(base), rows_left_(static_cast<int>(w.n)) {
+      : base_(base),
+        fill_(base),
+        read_(base),
+        rows_left_(static_cast<int>(w.n)),
+        chunks_left_(static_cast<int>(ceil_div(w.n, kChunk))) {
     const int row = ptx::thread() / 4, piece = ptx::thread() % 4;
     inside_ = first_feature + piece * 32 < w.k;
     from_ = w.packed + (row * w.k + first_feature) / 2 + piece * 16;
@@ -42,7 +46,9 @@ class WeightTile {
     mine_ = t * 16 * 64 + (ptx::warp() ^ t) * 16 + 2 * g;
   }
 
+  // Starts the copy of the next chunk; rows that are not there are skipped.
   QLORA_METHOD void fetch() {
+    if (chunks_left_-- <= 0) return;
     copy(fill_ + to_, from_, rows_left_ > 0);
     copy(fill_ + (to_ ^ 32u) + 32 * 64, from_ + half_bytes_, rows_left_ > 32);
     from_ += 2 * half_bytes_;
@@ -69,7 +75,7 @@ class WeightTile {
   }
 
   SharedAddress base_, fill_, read_, to_, mine_;
-  int rows_left_;
+  int rows_left_, chunks_left_;
   bool inside_;
   const uint8_t* from_;
   int64_t half_bytes_;
@@ -155,8 +161,12 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GemmDxParams p) 
 
   const SharedAddress weight_base = table + kPairTableBytes + Tile::kBytes;
   WeightTile weights(weight_base, p.weight, block_feature);
-  const auto fetch_weights = [&] { weights.fetch(); };
-  Tile tokens(table + kPairTableBytes, p.dy, p.out.m, p.weight.n, first_token, fetch_weights);
+  Tile tokens(table + kPairTableBytes, p.dy, p.out.m, p.weight.n, p.weight.n, first_token);
+  const auto fetch = [&] {
+    weights.fetch();
+    tokens.fetch();
+  };
+  start_pipeline<kStages>(fetch);
   ValuePairs::fill<kThreads>(table, p.weight.quant_type);
   const ValuePairs pairs(table);
   const WarpScales scales(p.weight);
@@ -167,7 +177,7 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GemmDxParams p) 
   if constexpr (!kMulti) low_rank_steps<T, 2, kTokens>(p.out, first_feature, first_token, sum);
 
   for (int chunk = 0; chunk < chunks; ++chunk) {
-    const SharedAddress here = tokens.next(fetch_weights);
+    advance_pipeline<kStages>(fetch);
     const SharedAddress bytes_at = weights.next();
     uint32_t fragment[4][2][4];
     unroll<4>([&](auto step) {
@@ -178,7 +188,7 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GemmDxParams p) 
                                  ptx::load_shared<uint16_t, (4 * s + 3) * 64>(bytes_at)};
       decode_rows<T>(pairs, bytes, scale_tile.at(chunk % 2, s), fragment[s][0], fragment[s][1]);
     });
-    const auto place = tokens.place(here);
+    const auto place = tokens.place(tokens.next());
     unroll<kTokens / 8>([&](auto group) {
       constexpr int j = decltype(group)::value;
       uint32_t dy[8];

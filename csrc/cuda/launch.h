@@ -151,20 +151,39 @@ struct GemmDxParams {
 };
 Status launch_gemm_dx(const GemmDxParams& p, cudaStream_t stream);
 
-// out [rows, padded(r)] in 16 bit = source (row, r), zero from r on. With `split`, three such parts side by side whose
-// products add up to one of nearly float32: an operand (split = kOperand) is [high, high, low], the activations that it
-// meets (kActivation) are [high, low, high].
-enum class Split : int { kNone, kOperand, kActivation };
+// parts[s] [m, rows] = x · operandᵀ over the s-th stretch of the reduction: the low-rank activations, x lora_aᵀ in the
+// forward and dy lora_b in the backward.
+struct LoraDownParams {
+  const void* x;        // [m, elems], aligned to 16 bytes
+  const void* operand;  // [rows, elems], aligned to 16 bytes
+  DType dtype;          // of both: bfloat16 or float16
+  int64_t m, rows;
+  int64_t elems;  // a multiple of 8
+  int parts;      // select_lora_parts()
+  float* out;     // [parts, m, rows]
+};
+Status launch_lora_down(const LoraDownParams& p, cudaStream_t stream);
+
+// Low-rank factors and activations as the other kernels want them.
+// value(row, r) = scale * sum over parts (source(row, r) + source(row, r + low_offset) if there is one)
+// out [adapters, rows, padded_r], zero from r on. With `split`, three such parts side by side whose products add up to
+// one of nearly float32: an operand (kOperand) is [high, high, low], the activations that it meets (kActivation) are
+// [high, low, high]; kStacked puts the low part below the high one, [2, rows, padded_r].
+enum class Split : int { kNone, kOperand, kActivation, kStacked };
 struct LoraPackParams {
-  DenseMatrix source;      // (row, r) of one adapter
-  int64_t rows;            // of one adapter
-  int64_t adapters;        // out is [adapters, rows, …]
-  int64_t adapter_stride;  // elements of the source
-  int r;
-  int padded_r;  // of one part, a multiple of 16
+  DenseMatrix source;  // (row, r) of one adapter and part
+  int64_t rows;        // of one adapter
+  int64_t r;
+  int64_t padded_r;  // of one part of the split
   Split split;
   void* out;
-  DType dtype;
+  DType dtype;  // of out; float32 only without split
+  float scale = 1.0f;
+  int64_t adapters = 1;
+  int64_t adapter_stride = 0;  // elements of the source
+  int parts = 1;
+  int64_t part_stride = 0;  // elements of the source
+  int64_t low_offset = 0;   // elements of the source; 0: none
 };
 Status launch_lora_pack(const LoraPackParams& p, cudaStream_t stream);
 

@@ -29,6 +29,11 @@ constexpr int select_decode_rows(int64_t n, const GpuInfo& gpu) { return n >= in
 // Rows of W and tokens of a block's tile.
 enum class GemmTile { k64x64Turing, k64x64, k64x128, k128x128 };
 
+constexpr int tile_rows(GemmTile tile) { return tile == GemmTile::k128x128 ? 128 : 64; }
+constexpr int tile_tokens(GemmTile tile) {
+  return tile == GemmTile::k64x64 || tile == GemmTile::k64x64Turing ? 64 : 128;
+}
+
 // A tile of 128 tokens decodes each weight half as often as one of 64; one of 128 rows reads x half as often as well.
 // Both pay as long as three of four SMs have a tile.
 constexpr GemmTile select_gemm_tile(int64_t m, int64_t n, const GpuInfo& gpu) {
@@ -41,6 +46,15 @@ constexpr GemmTile select_gemm_tile(int64_t m, int64_t n, const GpuInfo& gpu) {
 // Tokens of a block of the backward kernel, whose other extent is 128 in features.
 constexpr int select_dx_tokens(int64_t m, const GpuInfo& gpu) {
   return m > 64 && gpu.shared_bytes_per_block >= 96 * 1024 ? 128 : 64;
+}
+
+// Stretches of the reduction in the low-rank down projection, whose results are few: enough for a block on every second
+// SM, of at least 256 elements each.
+constexpr int select_lora_parts(int64_t m, int64_t rows, int64_t elems, const GpuInfo& gpu) {
+  const int64_t tiles = (m + 63) / 64 * ((rows + 15) / 16);
+  const int64_t wanted = tiles > 0 ? (gpu.sm_count / 2 + tiles - 1) / tiles : 1, possible = elems / 256;
+  const int64_t parts = wanted < possible ? wanted : possible;
+  return static_cast<int>(parts < 1 ? 1 : parts > 16 ? 16 : parts);
 }
 
 enum class ForwardKernel { kDecode, kGemm, kGeneral };
@@ -60,6 +74,14 @@ constexpr const char* why_general_backward(const Problem& p, const GpuInfo& gpu)
   if (p.dtype == DType::kBFloat16 && gpu.arch < 80) return "this GPU has no bfloat16 tensor cores: use float16";
   if (p.k % 32 != 0) return "in_features is not a multiple of 32: packed rows are not aligned to 16 bytes";
   if (p.n % 8 != 0) return "out_features is not a multiple of 8: rows of the gradient are not aligned to 16 bytes";
+  return nullptr;
+}
+
+// The same for the low-rank down projection; k is its reduction.
+constexpr const char* why_general_low_rank(const Problem& p, const GpuInfo& gpu) {
+  if (p.dtype == DType::kFloat32) return "float32 tokens: their products run on the CUDA cores";
+  if (p.dtype == DType::kBFloat16 && gpu.arch < 80) return "this GPU has no bfloat16 tensor cores: use float16";
+  if (p.k % 8 != 0) return "the rows are not aligned to 16 bytes";
   return nullptr;
 }
 

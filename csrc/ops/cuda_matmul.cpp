@@ -14,10 +14,10 @@ Tensor cuda_forward(Tensor x, Tensor packed, Tensor absmax, OptionalTensor neste
   const std::optional<Matrix> bias_row = check_bias(bias, n, x);
   const GpuScope scope(x, "forward", {base.tokens.rows, n, k, lora ? lora->a.rows : 0});
   const cuda::Weight w = device_view_of(base.w);
-  std::optional<Matrix> t;
-  Up up;
+  std::optional<Activation> t;
+  Up up{};
   if (lora) {
-    t = token_dot(dropped ? *dropped : base.tokens, rows_of(lora->a), lora->a.rows, lora->scaling, scope.stream());
+    t = low_rank_down(dropped ? *dropped : base.tokens, rows_of(lora->a), lora->a.rows, lora->scaling, scope);
     up = {rows_of(lora->b), &*t};
   }
   const cuda::Problem problem{base.tokens.rows, n, k, base.tokens.dtype, block_size};
@@ -45,19 +45,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cuda_backward(
 
   Tensor d_x = nothing(x), d_lora_a = nothing(x), d_lora_b = nothing(x), d_lora_x = nothing(x), d_bias = nothing(x);
   const bool low_rank_to_x = needs_x && lora && !dropped;
-  std::optional<Matrix> u;  // scaling * dy B, [m, r]
+  std::optional<Activation> u;  // scaling * dy B, [m, r]
   if (lora && (low_rank_to_x || needs_lora || needs_lora_x))
-    u = token_dot(dy, columns_of(lora->b), lora->b.cols, lora->scaling, stream);
+    u = low_rank_down(dy, columns_of(lora->b), lora->b.cols, lora->scaling, scope);
   const Up down = u ? Up{columns_of(lora->a), &*u} : Up{};
   if (needs_x) d_x = input_grad(base.w, dy, low_rank_to_x ? &down : nullptr, x, scope);
   if (needs_lora_x && dropped) d_lora_x = general_product({}, &down, nullptr, x, k, stream);
   if (lora && needs_lora) {
     const Matrix& lora_tokens = dropped ? *dropped : base.tokens;
-    const Matrix t = token_dot(lora_tokens, rows_of(lora->a), lora->a.rows, lora->scaling, stream);
+    const Activation t = low_rank_down(lora_tokens, rows_of(lora->a), lora->a.rows, lora->scaling, scope);
     d_lora_a = torch::stable::new_empty(*lora_a, lora_a->sizes());
     d_lora_b = torch::stable::new_empty(*lora_b, lora_b->sizes());
-    low_rank_grad(*u, lora_tokens, true, d_lora_a, stream);
-    low_rank_grad(t, dy, false, d_lora_b, stream);
+    low_rank_grad(as_float(*u, stream), lora_tokens, true, d_lora_a, stream);
+    low_rank_grad(as_float(t, stream), dy, false, d_lora_b, stream);
   }
   if (needs_bias) d_bias = column_sum(dy, stream);
   return {d_x, d_lora_a, d_lora_b, d_lora_x, d_bias};

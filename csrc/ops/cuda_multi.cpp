@@ -17,7 +17,7 @@ Tensor cuda_forward_multi(Tensor x, Tensor packed, Tensor absmax, OptionalTensor
   const std::optional<Matrix> bias_row = check_bias(bias, n, x);
   const GpuScope scope(x, "forward.multi", {base.tokens.rows, n, k, adapters.r});
   const cuda::Weight w = device_view_of(base.w);
-  const Matrix t =
+  const Activation t =
       token_dot(base.tokens, rows_of(adapters.a), adapters.r, 1.0f, scope.stream(), &adapters, adapters.r * k);
   const Up up{rows_of(adapters.b), &t, &adapters, n * adapters.r};
   const cuda::Problem problem{base.tokens.rows, n, k, base.tokens.dtype, block_size};
@@ -41,7 +41,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_backward_multi(
   const cudaStream_t stream = scope.stream();
 
   Tensor d_x = nothing(x), d_lora_a = nothing(x), d_lora_b = nothing(x), d_bias = nothing(x);
-  std::optional<Matrix> u;  // scaling * dy B of the row's adapter, [m, r]
+  std::optional<Activation> u;  // scaling * dy B of the row's adapter, [m, r]
   if (needs_x || needs_lora)
     u = token_dot(dy, columns_of(adapters.b), adapters.r, 1.0f, stream, &adapters, n * adapters.r);
   if (needs_x) {
@@ -49,11 +49,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_backward_multi(
     d_x = input_grad(base.w, dy, &down, x, scope);
   }
   if (needs_lora) {
-    const Matrix t = token_dot(base.tokens, rows_of(adapters.a), adapters.r, 1.0f, stream, &adapters, adapters.r * k);
+    const Activation t =
+        token_dot(base.tokens, rows_of(adapters.a), adapters.r, 1.0f, stream, &adapters, adapters.r * k);
     d_lora_a = torch::stable::new_empty(lora_a, lora_a.sizes());
     d_lora_b = torch::stable::new_empty(lora_b, lora_b.sizes());
-    low_rank_grad(*u, base.tokens, true, d_lora_a, stream, &adapters);
-    low_rank_grad(t, dy, false, d_lora_b, stream, &adapters);
+    low_rank_grad(as_float(*u, stream), base.tokens, true, d_lora_a, stream, &adapters);
+    low_rank_grad(as_float(t, stream), dy, false, d_lora_b, stream, &adapters);
   }
   if (needs_bias) d_bias = column_sum(dy, stream);
   return {d_x, d_lora_a, d_lora_b, d_bias};

@@ -17,13 +17,65 @@ inline Matrix scratch_matrix(const Tensor& like, int64_t rows, int64_t cols) {
 
 inline Tensor nothing(const Tensor& like) { return empty_like_device(like, {0}, ScalarType::Float); }
 
+// Low-rank activations [m, r] as the down projection left them: sums of several parts, not yet scaled.
+struct Activation {
+  Tensor storage;
+  cuda::DenseMatrix source;  // (token, r) of one part
+  int64_t m, r;
+  float scale = 1.0f;
+  int parts = 1;
+  int64_t part_stride = 0, low_offset = 0;  // see LoraPackParams
+};
+
 // The low-rank term of a sum: up (row, r) times activation [tokens, r].
 struct Up {
   cuda::DenseMatrix matrix;
-  const Matrix* activation;
+  const Activation* activation;
   const Adapters* adapters = nullptr;  // then `matrix` is that of adapter 0
   int64_t adapter_stride = 0;
 };
+
+// A low-rank operand for the tensor cores: 16 bit, whole steps of 16 ranks.
+struct Packed16 {
+  Tensor storage;
+  const void* data = nullptr;
+  int r = 0;
+};
+
+inline void run_lora_pack(cuda::LoraPackParams p, const Tensor& out, cudaStream_t stream) {
+  p.out = out.mutable_data_ptr();
+  p.dtype = float_dtype(out.scalar_type(), "lora");
+  check(cuda::launch_lora_pack(p, stream), "lora_pack");
+}
+
+inline cuda::LoraPackParams pack_params(const cuda::DenseMatrix& source, int64_t rows, int64_t r, int64_t padded_r,
+                                        cuda::Split split) {
+  cuda::LoraPackParams p{};
+  p.source = source;
+  p.rows = rows;
+  p.r = r;
+  p.padded_r = padded_r;
+  p.split = split;
+  return p;
+}
+
+inline cuda::LoraPackParams pack_params(const Activation& a, int64_t padded_r, cuda::Split split) {
+  cuda::LoraPackParams p = pack_params(a.source, a.m, a.r, padded_r, split);
+  p.scale = a.scale;
+  p.parts = a.parts;
+  p.part_stride = a.part_stride;
+  p.low_offset = a.low_offset;
+  return p;
+}
+
+// The activations in float32, [m, r].
+inline Matrix as_float(const Activation& a, cudaStream_t stream) {
+  if (a.parts == 1 && a.low_offset == 0 && a.scale == 1.0f)
+    return {a.storage, a.source.data, DType::kFloat32, a.m, a.r};
+  const Matrix out = scratch_matrix(a.storage, a.m, a.r);
+  if (a.m > 0) run_lora_pack(pack_params(a, a.r, cuda::Split::kNone), out.tensor, stream);
+  return out;
+}
 
 // y [..., rows] in the dtype of `like` = operand · columns + up + bias; p holds the operand, the columns and the steps.
 inline Tensor general_product(cuda::GeneralParams p, const Up* up, const Matrix* bias, const Tensor& like, int64_t rows,
@@ -32,10 +84,12 @@ inline Tensor general_product(cuda::GeneralParams p, const Up* up, const Matrix*
   p.rows = rows;
   p.cols = 1;
   for (int64_t d = 0; d + 1 < like.dim(); ++d) p.cols *= like.size(d);
+  std::optional<Matrix> activation;
   if (up != nullptr) {
+    activation = as_float(*up->activation, stream);
     p.up = up->matrix;
-    p.activation = rows_of(*up->activation);
-    p.r = up->activation->cols;
+    p.activation = rows_of(*activation);
+    p.r = up->activation->r;
     if (up->adapters != nullptr) {
       p.adapter_of_col = up->adapters->of_row;
       p.adapters = up->adapters->count;
@@ -75,11 +129,13 @@ inline Tensor decode(const cuda::Weight& w, const Matrix& tokens, const Up* up, 
   p.dtype = tokens.dtype;
   p.m = tokens.rows;
   p.adapters = 1;
+  std::optional<Matrix> activation;
   if (up != nullptr) {
-    p.lora_t = static_cast<const float*>(up->activation->data);
+    activation = as_float(*up->activation, scope.stream());
+    p.lora_t = static_cast<const float*>(activation->data);
     p.lora_b = up->matrix.data;
     p.lora_dtype = up->matrix.dtype;
-    p.r = up->activation->cols;
+    p.r = up->activation->r;
     p.b_is_vectorized = p.lora_dtype == p.dtype && p.r % 8 == 0 && is_aligned(p.lora_b);
     if (up->adapters != nullptr) {
       p.adapter_of_token = up->adapters->of_row;
@@ -97,25 +153,6 @@ inline Tensor decode(const cuda::Weight& w, const Matrix& tokens, const Up* up, 
   return y;
 }
 
-// A low-rank operand for the tensor cores: 16 bit, whole steps of 16 ranks.
-struct Packed16 {
-  Tensor storage;
-  const void* data = nullptr;
-  int r = 0;
-};
-
-inline Packed16 lora_pack(const cuda::DenseMatrix& source, int64_t rows, int64_t r, cuda::Split split, const Matrix& x,
-                          cudaStream_t stream, int64_t adapters = 1, int64_t adapter_stride = 0) {
-  const int padded = static_cast<int>(ceil_div(r, 16) * 16), total = split == cuda::Split::kNone ? padded : 3 * padded;
-  Packed16 packed{empty_like_device(x.tensor, {adapters * rows, total}, x.tensor.scalar_type()), nullptr, total};
-  packed.data = packed.storage.const_data_ptr();
-  const cuda::LoraPackParams p{
-      source, rows, adapters, adapter_stride, static_cast<int>(r), padded, split, packed.storage.mutable_data_ptr(),
-      x.dtype};
-  check(cuda::launch_lora_pack(p, stream), "lora_pack");
-  return packed;
-}
-
 // Both sides of the low-rank term of a gemm. Adapters of the tokens' dtype are taken as they are, as torch does; those
 // in float32 are split into high and low halves.
 struct LowRank16 {
@@ -123,18 +160,29 @@ struct LowRank16 {
 };
 
 inline LowRank16 low_rank_operands(const Up& up, int64_t rows, const Matrix& x, cudaStream_t stream) {
-  const int64_t r = up.activation->cols;
+  const int64_t r = up.activation->r, padded = ceil_div(r, 16) * 16;
   const bool same = up.matrix.dtype == x.dtype;
   const bool as_it_is =
       same && up.matrix.col_stride == 1 && up.matrix.row_stride == r && r % 16 == 0 && is_aligned(up.matrix.data);
+  const int64_t width = same ? padded : 3 * padded;
+  const ScalarType dtype = x.tensor.scalar_type();
   LowRank16 operands;
-  if (as_it_is)
+  if (as_it_is) {
     operands.up = {x.tensor, up.matrix.data, static_cast<int>(r)};
-  else
-    operands.up = lora_pack(up.matrix, rows, r, same ? cuda::Split::kNone : cuda::Split::kOperand, x, stream,
-                            up.adapters != nullptr ? up.adapters->count : 1, up.adapter_stride);
-  operands.activation =
-      lora_pack(rows_of(*up.activation), x.rows, r, same ? cuda::Split::kNone : cuda::Split::kActivation, x, stream);
+  } else {
+    const int64_t adapters = up.adapters != nullptr ? up.adapters->count : 1;
+    operands.up.storage = empty_like_device(x.tensor, {adapters * rows, width}, dtype);
+    cuda::LoraPackParams p = pack_params(up.matrix, rows, r, padded, same ? cuda::Split::kNone : cuda::Split::kOperand);
+    p.adapters = adapters;
+    p.adapter_stride = up.adapter_stride;
+    run_lora_pack(p, operands.up.storage, stream);
+    operands.up.data = operands.up.storage.const_data_ptr();
+    operands.up.r = static_cast<int>(width);
+  }
+  operands.activation.storage = empty_like_device(x.tensor, {x.rows, width}, dtype);
+  run_lora_pack(pack_params(*up.activation, padded, same ? cuda::Split::kNone : cuda::Split::kActivation),
+                operands.activation.storage, stream);
+  operands.activation.data = operands.activation.storage.const_data_ptr();
   return operands;
 }
 
@@ -206,10 +254,10 @@ inline Tensor input_grad(const CheckedWeight& checked, const Matrix& dy, const U
               : general_product(packed_operand(w, true, dy), down, nullptr, like, w.k, scope.stream());
 }
 
-// [tokens, rows] = scaling * x · operandᵀ in float32, one adapter for each token if there are several.
-inline Matrix token_dot(const Matrix& x, const cuda::DenseMatrix& operand, int64_t rows, float scaling,
-                        cudaStream_t stream, const Adapters* adapters = nullptr, int64_t adapter_stride = 0) {
-  Matrix out = scratch_matrix(x.tensor, x.rows, rows);
+// scaling * x · operandᵀ on the CUDA cores, one adapter for each token if there are several.
+inline Activation token_dot(const Matrix& x, const cuda::DenseMatrix& operand, int64_t rows, float scaling,
+                            cudaStream_t stream, const Adapters* adapters = nullptr, int64_t adapter_stride = 0) {
+  const Matrix out = scratch_matrix(x.tensor, x.rows, rows);
   cuda::TokenDotParams p;
   p.x = rows_of(x);
   p.operand = operand;
@@ -225,7 +273,38 @@ inline Matrix token_dot(const Matrix& x, const cuda::DenseMatrix& operand, int64
   p.steps = x.cols;
   p.out = static_cast<float*>(out.tensor.mutable_data_ptr());
   check(cuda::launch_token_dot(p, stream), "token_dot");
-  return out;
+  return {out.tensor, rows_of(out), x.rows, rows};
+}
+
+// The down projection scaling * x · operandᵀ, operand (r, features): on the tensor cores where they take it.
+inline Activation low_rank_down(const Matrix& x, const cuda::DenseMatrix& operand, int64_t r, float scaling,
+                                const GpuScope& scope) {
+  if (cuda::why_general_low_rank({x.rows, r, x.cols, x.dtype, 0}, scope.gpu()) != nullptr || x.rows == 0)
+    return token_dot(x, operand, r, scaling, scope.stream());
+  // Factors in float32 become two 16-bit matrices, high and low parts, whose products with x are added.
+  const bool same = operand.dtype == x.dtype;
+  const bool as_it_is = same && operand.col_stride == 1 && operand.row_stride == x.cols && is_aligned(operand.data);
+  const int64_t rows = same ? r : 2 * r;
+  const Tensor tokens = aligned(x.tensor);
+  cuda::LoraDownParams p{};
+  p.operand = operand.data;
+  Tensor packed;
+  if (!as_it_is) {
+    packed = empty_like_device(x.tensor, {rows, x.cols}, x.tensor.scalar_type());
+    run_lora_pack(pack_params(operand, r, x.cols, x.cols, same ? cuda::Split::kNone : cuda::Split::kStacked), packed,
+                  scope.stream());
+    p.operand = packed.const_data_ptr();
+  }
+  p.x = tokens.const_data_ptr();
+  p.dtype = x.dtype;
+  p.m = x.rows;
+  p.rows = rows;
+  p.elems = x.cols;
+  p.parts = cuda::select_lora_parts(p.m, p.rows, p.elems, scope.gpu());
+  Tensor out = empty_like_device(x.tensor, {p.parts, p.m, p.rows}, ScalarType::Float);
+  p.out = out.mutable_data_ptr<float>();
+  check(cuda::launch_lora_down(p, scope.stream()), "lora_down");
+  return {out, {p.out, DType::kFloat32, rows, 1}, p.m, r, scaling, p.parts, p.m * rows, same ? 0 : r};
 }
 
 // Gradient of a low-rank factor: sum over tokens of activation [tokens, r] and x [tokens, features], for each adapter.

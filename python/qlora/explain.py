@@ -1,10 +1,13 @@
 """Says which kernel a call takes, and why not a faster one: a fallback is never silent."""
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from qlora import _C
+from qlora._load import has_cuda_ops
 from qlora.ops import FLOAT_DTYPES
 from qlora.weight import QuantizedWeight
 
@@ -15,13 +18,42 @@ class Explanation:
 
     device: str  # where it runs
     isa: str  # instruction set in use
-    kernel: str  # decode_words, decode_spans or gemm
+    kernel: str  # of the forward: decode_words, decode_spans or gemm; on a GPU decode, gemm or general
     compute: str  # precision of products and sums
     why_not_faster: str  # empty if nothing stands in the way
+    backward: str = "gemm"  # kernel of the input's gradient; on a GPU gemm_dx or general
+    why_not_faster_backward: str = ""
 
     def __str__(self) -> str:
         reason = f" ({self.why_not_faster})" if self.why_not_faster else ""
         return f"{self.device}/{self.isa}: {self.kernel}, {self.compute}{reason}"
+
+
+def _explain_cuda(x: Tensor, weight: QuantizedWeight, tokens: int) -> Explanation:
+    if not has_cuda_ops():
+        raise ValueError(f"x is on {x.device}: this build has kernels for the CPU only (see QLORA_CUDA in the README)")
+    gpu: Any = torch.cuda.get_device_properties(x.device)
+    n, k = weight.shape
+    chosen = _C.cuda_select(
+        tokens,
+        n,
+        k,
+        str(x.dtype).removeprefix("torch."),
+        weight.block_size,
+        10 * gpu.major + gpu.minor,
+        gpu.multi_processor_count,
+        gpu.shared_memory_per_block_optin,
+    )
+    general = chosen["forward"] == "general"
+    return Explanation(
+        "cuda",
+        f"sm_{gpu.major}{gpu.minor}",
+        chosen["forward"],
+        "float32 products and sums, rounded once" if general else "16-bit products on tensor cores, float32 sums",
+        chosen["why_not_faster"],
+        chosen["backward"],
+        chosen["why_not_faster_backward"],
+    )
 
 
 def explain(x: Tensor, weight: QuantizedWeight) -> Explanation:
@@ -35,9 +67,11 @@ def explain(x: Tensor, weight: QuantizedWeight) -> Explanation:
         raise ValueError(f"x has shape {tuple(x.shape)} and the weight {weight.shape}: needed are [..., k] and (n, k)")
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x has {x.shape[-1]} features: the weight has in_features={weight.shape[1]}")
-    if x.device.type != "cpu":
-        raise ValueError(f"x is on {x.device}: this build has kernels for the CPU only")
     tokens = x.numel() // max(1, x.shape[-1])
+    if x.device.type == "cuda":
+        return _explain_cuda(x, weight, tokens)
+    if x.device.type != "cpu":
+        raise ValueError(f"x is on {x.device}: there are kernels for the CPU and for CUDA")
     kernel, reason = _C.explain_forward(tokens, weight.shape[1])
     reasons = [reason] if reason else []
     isa, best = _C.active_isa(), _C.runnable_isas()[-1]

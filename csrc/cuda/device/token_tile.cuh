@@ -1,11 +1,31 @@
-// A tile of tokens on its way through shared memory, 64 elements of the reduction at a time: the B operand of the gemm
-// kernels, for x in the forward and dy in the backward.
+// A tile of rows on its way through shared memory, 64 elements of the reduction at a time: the operand of the tensor
+// cores that needs no decoding, tokens of x and dy, and low-rank factors.
 #pragma once
 
 #include "cuda/device/unroll.cuh"
 #include "format/common.h"
 
 namespace qlora::cuda {
+
+// The pipeline that tiles share: fetch() starts the copies of one chunk for all of them, or does nothing behind the
+// last one. Every chunk is one group of cp.async.
+template <int kStages, class Fetch>
+QLORA_DEVICE void start_pipeline(const Fetch& fetch) {
+#pragma unroll
+  for (int i = 0; i < kStages - 1; ++i) {
+    fetch();
+    ptx::cp_async_commit();
+  }
+}
+// The next chunk has arrived for all threads, one more is on its way, and the one before is done with: contains a
+// barrier.
+template <int kStages, class Fetch>
+QLORA_DEVICE void advance_pipeline(const Fetch& fetch) {
+  ptx::cp_async_wait<kStages - 2>();
+  ptx::sync_threads();
+  fetch();
+  ptx::cp_async_commit();
+}
 
 // Stages of [kTokens][64] 16-bit elements. A row of 128 bytes is eight pieces of 16; the odd rows have neighbouring
 // pieces exchanged, so that the 8 lanes of a phase (2 rows, every second piece) read 32 different banks.
@@ -15,18 +35,17 @@ class TokenTile {
   static constexpr int kStageBytes = kTokens * 128;
   static constexpr int kBytes = kStageBytes * kStages;
 
-  // x [m, row_elems], row_elems a multiple of 8; tokens and elements beyond the last one are zeros. `extra` starts the
-  // copies of whoever shares the pipeline, once for each chunk. All threads.
-  template <class Extra>
-  QLORA_METHOD TokenTile(SharedAddress base, const void* x, int64_t m, int64_t row_elems, int64_t first_token,
-                         const Extra& extra)
+  // x [m, row_stride] of which the first row_elems are taken, both multiples of 8; rows and elements beyond the last
+  // one are zeros. All threads.
+  QLORA_METHOD TokenTile(SharedAddress base, const void* x, int64_t m, int64_t row_stride, int64_t row_elems,
+                         int64_t first_token)
       : base_(base),
         left_(static_cast<int>(row_elems) - ptx::thread() % 8 * 8),
         chunks_left_(static_cast<int>(ceil_div(row_elems, 64))) {
     const int row = ptx::thread() / 8, piece = ptx::thread() % 8;
     to_ = row * 128 + (piece ^ (row & 1)) * 16;
-    from_ = static_cast<const char*>(x) + (first_token + row) * row_elems * 2 + piece * 16;
-    stride_ = kRowsAtOnce * row_elems * 2;
+    from_ = static_cast<const char*>(x) + (first_token + row) * row_stride * 2 + piece * 16;
+    stride_ = kRowsAtOnce * row_stride * 2;
     copies_ = static_cast<int>(min_i64(kCopies, ceil_div(m - first_token - row, kRowsAtOnce)));
     full_ = first_token + kTokens <= m;
     for (int i = copies_ < 0 ? 0 : copies_; i < kCopies; ++i)
@@ -35,17 +54,30 @@ class TokenTile {
     const int g = ptx::lane() / 4, t = ptx::lane() % 4;
     mine_ = g * 128 + (2 * t + (g & 1)) * 16;
     fill_ = read_ = base;
-#pragma unroll
-    for (int i = 0; i < kStages - 1; ++i) fetch(extra);
   }
 
-  // The next chunk, arrived for all threads, and one more on its way. Contains a barrier: whatever was read from the
-  // chunk before is done with.
-  template <class Extra>
-  QLORA_METHOD SharedAddress next(const Extra& extra) {
-    ptx::cp_async_wait<kStages - 2>();
-    ptx::sync_threads();
-    fetch(extra);
+  // Starts the copy of the next chunk, if there is one.
+  QLORA_METHOD void fetch() {
+    if (chunks_left_-- <= 0) return;
+    const char* from = from_;
+    const SharedAddress to = fill_ + to_;
+    if (left_ <= 0) {  // the row ends before this piece
+      for (int i = 0; i < kCopies; ++i) ptx::store_shared(to + i * (kRowsAtOnce * 128), Words4{0, 0, 0, 0});
+    } else if (full_) {
+      unroll<kCopies>([&](auto i) {
+        ptx::cp_async_16<decltype(i)::value * kRowsAtOnce * 128>(to, from);
+        from += stride_;
+      });
+    } else {
+      for (int i = 0; i < copies_; ++i) ptx::cp_async_16(to + i * (kRowsAtOnce * 128), from + i * stride_);
+    }
+    from_ += 128;
+    left_ -= 64;
+    fill_ = advance(fill_);
+  }
+
+  // Where the next chunk lies, once the pipeline has advanced to it.
+  QLORA_METHOD SharedAddress next() {
     const SharedAddress here = read_;
     read_ = advance(read_);
     return here;
@@ -72,30 +104,6 @@ class TokenTile {
 
   QLORA_METHOD SharedAddress advance(SharedAddress stage) const {
     return stage + kStageBytes == base_ + kBytes ? base_ : stage + kStageBytes;
-  }
-  // Every call is one group, also where there is nothing left to copy.
-  template <class Extra>
-  QLORA_METHOD void fetch(const Extra& extra) {
-    if (chunks_left_ > 0) {
-      extra();
-      const char* from = from_;
-      const SharedAddress to = fill_ + to_;
-      if (left_ <= 0) {  // the row ends before this piece
-        for (int i = 0; i < kCopies; ++i) ptx::store_shared(to + i * (kRowsAtOnce * 128), Words4{0, 0, 0, 0});
-      } else if (full_) {
-        unroll<kCopies>([&](auto i) {
-          ptx::cp_async_16<decltype(i)::value * kRowsAtOnce * 128>(to, from);
-          from += stride_;
-        });
-      } else {
-        for (int i = 0; i < copies_; ++i) ptx::cp_async_16(to + i * (kRowsAtOnce * 128), from + i * stride_);
-      }
-      from_ += 128;
-      fill_ = advance(fill_);
-    }
-    left_ -= 64;
-    --chunks_left_;
-    ptx::cp_async_commit();
   }
 
   SharedAddress base_, fill_, read_, to_, mine_;

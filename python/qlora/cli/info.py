@@ -20,6 +20,23 @@ def _version(name: str) -> str:
         return "not installed"
 
 
+def _devices() -> str:
+    import torch
+
+    from qlora._load import CUDA_LIBRARY, has_cuda_ops
+
+    if torch.version.cuda is None:
+        return "cpu (this torch has no CUDA)"
+    if not has_cuda_ops():
+        return (
+            f"cpu (torch has CUDA {torch.version.cuda}, but {CUDA_LIBRARY} was not built: see QLORA_CUDA in the README)"
+        )
+    if not torch.cuda.is_available():
+        return f"cpu; CUDA kernels are built in (torch has CUDA {torch.version.cuda}, but sees no GPU)"
+    gpu = torch.cuda.get_device_properties(0)
+    return f"cpu; cuda: {gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.multi_processor_count} SMs"
+
+
 def run(arguments: argparse.Namespace) -> int:
     import torch
 
@@ -31,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"python         {platform.python_version()} on {platform.system()} {platform.machine()}")
     for library in _LIBRARIES:
         print(f"{library:<14} {_version(library)}")
-    print("device         cpu (this build has no CUDA kernels)")
+    print(f"device         {_devices()}")
     print(f"threads        {torch.get_num_threads()}")
     print(f"isa            {_C.active_isa()} of {', '.join(_C.runnable_isas())} (QLORA_CPU_ISA caps it)")
     weight = qlora.quantize(torch.zeros(8, 4096))
