@@ -1,6 +1,7 @@
 // Many tokens (m > 16): y = x Wᵀ + low-rank term + bias on the tensor cores, one accumulator. W is decoded from the
 // registers it was loaded into, once for each tile of tokens, and never written back; x passes through shared memory in
-// a pipeline of cp.async. The low-rank term comes first, as r / 16 more steps of the same product.
+// a pipeline of cp.async. The low-rank term comes last, as r / 16 more steps of the same product: before the
+// others its loads would compete with theirs for registers.
 #include <type_traits>
 
 #include "cuda/device/fragments.cuh"
@@ -29,31 +30,33 @@ template <int R>
 class RowReader {
  public:
   QLORA_METHOD RowReader(const Weight& w, int64_t first_row) {
-#pragma unroll
-    for (int i = 0; i < 2 * R; ++i) {
-      const int64_t row = min_i64(first_row + ptx::lane() / 4 * 2 * R + i, w.n - 1);
-      at_[i] = w.packed + row * (w.k / 2) + ptx::lane() % 4 * 8;
-    }
+    const int64_t row = min_i64(first_row + ptx::lane() / 4 * 2 * R, w.n - 1);
+    at_ = w.packed + row * (w.k / 2) + ptx::lane() % 4 * 8;
+    row_bytes_ = static_cast<int>(w.k / 2);
+    last_ = static_cast<int>(min_i64(2 * R - 1, w.n - 1 - row));  // rows beyond the last one are the last one
   }
   QLORA_METHOD void next(Words2 (&raw)[2 * R]) {
+    const uint8_t* row = at_;
 #pragma unroll
     for (int i = 0; i < 2 * R; ++i) {
-      raw[i] = ptx::load_once(reinterpret_cast<const Words2*>(at_[i]));
-      at_[i] += kChunk / 2;
+      raw[i] = ptx::load_once(reinterpret_cast<const Words2*>(row));
+      row += i < last_ ? row_bytes_ : 0;
     }
+    at_ += kChunk / 2;
   }
 
  private:
-  const uint8_t* at_[2 * R];
+  const uint8_t* at_;
+  int row_bytes_, last_;
 };
 
 template <class T, int R, int kTokens, int kStages, bool kMulti>
 QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GemmParams p) {
   using Tile = TokenTile<kTokens, kStages, kThreads>;
   const SharedAddress table = ptx::shared_base();
-  const int64_t block_row = static_cast<int64_t>(ptx::block_y()) * kRows<R>;
-  const int64_t first_row = block_row + ptx::warp() * 16 * R;
-  const int64_t first_token = static_cast<int64_t>(ptx::block_x()) * kTokens;
+  const int block_row = ptx::block_y() * kRows<R>;  // 32 bits hold a row and a token, not an element
+  const int first_row = block_row + ptx::warp() * 16 * R;
+  const int first_token = ptx::block_x() * kTokens;
   const int chunks = static_cast<int>(p.weight.k / kChunk);
   const int g = ptx::lane() / 4;
 
@@ -65,16 +68,15 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GemmParams p) {
   rows.next(raw);
   LevelPairs<T>::template fill<kThreads>(table, p.weight.quant_type, p.level_multiplier);
   const LevelPairs<T> pairs(table);
-  const WarpScales scales(p.weight);
   const ScalePanel panel(table + kPairTableBytes + Tile::kBytes, kPanelChunks);
 
   float sum[R][kTokens / 8][4] = {};
-  if constexpr (!kMulti) low_rank_steps<T, R, kTokens>(p.out, first_row, first_token, sum);
 
   for (int chunk = 0; chunk < chunks; ++chunk) {
     advance_pipeline<kStages>(fetch);
     if (chunk % kPanelChunks == 0) {  // behind the pipeline's barrier: nobody reads the scales before
       const int count = chunks - chunk < kPanelChunks ? chunks - chunk : kPanelChunks;
+      const WarpScales scales(p.weight);  // here, not above: five registers that the products need
       panel.fill<kWarps>(p.weight, scales, block_row, kRows<R>, chunk, count, p.level_factor);
       ptx::sync_threads();
     }
@@ -90,10 +92,14 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GemmParams p) {
       scale[2 * f] = ptx::load_shared<float>(scale_at + 2 * f * panel.pitch() * 4);
       scale[2 * f + 1] = ptx::load_shared<float>(scale_at + (2 * f + 1) * panel.pitch() * 4);
     }
-    if (chunk + 1 < chunks) rows.next(raw);  // arrives behind the products of this chunk
-    const auto place = tokens.place(tokens.next());
+    const auto place = tokens.place(tokens.current());
     unroll<kTokens / 8>([&](auto group) {
       constexpr int j = decltype(group)::value;
+      // The next bytes: not earlier, for want of registers, and early enough to arrive behind the other half.
+      if constexpr (j == kTokens / 16)
+        if (chunk + 1 < chunks) rows.next(raw);
+      // Keeps the compiler from loading all of x at once, which would spill.
+      if constexpr (R == 2 && j % 4 == 0) ptx::sync_warp();
       uint32_t x[8];
       Tile::template fragment<j>(place, x);
 #pragma unroll
@@ -112,6 +118,7 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GemmParams p) {
     });
   }
   ptx::cp_async_wait<0>();
+  if constexpr (!kMulti) low_rank_steps<T, R, kTokens>(p.out, first_row, first_token, sum);
   store_results<T, R, kTokens, kMulti>(p.out, first_row, first_token, sum);
 }
 

@@ -31,8 +31,7 @@ class WeightTile {
  public:
   QLORA_METHOD WeightTile(SharedAddress base, const Weight& w, int64_t first_feature)
       : base_(base),
-        fill_(base),
-        read_(base),
+        stage_(base),
         rows_left_(static_cast<int>(w.n)),
         chunks_left_(static_cast<int>(ceil_div(w.n, kChunk))) {
     const int row = ptx::thread() / 4, piece = ptx::thread() % 4;
@@ -46,22 +45,20 @@ class WeightTile {
     mine_ = t * 16 * 64 + (ptx::warp() ^ t) * 16 + 2 * g;
   }
 
-  // Starts the copy of the next chunk; rows that are not there are skipped.
+  // Starts the copy of the next chunk, if there is one; rows that are not there are skipped.
   QLORA_METHOD void fetch() {
-    if (chunks_left_-- <= 0) return;
-    copy(fill_ + to_, from_, rows_left_ > 0);
-    copy(fill_ + (to_ ^ 32u) + 32 * 64, from_ + half_bytes_, rows_left_ > 32);
-    from_ += 2 * half_bytes_;
-    rows_left_ -= kChunk;
-    fill_ = advance(fill_);
+    if (chunks_left_-- > 0) {
+      copy(stage_ + to_, from_, rows_left_ > 0);
+      copy(stage_ + (to_ ^ 32u) + 32 * 64, from_ + half_bytes_, rows_left_ > 32);
+      from_ += 2 * half_bytes_;
+      rows_left_ -= kChunk;
+    }
+    stage_ = stage_ + kWeightStageBytes == base_ + kStages * kWeightStageBytes ? base_ : stage_ + kWeightStageBytes;
   }
 
-  // Where the lane finds the two bytes (four in features, 4g …) of its rows 16t … 16t + 15, 64 bytes from row to row.
-  QLORA_METHOD SharedAddress next() {
-    const SharedAddress here = read_ + mine_;
-    read_ = advance(read_);
-    return here;
-  }
+  // Where the lane finds the two bytes (four in features, 4g …) of its rows 16t … 16t + 15 of the chunk to read now, 64
+  // bytes from row to row.
+  QLORA_METHOD SharedAddress current() const { return stage_ + mine_; }
 
  private:
   QLORA_METHOD void copy(SharedAddress to, const uint8_t* from, bool row_exists) const {
@@ -70,11 +67,8 @@ class WeightTile {
     else  // any weight will do: its gradient is zero, or its result is not stored
       ptx::store_shared(to, Words4{0, 0, 0, 0});
   }
-  QLORA_METHOD SharedAddress advance(SharedAddress stage) const {
-    return stage + kWeightStageBytes == base_ + kStages * kWeightStageBytes ? base_ : stage + kWeightStageBytes;
-  }
-
-  SharedAddress base_, fill_, read_, to_, mine_;
+  SharedAddress base_, to_, mine_;
+  SharedAddress stage_;  // filled next; behind fetch(), the one to be read
   int rows_left_, chunks_left_;
   bool inside_;
   const uint8_t* from_;
@@ -154,9 +148,9 @@ template <class T, int kTokens, bool kMulti>
 QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GemmDxParams p) {
   using Tile = TokenTile<kTokens, kStages, kThreads>;
   const SharedAddress table = ptx::shared_base();
-  const int64_t block_feature = static_cast<int64_t>(ptx::block_y()) * kFeatures;
-  const int64_t first_feature = block_feature + ptx::warp() * 32;
-  const int64_t first_token = static_cast<int64_t>(ptx::block_x()) * kTokens;
+  const int block_feature = ptx::block_y() * kFeatures;  // 32 bits hold a feature and a token, not an element
+  const int first_feature = block_feature + ptx::warp() * 32;
+  const int first_token = ptx::block_x() * kTokens;
   const int chunks = static_cast<int>(ceil_div(p.weight.n, kChunk));
 
   const SharedAddress weight_base = table + kPairTableBytes + Tile::kBytes;
@@ -174,11 +168,10 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GemmDxParams p) 
   scale_tile.fill(p.weight, scales, 0);
 
   float sum[2][kTokens / 8][4] = {};
-  if constexpr (!kMulti) low_rank_steps<T, 2, kTokens>(p.out, first_feature, first_token, sum);
 
   for (int chunk = 0; chunk < chunks; ++chunk) {
     advance_pipeline<kStages>(fetch);
-    const SharedAddress bytes_at = weights.next();
+    const SharedAddress bytes_at = weights.current();
     uint32_t fragment[4][2][4];
     unroll<4>([&](auto step) {
       constexpr int s = decltype(step)::value;
@@ -188,7 +181,7 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GemmDxParams p) 
                                  ptx::load_shared<uint16_t, (4 * s + 3) * 64>(bytes_at)};
       decode_rows<T>(pairs, bytes, scale_tile.at(chunk % 2, s), fragment[s][0], fragment[s][1]);
     });
-    const auto place = tokens.place(tokens.next());
+    const auto place = tokens.place(tokens.current());
     unroll<kTokens / 8>([&](auto group) {
       constexpr int j = decltype(group)::value;
       uint32_t dy[8];
@@ -201,6 +194,7 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GemmDxParams p) 
     if (chunk + 1 < chunks) scale_tile.fill(p.weight, scales, (chunk + 1) % 2);
   }
   ptx::cp_async_wait<0>();
+  if constexpr (!kMulti) low_rank_steps<T, 2, kTokens>(p.out, first_feature, first_token, sum);
   store_results<T, 2, kTokens, kMulti>(p.out, first_feature, first_token, sum);
 }
 

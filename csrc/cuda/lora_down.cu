@@ -39,10 +39,10 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 4) kernel(QLORA_PARAMS LoraDownParams p
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     advance_pipeline<kStages>(fetch);
     uint32_t a[8], b[8];  // ranks g and g + 8
-    const auto rank_place = ranks.place(ranks.next());
+    const auto rank_place = ranks.place(ranks.current());
     Ranks::fragment<0>(rank_place, a);
     Ranks::fragment<1>(rank_place, b);
-    const auto place = tokens.place(tokens.next() + ptx::warp() * kGroups * 1024);
+    const auto place = tokens.place(tokens.current() + ptx::warp() * kGroups * 1024);
     unroll<kGroups>([&](auto group) {
       constexpr int j = decltype(group)::value;
       uint32_t x_words[8];

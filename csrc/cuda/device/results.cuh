@@ -10,8 +10,7 @@ namespace qlora::cuda {
 
 // sum = lora_up lora_tᵀ: r / 16 steps, straight from global memory; both matrices are small and come from L2.
 template <class T, int R, int kTokens>
-QLORA_DEVICE void low_rank_steps(const GemmOutput& p, int64_t first_row, int64_t first_token,
-                                 float (&sum)[R][kTokens / 8][4]) {
+QLORA_DEVICE void low_rank_steps(const GemmOutput& p, int first_row, int first_token, float (&sum)[R][kTokens / 8][4]) {
   const int g = ptx::lane() / 4, t = ptx::lane() % 4;
   const T* up = static_cast<const T*>(p.lora_up) + 4 * t;
   const T* activation = static_cast<const T*>(p.lora_t) + 4 * t;
@@ -19,7 +18,7 @@ QLORA_DEVICE void low_rank_steps(const GemmOutput& p, int64_t first_row, int64_t
     uint32_t fragment[R][4];
 #pragma unroll
     for (int f = 0; f < R; ++f) {
-      const int64_t row = first_row + 2 * R * g + 2 * f;
+      const int64_t row = int64_t{first_row} + 2 * R * g + 2 * f;
       const auto a = ptx::load(reinterpret_cast<const Words2*>(up + min_i64(row, p.rows - 1) * p.r + r));
       const auto b = ptx::load(reinterpret_cast<const Words2*>(up + min_i64(row + 1, p.rows - 1) * p.r + r));
       fragment[f][0] = a.x;
@@ -29,7 +28,7 @@ QLORA_DEVICE void low_rank_steps(const GemmOutput& p, int64_t first_row, int64_t
     }
 #pragma unroll
     for (int j = 0; j < kTokens / 8; ++j) {
-      const int64_t token = min_i64(first_token + 8 * j + g, p.m - 1);
+      const int64_t token = min_i64(int64_t{first_token} + 8 * j + g, p.m - 1);
       const auto b = ptx::load(reinterpret_cast<const Words2*>(activation + token * p.r + r));
 #pragma unroll
       for (int f = 0; f < R; ++f) ptx::mma<T>(sum[f][j], fragment[f], b.x, b.y, sum[f][j]);
@@ -61,10 +60,10 @@ QLORA_DEVICE float low_rank_of_adapter(const GemmOutput& p, int64_t row, int64_t
 
 // Stores a lane's results: 2R rows side by side for each of its tokens, so that a warp fills sectors.
 template <class T, int R, int kTokens, bool kMulti>
-QLORA_DEVICE void store_results(const GemmOutput& p, int64_t first_row, int64_t first_token,
+QLORA_DEVICE void store_results(const GemmOutput& p, int first_row, int first_token,
                                 const float (&sum)[R][kTokens / 8][4]) {
   const int g = ptx::lane() / 4, t = ptx::lane() % 4;
-  const int64_t row = first_row + 2 * R * g;
+  const int64_t row = int64_t{first_row} + 2 * R * g;
   float bias[2 * R];
 #pragma unroll
   for (int i = 0; i < 2 * R; ++i)
@@ -74,7 +73,7 @@ QLORA_DEVICE void store_results(const GemmOutput& p, int64_t first_row, int64_t 
   for (int j = 0; j < kTokens / 8; ++j)
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int64_t token = first_token + 8 * j + 2 * t + i;
+      const int64_t token = int64_t{first_token} + 8 * j + 2 * t + i;
       if (token >= p.m) continue;
       float value[2 * R];
 #pragma unroll

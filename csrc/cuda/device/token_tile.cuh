@@ -53,35 +53,17 @@ class TokenTile {
         ptx::store_shared(base + stage * kStageBytes + to_ + i * (kRowsAtOnce * 128), Words4{0, 0, 0, 0});
     const int g = ptx::lane() / 4, t = ptx::lane() % 4;
     mine_ = g * 128 + (2 * t + (g & 1)) * 16;
-    fill_ = read_ = base;
+    stage_ = base;
   }
 
   // Starts the copy of the next chunk, if there is one.
   QLORA_METHOD void fetch() {
-    if (chunks_left_-- <= 0) return;
-    const char* from = from_;
-    const SharedAddress to = fill_ + to_;
-    if (left_ <= 0) {  // the row ends before this piece
-      for (int i = 0; i < kCopies; ++i) ptx::store_shared(to + i * (kRowsAtOnce * 128), Words4{0, 0, 0, 0});
-    } else if (full_) {
-      unroll<kCopies>([&](auto i) {
-        ptx::cp_async_16<decltype(i)::value * kRowsAtOnce * 128>(to, from);
-        from += stride_;
-      });
-    } else {
-      for (int i = 0; i < copies_; ++i) ptx::cp_async_16(to + i * (kRowsAtOnce * 128), from + i * stride_);
-    }
-    from_ += 128;
-    left_ -= 64;
-    fill_ = advance(fill_);
+    if (chunks_left_-- > 0) copy();
+    stage_ = stage_ + kStageBytes == base_ + kBytes ? base_ : stage_ + kStageBytes;
   }
 
-  // Where the next chunk lies, once the pipeline has advanced to it.
-  QLORA_METHOD SharedAddress next() {
-    const SharedAddress here = read_;
-    read_ = advance(read_);
-    return here;
-  }
+  // The chunk to read now: the stage that the next fetch() will fill again.
+  QLORA_METHOD SharedAddress current() const { return stage_; }
 
   // Where the lane finds its sixteen elements, 16t … 16t + 15, of token g: in two halves, neighbours in either order.
   struct Place {
@@ -102,12 +84,26 @@ class TokenTile {
   static constexpr int kRowsAtOnce = kThreads / 8;
   static constexpr int kCopies = kTokens / kRowsAtOnce;
 
-  QLORA_METHOD SharedAddress advance(SharedAddress stage) const {
-    return stage + kStageBytes == base_ + kBytes ? base_ : stage + kStageBytes;
+  QLORA_METHOD void copy() {
+    const char* from = from_;
+    const SharedAddress to = stage_ + to_;
+    if (left_ <= 0) {  // the row ends before this piece
+      for (int i = 0; i < kCopies; ++i) ptx::store_shared(to + i * (kRowsAtOnce * 128), Words4{0, 0, 0, 0});
+    } else if (full_) {
+      unroll<kCopies>([&](auto i) {
+        ptx::cp_async_16<decltype(i)::value * kRowsAtOnce * 128>(to, from);
+        from += stride_;
+      });
+    } else {
+      for (int i = 0; i < copies_; ++i) ptx::cp_async_16(to + i * (kRowsAtOnce * 128), from + i * stride_);
+    }
+    from_ += 128;
+    left_ -= 64;
   }
 
-  SharedAddress base_, fill_, read_, to_, mine_;
-  int left_;  // elements of the row from the thread's piece on
+  SharedAddress base_, to_, mine_;
+  SharedAddress stage_;  // filled next; behind fetch(), the one to be read
+  int left_;             // elements of the row from the thread's piece on
   int chunks_left_, copies_;
   bool full_;
   int64_t stride_;
