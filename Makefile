@@ -1,7 +1,8 @@
 # Everything a newcomer types. Each target makes what it needs in .venv and can be run twice.
 #   make demo   fine-tune a real language model in 4 bit     make test       all tests
 #   make bench  measure against torch                        make lint       style and types
-#   make test-abi  one wheel under several torch releases    make test-asan  C++ tests under the sanitizers
+#   make test-abi  one wheel under several torch releases    make test-asan  C++ and CUDA tests under the sanitizers
+#   make ptx    PTX of every CUDA kernel                     make cuda-report  their registers for every GPU (nvcc)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,7 +17,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc cmake python -type f -not -name '*.pyc' 2>/dev/null) CMakeLists.txt pyproject.toml
 say = @printf '\033[1m== %s\033[0m\n' "$(1)"
 
-.PHONY: demo test test-cpp test-asan lint format bench test-abi clean
+.PHONY: demo test test-cpp test-asan lint format bench test-abi ptx cuda-report clean
 
 demo: $(VENV)/.installed
 	$(call say,Fine-tuning SmolLM2-135M in 4 bit)
@@ -67,6 +68,16 @@ format: $(VENV)/.lint-tools
 test-abi: $(VENV)/.build-tools
 	$(call say,One wheel under $(TORCH) $(ABI_TORCHES))
 	PYTHON=$(BIN)/python ABI_TORCHES="$(ABI_TORCHES)" sh tests/packaging/test_abi.sh
+
+ptx:
+	$(call say,PTX of the CUDA kernels in build/ptx)
+	for arch in sm_75 sm_80 sm_90; do mkdir -p build/ptx/$$arch && for kernel in csrc/cuda/*.cu; do \
+	  nvcc -ptx -arch=$$arch -std=c++17 -O3 -fmad=false -lineinfo -Wno-deprecated-gpu-targets -Icsrc $$kernel \
+	    -o build/ptx/$$arch/$$(basename $$kernel .cu).ptx || exit 1; done; done
+
+cuda-report:
+	$(call say,What nvcc makes of the CUDA kernels for every architecture)
+	$(PYTHON) benchmarks/cuda_report.py
 
 clean:
 	rm -rf $(VENV) build

@@ -106,7 +106,9 @@ def main() -> int:
                 if use["spills"] or use["stack"]:
                     problems.append(f"sm_{arch} {short}: {use['spills']} bytes spilled, stack of {use['stack']} bytes")
                 if use["registers"] * threads * blocks > REGISTERS_OF_AN_SM:
-                    problems.append(f"sm_{arch} {short}: {use['registers']} registers, {blocks} blocks do not fit an SM")
+                    problems.append(
+                        f"sm_{arch} {short}: {use['registers']} registers, {blocks} blocks do not fit an SM"
+                    )
             if arguments.sass and arch == arguments.archs[0]:
                 counts = sass_counts(cubin)
                 for name, short in zip(counts, demangle(list(counts)), strict=True):

@@ -110,15 +110,16 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 4) kernel(QLORA_PARAMS QuantizeParams p
 
   const float reciprocal = 1.0f / absmax;
   const bool usable = (bits_of(reciprocal) & 0x7F800000u) != 0x7F800000u;  // else all zero, or subnormal: divide
+  const float factor = usable ? reciprocal : 1.0f;
   for (int64_t first = begin; first < begin + span && first < p.numel; first += kPerWarp) {
     const int64_t mine = first + ptx::lane() * kPerLane;
     if (span > kPerWarp) load_eight(weight, mine, p.numel, x);
+    if (!usable) {
+      for (int i = 0; i < kPerLane; ++i) x[i] = absmax > 0.0f ? x[i] / absmax : 0.0f;
+    }
     uint32_t word = 0;
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const float normalised = usable ? x[i] * reciprocal : absmax > 0.0f ? x[i] / absmax : 0.0f;
-      word |= code_of<kType>(normalised) << (4 * element_of_nibble(i));
-    }
+    for (int i = 0; i < kPerLane; ++i) word |= code_of<kType>(x[i] * factor) << (4 * element_of_nibble(i));
     if (mine + kPerLane <= p.numel) {
       ptx::store(reinterpret_cast<uint32_t*>(p.packed + mine / 2), word);
     } else {

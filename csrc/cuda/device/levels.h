@@ -9,7 +9,7 @@
 namespace qlora::cuda {
 
 // INT4 and FP4 become small integers, which 16 bits hold exactly. NF4: the best of 4096 factors from 1 to 2 for normal
-// weights in blocks of 64; tests/cpp recomputes what they achieve.
+// weights in blocks of 64; tests/ops/test_levels.py recomputes what they achieve.
 constexpr float level_multiplier(QuantType type, DType dtype) {
   if (type == QuantType::kInt4) return kInt4Steps;
   if (type == QuantType::kFp4) return 12.0f;

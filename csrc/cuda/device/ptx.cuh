@@ -48,6 +48,17 @@ QLORA_DEVICE void store(T* p, T value) {
   *p = value;
 }
 
+// Written out: nvcc stores the members of a struct one by one unless its vectorizer puts them together again.
+QLORA_DEVICE void store(Words4* p, Words4 v) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+QLORA_DEVICE void store(Words2* p, Words2 v) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(p), "r"(v.x), "r"(v.y) : "memory");
+}
+QLORA_DEVICE void store(Floats4* p, Floats4 v) {
+  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+}
+
 // Weights are read once: they must not push x and the scales out of L1.
 QLORA_DEVICE uint32_t load_once(const uint32_t* p) {
   uint32_t v;
