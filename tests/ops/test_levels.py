@@ -1,4 +1,4 @@
-"""What rounding the levels to 16 bit costs the tensor-core forward, against torch's rounding of each dequantized weight."""
+"""What rounding levels to 16 bit costs the tensor-core forward, against torch's rounding of dequantized weights."""
 
 import re
 from pathlib import Path
