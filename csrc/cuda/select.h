@@ -61,6 +61,7 @@ enum class ForwardKernel { kDecode, kGemm, kGeneral };
 
 // Why the tensor-core kernels cannot take a forward product; null if they can.
 constexpr const char* why_general_forward(const Problem& p, const GpuInfo& gpu) {
+  if (p.n == 0 || p.k == 0) return "the weight is empty";
   if (p.dtype == DType::kFloat32) return "float32 tokens: their products run on the CUDA cores";
   if (p.dtype == DType::kBFloat16 && gpu.arch < 80) return "this GPU has no bfloat16 tensor cores: use float16";
   if (p.k % 64 != 0) return "in_features is not a multiple of 64, so the scale changes inside a tensor-core step";
@@ -70,6 +71,7 @@ constexpr const char* why_general_forward(const Problem& p, const GpuInfo& gpu) 
 
 // The same for dx = dy W.
 constexpr const char* why_general_backward(const Problem& p, const GpuInfo& gpu) {
+  if (p.n == 0 || p.k == 0) return "the weight is empty";
   if (p.dtype == DType::kFloat32) return "float32 tokens: their products run on the CUDA cores";
   if (p.dtype == DType::kBFloat16 && gpu.arch < 80) return "this GPU has no bfloat16 tensor cores: use float16";
   if (p.k % 32 != 0) return "in_features is not a multiple of 32: packed rows are not aligned to 16 bytes";
@@ -79,6 +81,7 @@ constexpr const char* why_general_backward(const Problem& p, const GpuInfo& gpu)
 
 // The same for the low-rank down projection; k is its reduction.
 constexpr const char* why_general_low_rank(const Problem& p, const GpuInfo& gpu) {
+  if (p.k == 0) return "there is nothing to sum";
   if (p.dtype == DType::kFloat32) return "float32 tokens: their products run on the CUDA cores";
   if (p.dtype == DType::kBFloat16 && gpu.arch < 80) return "this GPU has no bfloat16 tensor cores: use float16";
   if (p.k % 8 != 0) return "the rows are not aligned to 16 bytes";

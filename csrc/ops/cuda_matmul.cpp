@@ -7,7 +7,7 @@ namespace qlora::ops {
 Tensor cuda_forward(Tensor x, Tensor packed, Tensor absmax, OptionalTensor nested_absmax, OptionalTensor nested_offset,
                     std::vector<int64_t> shape, std::string quant_type, int64_t block_size, OptionalTensor lora_a,
                     OptionalTensor lora_b, double scaling, OptionalTensor bias, OptionalTensor lora_x) {
-  const Base base = check_base(x, packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size);
+  Base base = check_base(x, packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size);
   const int64_t n = base.w.n, k = base.w.k;
   const std::optional<Lora> lora = check_lora(lora_a, lora_b, n, k, scaling, x);
   const std::optional<Matrix> dropped = check_lora_x(lora_x, x, lora);
@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cuda_backward(
     std::vector<int64_t> shape, std::string quant_type, int64_t block_size, OptionalTensor lora_a,
     OptionalTensor lora_b, double scaling, OptionalTensor lora_x, bool needs_x, bool needs_lora, bool needs_lora_x,
     bool needs_bias) {
-  const Base base = check_base(x, packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size);
+  Base base = check_base(x, packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size);
   const int64_t n = base.w.n, k = base.w.k;
   const Matrix dy = grad_matrix(grad, n, base.tokens);
   const std::optional<Lora> lora = check_lora(lora_a, lora_b, n, k, scaling, x);

@@ -11,7 +11,7 @@ Tensor cuda_forward_multi(Tensor x, Tensor packed, Tensor absmax, OptionalTensor
                           OptionalTensor nested_offset, std::vector<int64_t> shape, std::string quant_type,
                           int64_t block_size, Tensor lora_a, Tensor lora_b, Tensor scaling, Tensor adapter_of_row,
                           OptionalTensor bias) {
-  const Base base = check_base(x, packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size);
+  Base base = check_base(x, packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size);
   const int64_t n = base.w.n, k = base.w.k;
   const Adapters adapters = check_adapters(lora_a, lora_b, scaling, adapter_of_row, base);
   const std::optional<Matrix> bias_row = check_bias(bias, n, x);
@@ -33,7 +33,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_backward_multi(
     Tensor grad, Tensor x, Tensor packed, Tensor absmax, OptionalTensor nested_absmax, OptionalTensor nested_offset,
     std::vector<int64_t> shape, std::string quant_type, int64_t block_size, Tensor lora_a, Tensor lora_b,
     Tensor scaling, Tensor adapter_of_row, bool needs_x, bool needs_lora, bool needs_bias) {
-  const Base base = check_base(x, packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size);
+  Base base = check_base(x, packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size);
   const int64_t n = base.w.n, k = base.w.k;
   const Matrix dy = grad_matrix(grad, n, base.tokens);
   const Adapters adapters = check_adapters(lora_a, lora_b, scaling, adapter_of_row, base);

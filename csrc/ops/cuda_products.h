@@ -244,7 +244,7 @@ inline Tensor gemm_dx(const cuda::Weight& w, const Matrix& grad, const Up* down,
 }
 
 // The gradient of the input by the kernel that takes it.
-inline Tensor input_grad(const CheckedWeight& checked, const Matrix& dy, const Up* down, const Tensor& like,
+inline Tensor input_grad(CheckedWeight& checked, const Matrix& dy, const Up* down, const Tensor& like,
                          const GpuScope& scope) {
   const cuda::Weight w = device_view_of(checked);
   const cuda::Problem problem{dy.rows, w.n, w.k, dy.dtype, int64_t{1} << w.block_shift};

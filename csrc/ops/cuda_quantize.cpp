@@ -66,7 +66,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_quantize(Tensor weight, std::str
 Tensor cuda_dequantize(Tensor packed, Tensor absmax, OptionalTensor nested_absmax, OptionalTensor nested_offset,
                        std::vector<int64_t> shape, std::string quant_type, int64_t block_size, ScalarType dtype) {
   const int64_t numel = checked_numel(shape);
-  const CheckedWeight w = check_weight(packed, absmax, nested_absmax, nested_offset, 1, numel, quant_type, block_size);
+  CheckedWeight w = check_weight(packed, absmax, nested_absmax, nested_offset, 1, numel, quant_type, block_size);
   const DType out_dtype = float_dtype(dtype, "dtype");
   const GpuScope scope(packed, "dequantize", {0, 1, numel, 0});
   Tensor out = torch::stable::new_empty(packed, {shape.data(), shape.size()}, dtype);
@@ -82,7 +82,7 @@ Tensor cuda_quantization_error(Tensor weight, Tensor packed, Tensor absmax, Opti
   const DType dtype = float_dtype(source.scalar_type(), "weight");
   const int64_t numel = source.numel();
   check_same_device(packed, "packed", source, "weight");
-  const CheckedWeight w = check_weight(packed, absmax, nested_absmax, nested_offset, 1, numel, quant_type, block_size);
+  CheckedWeight w = check_weight(packed, absmax, nested_absmax, nested_offset, 1, numel, quant_type, block_size);
   const GpuScope scope(source, "quantization_error", {0, 1, numel, 0});
   const Tensor parts = empty_like_device(source, {cuda::kErrorParts, 3}, ScalarType::Double);
   Tensor out = empty_like_device(source, {3}, ScalarType::Double);

@@ -43,8 +43,9 @@ inline Tensor empty_like_device(const Tensor& like, std::initializer_list<int64_
 inline bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 inline Tensor aligned(const Tensor& t) { return is_aligned(t.const_data_ptr()) ? t : torch::stable::clone(t); }
 
-// The weight as the kernels read it; valid while `w` lives.
-inline cuda::Weight device_view_of(const CheckedWeight& w) {
+// The weight as the kernels read it; valid while `w` lives, whose packed bytes are copied if they are not aligned.
+inline cuda::Weight device_view_of(CheckedWeight& w) {
+  w.packed = aligned(w.packed);
   cuda::Weight view;
   view.packed = w.packed.const_data_ptr<uint8_t>();
   if (w.nested_absmax) {

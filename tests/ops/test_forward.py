@@ -125,11 +125,38 @@ def test_bitwise_the_same_for_every_thread_count_and_run(device, m, threads):
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-def test_no_input_features(device):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_input_features(device, dtype):
     weight, _ = weights(5, 0)
-    bias = torch.randn(5)
-    for m in (2, 12):
-        assert torch.equal(ops.forward(torch.empty(m, 0), *weight, bias=bias), bias.expand(m, 5))
+    bias = torch.randn(5).to(dtype)
+    for m in (2, 12, 30):
+        x = torch.empty(m, 0, dtype=dtype, requires_grad=True)
+        y = ops.forward(x, *weight, bias=bias)
+        assert torch.equal(y, bias.expand(m, 5))
+        y.sum().backward()
+        assert x.grad.shape == (m, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_output_features(device, dtype):
+    weight, _ = weights(0, 64)
+    for m in (2, 30):
+        x = torch.randn(m, 64).to(dtype).requires_grad_()
+        ops.forward(x, *weight).sum().backward()
+        assert torch.equal(x.grad, torch.zeros(m, 64, dtype=dtype))
+
+
+@pytest.mark.parametrize("m", [2, 30])
+def test_tensors_need_not_be_aligned(device, m):
+    """Views into the middle of a storage: the kernels load 16 bytes at a time."""
+
+    def shifted(t):
+        return torch.cat((t.flatten()[:1], t.flatten()))[1:].view(t.shape)
+
+    weight, _ = weights(40, 128)
+    x, a, b = torch.randn(m, 128).bfloat16(), torch.randn(16, 128).bfloat16(), torch.randn(40, 16).bfloat16()
+    views = [shifted(t) if isinstance(t, torch.Tensor) else t for t in (x, *weight, a, b)]
+    assert torch.equal(ops.forward(*views), ops.forward(x, *weight, a, b))
 
 
 def test_no_dense_copy_of_the_weight_is_ever_allocated():

@@ -67,7 +67,7 @@ struct Copy {
 // as the lanes take the same way. Predicated accesses may shift the order; the counts are then a little too high.
 struct Access {
   uint64_t address;
-  int bytes;
+  int bytes, lane;
 };
 using Lanes = std::vector<Access>;
 enum Kind { kGlobalLoad, kGlobalStore, kSharedLoad, kSharedStore, kKinds };
@@ -194,7 +194,7 @@ void record(Kind kind, uint64_t address, int bytes) {
   auto& requests = machine.warps[static_cast<size_t>(warp_of(machine.index.thread))].accesses[kind];
   const size_t i = self().ordinal[kind]++;
   if (requests.size() <= i) requests.resize(i + 1);
-  requests[i].push_back({address, bytes});
+  requests[i].push_back({address, bytes, machine.index.thread % 32});
 }
 
 uint64_t sectors_of(const Lanes& lanes, uint64_t* ideal_bytes) {
@@ -211,19 +211,25 @@ uint64_t sectors_of(const Lanes& lanes, uint64_t* ideal_bytes) {
   return sectors;
 }
 
+// A request of 4 bytes a lane is one phase of 32 lanes, of 8 bytes two of 16, of 16 bytes four of 8.
 uint64_t waves_of(const Lanes& lanes, uint64_t* ideal) {
   uint64_t waves = 0;
-  const size_t per_phase = lanes[0].bytes == 16 ? 8 : lanes[0].bytes == 8 ? 16 : 32;
-  for (size_t begin = 0; begin < lanes.size(); begin += per_phase) {
+  const int per_phase = lanes[0].bytes == 16 ? 8 : lanes[0].bytes == 8 ? 16 : 32;
+  for (int first = 0; first < 32; first += per_phase) {
     std::vector<uint64_t> words[32];
-    for (size_t i = begin; i < std::min(begin + per_phase, lanes.size()); ++i)
-      for (uint64_t w = lanes[i].address / 4; w < (lanes[i].address + static_cast<uint64_t>(lanes[i].bytes) + 3) / 4;
-           ++w)
-        if (std::find(words[w % 32].begin(), words[w % 32].end(), w) == words[w % 32].end()) words[w % 32].push_back(w);
+    bool used = false;
+    for (const Access& a : lanes) {
+      if (a.lane < first || a.lane >= first + per_phase) continue;
+      used = true;
+      for (uint64_t w = a.address / 4; w < (a.address + static_cast<uint64_t>(a.bytes) + 3) / 4; ++w) {
+        std::vector<uint64_t>& bank = words[w % 32];
+        if (std::find(bank.begin(), bank.end(), w) == bank.end()) bank.push_back(w);
+      }
+    }
     size_t most = 0;
     for (const auto& bank : words) most = std::max(most, bank.size());
     waves += most;
-    ++*ideal;
+    *ideal += used;
   }
   return waves;
 }

@@ -1,0 +1,104 @@
+"""What only the simt executor can see of the CUDA kernels: schedules, memory traffic, the ranges for a profiler."""
+
+import devices
+import pytest
+import torch
+from cases import weights
+
+from qlora import ops
+
+pytestmark = pytest.mark.skipif(devices.simt_library() is None, reason="libqlora_simt.so was not built")
+
+
+def run(m, n=136, k=256, dtype=torch.bfloat16, **options):
+    """Forward and backward with an adapter; the results, and what was counted."""
+    torch.manual_seed(0)
+    weight, _ = weights(n, k)
+    x, a, b = torch.randn(m, k).to(dtype), torch.randn(16, k).to(dtype), torch.randn(n, 16).to(dtype)
+    with devices.simt(**options) as library:
+        library.qlora_simt_count(1)
+        library.qlora_simt_reset()
+        try:
+            y = ops.forward(x, *weight, a, b, 0.5)
+            counts = devices.counters(library)
+            gradients = torch.ops.qlora.backward(y, x, *weight, a, b, 0.5, None, True, True, False, True)
+        finally:
+            library.qlora_simt_count(0)
+    return (y, *gradients), counts
+
+
+@pytest.mark.parametrize("m", [1, 12, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_schedule_gives_the_same_bits(m, dtype):
+    first, _ = run(m, dtype=dtype, seed=1)
+    for seed in range(2, 6):
+        for one, other in zip(first, run(m, dtype=dtype, seed=seed)[0], strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("arch", [75, 80, 90])
+def test_every_gpu_gives_a_result(arch):
+    """The tiles differ from GPU to GPU, and with them the order of sums; nothing else may."""
+    for m in (1, 70, 200):
+        results = [run(m, dtype=torch.float16, arch=a, sm_count=s)[0] for a, s in ((80, 4), (arch, 108))]
+        for one, other in zip(*results, strict=True):
+            largest = one.abs().max().item() if one.numel() else 0.0
+            assert torch.allclose(one.double(), other.double(), rtol=1e-2, atol=1e-2 * largest)
+
+
+def test_forward_reads_whole_sectors_without_bank_conflicts():
+    for m in (1, 16, 128):
+        _, counts = run(m, n=256, k=2048)
+        assert counts["shared_load_waves"] == counts["shared_load_ideal"]
+        assert counts["shared_store_waves"] == counts["shared_store_ideal"]
+        assert counts["global_load_ideal"] >= 0.95 * counts["global_load_sectors"]
+
+
+def test_weights_are_read_once_by_decode():
+    """4.2 bits a parameter: packed bytes and scale codes; x, lora_a and lora_b come on top."""
+    n, k = 256, 2048
+    _, counts = run(1, n=n, k=k)
+    others = (k + 16 * k + n * 16) * 2
+    blocks = n // 16
+    per_block = (k + 16 * 16 + 16 + 512) * 4  # x, t, the tables and the nested scales, in each block of 16 rows
+    assert counts["global_load_bytes"] <= n * k * 4.2 / 8 + others + blocks * per_block
+
+
+def test_low_rank_term_adds_one_step_of_the_product_for_16_ranks():
+    n, k, m = 64, 256, 64
+    weight, _ = weights(n, k)
+    x, a, b = torch.randn(m, k).bfloat16(), torch.randn(16, k).bfloat16(), torch.randn(n, 16).bfloat16()
+    with devices.simt() as library:
+        library.qlora_simt_reset()
+        ops.forward(x, *weight)
+        base = devices.counters(library)["mma"]
+        library.qlora_simt_reset()
+        ops.forward(x, *weight, a, b)
+        with_adapter = devices.counters(library)["mma"]
+    tiles = (n // 16) * (m // 8)
+    down = (m // 8) * (k // 16)  # x lora_aᵀ, 16 ranks
+    assert base == tiles * (k // 16)
+    assert with_adapter == base + tiles + down
+
+
+def test_ranges_name_the_operator_and_its_extents():
+    weight, _ = weights(40, 128)
+    with devices.simt() as library:
+        ops.forward(torch.randn(3, 5, 128), *weight, torch.randn(4, 128), torch.randn(40, 4))
+        assert library.qlora_simt_last_range() == b"qlora::forward[m=15,n=40,k=128,r=4]"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("m", [3, 40])
+def test_a_row_with_an_adapter_that_is_not_there_is_nan(m, dtype):
+    """Reading adapter_of_row back would wait for the GPU; no other row notices."""
+    weight, _ = weights(24, 64)
+    x, a, b = torch.randn(m, 64).to(dtype), torch.randn(2, 4, 64), torch.randn(2, 24, 4)
+    of_row = torch.arange(m) % 3 - 1
+    with devices.simt():
+        right = ops.forward_multi(x, *weight, a, b, torch.ones(2), of_row)
+        of_row[1] = 7
+        y = ops.forward_multi(x, *weight, a, b, torch.ones(2), of_row)
+    assert y[1].isnan().all()
+    others = torch.arange(m) != 1
+    assert torch.equal(y[others], right[others])
