@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from qlora import _C
+from qlora import _C, _load
 
 KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse3)
 NAMES = (
@@ -29,6 +29,10 @@ NAMES = (
     "backward.affine_grid",
 )
 LIBRARY = os.environ.get("QLORA_SIMT_LIBRARY", Path(__file__).parents[1] / "build/tests/tests/simt/libqlora_simt.so")
+
+
+# Shared memory that a block may ask for, by compute capability.
+SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 
 
 class Counters(ctypes.Structure):
@@ -71,7 +75,7 @@ def available() -> list[str]:
     devices = [f"cpu-{isa}" for isa in _C.runnable_isas()]
     if simt_library() is not None:
         devices.append("simt")
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and _load.has_cuda_ops():
         devices.append("cuda")
     return devices
 
@@ -82,7 +86,7 @@ def _overload(name: str):
 
 
 @contextlib.contextmanager
-def simt(seed: int = 1, arch: int = 80, sm_count: int = 4, shared_bytes: int = 163 * 1024, call=None):
+def simt(seed: int = 1, arch: int = 80, sm_count: int = 4, shared_bytes: int | None = None, call=None):
     """CPU tensors go to the CUDA kernels on the simt executor, which pretends to be the GPU that is described.
 
     ``call(op, *args)`` may do more around the redispatch of an operator.
@@ -90,7 +94,7 @@ def simt(seed: int = 1, arch: int = 80, sm_count: int = 4, shared_bytes: int = 1
     library = simt_library()
     assert library is not None
     library.qlora_simt_seed(seed)
-    library.qlora_simt_gpu(arch, sm_count, shared_bytes)
+    library.qlora_simt_gpu(arch, sm_count, shared_bytes or SHARED_KIB[arch] * 1024)
     overrides = torch.library.Library("qlora", "IMPL")
     for name in NAMES:
         op = _overload(name)

@@ -67,13 +67,17 @@ py::dict cuda_select(int64_t m, int64_t n, int64_t k, const std::string& dtype, 
   const auto tuple = [](int rows, int tokens) { return py::make_tuple(rows, tokens); };
   py::dict chosen;
   chosen["forward"] = kernel_name(kernel);
-  chosen["forward_tile"] = kernel == ForwardKernel::kDecode ? tuple(select_decode_rows(n, gpu), kDecodeTokens)
+  chosen["forward_tile"] = kernel == ForwardKernel::kDecode
+                               ? tuple(select_decode_tile(m, n, k, gpu).rows, kDecodeTokens)
                            : kernel == ForwardKernel::kGemm ? tuple(tile_rows(tile), tile_tokens(tile))
                                                             : tuple(64, 64);
   chosen["why_not_faster"] = why_forward != nullptr ? why_forward : "";
   chosen["backward"] = why_backward != nullptr ? "general" : "gemm_dx";
   chosen["backward_tile"] = why_backward != nullptr ? tuple(64, 64) : tuple(128, select_dx_tokens(m, gpu));
   chosen["why_not_faster_backward"] = why_backward != nullptr ? why_backward : "";
+  if (kernel == ForwardKernel::kDecode)
+    chosen["shared_bytes"] =
+        decode_shared_bytes(select_decode_tile(m, n, k, gpu).rows, m, select_decode_tile(m, n, k, gpu).panel_chunks);
   return chosen;
 }
 

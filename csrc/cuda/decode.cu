@@ -9,9 +9,8 @@
 namespace qlora::cuda {
 namespace decode {
 
-constexpr int kWarps = 4;  // more would each pay for its start-up with fewer chunks (docs/kernels.md)
+constexpr int kWarps = kDecodeWarps;  // more would each pay for its start-up with fewer chunks (docs/kernels.md)
 constexpr int kThreads = 32 * kWarps;
-constexpr int kPanelChunks = 256;  // scales of 16384 weights a row at a time
 
 // Words between the sums of two tokens and of two warps: stores of lanes (g, t) and loads of half warps meet no bank
 // twice.
@@ -170,8 +169,8 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS DecodeParams p) 
   const int g = ptx::lane() / 4, t = ptx::lane() % 4;
   using Chunks = Ring<R, kTokens, kStages>;
   Chunks ring(table + kPairTableBytes + ptx::warp() * Chunks::bytes(p.m), p, first_row);
-  const ScalePanel panel(table + kPairTableBytes + kWarps * Chunks::bytes(p.m),
-                         chunks < kPanelChunks ? chunks : kPanelChunks);
+  const int panel_chunks = p.tile.panel_chunks;
+  const ScalePanel panel(table + kPairTableBytes + kWarps * Chunks::bytes(p.m), panel_chunks);
   SharedAddress my_x[kTokens / 8];
 #pragma unroll
   for (int j = 0; j < kTokens / 8; ++j) {
@@ -182,8 +181,8 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS DecodeParams p) 
   const LevelPairs<T> pairs(table);
 
   float sum[R][kTokens / 8][4] = {};
-  for (int panel_chunk = 0; panel_chunk < chunks; panel_chunk += kPanelChunks) {
-    const int count = chunks - panel_chunk < kPanelChunks ? chunks - panel_chunk : kPanelChunks;
+  for (int panel_chunk = 0; panel_chunk < chunks; panel_chunk += panel_chunks) {
+    const int count = chunks - panel_chunk < panel_chunks ? chunks - panel_chunk : panel_chunks;
     if (panel_chunk > 0) ptx::sync_threads();  // the panel before this one is done with
     const int my_count = (count - ptx::warp() + kWarps - 1) / kWarps;
     ring.begin(my_count);  // the copies are on their way while the tables are made
@@ -251,19 +250,21 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS DecodeParams p) 
   finish<T, R, kTokens>(p, table, first_row);
 }
 
-template <class T, int R, int kTokens, int kStages>
+template <class T, int R, int kTokens>
 Status launch_tile(const DecodeParams& p, cudaStream_t stream) {
+  constexpr int kStages = decode_stages(kTokens);
   static_assert(kWarps * kWarpPitch<R, kTokens> * 4 <= kPairTableBytes, "the sums fit where the table was");
-  const int64_t chunks = min_i64(p.weight.k / kChunk, kPanelChunks);
-  const int shared_bytes = kPairTableBytes + kWarps * Ring<R, kTokens, kStages>::bytes(p.m) +
-                           ScalePanel::bytes(16 * R, static_cast<int>(chunks));
+  static_assert(decode_shared_bytes(16 * R, kTokens, 7) ==
+                    kPairTableBytes + kWarps * Ring<R, kTokens, kStages>::bytes(kTokens) + ScalePanel::bytes(16 * R, 7),
+                "select.h counts the same bytes");
+  const auto shared_bytes = static_cast<int>(decode_shared_bytes(16 * R, p.m, p.tile.panel_chunks));
   return start(kernel<T, R, kTokens, kStages>, {ceil_div(p.weight.n, 16 * R)}, kThreads, shared_bytes, stream, p);
 }
 
 template <class T>
 Status launch_typed(const DecodeParams& p, cudaStream_t stream) {
-  if (p.m <= 8) return p.rows_per_block == 32 ? launch_tile<T, 2, 8, 5>(p, stream) : launch_tile<T, 1, 8, 5>(p, stream);
-  return p.rows_per_block == 32 ? launch_tile<T, 2, 16, 3>(p, stream) : launch_tile<T, 1, 16, 3>(p, stream);
+  if (p.tile.rows == 32) return p.m <= 8 ? launch_tile<T, 2, 8>(p, stream) : launch_tile<T, 2, 16>(p, stream);
+  return p.m <= 8 ? launch_tile<T, 1, 8>(p, stream) : launch_tile<T, 1, 16>(p, stream);
 }
 
 }  // namespace decode

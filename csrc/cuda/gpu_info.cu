@@ -1,6 +1,7 @@
 // What select.h needs to know of a GPU, asked once for each device.
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <array>
 #include <mutex>
 
@@ -26,9 +27,13 @@ Status query_gpu(int device, GpuInfo* info) {
                      {&gpu.shared_bytes_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin}};
     for (const auto& question : questions) {
       const cudaError_t error = cudaDeviceGetAttribute(question.value, question.attribute, device);
-      if (error != cudaSuccess) return {cudaGetErrorString(error)};
+      if (error != cudaSuccess) {
+        (void)cudaGetLastError();  // else the next launch would report it
+        return {cudaGetErrorString(error)};
+      }
     }
-    gpu.arch = 10 * major + minor;
+    // A newer GPU runs the newest code that was compiled, with what that knows.
+    gpu.arch = std::min(10 * major + minor, QLORA_NEWEST_ARCH);
   }
   *info = gpu;
   return {};

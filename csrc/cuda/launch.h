@@ -109,7 +109,7 @@ struct DecodeParams {
   const void* bias;          // [n] or null
   DType bias_dtype;
   void* y;                 // [m, n]
-  int rows_per_block;      // select_decode_rows()
+  DecodeTile tile;         // select_decode_tile()
   float level_multiplier;  // the launch sets these two
   float level_factor;
 };

@@ -32,7 +32,9 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 4) kernel(QLORA_PARAMS LoraPackParams p
       ptx::store(&out[item].bits, high.bits);
       return;
     }
-    const T low = from_float<T>(value - to_float(high));
+    // What rounds to infinity has no low part: inf, not inf - inf.
+    const float rest = value - to_float(high);
+    const T low = from_float<T>((bits_of(to_float(high)) & 0x7F800000u) == 0x7F800000u ? 0.0f : rest);
     if (p.split == Split::kStacked) {
       ptx::store(&out[item].bits, high.bits);
       ptx::store(&out[p.rows * p.padded_r + item].bits, low.bits);

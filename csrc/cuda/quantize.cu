@@ -9,6 +9,7 @@ namespace quantize {
 constexpr int kThreads = 256;
 constexpr int kPerLane = 8;
 constexpr int kPerWarp = 32 * kPerLane;
+constexpr int kRounds = 4;  // of a warp: they share its start-up
 
 // Eight neighbouring weights; zeros beyond the end.
 template <class T>
@@ -84,16 +85,10 @@ QLORA_DEVICE void check_finite(const QuantizeParams& p, const float (&x)[kPerLan
   }
 }
 
+// `span` weights from `begin` on, by one warp: several blocks of `lanes` lanes each, or one of more than 256 weights.
 template <class T, QuantType kType>
-QLORA_KERNEL void QLORA_BOUNDS(kThreads, 4) kernel(QLORA_PARAMS QuantizeParams p) {
+QLORA_DEVICE void quantize_span(const QuantizeParams& p, int64_t begin, int span, int lanes) {
   const T* weight = static_cast<const T*>(p.weight);
-  const int block = 1 << p.block_shift;
-  const int lanes = block < kPerWarp ? block / kPerLane : 32;  // of one block
-  const int span = block < kPerWarp ? kPerWarp : block;        // weights that a warp quantizes at once
-  const int64_t warp = static_cast<int64_t>(ptx::block_x()) * (kThreads / 32) + ptx::warp();
-  const int64_t begin = warp * span;
-  if (begin >= p.numel) return;
-
   float x[kPerLane];
   float absmax = 0.0f;
   for (int64_t first = begin; first < begin + span && first < p.numel; first += kPerWarp) {
@@ -132,10 +127,24 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 4) kernel(QLORA_PARAMS QuantizeParams p
   }
 }
 
+template <class T, QuantType kType>
+QLORA_KERNEL void QLORA_BOUNDS(kThreads, 4) kernel(QLORA_PARAMS QuantizeParams p) {
+  const int block = 1 << p.block_shift;
+  const int lanes = block < kPerWarp ? block / kPerLane : 32;
+  const int span = block < kPerWarp ? kPerWarp : block;
+  const int64_t warp = static_cast<int64_t>(ptx::block_x()) * (kThreads / 32) + ptx::warp();
+#pragma unroll 1
+  for (int round = 0; round < kRounds; ++round) {
+    const int64_t begin = (warp * kRounds + round) * span;
+    if (begin >= p.numel) return;
+    quantize_span<T, kType>(p, begin, span, lanes);
+  }
+}
+
 template <class T>
 Status launch_typed(const QuantizeParams& p, cudaStream_t stream) {
   const int64_t block = int64_t{1} << p.block_shift;
-  const int64_t per_block = (block < kPerWarp ? kPerWarp : block) * (kThreads / 32);
+  const int64_t per_block = (block < kPerWarp ? kPerWarp : block) * (kThreads / 32) * kRounds;
   const auto kernel_of_type = p.quant_type == static_cast<int>(QuantType::kNf4)   ? kernel<T, QuantType::kNf4>
                               : p.quant_type == static_cast<int>(QuantType::kFp4) ? kernel<T, QuantType::kFp4>
                                                                                   : kernel<T, QuantType::kInt4>;

@@ -22,9 +22,35 @@ struct Problem {
 
 inline constexpr int kDecodeTokens = 16;  // up to here the weight's bytes are the cost, above it the products
 
-// Rows of W that a block of the decode kernel takes: twice as many halve what a block costs before its first product,
-// and what L2 delivers of x, as long as every SM still has a block.
-constexpr int select_decode_rows(int64_t n, const GpuInfo& gpu) { return n >= int64_t{32} * gpu.sm_count ? 32 : 16; }
+// How the decode kernel cuts its work: rows of W for a block, and chunks of 64 weights whose scales it keeps in shared
+// memory at a time.
+struct DecodeTile {
+  int rows = 0;  // 16 or 32
+  int panel_chunks = 0;
+};
+
+constexpr int kDecodeWarps = 4;
+constexpr int kDecodeTableBytes = 32 * 1024;
+constexpr int kDecodeMostPanelChunks = 256;
+constexpr int decode_stages(int64_t m) { return m <= 8 ? 5 : 3; }
+
+// Table, ring of stages for each warp, and scales, of `rows` rows.
+constexpr int64_t decode_shared_bytes(int rows, int64_t m, int64_t panel_chunks) {
+  return kDecodeTableBytes + kDecodeWarps * decode_stages(m) * (32 * rows + 128 * m) + 4 * rows * (panel_chunks | 1);
+}
+
+// Twice as many rows halve what a block costs before its first product, and what L2 delivers of x, as long as every SM
+// still has a block. A panel is as long as shared memory allows; it always allows 16 chunks of 16 rows.
+constexpr DecodeTile select_decode_tile(int64_t m, int64_t n, int64_t k, const GpuInfo& gpu) {
+  const int64_t chunks = k / 64 < kDecodeMostPanelChunks ? k / 64 : kDecodeMostPanelChunks;
+  for (int rows = n >= int64_t{32} * gpu.sm_count ? 32 : 16; rows >= 16; rows /= 2)
+    for (int64_t panel = chunks; panel >= 1; panel = panel > 16 ? (panel + 1) / 2 : panel - 1) {
+      if (decode_shared_bytes(rows, m, panel) > gpu.shared_bytes_per_block) continue;
+      if (panel < 16 && panel < chunks && rows == 32) break;  // more rows are not worth that many panels
+      return {rows, static_cast<int>(panel)};
+    }
+  return {16, 1};
+}
 
 // Rows of W and tokens of a block's tile.
 enum class GemmTile { k64x64Turing, k64x64, k64x128, k128x128 };

@@ -148,7 +148,7 @@ inline Tensor decode(const cuda::Weight& w, const Matrix& tokens, const Up* up, 
     p.bias_dtype = bias->dtype;
   }
   p.y = y.mutable_data_ptr();
-  p.rows_per_block = cuda::select_decode_rows(w.n, scope.gpu());
+  p.tile = cuda::select_decode_tile(p.m, w.n, w.k, scope.gpu());
   check(cuda::launch_decode(p, scope.stream()), "decode");
   return y;
 }

@@ -50,3 +50,12 @@ def test_tiles_grow_with_the_product_and_fit_the_gpu():
         assert select(4096, gpu=gpu)["forward_tile"] == (128, 128)
     assert select(4096, gpu=T4, dtype="float16")["forward_tile"] == (64, 64)  # 64 KiB hold no larger one
     assert select(4096, gpu=T4, dtype="float16")["backward_tile"] == (128, 64)
+
+
+@pytest.mark.parametrize("gpu", [A100, H100, RTX4090, T4])
+@pytest.mark.parametrize("k", [64, 1024, 4096, 13824, 14336, 16384, 28672, 65536])
+def test_decode_fits_into_shared_memory(gpu, k):
+    for m in range(1, 17):
+        for n in (16, 1280, 4096, 14336):
+            chosen = select(m, n, k, "float16", gpu=gpu)
+            assert chosen["shared_bytes"] <= gpu["shared_bytes_per_block"], (m, n)

@@ -85,8 +85,8 @@ def decode_in_numpy(packed, absmax, nested_absmax, nested_offset, count, quant_t
 def test_decode_written_a_second_time(quant_type, double_quant):
     shape = (13, 333)
     q = ops.quantize(torch.randn(shape), quant_type, 32, double_quant)
-    expected = decode_in_numpy(*(t.numpy() for t in q), 13 * 333, quant_type, 32).reshape(shape)
-    assert np.array_equal(ops.dequantize(*q, shape, quant_type, 32, torch.float32).numpy(), expected)
+    expected = decode_in_numpy(*(t.cpu().numpy() for t in q), 13 * 333, quant_type, 32).reshape(shape)
+    assert np.array_equal(ops.dequantize(*q, shape, quant_type, 32, torch.float32).cpu().numpy(), expected)
 
 
 @pytest.mark.parametrize("name", GOLDEN_NAMES)

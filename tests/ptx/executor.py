@@ -200,8 +200,7 @@ class Executor:
 def ptx(arch: str, seed: int = 1, sm_count: int = 4, **options):
     """CPU tensors go to the PTX of the CUDA kernels."""
     executor = Executor(arch, seed, **options)
-    shared_bytes = {"sm_75": 64, "sm_80": 163, "sm_90": 227}[arch] * 1024
-    with devices.simt(arch=int(arch[3:]), sm_count=sm_count, shared_bytes=shared_bytes, call=executor.call) as library:
+    with devices.simt(arch=int(arch[3:]), sm_count=sm_count, call=executor.call) as library:
         callback = LAUNCHER(executor.launch)
         library.qlora_simt_launcher(callback)
         try:

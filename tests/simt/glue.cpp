@@ -30,6 +30,7 @@ GpuScope::~GpuScope() = default;
 QLORA_EXPORT void qlora_simt_seed(uint64_t seed) { qlora::simt::set_seed(seed); }
 QLORA_EXPORT void qlora_simt_gpu(int arch, int sm_count, int shared_bytes) {
   qlora::ops::pretended = {arch, sm_count, shared_bytes};
+  qlora::simt::set_shared_limit(shared_bytes);
 }
 QLORA_EXPORT void qlora_simt_count(int on) { qlora::simt::set_counting(on != 0); }
 QLORA_EXPORT void qlora_simt_reset() { std::memset(&qlora::simt::counters(), 0, sizeof(qlora::simt::Counters)); }

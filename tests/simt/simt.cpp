@@ -102,6 +102,7 @@ struct Machine {
   Counters counters{};
   Launcher launcher = nullptr;
   bool counting = false;
+  int shared_limit = 227 * 1024;
   Index index{};
   std::vector<Thread> threads;
   std::vector<Warp> warps;
@@ -407,6 +408,7 @@ void run_block() {
 
 }  // namespace
 
+void set_shared_limit(int bytes) { machine.shared_limit = bytes; }
 void set_counting(bool on) { machine.counting = on; }
 void set_seed(uint64_t seed) { machine.random.seed(seed); }
 Counters& counters() { return machine.counters; }
@@ -419,6 +421,7 @@ const char* launch(const void* kernel, const int64_t (&grid)[3], int threads, in
   Dl_info info{};
   machine.kernel = dladdr(const_cast<void*>(kernel), &info) != 0 && info.dli_sname != nullptr ? info.dli_sname : "?";
   ++machine.counters.launches;
+  if (shared_bytes > machine.shared_limit) return "a launch asks for more shared memory than the GPU has";
   if (machine.launcher != nullptr)
     return machine.launcher(machine.kernel.c_str(), grid, threads, shared_bytes, params, params_bytes);
   machine.error.clear();

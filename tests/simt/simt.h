@@ -25,6 +25,9 @@ void set_seed(uint64_t seed);
 Counters& counters();
 void set_counting(bool on);  // of memory accesses: it takes most of the time, so it is off at first
 
+// What a launch may ask for.
+void set_shared_limit(int bytes);
+
 // Another executor of launches, e.g. one that runs the compiled kernel: symbol name, grid, threads, shared bytes and
 // parameters. Returns null, or a text that lives until the next launch. Null launcher: the fibers of this file.
 using Launcher = const char* (*)(const char* kernel, const int64_t* grid, int threads, int shared_bytes,

@@ -22,7 +22,10 @@ Status start(void (*kernel)(Params), Grid grid, int threads, int shared_bytes, c
   if (shared_bytes > kWithoutAsking) {
     const cudaError_t refused = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                      cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (refused != cudaSuccess) return {cudaGetErrorString(refused)};
+    if (refused != cudaSuccess) {
+      (void)cudaGetLastError();  // else the next launch would report it
+      return {cudaGetErrorString(refused)};
+    }
   }
   kernel<<<dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z)), threads,
            shared_bytes, stream>>>(params);
