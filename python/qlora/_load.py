@@ -1,5 +1,6 @@
 """Loads the compiled libraries: the pybind11 module ``_C`` and the op library, once."""
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -21,9 +22,22 @@ def _find_library(name: str) -> Path | None:
     return None
 
 
+_cuda_library_is_broken = False
+
+
 def has_cuda_ops() -> bool:
     """Whether ``torch.ops.qlora.*`` takes CUDA tensors: this build has the kernels, and torch has CUDA."""
-    return torch.version.cuda is not None and _find_library(CUDA_LIBRARY) is not None
+    return torch.version.cuda is not None and not _cuda_library_is_broken and _find_library(CUDA_LIBRARY) is not None
+
+
+def _load_cuda() -> None:
+    global _cuda_library_is_broken
+    try:
+        torch.ops.load_library(str(_find_library(CUDA_LIBRARY)))
+    except OSError as error:  # the operators for the CPU are whole
+        _cuda_library_is_broken = True
+        reason = error.__cause__ or error
+        warnings.warn(f"{CUDA_LIBRARY} cannot be loaded, qlora runs on the CPU only: {reason}", stacklevel=2)
 
 
 def load_ops() -> None:
@@ -41,7 +55,7 @@ def load_ops() -> None:
         )
     torch.ops.load_library(str(cpu))
     if has_cuda_ops():
-        torch.ops.load_library(str(_find_library(CUDA_LIBRARY)))
+        _load_cuda()
 
 
 load_ops()
