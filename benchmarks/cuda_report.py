@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SOURCES = sorted(p for p in (ROOT / "csrc" / "cuda").glob("*.cu") if p.stem != "gpu_info")
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHS = (75, 80, 86, 89, 90, 100, 120)
 REGISTERS_OF_AN_SM = 65536
 
