@@ -40,16 +40,17 @@ constexpr int64_t decode_shared_bytes(int rows, int64_t m, int64_t panel_chunks)
 }
 
 // Twice as many rows halve what a block costs before its first product, and what L2 delivers of x, as long as every SM
-// still has a block. A panel is as long as shared memory allows; it always allows 16 chunks of 16 rows.
+// still has a block. A panel is as long as shared memory allows (28 chunks of 16 rows at least); one that another
+// follows gives every warp as many chunks.
 constexpr DecodeTile select_decode_tile(int64_t m, int64_t n, int64_t k, const GpuInfo& gpu) {
-  const int64_t chunks = k / 64 < kDecodeMostPanelChunks ? k / 64 : kDecodeMostPanelChunks;
-  for (int rows = n >= int64_t{32} * gpu.sm_count ? 32 : 16; rows >= 16; rows /= 2)
-    for (int64_t panel = chunks; panel >= 1; panel = panel > 16 ? (panel + 1) / 2 : panel - 1) {
-      if (decode_shared_bytes(rows, m, panel) > gpu.shared_bytes_per_block) continue;
-      if (panel < 16 && panel < chunks && rows == 32) break;  // more rows are not worth that many panels
-      return {rows, static_cast<int>(panel)};
-    }
-  return {16, 1};
+  const int64_t chunks = k / 64;
+  for (int rows = n >= int64_t{32} * gpu.sm_count ? 32 : 16;; rows /= 2) {
+    const int64_t room = (gpu.shared_bytes_per_block - decode_shared_bytes(rows, m, 0)) / (4 * rows);
+    const int64_t longest = room < kDecodeMostPanelChunks ? room : kDecodeMostPanelChunks;
+    const int64_t panel = chunks <= longest ? chunks : longest / kDecodeWarps * kDecodeWarps;
+    // More rows are not worth many short panels.
+    if (panel == chunks || panel >= 16 || rows == 16) return {rows, static_cast<int>(panel)};
+  }
 }
 
 // Rows of W and tokens of a block's tile.
@@ -85,11 +86,16 @@ constexpr int select_lora_parts(int64_t m, int64_t rows, int64_t elems, const Gp
 
 enum class ForwardKernel { kDecode, kGemm, kGeneral };
 
+constexpr const char* why_no_tensor_cores(DType dtype, const GpuInfo& gpu) {
+  if (dtype == DType::kFloat32) return "float32 tokens: their products run on the CUDA cores";
+  if (dtype == DType::kBFloat16 && gpu.arch < 80) return "this GPU has no bfloat16 tensor cores: use float16";
+  return nullptr;
+}
+
 // Why the tensor-core kernels cannot take a forward product; null if they can.
 constexpr const char* why_general_forward(const Problem& p, const GpuInfo& gpu) {
   if (p.n == 0 || p.k == 0) return "the weight is empty";
-  if (p.dtype == DType::kFloat32) return "float32 tokens: their products run on the CUDA cores";
-  if (p.dtype == DType::kBFloat16 && gpu.arch < 80) return "this GPU has no bfloat16 tensor cores: use float16";
+  if (const char* why = why_no_tensor_cores(p.dtype, gpu)) return why;
   if (p.k % 64 != 0) return "in_features is not a multiple of 64, so the scale changes inside a tensor-core step";
   if (p.block_size < 64) return "block_size 32: the scale changes inside a tensor-core step";
   return nullptr;
@@ -98,8 +104,7 @@ constexpr const char* why_general_forward(const Problem& p, const GpuInfo& gpu) 
 // The same for dx = dy W.
 constexpr const char* why_general_backward(const Problem& p, const GpuInfo& gpu) {
   if (p.n == 0 || p.k == 0) return "the weight is empty";
-  if (p.dtype == DType::kFloat32) return "float32 tokens: their products run on the CUDA cores";
-  if (p.dtype == DType::kBFloat16 && gpu.arch < 80) return "this GPU has no bfloat16 tensor cores: use float16";
+  if (const char* why = why_no_tensor_cores(p.dtype, gpu)) return why;
   if (p.k % 32 != 0) return "in_features is not a multiple of 32: packed rows are not aligned to 16 bytes";
   if (p.n % 8 != 0) return "out_features is not a multiple of 8: rows of the gradient are not aligned to 16 bytes";
   return nullptr;
@@ -108,8 +113,7 @@ constexpr const char* why_general_backward(const Problem& p, const GpuInfo& gpu)
 // The same for the low-rank down projection; k is its reduction.
 constexpr const char* why_general_low_rank(const Problem& p, const GpuInfo& gpu) {
   if (p.k == 0) return "there is nothing to sum";
-  if (p.dtype == DType::kFloat32) return "float32 tokens: their products run on the CUDA cores";
-  if (p.dtype == DType::kBFloat16 && gpu.arch < 80) return "this GPU has no bfloat16 tensor cores: use float16";
+  if (const char* why = why_no_tensor_cores(p.dtype, gpu)) return why;
   if (p.k % 8 != 0) return "the rows are not aligned to 16 bytes";
   return nullptr;
 }
