@@ -113,7 +113,7 @@ class Ring {
 
   // Starts anew with `chunks` chunks to come, and has the first ones on their way.
   QLORA_METHOD void begin(int chunks) {
-    to_fill_ = to_read_ = base_;
+    stage_ = base_;
     left_ = chunks;
 #pragma unroll
     for (int i = 0; i < kStages - 1; ++i) fetch();
@@ -124,31 +124,26 @@ class Ring {
     ptx::cp_async_wait<kStages - 2>();
     ptx::sync_warp();
     fetch();
-    const SharedAddress here = to_read_;
-    to_read_ = advance(to_read_);
-    return here;
+    return stage_;
   }
 
  private:
-  QLORA_METHOD SharedAddress advance(SharedAddress stage) const {
-    return stage + stage_bytes_ == end_ ? base_ : stage + stage_bytes_;
-  }
   // Every call is one group, also where there is nothing left to copy.
   QLORA_METHOD void fetch() {
     if (left_ > 0) {
 #pragma unroll
       for (int i = 0; i < R; ++i) {
-        ptx::cp_async_16(to_fill_ + 512 * i + w_to_, w_[i]);
+        ptx::cp_async_16(stage_ + 512 * i + w_to_, w_[i]);
         w_[i] += kWarps * kChunk / 2;
       }
       const char* x = x_;
 #pragma unroll
       for (int i = 0; i < kTokens / 4; ++i, x += x_pitch_bytes_)
-        if (4 * i < tokens_) ptx::cp_async_16(to_fill_ + x_to_ + i * 512, x);
+        if (4 * i < tokens_) ptx::cp_async_16(stage_ + x_to_ + i * 512, x);
       x_ += kWarps * kChunk * 2;
-      to_fill_ = advance(to_fill_);
     }
     --left_;
+    stage_ = stage_ + stage_bytes_ == end_ ? base_ : stage_ + stage_bytes_;
     ptx::cp_async_commit();
   }
 
@@ -157,7 +152,8 @@ class Ring {
   int64_t x_pitch_bytes_;  // of four tokens
   const uint8_t* w_[R];
   const char* x_;
-  SharedAddress w_to_, x_to_, to_fill_ = 0, to_read_ = 0;
+  SharedAddress w_to_, x_to_;
+  SharedAddress stage_ = 0;  // filled next; behind fetch(), the one to be read
   int tokens_, left_ = 0;
 };
 

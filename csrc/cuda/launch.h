@@ -35,8 +35,7 @@ struct Weight {
   int quant_type = 0;   // QuantType
 };
 
-// ---- 4-bit packing
-// ---------------------------------------------------------------------------------------------------
+// ---- 4-bit packing ----
 
 struct QuantizeParams {
   const void* weight;  // [numel], aligned to 16 bytes
@@ -89,8 +88,7 @@ struct DenseMatrix {
   int64_t col_stride = 0;
 };
 
-// ---- tensor cores: 16-bit tokens, in_features a multiple of 64, blocks of at least 64
-// ---------------------------------
+// ---- tensor cores: 16-bit tokens, in_features a multiple of 64, blocks of at least 64 ----
 
 // y = x Wᵀ + lora_t lora_bᵀ + bias for m <= kDecodeTokens.
 struct DecodeParams {
@@ -187,8 +185,7 @@ struct LoraPackParams {
 };
 Status launch_lora_pack(const LoraPackParams& p, cudaStream_t stream);
 
-// ---- the general path: any shape, dtype and block size, float32 products
-// ------------------------------------------------
+// ---- the general path: any shape, dtype and block size, float32 products ----
 
 enum class OperandKind { kPacked, kPackedTransposed, kDense };
 

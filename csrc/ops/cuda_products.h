@@ -1,4 +1,4 @@
-// The products that the general path is composed of.
+// The products that forward and backward are composed of on a GPU: each picks its kernel, allocates, and launches.
 #pragma once
 
 #include "ops/cuda_runtime.h"
@@ -16,6 +16,13 @@ inline Matrix scratch_matrix(const Tensor& like, int64_t rows, int64_t cols) {
 }
 
 inline Tensor nothing(const Tensor& like) { return empty_like_device(like, {0}, ScalarType::Float); }
+
+template <class Params>
+void set_bias(Params& p, const Matrix* bias) {
+  if (bias == nullptr) return;
+  p.bias = bias->data;
+  p.bias_dtype = bias->dtype;
+}
 
 // Low-rank activations [m, r] as the down projection left them: sums of several parts, not yet scaled.
 struct Activation {
@@ -96,10 +103,7 @@ inline Tensor general_product(cuda::GeneralParams p, const Up* up, const Matrix*
       p.up_adapter_stride = up->adapter_stride;
     }
   }
-  if (bias != nullptr) {
-    p.bias = bias->data;
-    p.bias_dtype = bias->dtype;
-  }
+  set_bias(p, bias);
   p.out = out.mutable_data_ptr();
   p.out_dtype = float_dtype(like.scalar_type(), "x");
   p.out_row_stride = 1;
@@ -143,10 +147,7 @@ inline Tensor decode(const cuda::Weight& w, const Matrix& tokens, const Up* up, 
       p.b_adapter_stride = up->adapter_stride;
     }
   }
-  if (bias != nullptr) {
-    p.bias = bias->data;
-    p.bias_dtype = bias->dtype;
-  }
+  set_bias(p, bias);
   p.y = y.mutable_data_ptr();
   p.tile = cuda::select_decode_tile(p.m, w.n, w.k, scope.gpu());
   check(cuda::launch_decode(p, scope.stream()), "decode");
@@ -204,10 +205,7 @@ inline Tensor prepare_output(cuda::GemmOutput& out, LowRank16& low_rank, const M
       out.adapters = up->adapters->count;
     }
   }
-  if (bias != nullptr) {
-    out.bias = bias->data;
-    out.bias_dtype = bias->dtype;
-  }
+  set_bias(out, bias);
   return y;
 }
 

@@ -187,8 +187,7 @@ void prepare(Thread& t, int thread) {
   t.stack_pointer = top - 6;
 }
 
-// ---- counters
-// --------------------------------------------------------------------------------------------------------
+// ---- counters ----
 
 void record(Kind kind, uint64_t address, int bytes) {
   if (!machine.counting) return;
@@ -258,8 +257,7 @@ void flush(Warp& warp, int first_thread) {
   }
 }
 
-// ---- shared memory
-// ---------------------------------------------------------------------------------------------------
+// ---- shared memory ----
 
 std::string at(uint32_t address) { return " at shared byte " + std::to_string(address); }
 
@@ -320,8 +318,7 @@ void arrive(const Copy& copy) {
   each_cell(copy.to, 16, [](Cell& cell, uint32_t) { cell.pending = false; });
 }
 
-// ---- the block
-// -------------------------------------------------------------------------------------------------------
+// ---- the block ----
 
 void start_block(int threads, int shared_bytes) {
   machine.index.threads = threads;

@@ -8,8 +8,7 @@
 
 namespace qlora::simt {
 
-// ---- for tests
-// -------------------------------------------------------------------------------------------------------
+// ---- for tests ----
 
 struct Counters {
   uint64_t launches, barriers, mma;
@@ -34,8 +33,7 @@ using Launcher = const char* (*)(const char* kernel, const int64_t* grid, int th
                                  const void* params, int64_t params_bytes);
 void set_launcher(Launcher launcher);
 
-// ---- for the twins
-// ---------------------------------------------------------------------------------------------------
+// ---- for the twins ----
 
 struct Index {
   int thread, threads;

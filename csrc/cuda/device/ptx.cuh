@@ -18,8 +18,7 @@
 
 namespace qlora::cuda::ptx {
 
-// ---- where am I
-// ------------------------------------------------------------------------------------------------------
+// ---- where am I ----
 
 QLORA_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
 QLORA_DEVICE int lane() { return static_cast<int>(threadIdx.x & 31u); }
@@ -28,16 +27,13 @@ QLORA_DEVICE int threads() { return static_cast<int>(blockDim.x); }
 QLORA_DEVICE int block_x() { return static_cast<int>(blockIdx.x); }
 QLORA_DEVICE int block_y() { return static_cast<int>(blockIdx.y); }
 QLORA_DEVICE int block_z() { return static_cast<int>(blockIdx.z); }
-QLORA_DEVICE int blocks_x() { return static_cast<int>(gridDim.x); }
 
-// ---- barriers
-// --------------------------------------------------------------------------------------------------------
+// ---- barriers ----
 
 QLORA_DEVICE void sync_threads() { __syncthreads(); }
 QLORA_DEVICE void sync_warp() { __syncwarp(); }
 
-// ---- global memory
-// ---------------------------------------------------------------------------------------------------
+// ---- global memory ----
 
 template <class T>
 QLORA_DEVICE T load(const T* p) {
@@ -74,8 +70,7 @@ QLORA_DEVICE Words2 load_once(const Words2* p) {
 // Integers only: the result does not depend on the order.
 QLORA_DEVICE void atomic_max(unsigned long long* p, unsigned long long value) { atomicMax(p, value); }
 
-// ---- shared memory: a byte address in the block's own window
-// ---------------------------------------------------------
+// ---- shared memory: a byte address in the block's own window ----
 
 QLORA_DEVICE SharedAddress shared_base() {
   extern __shared__ __align__(1024) unsigned char qlora_dynamic_shared[];
@@ -162,8 +157,7 @@ QLORA_DEVICE void cp_async_wait() {
 #endif
 }
 
-// ---- other lanes of the warp
-// -----------------------------------------------------------------------------------------
+// ---- other lanes of the warp ----
 
 template <class T>
 QLORA_DEVICE T shuffle(T v, int from_lane) {
@@ -174,8 +168,7 @@ QLORA_DEVICE T shuffle_xor(T v, int mask) {
   return __shfl_xor_sync(0xFFFFFFFFu, v, mask);
 }
 
-// ---- arithmetic
-// ------------------------------------------------------------------------------------------------------
+// ---- arithmetic ----
 
 // Byte kByte of a word, zero-extended.
 template <int kByte>
@@ -234,8 +227,7 @@ __device__ __forceinline__ float unpack<fp16>(uint32_t pair, int half) {
   return v;
 }
 
-// ---- tensor cores
-// ----------------------------------------------------------------------------------------------------
+// ---- tensor cores ----
 
 // d[16, 8] = a[16, 16] b[16, 8] + c[16, 8], float32 accumulation. With g = lane / 4 and t = lane % 4 a lane holds
 // (pairs, the lower half first): a[0] = (g, 2t), a[1] = (g + 8, 2t), a[2] = (g, 2t + 8), a[3] = (g + 8, 2t + 8); b[0] =

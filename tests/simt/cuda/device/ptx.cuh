@@ -30,7 +30,6 @@ QLORA_DEVICE int threads() { return simt::index().threads; }
 QLORA_DEVICE int block_x() { return static_cast<int>(simt::index().block[0]); }
 QLORA_DEVICE int block_y() { return static_cast<int>(simt::index().block[1]); }
 QLORA_DEVICE int block_z() { return static_cast<int>(simt::index().block[2]); }
-QLORA_DEVICE int blocks_x() { return static_cast<int>(simt::index().blocks[0]); }
 
 QLORA_DEVICE void sync_threads() { simt::sync_threads(); }
 QLORA_DEVICE void sync_warp() {
