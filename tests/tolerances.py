@@ -25,6 +25,17 @@ def operand_rounding(device: str, dtype: torch.dtype, absolute_products: Tensor)
     return torch.finfo(dtype).eps / 2 * absolute_products
 
 
+def split_rounding(device: str, dtype: torch.dtype, absolute_products: Tensor, small: Tensor) -> Tensor:
+    """Bound for a product of two float32 factors and 16-bit tokens on the tensor cores of a GPU, which take a float32
+    factor as two parts of ``dtype``, high and low: rounded by eps / 2 of itself each, so their sum by (eps / 2)^2. In
+    float16 the low part is also off by half the smallest number, which ``small`` weighs: the products with the factor
+    replaced by ones."""
+    if device.startswith("cpu") or dtype == torch.float32:
+        return torch.zeros_like(absolute_products)
+    bound = 2 * (torch.finfo(dtype).eps / 2) ** 2 * absolute_products
+    return bound + 2.0**-25 * small if dtype == torch.float16 else bound
+
+
 def output_rounding(y: Tensor, dtype: torch.dtype) -> Tensor:
     """Bound for one rounding of ``y`` to ``dtype``."""
     info = torch.finfo(dtype)

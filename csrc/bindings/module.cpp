@@ -75,6 +75,9 @@ py::dict cuda_select(int64_t m, int64_t n, int64_t k, const std::string& dtype, 
   chosen["backward"] = why_backward != nullptr ? "general" : "gemm_dx";
   chosen["backward_tile"] = why_backward != nullptr ? tuple(64, 64) : tuple(128, select_dx_tokens(m, gpu));
   chosen["why_not_faster_backward"] = why_backward != nullptr ? why_backward : "";
+  const char* why_factors = why_general_factors(problem, gpu);
+  chosen["gradients"] = why_factors != nullptr ? "general" : "lora_grad";
+  chosen["why_not_faster_gradients"] = why_factors != nullptr ? why_factors : "";
   if (kernel == ForwardKernel::kDecode)
     chosen["shared_bytes"] =
         decode_shared_bytes(select_decode_tile(m, n, k, gpu).rows, m, select_decode_tile(m, n, k, gpu).panel_chunks);

@@ -92,7 +92,7 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GemmParams p) {
       scale[2 * f] = ptx::load_shared<float>(scale_at + 2 * f * panel.pitch() * 4);
       scale[2 * f + 1] = ptx::load_shared<float>(scale_at + (2 * f + 1) * panel.pitch() * 4);
     }
-    const auto place = tokens.place(tokens.current());
+    const auto place = place_in(tokens.current());
     unroll<kTokens / 8>([&](auto group) {
       constexpr int j = decltype(group)::value;
       // The next bytes: not earlier, for want of registers, and early enough to arrive behind the other half.
@@ -101,7 +101,7 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GemmParams p) {
       // Keeps the compiler from loading all of x at once, which would spill.
       if constexpr (R == 2 && j % 4 == 0) ptx::sync_warp();
       uint32_t x[8];
-      Tile::template fragment<j>(place, x);
+      load_fragment<j>(place, x);
 #pragma unroll
       for (int f = 0; f < R; ++f) {
         const float none[4] = {};

@@ -181,11 +181,11 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GemmDxParams p) 
                                  ptx::load_shared<uint16_t, (4 * s + 3) * 64>(bytes_at)};
       decode_rows<T>(pairs, bytes, scale_tile.at(chunk % 2, s), fragment[s][0], fragment[s][1]);
     });
-    const auto place = tokens.place(tokens.current());
+    const auto place = place_in(tokens.current());
     unroll<kTokens / 8>([&](auto group) {
       constexpr int j = decltype(group)::value;
       uint32_t dy[8];
-      Tile::template fragment<j>(place, dy);
+      load_fragment<j>(place, dy);
 #pragma unroll
       for (int s = 0; s < 4; ++s)
 #pragma unroll

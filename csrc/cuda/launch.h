@@ -153,21 +153,26 @@ Status launch_gemm_dx(const GemmDxParams& p, cudaStream_t stream);
 // forward and dy lora_b in the backward.
 struct LoraDownParams {
   const void* x;        // [m, elems], aligned to 16 bytes
-  const void* operand;  // [rows, elems], aligned to 16 bytes
+  const void* operand;  // [splits, rows, elems], aligned to 16 bytes; a second one is added to the first
   DType dtype;          // of both: bfloat16 or float16
   int64_t m, rows;
   int64_t elems;  // a multiple of 8
+  int splits;     // 1 or 2
   int parts;      // select_lora_parts()
   float* out;     // [parts, m, rows]
+  unsigned long long*
+      largest;  // [1], zero before: the largest magnitude in out, as the bits of a float; null: not asked
 };
 Status launch_lora_down(const LoraDownParams& p, cudaStream_t stream);
 
 // Low-rank factors and activations as the other kernels want them.
-// value(row, r) = scale * sum over parts (source(row, r) + source(row, r + low_offset) if there is one)
+// value(row, r) = scale * sum over parts source(row, r)
 // out [adapters, rows, padded_r], zero from r on. With `split`, three such parts side by side whose products add up to
 // one of nearly float32: an operand (kOperand) is [high, high, low], the activations that it meets (kActivation) are
 // [high, low, high]; kStacked puts the low part below the high one, [2, rows, padded_r].
 enum class Split : int { kNone, kOperand, kActivation, kStacked };
+// float16 ends at 65504 and 2^-24: kMultiply brings values into its range by a power of two, kDivide takes them back.
+enum class HalfRange : int { kLeave, kMultiply, kDivide };
 struct LoraPackParams {
   DenseMatrix source;  // (row, r) of one adapter and part
   int64_t rows;        // of one adapter
@@ -181,9 +186,36 @@ struct LoraPackParams {
   int64_t adapter_stride = 0;  // elements of the source
   int parts = 1;
   int64_t part_stride = 0;  // elements of the source
-  int64_t low_offset = 0;   // elements of the source; 0: none
+  HalfRange half_range = HalfRange::kLeave;
+  const unsigned long long* largest = nullptr;  // [1], see LoraDownParams
+  float largest_factor = 1.0f;                  // no value to be scaled is larger than this times *largest
 };
 Status launch_lora_pack(const LoraPackParams& p, cudaStream_t stream);
+
+// out[s] [ranks, features] = factor · x over the s-th stretch of the tokens: gradients of low-rank factors. With a down
+// operand also down_out[f] [m, ranks] = x · down_operandᵀ over the f-th stretch of lora_grad_features().
+struct LoraGradParams {
+  const void* x;             // [m, features], aligned to 16 bytes
+  const void* factor;        // [splits, ranks, padded_m], aligned to 16 bytes, zero from m on
+  const void* down_operand;  // [splits, ranks, features], aligned to 16 bytes; null: none
+  DType dtype;               // of all three: bfloat16 or float16
+  int64_t m, ranks;
+  int64_t padded_m, features;  // multiples of 8
+  int splits;                  // 1 or 2
+  int ranks_per_block;         // select_lora_grad()
+  int parts;
+  float* out;                   // [parts, ranks, features]
+  float* down_out;              // [ceil(features / lora_grad_features()), m, ranks]
+  unsigned long long* largest;  // of down_out, as in LoraDownParams
+};
+Status launch_lora_grad(const LoraGradParams& p, cudaStream_t stream);
+
+// y = lora_t lora_upᵀ alone: the gradient of lora_x. r > 0, one adapter, no bias.
+struct LoraUpParams {
+  DType dtype;  // of all matrices: bfloat16 or float16
+  GemmOutput out;
+};
+Status launch_lora_up(const LoraUpParams& p, cudaStream_t stream);
 
 // ---- the general path: any shape, dtype and block size, float32 products ----
 

@@ -1,6 +1,7 @@
 // Low-rank factors and activations as 16-bit operands of the tensor cores: padded to whole steps of 16 ranks, and split
 // into high and low parts where they come in float32, so that nothing of them is lost.
 #include "cuda/device/elements.cuh"
+#include "cuda/device/half_range.cuh"
 #include "cuda/device/launch.cuh"
 
 namespace qlora::cuda {
@@ -8,20 +9,30 @@ namespace lora_pack {
 
 constexpr int kThreads = 256;
 
+// A GPU divides 64 bits by a call of some 70 instructions; small numbers take the short way.
+QLORA_DEVICE int64_t divide(int64_t a, int64_t b) {
+  if ((a | b) >> 32 == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+  return a / b;
+}
+
 template <class T>
 QLORA_KERNEL void QLORA_BOUNDS(kThreads, 4) kernel(QLORA_PARAMS LoraPackParams p) {
   const int64_t item = static_cast<int64_t>(ptx::block_x()) * kThreads + ptx::thread();
   if (item >= p.adapters * p.rows * p.padded_r) return;
-  const int64_t row = item / p.padded_r, r = item % p.padded_r;  // row: over all adapters
-  const int64_t source = row / p.rows * p.adapter_stride + row % p.rows * p.source.row_stride + r * p.source.col_stride;
+  const int64_t row = divide(item, p.padded_r), r = item - row * p.padded_r;  // row: over all adapters
+  const int64_t adapter = p.adapters == 1 ? 0 : divide(row, p.rows);
+  const int64_t source =
+      adapter * p.adapter_stride + (row - adapter * p.rows) * p.source.row_stride + r * p.source.col_stride;
   float value = 0.0f;
   if (r < p.r) {
-    for (int part = 0; part < p.parts; ++part) {
+    for (int part = 0; part < p.parts; ++part)
       value += load_element(p.source.data, p.source.dtype, source + part * p.part_stride);
-      if (p.low_offset != 0)
-        value += load_element(p.source.data, p.source.dtype, source + part * p.part_stride + p.low_offset);
-    }
     value *= p.scale;
+    if (p.half_range != HalfRange::kLeave) {
+      const float largest = float_of(static_cast<uint32_t>(ptx::load(p.largest)));
+      const float factor = to_half_range(largest * p.largest_factor);
+      value = p.half_range == HalfRange::kMultiply ? value * factor : value / factor;
+    }
   }
   T* out = static_cast<T*>(p.out);
   if constexpr (sizeof(T) == 4) {

@@ -84,6 +84,34 @@ constexpr int select_lora_parts(int64_t m, int64_t rows, int64_t elems, const Gp
   return static_cast<int>(parts < 1 ? 1 : parts > 16 ? 16 : parts);
 }
 
+// The gradients of the low-rank factors. Features of a block: the more, the fewer partial sums of the down projection.
+constexpr int lora_grad_features(int ranks_per_block) { return ranks_per_block == 64 ? 128 : 256; }
+
+// Three stages of x, two of the factor, and the down operand of all the block's features.
+constexpr int lora_grad_shared_bytes(int ranks_per_block, int splits, bool with_down) {
+  const int columns = with_down ? lora_grad_features(ranks_per_block) / 64 : 0;
+  return 3 * 64 * 128 + (2 + columns) * splits * ranks_per_block * 128;
+}
+
+struct LoraGradTile {
+  int ranks = 0;  // of a block: 16, 32 or 64
+  int parts = 0;  // stretches of the tokens
+};
+
+// All ranks in one block, if shared memory takes them: x is read once for each block of ranks. As many stretches of
+// tokens as give two blocks to every SM, of at least 256 tokens each.
+constexpr LoraGradTile select_lora_grad(int64_t m, int64_t features, int64_t ranks, int splits, bool with_down,
+                                        const GpuInfo& gpu) {
+  int per_block = ranks <= 16 ? 16 : ranks <= 32 ? 32 : 64;
+  while (per_block > 16 && lora_grad_shared_bytes(per_block, splits, with_down) > gpu.shared_bytes_per_block)
+    per_block /= 2;
+  const int64_t wide = lora_grad_features(per_block);
+  const int64_t tiles = (features + wide - 1) / wide * ((ranks + per_block - 1) / per_block);
+  const int64_t wanted = tiles > 0 ? (2 * gpu.sm_count + tiles - 1) / tiles : 1, possible = m / 256;
+  const int64_t parts = wanted < possible ? wanted : possible;
+  return {per_block, static_cast<int>(parts < 1 ? 1 : parts > 64 ? 64 : parts)};
+}
+
 enum class ForwardKernel { kDecode, kGemm, kGeneral };
 
 constexpr const char* why_no_tensor_cores(DType dtype, const GpuInfo& gpu) {
@@ -115,6 +143,15 @@ constexpr const char* why_general_low_rank(const Problem& p, const GpuInfo& gpu)
   if (p.k == 0) return "there is nothing to sum";
   if (const char* why = why_no_tensor_cores(p.dtype, gpu)) return why;
   if (p.k % 8 != 0) return "the rows are not aligned to 16 bytes";
+  return nullptr;
+}
+
+// The same for the gradients of lora_a and lora_b, which read rows of x and of dy.
+constexpr const char* why_general_factors(const Problem& p, const GpuInfo& gpu) {
+  if (p.n == 0 || p.k == 0) return "the weight is empty";
+  if (const char* why = why_no_tensor_cores(p.dtype, gpu)) return why;
+  if (p.k % 8 != 0) return "in_features is not a multiple of 8: rows of x are not aligned to 16 bytes";
+  if (p.n % 8 != 0) return "out_features is not a multiple of 8: rows of the gradient are not aligned to 16 bytes";
   return nullptr;
 }
 

@@ -44,21 +44,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cuda_backward(
   const cudaStream_t stream = scope.stream();
 
   Tensor d_x = nothing(x), d_lora_a = nothing(x), d_lora_b = nothing(x), d_lora_x = nothing(x), d_bias = nothing(x);
+  const Matrix& lora_tokens = dropped ? *dropped : base.tokens;
   const bool low_rank_to_x = needs_x && lora && !dropped;
+  const bool on_tensor_cores = tensor_core_grads(dy, lora_tokens, scope);
   std::optional<Activation> u;  // scaling * dy B, [m, r]
-  if (lora && (low_rank_to_x || needs_lora || needs_lora_x))
-    u = low_rank_down(dy, columns_of(lora->b), lora->b.cols, lora->scaling, scope);
-  const Up down = u ? Up{columns_of(lora->a), &*u} : Up{};
-  if (needs_x) d_x = input_grad(base.w, dy, low_rank_to_x ? &down : nullptr, x, scope);
-  if (needs_lora_x && dropped) d_lora_x = general_product({}, &down, nullptr, x, k, stream);
   if (lora && needs_lora) {
-    const Matrix& lora_tokens = dropped ? *dropped : base.tokens;
-    const Activation t = low_rank_down(lora_tokens, rows_of(lora->a), lora->a.rows, lora->scaling, scope);
+    const Activation t = low_rank_down(lora_tokens, rows_of(lora->a), lora->a.rows, lora->scaling, scope, true);
+    const cuda::DenseMatrix b = columns_of(lora->b);
     d_lora_a = torch::stable::new_empty(*lora_a, lora_a->sizes());
     d_lora_b = torch::stable::new_empty(*lora_b, lora_b->sizes());
-    low_rank_grad(as_float(*u, stream), lora_tokens, true, d_lora_a, stream);
-    low_rank_grad(as_float(t, stream), dy, false, d_lora_b, stream);
+    if (on_tensor_cores) {
+      u = low_rank_grad(t, dy, false, d_lora_b, scope, &b, lora->scaling);
+      low_rank_grad(*u, lora_tokens, true, d_lora_a, scope);
+    } else {
+      u = low_rank_down(dy, b, lora->b.cols, lora->scaling, scope);
+      low_rank_grad_general(as_float(t, stream), dy, false, d_lora_b, stream);
+      low_rank_grad_general(as_float(*u, stream), lora_tokens, true, d_lora_a, stream);
+    }
+  } else if (lora && (low_rank_to_x || needs_lora_x)) {
+    u = low_rank_down(dy, columns_of(lora->b), lora->b.cols, lora->scaling, scope);
   }
+  const Up down = u ? Up{columns_of(lora->a), &*u} : Up{};
+  if (needs_x) d_x = input_grad(base.w, dy, low_rank_to_x ? &down : nullptr, x, scope);
+  if (needs_lora_x && dropped) d_lora_x = low_rank_up(dy, down, x, k, scope);
   if (needs_bias) d_bias = column_sum(dy, stream);
   return {d_x, d_lora_a, d_lora_b, d_lora_x, d_bias};
 }

@@ -53,8 +53,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_backward_multi(
         token_dot(base.tokens, rows_of(adapters.a), adapters.r, 1.0f, stream, &adapters, adapters.r * k);
     d_lora_a = torch::stable::new_empty(lora_a, lora_a.sizes());
     d_lora_b = torch::stable::new_empty(lora_b, lora_b.sizes());
-    low_rank_grad(as_float(*u, stream), base.tokens, true, d_lora_a, stream, &adapters);
-    low_rank_grad(as_float(t, stream), dy, false, d_lora_b, stream, &adapters);
+    low_rank_grad_general(as_float(*u, stream), base.tokens, true, d_lora_a, stream, &adapters);
+    low_rank_grad_general(as_float(t, stream), dy, false, d_lora_b, stream, &adapters);
   }
   if (needs_bias) d_bias = column_sum(dy, stream);
   return {d_x, d_lora_a, d_lora_b, d_bias};

@@ -23,6 +23,8 @@ class Explanation:
     why_not_faster: str  # empty if nothing stands in the way
     backward: str = "gemm"  # kernel of the input's gradient; on a GPU gemm_dx or general
     why_not_faster_backward: str = ""
+    gradients: str = "gemm"  # kernel of the gradients of lora_a and lora_b; on a GPU lora_grad or general
+    why_not_faster_gradients: str = ""
 
     def __str__(self) -> str:
         reason = f" ({self.why_not_faster})" if self.why_not_faster else ""
@@ -53,6 +55,8 @@ def _explain_cuda(x: Tensor, weight: QuantizedWeight, tokens: int) -> Explanatio
         chosen["why_not_faster"],
         chosen["backward"],
         chosen["why_not_faster_backward"],
+        chosen["gradients"],
+        chosen["why_not_faster_gradients"],
     )
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import DTYPES, QUANT_TYPES, SHAPES, name_of, weights
-from tolerances import accumulation, assert_within, operand_rounding, output_rounding
+from tolerances import accumulation, assert_within, operand_rounding, output_rounding, split_rounding
 
 from qlora import ops
 
@@ -13,6 +13,58 @@ def gradients(x, weight, a, b, scaling, bias, lora_x, grad):
     x_, a_, b_, bias_, lora_x_ = leaves
     ops.forward(x_, *weight, a_, b_, scaling, bias_, lora_x_).backward(grad)
     return [leaf.grad for leaf in leaves]
+
+
+def factor_bounds(device, dtype, s, G, X, A, B):
+    """Bounds for d_lora_a and d_lora_b, of absolute values. A factor that is scaled into the range of float16 has its
+    largest value at 2^14 or above, so what it loses there is 2^-35 of that."""
+    (m, n), k = G.shape, X.shape[1]
+    V, U = s * G @ B, s * X @ A.T
+    largest_v, largest_u = (0.0 if t.numel() == 0 else t.max() * 2.0**-10 for t in (V, U))
+    small_a = (s * G.sum(1, keepdim=True) + largest_v).expand(m, V.shape[1]).T @ X
+    small_b = G.T @ (s * X.sum(1, keepdim=True) + largest_u).expand(m, U.shape[1])
+    return tuple(
+        accumulation(steps, products) + split_rounding(device, dtype, products, small)
+        for steps, products, small in ((m + n + 4, V.T @ X, small_a), (m + k + 4, G.T @ U, small_b))
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lora_dtype", ["float32", "that of x"])
+@pytest.mark.parametrize(
+    ("m", "n", "k", "r"), [(1, 8, 64, 1), (70, 264, 40, 17), (150, 136, 520, 33), (331, 72, 328, 70)]
+)
+def test_gradients_of_factors_of_any_rank(device, dtype, lora_dtype, m, n, k, r):
+    """Several stretches of tokens, features and ranks; what rounds to 16 bit once, like torch, is allowed that."""
+    s = 0.5
+    weight, _ = weights(n, k)
+    x, grad = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
+    a, b = torch.randn(r, k), torch.randn(n, r)
+    if lora_dtype != "float32":
+        a, b = a.to(dtype), b.to(dtype)
+    a.requires_grad_(), b.requires_grad_()
+    ops.forward(x, *weight, a, b, s).backward(grad)
+    g, A, B, X = grad.double(), a.detach().double(), b.detach().double(), x.double()
+    bounds = factor_bounds(device, dtype, s, g.abs(), X.abs(), A.abs(), B.abs())
+    products = s * (g.abs() @ B.abs()).T @ X.abs(), s * g.abs().T @ (X.abs() @ A.abs().T)
+    expected = s * (g @ B).T @ X, s * g.T @ (X @ A.T)
+    for leaf, right, bound, product in zip((a, b), expected, bounds, products, strict=True):
+        if leaf.dtype == dtype:
+            bound = bound + operand_rounding(device, dtype, product)
+        assert_within(leaf.grad, right, bound + output_rounding(right.abs() + bound, leaf.dtype))
+
+
+@pytest.mark.parametrize("exponent", [-20, 0, 15])
+def test_float16_gradients_of_any_size(device, exponent):
+    """Gradients in float16 are tiny, or large under a loss scale; their sums with lora_b leave its range either way."""
+    m, n, k, r = 40, 64, 128, 16
+    weight, _ = weights(n, k)
+    x, grad = torch.randn(m, k).half(), (torch.randn(m, n) * 2.0**exponent).clamp(-60000, 60000).half()
+    a, b = torch.randn(r, k).requires_grad_(), torch.randn(n, r).requires_grad_()
+    ops.forward(x, *weight, a, b, 1.0).backward(grad)
+    g, X = grad.double(), x.double()
+    for leaf, right in ((a, (g @ b.detach().double()).T @ X), (b, g.T @ (X @ a.detach().double().T))):
+        assert (leaf.grad.double() - right).norm() <= 2.0**-18 * right.norm()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=name_of)
@@ -33,8 +85,9 @@ def test_all_gradients_with_dropped_input(device, dtype, shape):
     products = G @ dense.abs()
     check(d_x, g @ dense, accumulation(n, products) + operand_rounding(device, dtype, products))
     check(d_lora_x, s * (g @ B @ A), accumulation(n + r + 4, s * (G @ BB @ AA)))
-    check(d_a, s * (g @ B).T @ X, accumulation(m + n + 4, s * (G @ BB).T @ XX))
-    check(d_b, s * g.T @ (X @ A.T), accumulation(m + k + 4, s * G.T @ (XX @ AA.T)))
+    bound_a, bound_b = factor_bounds(device, dtype, s, G, XX, AA, BB)
+    check(d_a, s * (g @ B).T @ X, bound_a)
+    check(d_b, s * g.T @ (X @ A.T), bound_b)
     check(d_bias, g.sum(0), accumulation(m, G.sum(0)))
 
 

@@ -22,21 +22,24 @@ def test_few_tokens_decode_many_multiply(m, kernel):
 
 
 @pytest.mark.parametrize(
-    ("change", "forward", "backward"),
+    ("change", "forward", "backward", "gradients"),
     [
-        ({"dtype": "float32"}, "float32 tokens", "float32 tokens"),
-        ({"k": 4096 + 32}, "not a multiple of 64", ""),
-        ({"k": 4096 + 8}, "not a multiple of 64", "not a multiple of 32"),
-        ({"n": 4097}, "", "out_features is not a multiple of 8"),
-        ({"block_size": 32}, "block_size 32", ""),
-        ({"gpu": T4}, "no bfloat16 tensor cores", "no bfloat16 tensor cores"),
-        ({"gpu": T4, "dtype": "float16"}, "", ""),
+        ({"dtype": "float32"}, "float32 tokens", "float32 tokens", "float32 tokens"),
+        ({"k": 4096 + 32}, "not a multiple of 64", "", ""),
+        ({"k": 4096 + 8}, "not a multiple of 64", "not a multiple of 32", ""),
+        ({"k": 4096 + 4}, "not a multiple of 64", "not a multiple of 32", "in_features is not a multiple of 8"),
+        ({"n": 4097}, "", "out_features is not a multiple of 8", "out_features is not a multiple of 8"),
+        ({"block_size": 32}, "block_size 32", "", ""),
+        ({"gpu": T4}, "no bfloat16 tensor cores", "no bfloat16 tensor cores", "no bfloat16 tensor cores"),
+        ({"gpu": T4, "dtype": "float16"}, "", "", ""),
     ],
 )
-def test_the_general_path_gives_its_reason(change, forward, backward):
+def test_the_general_path_gives_its_reason(change, forward, backward, gradients):
     chosen = select(64, **change)
     assert forward in chosen["why_not_faster"]
     assert backward in chosen["why_not_faster_backward"]
+    assert gradients in chosen["why_not_faster_gradients"]
+    assert (chosen["gradients"] == "general") == bool(gradients)
     assert (chosen["forward"] == "general") == bool(forward)
     assert (chosen["backward"] == "general") == bool(backward)
 

@@ -71,6 +71,28 @@ void shuffles(int) {
   expect(ptx::shuffle(lane, lane + 33) == (lane + 1) % 32, "shuffle takes the lane modulo 32", lane, 0);
 }
 
+// ldmatrix.x4: element (row, col) of matrix i is 1000 i + 10 row + col. The manual's figure of a matrix: thread 4 row +
+// col / 2 holds columns col and col + 1; with .trans it holds what stands at the mirrored place.
+void matrices(int) {
+  const int lane = ptx::lane();
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4, col = 2 * (lane % 4), first = 1000 * i + 10 * row + col;
+    ptx::store_shared(128 * i + 16 * row + 2 * col, static_cast<uint32_t>(first | (first + 1) << 16));
+  }
+  ptx::sync_warp();
+  uint32_t plain[4], transposed[4];
+  ptx::load_matrices(plain, 16 * lane);
+  ptx::load_matrices_transposed(transposed, 16 * lane);
+  for (int i = 0; i < 4; ++i)
+    for (int row = 0; row < 8; ++row)
+      for (int col = 0; col < 8; ++col) {
+        if (4 * row + col / 2 != lane) continue;
+        const int shift = 16 * (col % 2), mask = 0xFFFF;
+        expect(static_cast<int>(plain[i] >> shift & mask) == 1000 * i + 10 * row + col, "ldmatrix", lane, i);
+        expect(static_cast<int>(transposed[i] >> shift & mask) == 1000 * i + 10 * col + row, "ldmatrix.trans", lane, i);
+      }
+}
+
 void conversions() {
   for (int i = 0; i < 1 << 16; ++i) {  // every 16-bit value in both halves
     const auto bits = static_cast<uint32_t>(i);
@@ -95,6 +117,8 @@ int main() {
   check_mma<fp16>("mma fp16");
   const Status status = start(shuffles, {1}, 32, 0, nullptr, 0);
   expect(status.error == nullptr, "shuffles", 0, 0);
+  const Status loaded = start(matrices, {1}, 32, 512, nullptr, 0);
+  expect(loaded.error == nullptr, "ldmatrix", 0, 0);
   conversions();
   std::printf("%d failures\n", failures);
   return failures != 0;

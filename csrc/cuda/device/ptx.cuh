@@ -51,6 +51,9 @@ QLORA_DEVICE void store(Words4* p, Words4 v) {
 QLORA_DEVICE void store(Words2* p, Words2 v) {
   asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(p), "r"(v.x), "r"(v.y) : "memory");
 }
+QLORA_DEVICE void store(Floats2* p, Floats2 v) {
+  asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(p), "f"(v.x), "f"(v.y) : "memory");
+}
 QLORA_DEVICE void store(Floats4* p, Floats4 v) {
   asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 }
@@ -134,6 +137,19 @@ QLORA_DEVICE void store_shared(SharedAddress a, Floats4 v) {
 }
 QLORA_DEVICE void store_shared(SharedAddress a, Words4 v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(a), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w));
+}
+
+// Four 8 x 8 matrices of 16-bit elements: lane l gives the address of row l % 8 of matrix l / 8, and gets of each
+// matrix elements (g, 2t) and (g, 2t + 1), g = lane / 4 and t = lane % 4; transposed, elements (2t, g) and (2t + 1, g).
+QLORA_DEVICE void load_matrices(uint32_t (&m)[4], SharedAddress row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(row));
+}
+QLORA_DEVICE void load_matrices_transposed(uint32_t (&m)[4], SharedAddress row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(row));
 }
 
 // 16 bytes from global to shared memory, kOffset bytes behind `to`. They arrive at the wait.

@@ -27,8 +27,55 @@ QLORA_DEVICE void advance_pipeline(const Fetch& fetch) {
   ptx::cp_async_commit();
 }
 
-// Stages of [kTokens][64] 16-bit elements. A row of 128 bytes is eight pieces of 16; the odd rows have neighbouring
-// pieces exchanged, so that the 8 lanes of a phase (2 rows, every second piece) read 32 different banks.
+// Where a tile of rows of 64 16-bit elements has a piece of 16 bytes, eight to a row. Pieces are exchanged from row to
+// row, so that both readers of a tile find 32 different banks: the lanes of a fragment (two rows, every second piece)
+// and ldmatrix (eight rows, one piece).
+QLORA_DEVICE SharedAddress swizzled(int row, int piece) {
+  return static_cast<SharedAddress>(row * 128 + (piece ^ (row & 7)) * 16);
+}
+
+// Starts the copy of kRows rows of 64 elements from (first_row, first_elem) of a matrix [rows, elems]; what lies
+// outside of it becomes zeros. elems is a multiple of 8.
+template <int kRows, int kThreads, class T>
+QLORA_DEVICE void fetch_rows(SharedAddress to, const T* matrix, int64_t rows, int64_t elems, int64_t first_row,
+                             int64_t first_elem) {
+  constexpr int kRowsAtOnce = kThreads / 8;
+  const int row = ptx::thread() / 8, piece = ptx::thread() % 8;
+  const int64_t elem = first_elem + piece * 8;
+  const T* from = matrix + (first_row + row) * elems + elem;
+  int64_t left = elem < elems ? rows - first_row - row : 0;  // of the rows from this one on
+#pragma unroll
+  for (int i = 0; i < kRows / kRowsAtOnce; ++i) {
+    const SharedAddress here = to + swizzled(row, piece) + i * kRowsAtOnce * 128;
+    if (left > 0)
+      ptx::cp_async_16(here, from);
+    else
+      ptx::store_shared(here, Words4{0, 0, 0, 0});
+    left -= kRowsAtOnce;
+    from += kRowsAtOnce * elems;
+  }
+}
+
+// Where a lane finds its sixteen elements, 16t … 16t + 15, of row g of a tile: in two halves, neighbours in either
+// order.
+struct Place {
+  SharedAddress low, high;
+};
+QLORA_DEVICE Place place_in(SharedAddress tile) {
+  const SharedAddress low = tile + swizzled(ptx::lane() / 4, ptx::lane() % 4 * 2);
+  return {low, low ^ 16u};
+}
+
+// The words of row 8 kGroup + g.
+template <int kGroup>
+QLORA_DEVICE void load_fragment(Place place, uint32_t (&words)[8]) {
+  const auto low = ptx::load_shared<Words4, kGroup * 1024>(place.low);
+  const auto high = ptx::load_shared<Words4, kGroup * 1024>(place.high);
+  words[0] = low.x, words[1] = low.y, words[2] = low.z, words[3] = low.w;
+  words[4] = high.x, words[5] = high.y, words[6] = high.z, words[7] = high.w;
+}
+
+// Stages of [kTokens][64] 16-bit elements.
 template <int kTokens, int kStages, int kThreads>
 class TokenTile {
  public:
@@ -43,7 +90,7 @@ class TokenTile {
         left_(static_cast<int>(row_elems) - ptx::thread() % 8 * 8),
         chunks_left_(static_cast<int>(ceil_div(row_elems, 64))) {
     const int row = ptx::thread() / 8, piece = ptx::thread() % 8;
-    to_ = row * 128 + (piece ^ (row & 1)) * 16;
+    to_ = swizzled(row, piece);
     from_ = static_cast<const char*>(x) + (first_token + row) * row_stride * 2 + piece * 16;
     stride_ = kRowsAtOnce * row_stride * 2;
     copies_ = static_cast<int>(min_i64(kCopies, ceil_div(m - first_token - row, kRowsAtOnce)));
@@ -51,8 +98,6 @@ class TokenTile {
     for (int i = copies_ < 0 ? 0 : copies_; i < kCopies; ++i)
       for (int stage = 0; stage < kStages; ++stage)
         ptx::store_shared(base + stage * kStageBytes + to_ + i * (kRowsAtOnce * 128), Words4{0, 0, 0, 0});
-    const int g = ptx::lane() / 4, t = ptx::lane() % 4;
-    mine_ = g * 128 + (2 * t + (g & 1)) * 16;
     stage_ = base;
   }
 
@@ -64,21 +109,6 @@ class TokenTile {
 
   // The chunk to read now: the stage that the next fetch() will fill again.
   QLORA_METHOD SharedAddress current() const { return stage_; }
-
-  // Where the lane finds its sixteen elements, 16t … 16t + 15, of token g: in two halves, neighbours in either order.
-  struct Place {
-    SharedAddress low, high;
-  };
-  QLORA_METHOD Place place(SharedAddress here) const { return {here + mine_, (here + mine_) ^ 16u}; }
-
-  // The words of token 8 kGroup + g.
-  template <int kGroup>
-  static QLORA_METHOD void fragment(Place place, uint32_t (&words)[8]) {
-    const auto low = ptx::load_shared<Words4, kGroup * 1024>(place.low);
-    const auto high = ptx::load_shared<Words4, kGroup * 1024>(place.high);
-    words[0] = low.x, words[1] = low.y, words[2] = low.z, words[3] = low.w;
-    words[4] = high.x, words[5] = high.y, words[6] = high.z, words[7] = high.w;
-  }
 
  private:
   static constexpr int kRowsAtOnce = kThreads / 8;
@@ -101,7 +131,7 @@ class TokenTile {
     left_ -= 64;
   }
 
-  SharedAddress base_, to_, mine_;
+  SharedAddress base_, to_;
   SharedAddress stage_;  // filled next; behind fetch(), the one to be read
   int left_;             // elements of the row from the thread's piece on
   int chunks_left_, copies_;

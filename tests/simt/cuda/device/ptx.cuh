@@ -106,6 +106,37 @@ QLORA_DEVICE T shuffle_xor(T v, int mask) {
   return twin::exchange("shuffle_xor", v, lane() ^ mask);
 }
 
+// PTX ISA, "ldmatrix": lane l holds row l % 8 of matrix l / 8.
+namespace twin {
+struct MatrixLane {
+  uint16_t row[8];
+  uint32_t result[4];
+};
+template <bool kTransposed>
+void matrices_of_warp(void* const* lanes) {
+  const auto element = [&](int matrix, int row, int col) -> uint32_t {
+    return static_cast<const MatrixLane*>(lanes[8 * matrix + row])->row[col];
+  };
+  for (int l = 0; l < 32; ++l)
+    for (int i = 0; i < 4; ++i) {
+      const int g = l / 4, t = l % 4;
+      static_cast<MatrixLane*>(lanes[l])->result[i] = kTransposed
+                                                          ? element(i, 2 * t, g) | element(i, 2 * t + 1, g) << 16
+                                                          : element(i, g, 2 * t) | element(i, g, 2 * t + 1) << 16;
+    }
+}
+template <bool kTransposed>
+void load_matrices(uint32_t (&m)[4], SharedAddress row) {
+  MatrixLane mine{};
+  std::memcpy(mine.row, simt::shared_read(row, 16), 16);
+  simt::collective(kTransposed ? "ldmatrix.trans" : "ldmatrix", &mine, &matrices_of_warp<kTransposed>);
+  for (int i = 0; i < 4; ++i) m[i] = mine.result[i];
+}
+}  // namespace twin
+
+QLORA_DEVICE void load_matrices(uint32_t (&m)[4], SharedAddress row) { twin::load_matrices<false>(m, row); }
+QLORA_DEVICE void load_matrices_transposed(uint32_t (&m)[4], SharedAddress row) { twin::load_matrices<true>(m, row); }
+
 template <int kByte>
 QLORA_DEVICE uint32_t byte_of(uint32_t word) {
   return word >> (8 * kByte) & 0xFFu;

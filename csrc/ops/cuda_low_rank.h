@@ -1,0 +1,283 @@
+// The low-rank term on a GPU: activations, operands for the tensor cores, the down projection, gradients of the
+// factors.
+#pragma once
+
+#include <cmath>
+#include <utility>
+
+#include "ops/cuda_runtime.h"
+
+namespace qlora::ops {
+
+inline cuda::DenseMatrix rows_of(const Matrix& m) { return {m.data, m.dtype, m.cols, 1}; }
+inline cuda::DenseMatrix columns_of(const Matrix& m) { return {m.data, m.dtype, 1, m.cols}; }
+
+// A float32 matrix [rows, cols] on the device of `like`.
+inline Matrix scratch_matrix(const Tensor& like, int64_t rows, int64_t cols) {
+  Tensor t = empty_like_device(like, {rows, cols}, ScalarType::Float);
+  const void* data = t.const_data_ptr();
+  return {std::move(t), data, DType::kFloat32, rows, cols};
+}
+
+// Low-rank activations [m, r] as the down projection left them: sums of several parts, not yet scaled.
+struct Activation {
+  Tensor storage;
+  cuda::DenseMatrix source;  // (token, r) of one part
+  int64_t m, r;
+  float scale = 1.0f;
+  int parts = 1;
+  int64_t part_stride = 0;                       // elements
+  std::optional<Tensor> largest = std::nullopt;  // see LoraDownParams
+};
+
+// The low-rank term of a sum: up (row, r) times activation [tokens, r].
+struct Up {
+  cuda::DenseMatrix matrix;
+  const Activation* activation;
+  const Adapters* adapters = nullptr;  // then `matrix` is that of adapter 0
+  int64_t adapter_stride = 0;
+};
+
+// A low-rank operand for the tensor cores: 16 bit, whole steps of 16 ranks.
+struct Packed16 {
+  Tensor storage;
+  const void* data = nullptr;
+  int r = 0;
+};
+
+inline void run_lora_pack(cuda::LoraPackParams p, const Tensor& out, cudaStream_t stream) {
+  p.out = out.mutable_data_ptr();
+  p.dtype = float_dtype(out.scalar_type(), "lora");
+  check(cuda::launch_lora_pack(p, stream), "lora_pack");
+}
+
+inline cuda::LoraPackParams pack_params(const cuda::DenseMatrix& source, int64_t rows, int64_t r, int64_t padded_r,
+                                        cuda::Split split) {
+  cuda::LoraPackParams p{};
+  p.source = source;
+  p.rows = rows;
+  p.r = r;
+  p.padded_r = padded_r;
+  p.split = split;
+  return p;
+}
+
+inline cuda::LoraPackParams pack_params(const Activation& a, int64_t padded_r, cuda::Split split) {
+  cuda::LoraPackParams p = pack_params(a.source, a.m, a.r, padded_r, split);
+  p.scale = a.scale;
+  p.parts = a.parts;
+  p.part_stride = a.part_stride;
+  return p;
+}
+
+// The activations in float32, [m, r].
+inline Matrix as_float(const Activation& a, cudaStream_t stream) {
+  if (a.parts == 1 && a.scale == 1.0f) return {a.storage, a.source.data, DType::kFloat32, a.m, a.r};
+  const Matrix out = scratch_matrix(a.storage, a.m, a.r);
+  if (a.m > 0) run_lora_pack(pack_params(a, a.r, cuda::Split::kNone), out.tensor, stream);
+  return out;
+}
+
+// Both sides of the low-rank term of a gemm. Adapters of the tokens' dtype are taken as they are, as torch does; those
+// in float32 are split into high and low halves.
+struct LowRank16 {
+  Packed16 up, activation;
+};
+
+inline LowRank16 low_rank_operands(const Up& up, int64_t rows, const Matrix& x, cudaStream_t stream) {
+  const int64_t r = up.activation->r, padded = ceil_div(r, 16) * 16;
+  const bool same = up.matrix.dtype == x.dtype;
+  const bool as_it_is =
+      same && up.matrix.col_stride == 1 && up.matrix.row_stride == r && r % 16 == 0 && is_aligned(up.matrix.data);
+  const int64_t width = same ? padded : 3 * padded;
+  const ScalarType dtype = x.tensor.scalar_type();
+  LowRank16 operands;
+  if (as_it_is) {
+    operands.up = {x.tensor, up.matrix.data, static_cast<int>(r)};
+  } else {
+    const int64_t adapters = up.adapters != nullptr ? up.adapters->count : 1;
+    operands.up.storage = empty_like_device(x.tensor, {adapters * rows, width}, dtype);
+    cuda::LoraPackParams p = pack_params(up.matrix, rows, r, padded, same ? cuda::Split::kNone : cuda::Split::kOperand);
+    p.adapters = adapters;
+    p.adapter_stride = up.adapter_stride;
+    run_lora_pack(p, operands.up.storage, stream);
+    operands.up.data = operands.up.storage.const_data_ptr();
+    operands.up.r = static_cast<int>(width);
+  }
+  operands.activation.storage = empty_like_device(x.tensor, {x.rows, width}, dtype);
+  run_lora_pack(pack_params(*up.activation, padded, same ? cuda::Split::kNone : cuda::Split::kActivation),
+                operands.activation.storage, stream);
+  operands.activation.data = operands.activation.storage.const_data_ptr();
+  return operands;
+}
+
+// scaling * x · operandᵀ on the CUDA cores, one adapter for each token if there are several.
+inline Activation token_dot(const Matrix& x, const cuda::DenseMatrix& operand, int64_t rows, float scaling,
+                            cudaStream_t stream, const Adapters* adapters = nullptr, int64_t adapter_stride = 0) {
+  const Matrix out = scratch_matrix(x.tensor, x.rows, rows);
+  cuda::TokenDotParams p;
+  p.x = rows_of(x);
+  p.operand = operand;
+  p.scaling = scaling;
+  if (adapters != nullptr) {
+    p.adapter_stride = adapter_stride;
+    p.adapter_of_token = adapters->of_row;
+    p.adapters = adapters->count;
+    p.scaling_of_adapter = adapters->scale;
+  }
+  p.tokens = x.rows;
+  p.rows = rows;
+  p.steps = x.cols;
+  p.out = static_cast<float*>(out.tensor.mutable_data_ptr());
+  check(cuda::launch_token_dot(p, stream), "token_dot");
+  return {out.tensor, rows_of(out), x.rows, rows};
+}
+
+// The operand of a down projection in the dtype of x: one adapter's factor as it is, or two parts, high and low, of one
+// in another dtype.
+struct DownOperand {
+  Tensor storage;
+  const void* data;
+  int splits;
+};
+
+inline DownOperand down_operand(const cuda::DenseMatrix& operand, int64_t r, const Matrix& x, cudaStream_t stream) {
+  const bool same = operand.dtype == x.dtype;
+  if (same && operand.col_stride == 1 && operand.row_stride == x.cols && is_aligned(operand.data))
+    return {x.tensor, operand.data, 1};
+  const int splits = same ? 1 : 2;
+  Tensor packed = empty_like_device(x.tensor, {splits * r, x.cols}, x.tensor.scalar_type());
+  run_lora_pack(pack_params(operand, r, x.cols, x.cols, same ? cuda::Split::kNone : cuda::Split::kStacked), packed,
+                stream);
+  const void* data = packed.const_data_ptr();
+  return {std::move(packed), data, splits};
+}
+
+// Where a kernel notes the largest magnitude of its results; float16 alone needs it.
+inline std::optional<Tensor> largest_of(const Matrix& x) {
+  if (x.dtype != DType::kFloat16) return std::nullopt;
+  return torch::stable::new_zeros(x.tensor, {1}, ScalarType::Long);
+}
+inline unsigned long long* pointer_to(const std::optional<Tensor>& largest) {
+  return largest ? reinterpret_cast<unsigned long long*>(largest->mutable_data_ptr<int64_t>()) : nullptr;
+}
+
+// The down projection scaling * x · operandᵀ, operand (r, features): on the tensor cores where they take it.
+inline Activation low_rank_down(const Matrix& x, const cuda::DenseMatrix& operand, int64_t r, float scaling,
+                                const GpuScope& scope, bool note_largest = false) {
+  if (cuda::why_general_low_rank({x.rows, r, x.cols, x.dtype, 0}, scope.gpu()) != nullptr || x.rows == 0)
+    return token_dot(x, operand, r, scaling, scope.stream());
+  const DownOperand factor = down_operand(operand, r, x, scope.stream());
+  const Tensor tokens = aligned(x.tensor);
+  cuda::LoraDownParams p{};
+  p.x = tokens.const_data_ptr();
+  p.operand = factor.data;
+  p.dtype = x.dtype;
+  p.m = x.rows;
+  p.rows = r;
+  p.elems = x.cols;
+  p.splits = factor.splits;
+  p.parts = cuda::select_lora_parts(p.m, p.rows, p.elems, scope.gpu());
+  Tensor out = empty_like_device(x.tensor, {p.parts, p.m, p.rows}, ScalarType::Float);
+  std::optional<Tensor> largest = note_largest ? largest_of(x) : std::nullopt;
+  p.out = out.mutable_data_ptr<float>();
+  p.largest = pointer_to(largest);
+  check(cuda::launch_lora_down(p, scope.stream()), "lora_down");
+  return {out, {p.out, DType::kFloat32, r, 1}, p.m, r, scaling, p.parts, p.m * r, std::move(largest)};
+}
+
+// Gradient of a low-rank factor on the CUDA cores: sum over tokens of activation [tokens, r] and x [tokens, features],
+// for each adapter. Written as [r, features] if r_is_major, else as [features, r].
+inline void low_rank_grad_general(const Matrix& activation, const Matrix& x, bool r_is_major, const Tensor& out,
+                                  cudaStream_t stream, const Adapters* adapters = nullptr) {
+  cuda::GeneralParams p;
+  p.operand = columns_of(activation);
+  p.columns = columns_of(x);
+  p.rows = activation.cols;
+  p.cols = x.cols;
+  p.steps = x.rows;
+  p.out = out.mutable_data_ptr();
+  p.out_dtype = float_dtype(out.scalar_type(), "lora");
+  p.out_row_stride = r_is_major ? x.cols : 1;
+  p.out_col_stride = r_is_major ? 1 : activation.cols;
+  if (adapters != nullptr) {
+    p.adapters = adapters->count;
+    p.adapter_of_step = adapters->of_row;
+    p.out_adapter_stride = activation.cols * x.cols;
+  }
+  check(cuda::launch_general(p, stream), "general");
+}
+
+// Whether the tensor cores take the gradients of both low-rank factors.
+inline bool tensor_core_grads(const Matrix& dy, const Matrix& x, const GpuScope& scope) {
+  const cuda::Problem problem{x.rows, dy.cols, x.cols, x.dtype, 0};
+  return x.rows > 0 && dy.dtype == x.dtype && cuda::why_general_factors(problem, scope.gpu()) == nullptr;
+}
+
+// out = activationᵀ x, [r, features] if r_is_major, else [features, r], on the tensor cores. With `down`, a factor (r,
+// features), the same pass gives scaling * x · downᵀ.
+inline std::optional<Activation> low_rank_grad(const Activation& activation, const Matrix& x, bool r_is_major,
+                                               const Tensor& out, const GpuScope& scope,
+                                               const cuda::DenseMatrix* down = nullptr, float scaling = 1.0f) {
+  const cudaStream_t stream = scope.stream();
+  const int64_t m = x.rows, r = activation.r, features = x.cols, padded_m = ceil_div(m, 8) * 8;
+  const bool same = out.scalar_type() == x.tensor.scalar_type();
+  cuda::LoraGradParams p{};
+  p.splits = same ? 1 : 2;
+
+  // The activations as [r, tokens], in the dtype of x.
+  const Tensor factor = empty_like_device(x.tensor, {p.splits * r, padded_m}, x.tensor.scalar_type());
+  cuda::LoraPackParams pack = pack_params(activation, padded_m, same ? cuda::Split::kNone : cuda::Split::kStacked);
+  std::swap(pack.rows, pack.r);
+  std::swap(pack.source.row_stride, pack.source.col_stride);
+  if (activation.largest) {
+    pack.half_range = cuda::HalfRange::kMultiply;
+    pack.largest = pointer_to(activation.largest);
+    pack.largest_factor = static_cast<float>(activation.parts) * std::abs(activation.scale);
+  }
+  run_lora_pack(pack, factor, stream);
+
+  const cuda::LoraGradTile tile = cuda::select_lora_grad(m, features, r, p.splits, down != nullptr, scope.gpu());
+  const Tensor tokens = aligned(x.tensor);
+  const Tensor parts = empty_like_device(x.tensor, {tile.parts, r, features}, ScalarType::Float);
+  p.x = tokens.const_data_ptr();
+  p.factor = factor.const_data_ptr();
+  p.dtype = x.dtype;
+  p.m = m;
+  p.ranks = r;
+  p.padded_m = padded_m;
+  p.features = features;
+  p.ranks_per_block = tile.ranks;
+  p.parts = tile.parts;
+  p.out = parts.mutable_data_ptr<float>();
+  std::optional<Activation> result;
+  std::optional<DownOperand> operand;
+  if (down != nullptr) {
+    operand = down_operand(*down, r, x, stream);
+    const int64_t stretches = ceil_div(features, cuda::lora_grad_features(tile.ranks));
+    const Tensor down_out = empty_like_device(x.tensor, {stretches, m, r}, ScalarType::Float);
+    std::optional<Tensor> largest = largest_of(x);
+    p.down_operand = operand->data;
+    p.down_out = down_out.mutable_data_ptr<float>();
+    p.largest = pointer_to(largest);
+    result = Activation{down_out, {p.down_out, DType::kFloat32, r, 1}, m,     r,
+                        scaling,  static_cast<int>(stretches),         m * r, std::move(largest)};
+  }
+  check(cuda::launch_lora_grad(p, stream), "lora_grad");
+
+  cuda::LoraPackParams sum{};
+  sum.source = {p.out, DType::kFloat32, r_is_major ? features : 1, r_is_major ? 1 : features};
+  sum.rows = r_is_major ? r : features;
+  sum.r = sum.padded_r = r_is_major ? features : r;
+  sum.parts = p.parts;
+  sum.part_stride = r * features;
+  if (activation.largest) {
+    sum.half_range = cuda::HalfRange::kDivide;
+    sum.largest = pack.largest;
+    sum.largest_factor = pack.largest_factor;
+  }
+  run_lora_pack(sum, out, stream);
+  return result;
+}
+
+}  // namespace qlora::ops
