@@ -27,6 +27,8 @@ NAMES = (
     "forward.affine",
     "forward.affine_grid",
     "backward.affine_grid",
+    "adamw",
+    "adamw_8bit",
 )
 LIBRARY = os.environ.get("QLORA_SIMT_LIBRARY", Path(__file__).parents[1] / "build/tests/tests/simt/libqlora_simt.so")
 

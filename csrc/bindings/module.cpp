@@ -10,6 +10,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/select.h"
 #include "cuda/select.h"
+#include "format/adamw.h"
 #include "format/codebook.h"
 #include "format/dynamic_map.h"
 #include "format/layout.h"
@@ -95,6 +96,13 @@ PYBIND11_MODULE(_C, m) {
       "dynamic_map",
       [] { return std::vector<float>(qlora::kDynamicMap.value, qlora::kDynamicMap.value + qlora::kDynamicMapSize); },
       "The 256 values of the signed 8-bit dynamic map, ascending.");
+  m.def(
+      "unsigned_dynamic_map",
+      [] {
+        const float* map = qlora::kUnsignedDynamicMap.value;
+        return std::vector<float>(map, map + qlora::kDynamicMapSize);
+      },
+      "The 256 values of the unsigned 8-bit dynamic map, ascending.");
   m.def("explain_forward", &explain_forward, py::arg("m"), py::arg("k"),
         "(kernel, why not a faster one) for m tokens and k input features.");
   m.def("cuda_select", &cuda_select, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("dtype"), py::arg("block_size"),
@@ -108,6 +116,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("MIN_BLOCK_SIZE") = qlora::kMinBlockSize;
   m.attr("MAX_BLOCK_SIZE") = qlora::kMaxBlockSize;
   m.attr("NESTED_BLOCK") = qlora::kNestedBlock;
+  m.attr("MOMENT_BLOCK") = qlora::kMomentBlock;
   m.attr("DECODE_TOKENS") = qlora::cpu::kDecodeTokens;
   m.attr("COMPILER") = QLORA_COMPILER;
   m.attr("BUILD_TORCH") = QLORA_BUILD_TORCH;

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "cuda/select.h"
+#include "format/adamw.h"
 #include "format/dtype.h"
 #include "format/layout.h"
 
@@ -79,6 +80,13 @@ struct QuantizationErrorParams {
   double* out;    // [3]: sum of squared differences, sum of squares, largest difference
 };
 Status launch_quantization_error(const QuantizationErrorParams& p, cudaStream_t stream);
+
+// ---- optimizer ----
+
+// One step of AdamW for one parameter; with moments in 8 bit if p.codes is set.
+Status launch_adamw(const AdamWParams& p, cudaStream_t stream);
+
+// ---- products ----
 
 // Element (row, col) of a dense matrix is data[row * row_stride + col * col_stride].
 struct DenseMatrix {

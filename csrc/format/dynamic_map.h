@@ -1,6 +1,6 @@
-// The signed 8-bit dynamic map that stores double-quantized scales (Dettmers 2015, "8-Bit Approximations for
-// Parallelism in Deep Learning"): per decade 10^-6 … 10^0 a linear grid that doubles in density, mirrored, plus 0
-// and 1.
+// The 8-bit dynamic maps (Dettmers 2015, "8-Bit Approximations for Parallelism in Deep Learning"): per decade 10^-6 …
+// 10^0 a linear grid that doubles in density, plus 0 and 1. The signed one, mirrored, stores double-quantized scales
+// and the first moments of AdamW; the unsigned one, twice as dense, its second moments.
 #pragma once
 
 #include "format/common.h"
@@ -24,19 +24,19 @@ QLORA_INLINE constexpr float linspace_tenth_to_one(int i, int count) {
   return static_cast<float>(static_cast<double>(last) - static_cast<double>(step) * (count - 1 - i));
 }
 
-QLORA_INLINE constexpr DynamicMap make_dynamic_map() {
+QLORA_INLINE constexpr DynamicMap make_dynamic_map(bool is_signed) {
   DynamicMap map{};
   int size = 0;
   double decade = 1e-6;
   const double decades[kDynamicMapDecades] = {1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1e0};
   for (int d = 0; d < kDynamicMapDecades; ++d) {
     decade = decades[d];
-    const int points = (1 << d) + 1;
+    const int points = (is_signed ? 1 << d : 2 << d) + 1;
     for (int i = 0; i + 1 < points; ++i) {
       const float mean = (linspace_tenth_to_one(i, points) + linspace_tenth_to_one(i + 1, points)) / 2.0f;
       const float scaled = static_cast<float>(decade) * mean;
       map.value[size++] = scaled;
-      map.value[size++] = -scaled;
+      if (is_signed) map.value[size++] = -scaled;
     }
   }
   map.value[size++] = 0.0f;
@@ -51,6 +51,47 @@ QLORA_INLINE constexpr DynamicMap make_dynamic_map() {
   return map;
 }
 
-inline constexpr DynamicMap kDynamicMap = make_dynamic_map();
+inline constexpr DynamicMap kDynamicMap = make_dynamic_map(true);
+inline constexpr DynamicMap kUnsignedDynamicMap = make_dynamic_map(false);
+
+// The code of a value by two look-ups instead of a search. A cell holds the values whose sign, exponent and upper seven
+// bits of the fraction are the same, and at most one threshold; cells end at 2^-24, below every threshold, and at 1.
+inline constexpr int kCellsPerOctave = 128;
+inline constexpr int kCellOctaves = 24;
+inline constexpr int kCells = kCellOctaves * kCellsPerOctave + 1;
+struct DynamicCells {
+  uint8_t code[2][kCells];  // [negative][cell] -> the code of the smallest value in it
+};
+
+QLORA_INLINE constexpr int dynamic_code_by_search(const DynamicMap& map, float x) {
+  int code = 0;  // number of thresholds below x
+  for (int step = kDynamicMapSize / 2; step > 0; step /= 2)
+    if (code + step < kDynamicMapSize && x > map.threshold[code + step - 1]) code += step;
+  return code;
+}
+
+QLORA_INLINE constexpr DynamicCells make_dynamic_cells(const DynamicMap& map) {
+  DynamicCells cells{};
+  float octave = 0x1p-24f;
+  for (int o = 0; o <= kCellOctaves; ++o, octave *= 2.0f)
+    for (int i = 0; i < kCellsPerOctave && o * kCellsPerOctave + i < kCells; ++i) {
+      const int cell = o * kCellsPerOctave + i;
+      const float low = octave * (1.0f + static_cast<float>(i) / kCellsPerOctave);
+      const float next = octave * (1.0f + static_cast<float>(i + 1) / kCellsPerOctave);
+      cells.code[0][cell] = static_cast<uint8_t>(dynamic_code_by_search(map, cell == 0 ? 0.0f : low));
+      cells.code[1][cell] = static_cast<uint8_t>(dynamic_code_by_search(map, -next));
+    }
+  return cells;
+}
+
+inline constexpr DynamicCells kDynamicCells = make_dynamic_cells(kDynamicMap);
+inline constexpr DynamicCells kUnsignedDynamicCells = make_dynamic_cells(kUnsignedDynamicMap);
+
+// The cell of a magnitude's bits, and whether the value lies above the one threshold in it, are left to the caller's
+// loads: code = cells.code[sign][cell], plus one if x > map.threshold[code].
+QLORA_INLINE int dynamic_cell(uint32_t bits) {
+  const int cell = static_cast<int>(bits >> 16 & 0x7FFFu) - (127 - kCellOctaves) * kCellsPerOctave;
+  return cell < 0 ? 0 : cell < kCells ? cell : kCells - 1;
+}
 
 }  // namespace qlora

@@ -42,6 +42,12 @@ std::tuple<Tensor, Tensor, Tensor> cuda_backward_affine_grid(Tensor grad, Tensor
                                                              Tensor zero_point, Tensor b, Tensor a, double alpha,
                                                              bool needs_x, bool needs_lora);
 
+void cuda_adamw(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, double lr, double beta1, double beta2,
+                double eps, double weight_decay, int64_t step);
+void cuda_adamw_8bit(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_absmax, Tensor exp_avg_sq,
+                     Tensor exp_avg_sq_absmax, double lr, double beta1, double beta2, double eps, double weight_decay,
+                     int64_t step);
+
 // Registers all of them in `library`, a block of STABLE_TORCH_LIBRARY_IMPL.
 template <class Library>
 void implement_cuda_ops(Library& library) {
@@ -55,6 +61,8 @@ void implement_cuda_ops(Library& library) {
   library.impl("forward.affine", TORCH_BOX(&cuda_forward_affine));
   library.impl("forward.affine_grid", TORCH_BOX(&cuda_forward_affine_grid));
   library.impl("backward.affine_grid", TORCH_BOX(&cuda_backward_affine_grid));
+  library.impl("adamw", TORCH_BOX(&cuda_adamw));
+  library.impl("adamw_8bit", TORCH_BOX(&cuda_adamw_8bit));
 }
 
 }  // namespace qlora::ops

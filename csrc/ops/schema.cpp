@@ -9,6 +9,9 @@
 // backward: (d_x, d_lora_a, d_lora_b, d_lora_x, d_bias); what is not asked for is an empty tensor. d_bias is float32.
 // multi:    the same with adapter adapter_of_row[row] for each row of x (int64, -1: base only):
 //           lora_a [adapters, r, k], lora_b [adapters, n, r], scaling float32 [adapters]
+// adamw:    one step in place, decoupled weight decay; step counts from 1. Moments in float32 …
+// adamw_8bit: … or in 8 bit, blocks of 256 with an absmax each: codes of the signed dynamic map for the first moment,
+//           of the unsigned one for the second
 // affine:   y [..., out] = x (q * scale + zero_point) + alpha / r * x B A             q [in, out], B [in, r], A [r,
 // out]
 STABLE_TORCH_LIBRARY(qlora, m) {
@@ -52,4 +55,11 @@ STABLE_TORCH_LIBRARY(qlora, m) {
   m.def(
       "backward.affine_grid(Tensor grad, Tensor x, Tensor quantized_W, Tensor scale, Tensor zero_point, Tensor B,"
       " Tensor A, float alpha, bool needs_x, bool needs_lora) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "adamw(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq,"
+      " float lr, float beta1, float beta2, float eps, float weight_decay, int step) -> ()");
+  m.def(
+      "adamw_8bit(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_absmax, Tensor(d!) exp_avg_sq,"
+      " Tensor(e!) exp_avg_sq_absmax,"
+      " float lr, float beta1, float beta2, float eps, float weight_decay, int step) -> ()");
 }

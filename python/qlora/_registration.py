@@ -131,6 +131,12 @@ def _(grad, x, quantized_W, scale, zero_point, B, A, alpha, needs_x, needs_lora)
     )
 
 
+@torch.library.register_fake("qlora::adamw")
+@torch.library.register_fake("qlora::adamw_8bit")
+def _(param, *state_and_hyperparameters):
+    return None
+
+
 # ---- autograd --------------------------------------------------------------------------------------------------------
 
 

@@ -177,3 +177,71 @@ def forward_affine(
         zero_point = zero_point.repeat_interleave(q.shape[0] // zero_point.shape[0], dim=0)
     weight = q * scale + zero_point
     return x @ weight + alpha / B.shape[1] * (x @ B.to(x.dtype) @ A.to(x.dtype))
+
+
+def adamw(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+) -> None:
+    """In the dtype of the moments: float64 moments give a float64 step."""
+
+    def number(value: float) -> Tensor:
+        return torch.tensor(value, dtype=exp_avg.dtype)
+
+    g, p = grad.to(exp_avg.dtype), param.detach().to(exp_avg.dtype)
+    exp_avg += number(1 - beta1) * (g - exp_avg)
+    exp_avg_sq.copy_(number(beta2) * exp_avg_sq + number(1 - beta2) * g * g)
+    root = exp_avg_sq.double().sqrt().to(exp_avg_sq.dtype)  # torch's own float32 root may be off in the last bit
+    denominator = root / number((1 - beta2**step) ** 0.5) + number(eps)
+    p = p * number(1 - lr * weight_decay) - number(lr / (1 - beta1**step)) * (exp_avg / denominator)
+    with torch.no_grad():
+        param.copy_(p)
+
+
+def _moments(codes: Tensor, absmax: Tensor, values: list[float]) -> Tensor:
+    return torch.tensor(values)[codes.long()] * absmax.repeat_interleave(_C.MOMENT_BLOCK)[: codes.numel()]
+
+
+def _store_moments(moments: Tensor, codes: Tensor, absmax: Tensor, values: list[float]) -> None:
+    table = torch.tensor(values)
+    pad = -moments.numel() % _C.MOMENT_BLOCK
+    blocks = torch.nn.functional.pad(moments, (0, pad)).view(-1, _C.MOMENT_BLOCK)
+    absmax.copy_(blocks.abs().amax(1))
+    reciprocal = 1 / absmax
+    scaled = torch.where(reciprocal.isfinite()[:, None], blocks * reciprocal[:, None], blocks / absmax[:, None])
+    nearest = torch.bucketize(scaled.nan_to_num(), (table[1:] + table[:-1]) / 2)
+    codes.copy_(nearest.flatten()[: codes.numel()].to(torch.uint8))
+
+
+def adamw_8bit(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_absmax: Tensor,
+    exp_avg_sq: Tensor,
+    exp_avg_sq_absmax: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+) -> None:
+    signed, unsigned = _C.dynamic_map(), _C.unsigned_dynamic_map()
+    first = _moments(exp_avg.flatten(), exp_avg_absmax, signed)
+    second = _moments(exp_avg_sq.flatten(), exp_avg_sq_absmax, unsigned)
+    flat = param.detach().flatten()
+    adamw(flat, grad.flatten(), first, second, lr, beta1, beta2, eps, weight_decay, step)
+    with torch.no_grad():
+        param.copy_(flat.view_as(param))
+    _store_moments(first, exp_avg.view(-1), exp_avg_absmax, signed)
+    _store_moments(second, exp_avg_sq.view(-1), exp_avg_sq_absmax, unsigned)
+    exp_avg_sq.view(-1)[(exp_avg_sq.view(-1) == 0) & (second > 0)] = 1

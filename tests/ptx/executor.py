@@ -187,7 +187,7 @@ class Executor:
         try:
             with _LogAllocations(self.memory):
                 outputs = op.redispatch(devices.KEY, *args, **kwargs)
-            for output in outputs if isinstance(outputs, tuple) else (outputs,):
+            for output in outputs if isinstance(outputs, tuple) else (outputs,) if outputs is not None else ():
                 entry = self.memory.buffers.get(output.untyped_storage().data_ptr())
                 if entry is not None:
                     assert entry[0].unwritten() == 0, f"{entry[0].unwritten()} bytes of an output were never written"

@@ -1,5 +1,6 @@
 """Every test of an operator that runs on a device, on PTX."""
 
+from ops.test_adamw import *  # noqa: F403
 from ops.test_affine import *  # noqa: F403
 from ops.test_backward import *  # noqa: F403
 from ops.test_forward import *  # noqa: F403
