@@ -118,7 +118,10 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GemmParams p) {
     });
   }
   ptx::cp_async_wait<0>();
-  if constexpr (!kMulti) low_rank_steps<T, R, kTokens>(p.out, first_row, first_token, sum);
+  if constexpr (kMulti)
+    low_rank_steps_of_adapters<T, R, kTokens>(p.out, first_row, first_token, sum);
+  else
+    low_rank_steps<T, R, kTokens>(p.out, first_row, first_token, sum);
   store_results<T, R, kTokens, kMulti>(p.out, first_row, first_token, sum);
 }
 

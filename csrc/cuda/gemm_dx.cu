@@ -194,7 +194,10 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GemmDxParams p) 
     if (chunk + 1 < chunks) scale_tile.fill(p.weight, scales, (chunk + 1) % 2);
   }
   ptx::cp_async_wait<0>();
-  if constexpr (!kMulti) low_rank_steps<T, 2, kTokens>(p.out, first_feature, first_token, sum);
+  if constexpr (kMulti)
+    low_rank_steps_of_adapters<T, 2, kTokens>(p.out, first_feature, first_token, sum);
+  else
+    low_rank_steps<T, 2, kTokens>(p.out, first_feature, first_token, sum);
   store_results<T, 2, kTokens, kMulti>(p.out, first_feature, first_token, sum);
 }
 

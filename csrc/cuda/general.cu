@@ -116,12 +116,22 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) token_dot(QLORA_PARAMS TokenDotParam
   const int64_t token = item / p.rows, row = item % p.rows;
   const int64_t adapter = p.adapter_of_token != nullptr ? ptx::load(p.adapter_of_token + token) : 0;
   const bool known = adapter >= 0 && adapter < p.adapters;
+  const int64_t of_token = token * p.x.row_stride;
+  const int64_t of_row = adapter * p.adapter_stride + row * p.operand.row_stride;
   float sum = 0.0f;
-  for (int64_t step = ptx::lane(); known && step < p.steps; step += 32)
-    sum = fmaf(load_element(p.x.data, p.x.dtype, token * p.x.row_stride + step * p.x.col_stride),
-               load_element(p.operand.data, p.operand.dtype,
-                            adapter * p.adapter_stride + row * p.operand.row_stride + step * p.operand.col_stride),
-               sum);
+  if (known && p.is_vectorized) {
+    for (int64_t step = ptx::lane() * 8; step < p.steps; step += 256) {
+      float x[8], a[8];
+      load_eight_elements(p.x.data, p.x.dtype, (of_token + step) / 8, x);
+      load_eight_elements(p.operand.data, p.operand.dtype, (of_row + step) / 8, a);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sum = fmaf(x[i], a[i], sum);
+    }
+  } else if (known) {
+    for (int64_t step = ptx::lane(); step < p.steps; step += 32)
+      sum = fmaf(load_element(p.x.data, p.x.dtype, of_token + step * p.x.col_stride),
+                 load_element(p.operand.data, p.operand.dtype, of_row + step * p.operand.col_stride), sum);
+  }
   for (int mask = 16; mask > 0; mask /= 2) sum += ptx::shuffle_xor(sum, mask);
   if (ptx::lane() != 0) return;
   const float scaling =

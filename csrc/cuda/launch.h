@@ -157,6 +157,34 @@ struct GemmDxParams {
 };
 Status launch_gemm_dx(const GemmDxParams& p, cudaStream_t stream);
 
+// ---- many adapters in one batch ----
+
+// Tokens sorted by adapter, each adapter's padded to whole tiles of kAdapterTile positions. Tokens without an adapter,
+// and those of one that does not exist, have no position.
+inline constexpr int kAdapterTile = 64;
+constexpr int64_t most_adapter_tiles(int64_t m, int64_t adapters) {
+  return (m + kAdapterTile - 1) / kAdapterTile + (adapters < m ? adapters : m);
+}
+struct AdapterPlan {
+  const int* order = nullptr;               // [tiles * kAdapterTile], token at each position, -1: none
+  const int* adapter_of_tile = nullptr;     // [tiles], -1: not needed
+  const int* first_tile = nullptr;          // [adapters + 1]
+  const float* scale_of_adapter = nullptr;  // [adapters]
+  int64_t tiles = 0;                        // most_adapter_tiles()
+  int64_t adapters = 1;
+};
+struct AdapterPlanParams {
+  const int64_t* adapter_of_token;  // [m]
+  int64_t m, adapters, tiles;
+  int* counts;  // [adapters], workspace
+  int* order;   // these three as in AdapterPlan
+  int* adapter_of_tile;
+  int* first_tile;
+};
+Status launch_adapter_plan(const AdapterPlanParams& p, cudaStream_t stream);
+
+// ---- the low-rank term ----
+
 // parts[s] [m, rows] = x · operandᵀ over the s-th stretch of the reduction: the low-rank activations, x lora_aᵀ in the
 // forward and dy lora_b in the backward.
 struct LoraDownParams {
@@ -170,6 +198,8 @@ struct LoraDownParams {
   float* out;     // [parts, m, rows]
   unsigned long long*
       largest;  // [1], zero before: the largest magnitude in out, as the bits of a float; null: not asked
+  // With a plan `operand` is [adapters, splits, rows, elems]; rows of out without an adapter are not written.
+  AdapterPlan plan;
 };
 Status launch_lora_down(const LoraDownParams& p, cudaStream_t stream);
 
@@ -177,7 +207,7 @@ Status launch_lora_down(const LoraDownParams& p, cudaStream_t stream);
 // value(row, r) = scale * sum over parts source(row, r)
 // out [adapters, rows, padded_r], zero from r on. With `split`, three such parts side by side whose products add up to
 // one of nearly float32: an operand (kOperand) is [high, high, low], the activations that it meets (kActivation) are
-// [high, low, high]; kStacked puts the low part below the high one, [2, rows, padded_r].
+// [high, low, high]; kStacked puts the low part below the high one, [adapters, 2, rows, padded_r].
 enum class Split : int { kNone, kOperand, kActivation, kStacked };
 // float16 ends at 65504 and 2^-24: kMultiply brings values into its range by a power of two, kDivide takes them back.
 enum class HalfRange : int { kLeave, kMultiply, kDivide };
@@ -197,6 +227,14 @@ struct LoraPackParams {
   HalfRange half_range = HalfRange::kLeave;
   const unsigned long long* largest = nullptr;  // [1], see LoraDownParams
   float largest_factor = 1.0f;                  // no value to be scaled is larger than this times *largest
+  // Activations of many adapters: each token's value is multiplied by the scale of its adapter as well; zero for a
+  // token without one. Tokens are rows of the source, or its columns if tokens_are_columns. With token_order, position
+  // i of the result is token token_order[i], -1: zero.
+  const int64_t* adapter_of_token = nullptr;
+  const float* scale_of_adapter = nullptr;
+  int64_t adapter_count = 0;
+  bool tokens_are_columns = false;
+  const int* token_order = nullptr;
 };
 Status launch_lora_pack(const LoraPackParams& p, cudaStream_t stream);
 
@@ -215,6 +253,9 @@ struct LoraGradParams {
   float* out;                   // [parts, ranks, features]
   float* down_out;              // [ceil(features / lora_grad_features()), m, ranks]
   unsigned long long* largest;  // of down_out, as in LoraDownParams
+  // With a plan `factor` is by position (padded_m = tiles * kAdapterTile), down_operand [adapters, splits, ranks,
+  // features], out [parts, adapters, ranks, features]; rows of down_out without an adapter are not written.
+  AdapterPlan plan;
 };
 Status launch_lora_grad(const LoraGradParams& p, cudaStream_t stream);
 
@@ -269,7 +310,8 @@ struct TokenDotParams {
   const float* scaling_of_adapter = nullptr;  // null: `scaling`
   float scaling = 1.0f;
   int64_t tokens = 0, rows = 0, steps = 0;
-  float* out = nullptr;  // [tokens, rows]
+  bool is_vectorized = false;  // rows of x and operand are contiguous, aligned to 16 bytes, and multiples of 8 long
+  float* out = nullptr;        // [tokens, rows]
 };
 Status launch_token_dot(const TokenDotParams& p, cudaStream_t stream);
 

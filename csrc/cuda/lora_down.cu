@@ -25,12 +25,21 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 4) kernel(QLORA_PARAMS LoraDownParams p
                 end = chunks * (ptx::block_z() + 1) / p.parts;
   const T* operand = static_cast<const T*>(p.operand);
   const T* x = static_cast<const T*>(p.x);
+  float scale = 1.0f;  // only to know how large the scaled result is
+  if (p.plan.order != nullptr) {
+    const int adapter = ptx::load(p.plan.adapter_of_tile + ptx::block_x());
+    if (adapter < 0) return;
+    operand += adapter * (kSplits * p.rows * p.elems);
+    scale = ptx::load(p.plan.scale_of_adapter + adapter);
+  }
+  TokenRows<kTokens, kThreads> rows;
+  rows.set(p.plan.order, p.m, first_token);
 
   SharedAddress stage = ptx::shared_base();  // filled next; behind fetch(), the one to be read
   int64_t next = begin;
   const auto fetch = [&] {
     if (next < end) {
-      fetch_rows<kTokens, kThreads>(stage, x, p.m, p.elems, first_token, next * 64);
+      rows.fetch(stage, x, p.elems, next * 64);
 #pragma unroll
       for (int s = 0; s < kSplits; ++s)
         fetch_rows<kRanks, kThreads>(stage + kTokenBytes + s * kRankBytes, operand + s * p.rows * p.elems, p.rows,
@@ -71,11 +80,12 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 4) kernel(QLORA_PARAMS LoraDownParams p
   for (int j = 0; j < kGroups; ++j)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int64_t token = first_token + (ptx::warp() * kGroups + j) * 8 + 2 * t + i % 2;
+      const int64_t position = first_token + (ptx::warp() * kGroups + j) * 8 + 2 * t + i % 2;
+      const int64_t token = p.plan.order != nullptr ? ptx::load(p.plan.order + position) : position;
       const int64_t rank = first_rank + g + (i / 2) * 8;
-      if (token < p.m && rank < p.rows) {
+      if (token >= 0 && token < p.m && rank < p.rows) {
         ptx::store(p.out + (ptx::block_z() * p.m + token) * p.rows + rank, sum[j][i]);
-        largest = larger_magnitude(largest, sum[j][i]);
+        largest = larger_magnitude(largest, sum[j][i] * scale);
       }
     }
   if (p.largest != nullptr) note_largest(p.largest, largest);
@@ -83,7 +93,9 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 4) kernel(QLORA_PARAMS LoraDownParams p
 
 template <class T>
 Status launch_typed(const LoraDownParams& p, cudaStream_t stream) {
-  const Grid grid{ceil_div(p.m, kTokens), ceil_div(p.rows, kRanks), p.parts};
+  static_assert(kTokens == kAdapterTile, "a block takes one tile of a plan");
+  const int64_t tiles = p.plan.order != nullptr ? p.plan.tiles : ceil_div(p.m, kTokens);
+  const Grid grid{tiles, ceil_div(p.rows, kRanks), p.parts};
   const int shared_bytes = kStages * (kTokenBytes + p.splits * kRankBytes);
   return start(p.splits == 2 ? kernel<T, 2> : kernel<T, 1>, grid, kThreads, shared_bytes, stream, p);
 }

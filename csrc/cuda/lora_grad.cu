@@ -25,10 +25,14 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS LoraGradParams p
   constexpr int kGroups = kRanks / 16;
   constexpr int kStageBytes = kChunk * 128;
   const int64_t first_feature = int64_t{ptx::block_x()} * kColumns<kRanks> * kChunk;
-  const int64_t first_rank = int64_t{ptx::block_z()} * kRanks;
-  const int64_t chunks = ceil_div(p.m, kChunk);
-  const int64_t begin = chunks * ptx::block_y() / p.parts * kChunk;
-  const int64_t end = chunks * (ptx::block_y() + 1) / p.parts * kChunk;
+  const int64_t rank_blocks = ceil_div(p.ranks, kRanks);
+  const int64_t first_rank = ptx::block_z() % rank_blocks * kRanks, adapter = ptx::block_z() / rank_blocks;
+  const int* order = p.plan.order;
+  const int64_t first_chunk = order != nullptr ? ptx::load(p.plan.first_tile + adapter) : 0;
+  const int64_t chunks =
+      order != nullptr ? ptx::load(p.plan.first_tile + adapter + 1) - first_chunk : ceil_div(p.m, kChunk);
+  const int64_t begin = (first_chunk + chunks * ptx::block_y() / p.parts) * kChunk;
+  const int64_t end = (first_chunk + chunks * (ptx::block_y() + 1) / p.parts) * kChunk;
   const T* x = static_cast<const T*>(p.x);
   const T* factor = static_cast<const T*>(p.factor);
   const SharedAddress stages = ptx::shared_base();
@@ -38,9 +42,11 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS LoraGradParams p
   SharedAddress stage = stages;  // filled next; behind fetch(), the one to be read
   int64_t next_token = begin;
   int next_column = 0;
+  TokenRows<kChunk, kThreads> rows;
   const auto fetch = [&] {
     if (next_token < end) {
-      fetch_rows<kChunk, kThreads>(stage, x, p.m, p.features, next_token, first_feature + next_column * kChunk);
+      if (next_column == 0) rows.set(order, p.m, next_token);
+      rows.fetch(stage, x, p.features, first_feature + next_column * kChunk);
       if (next_column == 0)
         for (int s = 0; s < p.splits; ++s) {
           const int buffer = static_cast<int>((next_token - begin) / kChunk % 2) * p.splits + s;
@@ -57,9 +63,10 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS LoraGradParams p
   if constexpr (kDown)
     for (int s = 0; s < p.splits; ++s)
       for (int c = 0; c < kColumns<kRanks>; ++c)
-        fetch_rows<kRanks, kThreads>(downs + (s * kColumns<kRanks> + c) * kTileBytes<kRanks>,
-                                     static_cast<const T*>(p.down_operand) + s * p.ranks * p.features, p.ranks,
-                                     p.features, first_rank, first_feature + c * kChunk);
+        fetch_rows<kRanks, kThreads>(
+            downs + (s * kColumns<kRanks> + c) * kTileBytes<kRanks>,
+            static_cast<const T*>(p.down_operand) + (adapter * p.splits + s) * p.ranks * p.features, p.ranks,
+            p.features, first_rank, first_feature + c * kChunk);
   start_pipeline<kStages>(fetch);
 
   const int g = ptx::lane() / 4, t = ptx::lane() % 4;
@@ -67,6 +74,8 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS LoraGradParams p
   const int matrix_row = ptx::lane() % 16, matrix_piece = ptx::lane() / 16;
   float grad[kColumns<kRanks>][kGroups][2][4] = {};  // ranks 16 group + …, 16 features of this warp
   uint32_t largest = 0;
+  // Only to know how large the scaled result of the down projection is.
+  const float scale = order != nullptr ? ptx::load(p.plan.scale_of_adapter + adapter) : 1.0f;
 
   for (int64_t token = begin; token < end; token += kChunk) {
     const SharedAddress factor_tile = factors +
@@ -125,11 +134,12 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS LoraGradParams p
         for (int j = 0; j < 2; ++j)
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            const int64_t row = token + ptx::warp() * 16 + j * 8 + 2 * t + e % 2;
+            const int64_t position = token + ptx::warp() * 16 + j * 8 + 2 * t + e % 2;
+            const int64_t row = order != nullptr ? ptx::load(order + position) : position;
             const int64_t rank = first_rank + 16 * i + g + e / 2 * 8;
-            if (row < p.m && rank < p.ranks) {
+            if (row >= 0 && row < p.m && rank < p.ranks) {
               ptx::store(out + row * p.ranks + rank, down[i][j][e]);
-              largest = larger_magnitude(largest, down[i][j][e]);
+              largest = larger_magnitude(largest, down[i][j][e] * scale);
             }
           }
     }
@@ -138,7 +148,7 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS LoraGradParams p
   if constexpr (kDown)
     if (p.largest != nullptr) note_largest(p.largest, largest);
 
-  float* out = p.out + int64_t{ptx::block_y()} * p.ranks * p.features;
+  float* out = p.out + (ptx::block_y() * p.plan.adapters + adapter) * p.ranks * p.features;
 #pragma unroll
   for (int c = 0; c < kColumns<kRanks>; ++c)
 #pragma unroll
@@ -158,7 +168,9 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS LoraGradParams p
 template <class T, int kRanks>
 Status launch_ranks(const LoraGradParams& p, cudaStream_t stream) {
   const bool down = p.down_operand != nullptr;
-  const Grid grid{ceil_div(p.features, lora_grad_features(kRanks)), p.parts, ceil_div(p.ranks, kRanks)};
+  static_assert(kChunk == kAdapterTile, "a chunk of tokens is one tile of a plan");
+  const Grid grid{ceil_div(p.features, lora_grad_features(kRanks)), p.parts,
+                  ceil_div(p.ranks, kRanks) * p.plan.adapters};
   return start(down ? kernel<T, kRanks, true> : kernel<T, kRanks, false>, grid, kThreads,
                lora_grad_shared_bytes(kRanks, p.splits, down), stream, p);
 }

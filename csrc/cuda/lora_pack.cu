@@ -21,13 +21,23 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 4) kernel(QLORA_PARAMS LoraPackParams p
   if (item >= p.adapters * p.rows * p.padded_r) return;
   const int64_t row = divide(item, p.padded_r), r = item - row * p.padded_r;  // row: over all adapters
   const int64_t adapter = p.adapters == 1 ? 0 : divide(row, p.rows);
+  int64_t source_row = row - adapter * p.rows, source_col = r;
+  bool exists = r < p.r;
+  float scale = p.scale;
+  if (exists && p.adapter_of_token != nullptr) {
+    int64_t& token = p.tokens_are_columns ? source_col : source_row;
+    if (p.token_order != nullptr) token = ptx::load(p.token_order + token);
+    const int64_t of_token = token < 0 ? -1 : ptx::load(p.adapter_of_token + token);
+    exists = of_token >= 0 && of_token < p.adapter_count;
+    if (exists) scale *= ptx::load(p.scale_of_adapter + of_token);
+  }
   const int64_t source =
-      adapter * p.adapter_stride + (row - adapter * p.rows) * p.source.row_stride + r * p.source.col_stride;
+      adapter * p.adapter_stride + source_row * p.source.row_stride + source_col * p.source.col_stride;
   float value = 0.0f;
-  if (r < p.r) {
+  if (exists) {
     for (int part = 0; part < p.parts; ++part)
       value += load_element(p.source.data, p.source.dtype, source + part * p.part_stride);
-    value *= p.scale;
+    value *= scale;
     if (p.half_range != HalfRange::kLeave) {
       const float largest = float_of(static_cast<uint32_t>(ptx::load(p.largest)));
       const float factor = to_half_range(largest * p.largest_factor);
@@ -47,6 +57,7 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 4) kernel(QLORA_PARAMS LoraPackParams p
     const float rest = value - to_float(high);
     const T low = from_float<T>((bits_of(to_float(high)) & 0x7F800000u) == 0x7F800000u ? 0.0f : rest);
     if (p.split == Split::kStacked) {
+      out += adapter * p.rows * p.padded_r;
       ptx::store(&out[item].bits, high.bits);
       ptx::store(&out[p.rows * p.padded_r + item].bits, low.bits);
       return;

@@ -28,7 +28,31 @@ struct Activation {
   int parts = 1;
   int64_t part_stride = 0;                       // elements
   std::optional<Tensor> largest = std::nullopt;  // see LoraDownParams
+  const Adapters* adapters = nullptr;            // a token's value has to be multiplied by its adapter's scale as well
 };
+
+// Tokens sorted by adapter, on the device.
+struct TokenPlan {
+  Tensor storage;
+  cuda::AdapterPlan plan;
+};
+
+inline TokenPlan plan_tokens(const Adapters& adapters, int64_t m, const GpuScope& scope) {
+  const int64_t tiles = cuda::most_adapter_tiles(m, adapters.count), positions = tiles * cuda::kAdapterTile;
+  Tensor storage = empty_like_device(adapters.scaling, {positions + tiles + 2 * adapters.count + 1}, ScalarType::Int);
+  int* order = storage.mutable_data_ptr<int>();
+  cuda::AdapterPlanParams p{};
+  p.adapter_of_token = adapters.of_row;
+  p.m = m;
+  p.adapters = adapters.count;
+  p.tiles = tiles;
+  p.order = order;
+  p.adapter_of_tile = order + positions;
+  p.first_tile = p.adapter_of_tile + tiles;
+  p.counts = p.first_tile + adapters.count + 1;
+  check(cuda::launch_adapter_plan(p, scope.stream()), "adapter_plan");
+  return {std::move(storage), {order, p.adapter_of_tile, p.first_tile, adapters.scale, tiles, adapters.count}};
+}
 
 // The low-rank term of a sum: up (row, r) times activation [tokens, r].
 struct Up {
@@ -67,12 +91,18 @@ inline cuda::LoraPackParams pack_params(const Activation& a, int64_t padded_r, c
   p.scale = a.scale;
   p.parts = a.parts;
   p.part_stride = a.part_stride;
+  if (a.adapters != nullptr) {
+    p.adapter_of_token = a.adapters->of_row;
+    p.scale_of_adapter = a.adapters->scale;
+    p.adapter_count = a.adapters->count;
+  }
   return p;
 }
 
 // The activations in float32, [m, r].
 inline Matrix as_float(const Activation& a, cudaStream_t stream) {
-  if (a.parts == 1 && a.scale == 1.0f) return {a.storage, a.source.data, DType::kFloat32, a.m, a.r};
+  if (a.parts == 1 && a.scale == 1.0f && a.adapters == nullptr)
+    return {a.storage, a.source.data, DType::kFloat32, a.m, a.r};
   const Matrix out = scratch_matrix(a.storage, a.m, a.r);
   if (a.m > 0) run_lora_pack(pack_params(a, a.r, cuda::Split::kNone), out.tensor, stream);
   return out;
@@ -128,27 +158,38 @@ inline Activation token_dot(const Matrix& x, const cuda::DenseMatrix& operand, i
   p.tokens = x.rows;
   p.rows = rows;
   p.steps = x.cols;
+  const bool contiguous = operand.col_stride == 1 && operand.row_stride % 8 == 0 && adapter_stride % 8 == 0;
+  p.is_vectorized = contiguous && x.cols % 8 == 0 && is_aligned(x.data) && is_aligned(operand.data);
   p.out = static_cast<float*>(out.tensor.mutable_data_ptr());
   check(cuda::launch_token_dot(p, stream), "token_dot");
   return {out.tensor, rows_of(out), x.rows, rows};
 }
 
-// The operand of a down projection in the dtype of x: one adapter's factor as it is, or two parts, high and low, of one
-// in another dtype.
+// The operand of a down projection in the dtype of x: the factors as they are, or two parts of each, high and low,
+// where they have another dtype.
+struct Factor {
+  cuda::DenseMatrix matrix;  // (rank, feature), of adapter 0 if there are several
+  int64_t adapters = 1;
+  int64_t adapter_stride = 0;  // elements
+};
 struct DownOperand {
   Tensor storage;
   const void* data;
   int splits;
 };
 
-inline DownOperand down_operand(const cuda::DenseMatrix& operand, int64_t r, const Matrix& x, cudaStream_t stream) {
+inline DownOperand down_operand(const Factor& factor, int64_t r, const Matrix& x, cudaStream_t stream) {
+  const cuda::DenseMatrix& operand = factor.matrix;
   const bool same = operand.dtype == x.dtype;
-  if (same && operand.col_stride == 1 && operand.row_stride == x.cols && is_aligned(operand.data))
+  const bool side_by_side = factor.adapters == 1 || factor.adapter_stride == r * x.cols;
+  if (same && operand.col_stride == 1 && operand.row_stride == x.cols && side_by_side && is_aligned(operand.data))
     return {x.tensor, operand.data, 1};
   const int splits = same ? 1 : 2;
-  Tensor packed = empty_like_device(x.tensor, {splits * r, x.cols}, x.tensor.scalar_type());
-  run_lora_pack(pack_params(operand, r, x.cols, x.cols, same ? cuda::Split::kNone : cuda::Split::kStacked), packed,
-                stream);
+  Tensor packed = empty_like_device(x.tensor, {factor.adapters * splits * r, x.cols}, x.tensor.scalar_type());
+  cuda::LoraPackParams p = pack_params(operand, r, x.cols, x.cols, same ? cuda::Split::kNone : cuda::Split::kStacked);
+  p.adapters = factor.adapters;
+  p.adapter_stride = factor.adapter_stride;
+  run_lora_pack(p, packed, stream);
   const void* data = packed.const_data_ptr();
   return {std::move(packed), data, splits};
 }
@@ -162,28 +203,49 @@ inline unsigned long long* pointer_to(const std::optional<Tensor>& largest) {
   return largest ? reinterpret_cast<unsigned long long*>(largest->mutable_data_ptr<int64_t>()) : nullptr;
 }
 
-// The down projection scaling * x · operandᵀ, operand (r, features): on the tensor cores where they take it.
-inline Activation low_rank_down(const Matrix& x, const cuda::DenseMatrix& operand, int64_t r, float scaling,
-                                const GpuScope& scope, bool note_largest = false) {
-  if (cuda::why_general_low_rank({x.rows, r, x.cols, x.dtype, 0}, scope.gpu()) != nullptr || x.rows == 0)
-    return token_dot(x, operand, r, scaling, scope.stream());
-  const DownOperand factor = down_operand(operand, r, x, scope.stream());
+// The down projection on the tensor cores: scaling * x · factorᵀ, or with a plan x · factorᵀ of each token's adapter,
+// whose scale `adapters` holds.
+inline Activation low_rank_down_tiled(const Matrix& x, const Factor& factor, int64_t r, float scaling,
+                                      const GpuScope& scope, bool note_largest, const TokenPlan* plan = nullptr,
+                                      const Adapters* adapters = nullptr) {
+  const DownOperand operand = down_operand(factor, r, x, scope.stream());
   const Tensor tokens = aligned(x.tensor);
   cuda::LoraDownParams p{};
   p.x = tokens.const_data_ptr();
-  p.operand = factor.data;
+  p.operand = operand.data;
   p.dtype = x.dtype;
   p.m = x.rows;
   p.rows = r;
   p.elems = x.cols;
-  p.splits = factor.splits;
+  p.splits = operand.splits;
   p.parts = cuda::select_lora_parts(p.m, p.rows, p.elems, scope.gpu());
+  if (plan != nullptr) p.plan = plan->plan;
   Tensor out = empty_like_device(x.tensor, {p.parts, p.m, p.rows}, ScalarType::Float);
   std::optional<Tensor> largest = note_largest ? largest_of(x) : std::nullopt;
   p.out = out.mutable_data_ptr<float>();
   p.largest = pointer_to(largest);
   check(cuda::launch_lora_down(p, scope.stream()), "lora_down");
-  return {out, {p.out, DType::kFloat32, r, 1}, p.m, r, scaling, p.parts, p.m * r, std::move(largest)};
+  return {out, {p.out, DType::kFloat32, r, 1}, p.m, r, scaling, p.parts, p.m * r, std::move(largest), adapters};
+}
+
+// Whether the tensor cores take a down projection of these tokens.
+inline bool tensor_core_down(const Matrix& x, int64_t r, const GpuScope& scope) {
+  return x.rows > 0 && cuda::why_general_low_rank({x.rows, r, x.cols, x.dtype, 0}, scope.gpu()) == nullptr;
+}
+
+// scaling * x · operandᵀ, operand (r, features).
+inline Activation low_rank_down(const Matrix& x, const cuda::DenseMatrix& operand, int64_t r, float scaling,
+                                const GpuScope& scope, bool note_largest = false) {
+  if (!tensor_core_down(x, r, scope)) return token_dot(x, operand, r, scaling, scope.stream());
+  return low_rank_down_tiled(x, {operand}, r, scaling, scope, note_largest);
+}
+
+// The same with an adapter for each token. A plan is given where sorting the tokens pays.
+inline Activation low_rank_down_multi(const Matrix& x, const Factor& factor, const Adapters& adapters,
+                                      const TokenPlan* plan, const GpuScope& scope, bool note_largest = false) {
+  if (plan == nullptr)
+    return token_dot(x, factor.matrix, adapters.r, 1.0f, scope.stream(), &adapters, factor.adapter_stride);
+  return low_rank_down_tiled(x, factor, adapters.r, 1.0f, scope, note_largest, plan, &adapters);
 }
 
 // Gradient of a low-rank factor on the CUDA cores: sum over tokens of activation [tokens, r] and x [tokens, features],
@@ -214,15 +276,17 @@ inline bool tensor_core_grads(const Matrix& dy, const Matrix& x, const GpuScope&
   return x.rows > 0 && dy.dtype == x.dtype && cuda::why_general_factors(problem, scope.gpu()) == nullptr;
 }
 
-// out = activationᵀ x, [r, features] if r_is_major, else [features, r], on the tensor cores. With `down`, a factor (r,
-// features), the same pass gives scaling * x · downᵀ.
+// out = activationᵀ x, [r, features] if r_is_major, else [features, r], on the tensor cores; of each adapter where the
+// activations have several. With `down`, factors (r, features), the same pass gives scaling * x · downᵀ.
 inline std::optional<Activation> low_rank_grad(const Activation& activation, const Matrix& x, bool r_is_major,
-                                               const Tensor& out, const GpuScope& scope,
-                                               const cuda::DenseMatrix* down = nullptr, float scaling = 1.0f) {
+                                               const Tensor& out, const GpuScope& scope, const TokenPlan* plan,
+                                               const Factor* down = nullptr, float scaling = 1.0f) {
   const cudaStream_t stream = scope.stream();
-  const int64_t m = x.rows, r = activation.r, features = x.cols, padded_m = ceil_div(m, 8) * 8;
-  const bool same = out.scalar_type() == x.tensor.scalar_type();
   cuda::LoraGradParams p{};
+  if (plan != nullptr) p.plan = plan->plan;
+  const int64_t m = x.rows, r = activation.r, features = x.cols, adapters = p.plan.adapters;
+  const int64_t padded_m = plan != nullptr ? p.plan.tiles * cuda::kAdapterTile : ceil_div(m, 8) * 8;
+  const bool same = out.scalar_type() == x.tensor.scalar_type();
   p.splits = same ? 1 : 2;
 
   // The activations as [r, tokens], in the dtype of x.
@@ -230,6 +294,11 @@ inline std::optional<Activation> low_rank_grad(const Activation& activation, con
   cuda::LoraPackParams pack = pack_params(activation, padded_m, same ? cuda::Split::kNone : cuda::Split::kStacked);
   std::swap(pack.rows, pack.r);
   std::swap(pack.source.row_stride, pack.source.col_stride);
+  pack.tokens_are_columns = true;
+  if (plan != nullptr) {
+    pack.r = padded_m;
+    pack.token_order = p.plan.order;
+  }
   if (activation.largest) {
     pack.half_range = cuda::HalfRange::kMultiply;
     pack.largest = pointer_to(activation.largest);
@@ -237,9 +306,10 @@ inline std::optional<Activation> low_rank_grad(const Activation& activation, con
   }
   run_lora_pack(pack, factor, stream);
 
-  const cuda::LoraGradTile tile = cuda::select_lora_grad(m, features, r, p.splits, down != nullptr, scope.gpu());
+  const cuda::LoraGradTile tile =
+      cuda::select_lora_grad(m, features, r * adapters, p.splits, down != nullptr, scope.gpu());
   const Tensor tokens = aligned(x.tensor);
-  const Tensor parts = empty_like_device(x.tensor, {tile.parts, r, features}, ScalarType::Float);
+  const Tensor parts = empty_like_device(x.tensor, {tile.parts, adapters * r, features}, ScalarType::Float);
   p.x = tokens.const_data_ptr();
   p.factor = factor.const_data_ptr();
   p.dtype = x.dtype;
@@ -260,8 +330,15 @@ inline std::optional<Activation> low_rank_grad(const Activation& activation, con
     p.down_operand = operand->data;
     p.down_out = down_out.mutable_data_ptr<float>();
     p.largest = pointer_to(largest);
-    result = Activation{down_out, {p.down_out, DType::kFloat32, r, 1}, m,     r,
-                        scaling,  static_cast<int>(stretches),         m * r, std::move(largest)};
+    result = Activation{down_out,
+                        {p.down_out, DType::kFloat32, r, 1},
+                        m,
+                        r,
+                        scaling,
+                        static_cast<int>(stretches),
+                        m * r,
+                        std::move(largest),
+                        activation.adapters};
   }
   check(cuda::launch_lora_grad(p, stream), "lora_grad");
 
@@ -269,8 +346,10 @@ inline std::optional<Activation> low_rank_grad(const Activation& activation, con
   sum.source = {p.out, DType::kFloat32, r_is_major ? features : 1, r_is_major ? 1 : features};
   sum.rows = r_is_major ? r : features;
   sum.r = sum.padded_r = r_is_major ? features : r;
+  sum.adapters = adapters;
+  sum.adapter_stride = r * features;
   sum.parts = p.parts;
-  sum.part_stride = r * features;
+  sum.part_stride = adapters * r * features;
   if (activation.largest) {
     sum.half_range = cuda::HalfRange::kDivide;
     sum.largest = pack.largest;

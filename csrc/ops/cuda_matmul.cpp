@@ -54,8 +54,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cuda_backward(
     d_lora_a = torch::stable::new_empty(*lora_a, lora_a->sizes());
     d_lora_b = torch::stable::new_empty(*lora_b, lora_b->sizes());
     if (on_tensor_cores) {
-      u = low_rank_grad(t, dy, false, d_lora_b, scope, &b, lora->scaling);
-      low_rank_grad(*u, lora_tokens, true, d_lora_a, scope);
+      const Factor factor{b};
+      u = low_rank_grad(t, dy, false, d_lora_b, scope, nullptr, &factor, lora->scaling);
+      low_rank_grad(*u, lora_tokens, true, d_lora_a, scope, nullptr);
     } else {
       u = low_rank_down(dy, b, lora->b.cols, lora->scaling, scope);
       low_rank_grad_general(as_float(t, stream), dy, false, d_lora_b, stream);

@@ -6,6 +6,16 @@
 #include "ops/cuda_products.h"
 
 namespace qlora::ops {
+namespace {
+
+// Sorting costs two launches: few tokens read each adapter's factor once anyway.
+std::optional<TokenPlan> plan_if_it_pays(const Adapters& adapters, const Matrix& x, const GpuScope& scope) {
+  if (x.rows <= cuda::kDecodeTokens || adapters.count == 0 || !tensor_core_down(x, adapters.r, scope))
+    return std::nullopt;
+  return plan_tokens(adapters, x.rows, scope);
+}
+
+}  // namespace
 
 Tensor cuda_forward_multi(Tensor x, Tensor packed, Tensor absmax, OptionalTensor nested_absmax,
                           OptionalTensor nested_offset, std::vector<int64_t> shape, std::string quant_type,
@@ -17,8 +27,9 @@ Tensor cuda_forward_multi(Tensor x, Tensor packed, Tensor absmax, OptionalTensor
   const std::optional<Matrix> bias_row = check_bias(bias, n, x);
   const GpuScope scope(x, "forward.multi", {base.tokens.rows, n, k, adapters.r});
   const cuda::Weight w = device_view_of(base.w);
-  const Activation t =
-      token_dot(base.tokens, rows_of(adapters.a), adapters.r, 1.0f, scope.stream(), &adapters, adapters.r * k);
+  const Factor a{rows_of(adapters.a), adapters.count, adapters.r * k};
+  const std::optional<TokenPlan> plan = plan_if_it_pays(adapters, base.tokens, scope);
+  const Activation t = low_rank_down_multi(base.tokens, a, adapters, plan ? &*plan : nullptr, scope);
   const Up up{rows_of(adapters.b), &t, &adapters, n * adapters.r};
   const cuda::Problem problem{base.tokens.rows, n, k, base.tokens.dtype, block_size};
   const cuda::ForwardKernel kernel = cuda::select_forward(problem, scope.gpu());
@@ -41,16 +52,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_backward_multi(
   const cudaStream_t stream = scope.stream();
 
   Tensor d_x = nothing(x), d_lora_a = nothing(x), d_lora_b = nothing(x), d_bias = nothing(x);
+  const Factor a{rows_of(adapters.a), adapters.count, adapters.r * k};
+  const Factor b{columns_of(adapters.b), adapters.count, adapters.r * n};
+  const bool on_tensor_cores = needs_lora && adapters.count > 0 && tensor_core_grads(dy, base.tokens, scope);
+  std::optional<TokenPlan> tokens_by_adapter;
+  if (on_tensor_cores)
+    tokens_by_adapter = plan_tokens(adapters, base.tokens.rows, scope);
+  else if (needs_x || needs_lora)
+    tokens_by_adapter = plan_if_it_pays(adapters, dy, scope);
+  const TokenPlan* plan = tokens_by_adapter ? &*tokens_by_adapter : nullptr;
   std::optional<Activation> u;  // scaling * dy B of the row's adapter, [m, r]
-  if (needs_x || needs_lora)
-    u = token_dot(dy, columns_of(adapters.b), adapters.r, 1.0f, stream, &adapters, n * adapters.r);
+  if (on_tensor_cores) {
+    const Activation t = low_rank_down_multi(base.tokens, a, adapters, plan, scope, true);
+    d_lora_a = torch::stable::new_empty(lora_a, lora_a.sizes());
+    d_lora_b = torch::stable::new_empty(lora_b, lora_b.sizes());
+    u = low_rank_grad(t, dy, false, d_lora_b, scope, plan, &b);
+    low_rank_grad(*u, base.tokens, true, d_lora_a, scope, plan);
+  } else if (needs_x || needs_lora) {
+    u = low_rank_down_multi(dy, b, adapters, plan, scope);
+  }
   if (needs_x) {
     const Up down{columns_of(adapters.a), &*u, &adapters, adapters.r * k};
     d_x = input_grad(base.w, dy, &down, x, scope);
   }
-  if (needs_lora) {
-    const Activation t =
-        token_dot(base.tokens, rows_of(adapters.a), adapters.r, 1.0f, stream, &adapters, adapters.r * k);
+  if (needs_lora && !on_tensor_cores) {
+    const Activation t = token_dot(base.tokens, a.matrix, adapters.r, 1.0f, stream, &adapters, a.adapter_stride);
     d_lora_a = torch::stable::new_empty(lora_a, lora_a.sizes());
     d_lora_b = torch::stable::new_empty(lora_b, lora_b.sizes());
     low_rank_grad_general(as_float(*u, stream), base.tokens, true, d_lora_a, stream, &adapters);

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import DTYPES, QUANT_TYPES, SHAPES, name_of, weights
-from tolerances import accumulation, assert_within, operand_rounding, output_rounding, split_rounding
+from tolerances import accumulation, assert_within, factor_bounds, operand_rounding, output_rounding
 
 from qlora import ops
 
@@ -13,20 +13,6 @@ def gradients(x, weight, a, b, scaling, bias, lora_x, grad):
     x_, a_, b_, bias_, lora_x_ = leaves
     ops.forward(x_, *weight, a_, b_, scaling, bias_, lora_x_).backward(grad)
     return [leaf.grad for leaf in leaves]
-
-
-def factor_bounds(device, dtype, s, G, X, A, B):
-    """Bounds for d_lora_a and d_lora_b, of absolute values. A factor that is scaled into the range of float16 has its
-    largest value at 2^14 or above, so what it loses there is 2^-35 of that."""
-    (m, n), k = G.shape, X.shape[1]
-    V, U = s * G @ B, s * X @ A.T
-    largest_v, largest_u = (0.0 if t.numel() == 0 else t.max() * 2.0**-10 for t in (V, U))
-    small_a = (s * G.sum(1, keepdim=True) + largest_v).expand(m, V.shape[1]).T @ X
-    small_b = G.T @ (s * X.sum(1, keepdim=True) + largest_u).expand(m, U.shape[1])
-    return tuple(
-        accumulation(steps, products) + split_rounding(device, dtype, products, small)
-        for steps, products, small in ((m + n + 4, V.T @ X, small_a), (m + k + 4, G.T @ U, small_b))
-    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -3,27 +3,32 @@
 import pytest
 import torch
 from cases import DTYPES, weights
-from tolerances import accumulation, assert_within, operand_rounding, output_rounding
+from tolerances import accumulation, assert_within, factor_bounds, operand_rounding, output_rounding
 from torch.library import opcheck
 
 from qlora import ops, reference
 
-SHAPES = [(1, 5, 37), (3, 33, 96), (8, 64, 128), (9, 17, 64), (50, 130, 100)]
+# The last ones: more than one tile of tokens, and what tensor cores take.
+SHAPES = [(1, 5, 37), (3, 33, 96), (8, 64, 128), (9, 17, 64), (50, 130, 100), (40, 72, 128), (150, 136, 192)]
 
 
-def make(m, n, k, adapters=4, r=3, dtype=torch.float32):
+def make(m, n, k, adapters=4, r=3, dtype=torch.float32, runs=False):
+    """Every adapter and the base alone; rows of one adapter lie apart, or in runs as those of a sequence do."""
     weight, dense = weights(n, k)
-    of_row = torch.arange(m) % (adapters + 1) - 1  # every adapter and the base alone
+    of_row = torch.arange(m) * (adapters + 1) // max(1, m) - 1 if runs else torch.arange(m) % (adapters + 1) - 1
     lora = torch.randn(adapters, r, k), torch.randn(adapters, n, r), torch.randn(adapters), of_row
     return torch.randn(m, k).to(dtype), weight, dense, lora
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_forward_and_gradients(device, dtype, shape):
+@pytest.mark.parametrize(("r", "runs", "lora_dtype"), [(3, False, "float32"), (17, True, "that of x")])
+def test_forward_and_gradients(device, r, runs, lora_dtype, dtype, shape):
     m, n, k = shape
-    x, weight, dense, (a, b, s, of_row) = make(m, n, k, dtype=dtype)
-    bias, grad, r = torch.randn(n), torch.randn(m, n).to(dtype), a.shape[1]
+    x, weight, dense, (a, b, s, of_row) = make(m, n, k, r=r, dtype=dtype, runs=runs)
+    if lora_dtype != "float32":
+        a, b = a.to(dtype), b.to(dtype)
+    bias, grad = torch.randn(n), torch.randn(m, n).to(dtype)
     x_, a_, b_, bias_ = (t.clone().requires_grad_() for t in (x, a, b, bias))
     y = ops.forward_multi(x_, *weight, a_, b_, s, of_row, bias_)
     y.backward(grad)
@@ -53,9 +58,15 @@ def test_forward_and_gradients(device, dtype, shape):
     for i in range(len(a)):
         rows = of_row == i
         su, st = (S[:, None] * u)[rows], (S[:, None] * t)[rows]
-        su_abs, st_abs = (SA * u_abs)[rows], (SA * t_abs)[rows]
-        check(a_.grad[i], su.T @ X[rows], accumulation(m + n + 4, su_abs.T @ X[rows].abs()))
-        check(b_.grad[i], G[rows].T @ st, accumulation(m + k + 4, G[rows].abs().T @ st_abs))
+        largest = (SA * u_abs).max(), (SA * t_abs).max()
+        absolute = G[rows].abs(), X[rows].abs(), a[i].double().abs(), b[i].double().abs()
+        bounds = factor_bounds(device, dtype, s[i].double().abs(), *absolute, largest)
+        for leaf, right, bound, products in (
+            (a_, su.T @ X[rows], bounds[0], (SA * u_abs)[rows].T @ X[rows].abs()),
+            (b_, G[rows].T @ st, bounds[1], G[rows].abs().T @ (SA * t_abs)[rows]),
+        ):
+            rounding = operand_rounding(device, dtype, products) if leaf.dtype == dtype else 0.0
+            check(leaf.grad[i], right, bound + rounding)
     check(bias_.grad, G.sum(0), accumulation(m, G.abs().sum(0)))
 
 

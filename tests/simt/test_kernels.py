@@ -89,6 +89,24 @@ def test_ranges_name_the_operator_and_its_extents():
         assert library.qlora_simt_last_range() == b"qlora::forward[m=15,n=40,k=128,r=4]"
 
 
+@pytest.mark.parametrize("runs", [False, True])
+def test_a_row_is_computed_as_if_its_adapter_were_the_only_one(runs):
+    """Bit by bit, in a tile of tokens with other adapters, one of which holds nan and inf."""
+    m, n, k, r = 150, 72, 256, 24
+    weight, _ = weights(n, k)
+    x, a, b = (torch.randn(s).bfloat16() for s in ((m, k), (3, r, k), (3, n, r)))
+    a[1, 3, 5], b[1, 2, 1] = float("nan"), float("inf")
+    of_row = torch.arange(m) * 4 // m - 1 if runs else torch.arange(m) % 4 - 1
+    scaling = torch.tensor([0.5, 1.0, 3.0])
+    with devices.simt():
+        y = ops.forward_multi(x, *weight, a, b, scaling, of_row)
+        for i in (0, 2):
+            alone = ops.forward(x, *weight, a[i], b[i], scaling[i].item())
+            assert torch.equal(y[of_row == i], alone[of_row == i])
+        assert torch.equal(y[of_row == -1], ops.forward(x, *weight)[of_row == -1])
+    assert not y[of_row == 1].isfinite().any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("m", [3, 40])
 def test_a_row_with_an_adapter_that_is_not_there_is_nan(m, dtype):

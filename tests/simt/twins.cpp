@@ -68,6 +68,8 @@ void shuffles(int) {
   for (int mask = 1; mask < 32; mask *= 2)
     expect(ptx::shuffle_xor(lane, mask) == (lane ^ mask), "shuffle_xor", lane, mask);
   expect(ptx::shuffle(lane * 3, 31 - lane) == (31 - lane) * 3, "shuffle", lane, 0);
+  expect(ptx::ballot(lane % 3 == 0) == 0x49249249u, "ballot", lane, 0);
+  expect(ptx::popcount(0xF0F00001u) == 9 && ptx::lowest_bit(0x00000140u) == 6, "popcount, lowest_bit", lane, 0);
   expect(ptx::shuffle(lane, lane + 33) == (lane + 1) % 32, "shuffle takes the lane modulo 32", lane, 0);
 }
 

@@ -47,6 +47,23 @@ QLORA_DEVICE float load_element(const void* data, DType dtype, int64_t i) {
   }
 }
 
+// Elements 8i … 8i + 7 of a float array that is aligned to 16 bytes.
+QLORA_DEVICE void load_eight_elements(const void* data, DType dtype, int64_t i, float (&x)[8]) {
+  if (dtype == DType::kFloat32) {
+    const auto low = ptx::load(static_cast<const Floats4*>(data) + 2 * i);
+    const auto high = ptx::load(static_cast<const Floats4*>(data) + 2 * i + 1);
+    const float all[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+    for (int e = 0; e < 8; ++e) x[e] = all[e];
+    return;
+  }
+  const auto words = ptx::load(static_cast<const Words4*>(data) + i);
+  const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+  for (int e = 0; e < 8; ++e)
+    x[e] = dtype == DType::kBFloat16 ? ptx::unpack<bf16>(pairs[e / 2], e % 2) : ptx::unpack<fp16>(pairs[e / 2], e % 2);
+}
+
 QLORA_DEVICE void store_element(void* data, DType dtype, int64_t i, float value) {
   if (dtype == DType::kBFloat16)
     ptx::store(&(static_cast<bf16*>(data) + i)->bits, from_float<bf16>(value).bits);

@@ -184,7 +184,13 @@ QLORA_DEVICE T shuffle_xor(T v, int mask) {
   return __shfl_xor_sync(0xFFFFFFFFu, v, mask);
 }
 
+// Bit l is set if lane l says so.
+QLORA_DEVICE uint32_t ballot(bool mine) { return __ballot_sync(0xFFFFFFFFu, mine); }
+
 // ---- arithmetic ----
+
+QLORA_DEVICE int popcount(uint32_t bits) { return __popc(bits); }
+QLORA_DEVICE int lowest_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }  // bits != 0
 
 // Byte kByte of a word, zero-extended.
 template <int kByte>

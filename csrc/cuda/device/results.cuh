@@ -8,54 +8,83 @@
 
 namespace qlora::cuda {
 
-// sum = lora_up lora_tᵀ: r / 16 steps, straight from global memory; both matrices are small and come from L2.
+// A step of 16 ranks of lora_up as the A operand, straight from global memory: the matrix is small and comes from L2.
+template <class T, int R>
+QLORA_DEVICE void load_up(const GemmOutput& p, const T* up, int first_row, uint32_t (&fragment)[R][4]) {
+  const int g = ptx::lane() / 4, t = ptx::lane() % 4;
+#pragma unroll
+  for (int f = 0; f < R; ++f) {
+    const int64_t row = int64_t{first_row} + 2 * R * g + 2 * f;
+    const auto a = ptx::load(reinterpret_cast<const Words2*>(up + min_i64(row, p.rows - 1) * p.r + 4 * t));
+    const auto b = ptx::load(reinterpret_cast<const Words2*>(up + min_i64(row + 1, p.rows - 1) * p.r + 4 * t));
+    fragment[f][0] = a.x;
+    fragment[f][1] = b.x;
+    fragment[f][2] = a.y;
+    fragment[f][3] = b.y;
+  }
+}
+
+// Activations of eight tokens, the same step of ranks.
+template <class T>
+QLORA_DEVICE Words2 load_activation(const GemmOutput& p, int first_token, int r) {
+  const int64_t token = min_i64(int64_t{first_token} + ptx::lane() / 4, p.m - 1);
+  return ptx::load(
+      reinterpret_cast<const Words2*>(static_cast<const T*>(p.lora_t) + token * p.r + r + 4 * (ptx::lane() % 4)));
+}
+
+// sum += lora_up lora_tᵀ: r / 16 steps.
 template <class T, int R, int kTokens>
 QLORA_DEVICE void low_rank_steps(const GemmOutput& p, int first_row, int first_token, float (&sum)[R][kTokens / 8][4]) {
-  const int g = ptx::lane() / 4, t = ptx::lane() % 4;
-  const T* up = static_cast<const T*>(p.lora_up) + 4 * t;
-  const T* activation = static_cast<const T*>(p.lora_t) + 4 * t;
   for (int r = 0; r < p.r; r += 16) {
     uint32_t fragment[R][4];
-#pragma unroll
-    for (int f = 0; f < R; ++f) {
-      const int64_t row = int64_t{first_row} + 2 * R * g + 2 * f;
-      const auto a = ptx::load(reinterpret_cast<const Words2*>(up + min_i64(row, p.rows - 1) * p.r + r));
-      const auto b = ptx::load(reinterpret_cast<const Words2*>(up + min_i64(row + 1, p.rows - 1) * p.r + r));
-      fragment[f][0] = a.x;
-      fragment[f][1] = b.x;
-      fragment[f][2] = a.y;
-      fragment[f][3] = b.y;
-    }
+    load_up<T, R>(p, static_cast<const T*>(p.lora_up) + r, first_row, fragment);
 #pragma unroll
     for (int j = 0; j < kTokens / 8; ++j) {
-      const int64_t token = min_i64(int64_t{first_token} + 8 * j + g, p.m - 1);
-      const auto b = ptx::load(reinterpret_cast<const Words2*>(activation + token * p.r + r));
+      const Words2 b = load_activation<T>(p, first_token + 8 * j, r);
 #pragma unroll
       for (int f = 0; f < R; ++f) ptx::mma<T>(sum[f][j], fragment[f], b.x, b.y, sum[f][j]);
     }
   }
 }
 
-// The low-rank term of one result with the adapter of its token, on the CUDA cores; nan for an adapter that is not
-// there.
-template <class T>
-QLORA_DEVICE float low_rank_of_adapter(const GemmOutput& p, int64_t row, int64_t token, int64_t adapter) {
-  if (adapter == -1) return 0.0f;
-  if (adapter < -1 || adapter >= p.adapters) return __builtin_nanf("");
-  const T* up = static_cast<const T*>(p.lora_up) + (adapter * p.rows + row) * p.r;
-  const T* activation = static_cast<const T*>(p.lora_t) + token * p.r;
-  float sum = 0.0f;
-  for (int r = 0; r < p.r; r += 8) {
-    const auto a = ptx::load(reinterpret_cast<const Words4*>(up + r));
-    const auto b = ptx::load(reinterpret_cast<const Words4*>(activation + r));
-    const uint32_t as[4] = {a.x, a.y, a.z, a.w}, bs[4] = {b.x, b.y, b.z, b.w};
+// The same where each token has an adapter of its own: eight tokens meet each adapter that is among them, and a token
+// keeps the sums of its own one. So the sums of a token are those that it would have alone, and another token's inf or
+// nan does not touch them.
+template <class T, int R, int kTokens>
+QLORA_DEVICE void low_rank_steps_of_adapters(const GemmOutput& p, int first_row, int first_token,
+                                             float (&sum)[R][kTokens / 8][4]) {
+  const int t = ptx::lane() % 4;
+  for (int r = 0; r < p.r; r += 16) {
+    uint32_t fragment[R][4] = {};
+    int held = -1;  // whose fragment that is: neighbours mostly share an adapter
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      sum = fmaf(ptx::unpack<T>(as[i], 0), ptx::unpack<T>(bs[i], 0), sum);
-      sum = fmaf(ptx::unpack<T>(as[i], 1), ptx::unpack<T>(bs[i], 1), sum);
+    for (int j = 0; j < kTokens / 8; ++j) {
+      const int64_t token = int64_t{first_token} + 8 * j + ptx::lane() % 8;
+      const int64_t adapter = token < p.m ? ptx::load(p.adapter_of_token + token) : -1;
+      const int mine = adapter >= 0 && adapter < p.adapters ? static_cast<int>(adapter) : -1;
+      const Words2 b = load_activation<T>(p, first_token + 8 * j, r);
+      uint32_t left = ptx::ballot(mine >= 0) & 0xFFu;
+      while (left != 0) {
+        const int current = ptx::shuffle(mine, ptx::lowest_bit(left));
+        const uint32_t has_it = ptx::ballot(mine == current);
+        left &= ~has_it;
+        if (current != held) {
+          load_up<T, R>(p, static_cast<const T*>(p.lora_up) + current * p.rows * p.r + r, first_row, fragment);
+          held = current;
+        }
+        const bool first = (has_it >> (2 * t) & 1u) != 0, second = (has_it >> (2 * t + 1) & 1u) != 0;
+#pragma unroll
+        for (int f = 0; f < R; ++f) {
+          float with[4];
+          ptx::mma<T>(with, fragment[f], b.x, b.y, sum[f][j]);
+          sum[f][j][0] = first ? with[0] : sum[f][j][0];
+          sum[f][j][1] = second ? with[1] : sum[f][j][1];
+          sum[f][j][2] = first ? with[2] : sum[f][j][2];
+          sum[f][j][3] = second ? with[3] : sum[f][j][3];
+        }
+      }
     }
   }
-  return sum;
 }
 
 // Stores a lane's results: 2R rows side by side for each of its tokens, so that a warp fills sectors.
@@ -83,8 +112,9 @@ QLORA_DEVICE void store_results(const GemmOutput& p, int first_row, int first_to
       }
       if constexpr (kMulti) {
         const int64_t adapter = ptx::load(p.adapter_of_token + token);
-        for (int e = 0; e < 2 * R; ++e)
-          if (row + e < p.rows) value[e] += low_rank_of_adapter<T>(p, row + e, token, adapter);
+        if (adapter < -1 || adapter >= p.adapters)  // no such adapter
+#pragma unroll
+          for (int e = 0; e < 2 * R; ++e) value[e] = __builtin_nanf("");
       }
       T* y = static_cast<T*>(p.y) + token * p.rows + row;
       if (side_by_side) {

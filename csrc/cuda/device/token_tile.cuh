@@ -56,6 +56,37 @@ QLORA_DEVICE void fetch_rows(SharedAddress to, const T* matrix, int64_t rows, in
   }
 }
 
+// The rows that a thread copies of a tile of kRows tokens: neighbours from first_token on, or, with a plan, those at
+// the tile's positions; -1 where there is none.
+template <int kRows, int kThreads>
+struct TokenRows {
+  static constexpr int kRowsAtOnce = kThreads / 8;
+  int row[kRows / kRowsAtOnce];
+
+  QLORA_METHOD void set(const int* order, int64_t m, int64_t first) {
+#pragma unroll
+    for (int i = 0; i < kRows / kRowsAtOnce; ++i) {
+      const int64_t at = first + i * kRowsAtOnce + ptx::thread() / 8;
+      row[i] = order != nullptr ? ptx::load(order + at) : at < m ? static_cast<int>(at) : -1;
+    }
+  }
+
+  // Starts the copy of 64 elements of each from first_elem on of a matrix [., elems]; zeros outside of it.
+  template <class T>
+  QLORA_METHOD void fetch(SharedAddress to, const T* matrix, int64_t elems, int64_t first_elem) const {
+    const int piece = ptx::thread() % 8;
+    const int64_t elem = first_elem + piece * 8;
+#pragma unroll
+    for (int i = 0; i < kRows / kRowsAtOnce; ++i) {
+      const SharedAddress here = to + swizzled(ptx::thread() / 8, piece) + i * kRowsAtOnce * 128;
+      if (row[i] >= 0 && elem < elems)
+        ptx::cp_async_16(here, matrix + row[i] * elems + elem);
+      else
+        ptx::store_shared(here, Words4{0, 0, 0, 0});
+    }
+  }
+};
+
 // Where a lane finds its sixteen elements, 16t … 16t + 15, of row g of a tile: in two halves, neighbours in either
 // order.
 struct Place {

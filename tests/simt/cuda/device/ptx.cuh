@@ -106,6 +106,21 @@ QLORA_DEVICE T shuffle_xor(T v, int mask) {
   return twin::exchange("shuffle_xor", v, lane() ^ mask);
 }
 
+QLORA_DEVICE uint32_t ballot(bool mine) {
+  struct Vote {
+    bool mine;
+    uint32_t all;
+  } vote{mine, 0};
+  simt::collective("ballot", &vote, [](void* const* lanes) {
+    uint32_t all = 0;
+    for (int i = 0; i < 32; ++i) all |= static_cast<uint32_t>(static_cast<Vote*>(lanes[i])->mine) << i;
+    for (int i = 0; i < 32; ++i) static_cast<Vote*>(lanes[i])->all = all;
+  });
+  return vote.all;
+}
+QLORA_DEVICE int popcount(uint32_t bits) { return __builtin_popcount(bits); }
+QLORA_DEVICE int lowest_bit(uint32_t bits) { return __builtin_ctz(bits); }
+
 // PTX ISA, "ldmatrix": lane l holds row l % 8 of matrix l / 8.
 namespace twin {
 struct MatrixLane {
