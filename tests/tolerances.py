@@ -37,9 +37,10 @@ def split_rounding(device: str, dtype: torch.dtype, absolute_products: Tensor, s
 
 
 def factor_bounds(device, dtype, s, G, X, A, B, largest=None):
-    """Bounds for d_lora_a and d_lora_b, of absolute values: d_lora_a = s (G B)ᵀ X, d_lora_b = s Gᵀ (X Aᵀ). A factor that
-    is scaled into the range of float16 has its largest value at 2^14 or above, so what it loses there is 2^-35 of it;
-    ``largest`` is given where other rows of the batch may be larger."""
+    """Bounds for d_lora_a and d_lora_b, of absolute values: d_lora_a = s (G B)ᵀ X, d_lora_b = s Gᵀ (X Aᵀ).
+
+    A factor that is scaled into the range of float16 has its largest value at 2^14 or above, so what it loses there is
+    2^-35 of it; ``largest`` is given where other rows of the batch may be larger."""
     (m, n), k = G.shape, X.shape[1]
     V, U = s * G @ B, s * X @ A.T
     largest_v, largest_u = (t * 2.0**-10 for t in largest or [0.0 if t.numel() == 0 else t.max() for t in (V, U)])

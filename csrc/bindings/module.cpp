@@ -71,14 +71,23 @@ py::dict cuda_select(int64_t m, int64_t n, int64_t k, const std::string& dtype, 
   chosen["forward_tile"] = kernel == ForwardKernel::kDecode
                                ? tuple(select_decode_tile(m, n, k, gpu).rows, kDecodeTokens)
                            : kernel == ForwardKernel::kGemm ? tuple(tile_rows(tile), tile_tokens(tile))
-                                                            : tuple(64, 64);
+                           : kernel == ForwardKernel::kVendor
+                               ? tuple(static_cast<int>(select_vendor_panel(m, n, k, gpu)), static_cast<int>(m))
+                               : tuple(64, 64);
   chosen["why_not_faster"] = why_forward != nullptr ? why_forward : "";
-  chosen["backward"] = why_backward != nullptr ? "general" : "gemm_dx";
-  chosen["backward_tile"] = why_backward != nullptr ? tuple(64, 64) : tuple(128, select_dx_tokens(m, gpu));
+  const BackwardKernel backward = select_backward(problem, gpu);
+  chosen["backward"] = kernel_name(backward);
+  chosen["backward_tile"] = backward == BackwardKernel::kGemmDx ? tuple(128, select_dx_tokens(m, gpu))
+                            : backward == BackwardKernel::kVendor
+                                ? tuple(static_cast<int>(select_vendor_panel(m, k, n, gpu)), static_cast<int>(m))
+                                : tuple(64, 64);
   chosen["why_not_faster_backward"] = why_backward != nullptr ? why_backward : "";
   const char* why_factors = why_general_factors(problem, gpu);
   chosen["gradients"] = why_factors != nullptr ? "general" : "lora_grad";
   chosen["why_not_faster_gradients"] = why_factors != nullptr ? why_factors : "";
+  const char* why_low_rank = why_general_low_rank(problem, gpu);
+  chosen["low_rank"] = why_low_rank != nullptr ? "general" : "lora_down";
+  chosen["why_not_faster_low_rank"] = why_low_rank != nullptr ? why_low_rank : "";
   if (kernel == ForwardKernel::kDecode)
     chosen["shared_bytes"] =
         decode_shared_bytes(select_decode_tile(m, n, k, gpu).rows, m, select_decode_tile(m, n, k, gpu).panel_chunks);

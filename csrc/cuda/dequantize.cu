@@ -32,14 +32,14 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 3) kernel(QLORA_PARAMS DequantizeParams
   const WarpScales scales(p.weight);
   ptx::sync_threads();
   const ValuePairs pairs(table);
-  T* out = static_cast<T*>(p.out);
   const int64_t warp = static_cast<int64_t>(ptx::block_x()) * (kThreads / 32) + ptx::warp();
-  const int64_t end = p.first + p.count;
-  const int64_t last_block = (end - 1) >> p.weight.block_shift;
+  const int64_t parts = ceil_div(p.row_elems, kPerRound), rounds = parts * p.rows;
 
-  for (int round = 0; round < kRounds; ++round) {
-    const int64_t begin = p.first + (warp * kRounds + round) * kPerRound;
-    if (begin >= end) return;
+  for (int64_t round = warp * kRounds; round < (warp + 1) * kRounds && round < rounds; ++round) {
+    const int64_t row = p.rows == 1 ? 0 : divide(round, parts), part = round - row * parts;
+    const int64_t row_begin = p.first + row * p.row_stride, begin = row_begin + part * kPerRound;
+    const int64_t end = row_begin + p.row_elems, last_block = (end - 1) >> p.weight.block_shift;
+    T* out = static_cast<T*>(p.out) + row * p.row_elems;
     const int64_t first_block = begin >> p.weight.block_shift;
     const float mine = scales.of_block(p.weight, min_i64(first_block + ptx::lane(), last_block));
 #pragma unroll
@@ -51,9 +51,9 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 3) kernel(QLORA_PARAMS DequantizeParams
         const Floats2 a = pairs.at<0>(word), b = pairs.at<1>(word), c = pairs.at<2>(word), d = pairs.at<3>(word);
         const float v[8] = {a.x * scale, a.y * scale, b.x * scale, b.y * scale,
                             c.x * scale, c.y * scale, d.x * scale, d.y * scale};
-        store_eight(out + (element - p.first), v);
+        store_eight(out + (element - row_begin), v);
       } else {
-        for (int64_t e = element; e < end; ++e) store_element(p.out, p.dtype, e - p.first, weight_at(p.weight, e));
+        for (int64_t e = element; e < end; ++e) store_element(out, p.dtype, e - row_begin, weight_at(p.weight, e));
       }
     }
   }
@@ -63,7 +63,8 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 3) kernel(QLORA_PARAMS DequantizeParams
 
 Status launch_dequantize(const DequantizeParams& p, cudaStream_t stream) {
   using namespace dequantize;
-  const Grid grid{ceil_div(p.count, int64_t{kPerRound} * kRounds * (kThreads / 32))};
+  const int64_t rounds = p.rows * ceil_div(p.row_elems, kPerRound);
+  const Grid grid{ceil_div(rounds, int64_t{kRounds} * (kThreads / 32))};
   const auto kernel_of_type = p.dtype == DType::kBFloat16  ? kernel<bf16>
                               : p.dtype == DType::kFloat16 ? kernel<fp16>
                                                            : kernel<float>;

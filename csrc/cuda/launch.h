@@ -62,11 +62,13 @@ struct DoubleQuantizeParams {
 };
 Status launch_double_quantize(const DoubleQuantizeParams& p, cudaStream_t stream);
 
+// A panel of the flat weight: row_elems elements from first + i * row_stride on, for each of `rows` rows i. All three
+// are multiples of 8 if there is more than one row.
 struct DequantizeParams {
   Weight weight;
-  int64_t first;  // elements [first, first + count) of the flat weight; a multiple of 8
-  int64_t count;
-  void* out;  // [count], aligned to 16 bytes
+  int64_t first;
+  int64_t rows, row_elems, row_stride;
+  void* out;  // [rows, row_elems], aligned to 16 bytes
   DType dtype;
 };
 Status launch_dequantize(const DequantizeParams& p, cudaStream_t stream);

@@ -9,12 +9,6 @@ namespace lora_pack {
 
 constexpr int kThreads = 256;
 
-// A GPU divides 64 bits by a call of some 70 instructions; small numbers take the short way.
-QLORA_DEVICE int64_t divide(int64_t a, int64_t b) {
-  if ((a | b) >> 32 == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
-  return a / b;
-}
-
 template <class T>
 QLORA_KERNEL void QLORA_BOUNDS(kThreads, 4) kernel(QLORA_PARAMS LoraPackParams p) {
   const int64_t item = static_cast<int64_t>(ptx::block_x()) * kThreads + ptx::thread();

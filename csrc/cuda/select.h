@@ -18,6 +18,7 @@ struct Problem {
   int64_t m = 0, n = 0, k = 0;
   DType dtype = DType::kFloat32;  // of the tokens
   int64_t block_size = 64;
+  bool many_adapters = false;
 };
 
 inline constexpr int kDecodeTokens = 16;  // up to here the weight's bytes are the cost, above it the products
@@ -112,7 +113,24 @@ constexpr LoraGradTile select_lora_grad(int64_t m, int64_t features, int64_t ran
   return {per_block, static_cast<int>(parts < 1 ? 1 : parts > 64 ? 64 : parts)};
 }
 
-enum class ForwardKernel { kDecode, kGemm, kGeneral };
+// From this many tokens on, the GEMM of the vendor's library over dequantized panels: on sm_90 and sm_100 it has tensor
+// core instructions (wgmma, tcgen05) that run at about 1.6 and 2 times the rate of mma.sync. The estimate behind the
+// numbers is in docs/kernels.md; they wait for a measurement.
+constexpr int64_t vendor_tokens(const GpuInfo& gpu) {
+  return gpu.arch == 90 ? 1024 : gpu.arch >= 100 && gpu.arch < 120 ? 512 : INT64_MAX;
+}
+
+// Rows of W (or columns, in the backward) of a dequantized panel: results for two blocks of 128 x 256 on every SM, at
+// most 64 MiB of workspace, and never all of W at once. A multiple of 64; `across` is the panel's other extent.
+constexpr int64_t select_vendor_panel(int64_t m, int64_t extent, int64_t across, const GpuInfo& gpu) {
+  const int64_t wanted = int64_t{2} * gpu.sm_count * 128 * 256 / m, half = (extent + 1) / 2;
+  const int64_t room = int64_t{32} * 1024 * 1024 / across;
+  const int64_t panel = wanted < half ? (wanted < room ? wanted : room) : (half < room ? half : room);
+  return (panel < 64 ? 64 : panel + 63) / 64 * 64;
+}
+
+enum class ForwardKernel { kDecode, kGemm, kVendor, kGeneral };
+enum class BackwardKernel { kGemmDx, kVendor, kGeneral };
 
 constexpr const char* why_no_tensor_cores(DType dtype, const GpuInfo& gpu) {
   if (dtype == DType::kFloat32) return "float32 tokens: their products run on the CUDA cores";
@@ -155,13 +173,31 @@ constexpr const char* why_general_factors(const Problem& p, const GpuInfo& gpu) 
   return nullptr;
 }
 
-constexpr ForwardKernel select_forward(const Problem& p, const GpuInfo& gpu) {
-  if (why_general_forward(p, gpu) != nullptr) return ForwardKernel::kGeneral;
-  return p.m <= kDecodeTokens ? ForwardKernel::kDecode : ForwardKernel::kGemm;
+// `extent` is what panels divide; one with fewer than two full blocks is not worth the launches.
+constexpr bool vendor_wins(const Problem& p, int64_t extent, const GpuInfo& gpu) {
+  return p.m >= vendor_tokens(gpu) && extent >= 512 && !p.many_adapters;
 }
 
+constexpr ForwardKernel select_forward(const Problem& p, const GpuInfo& gpu) {
+  if (why_general_forward(p, gpu) != nullptr) return ForwardKernel::kGeneral;
+  if (p.m <= kDecodeTokens) return ForwardKernel::kDecode;
+  return vendor_wins(p, p.n, gpu) ? ForwardKernel::kVendor : ForwardKernel::kGemm;
+}
+
+constexpr BackwardKernel select_backward(const Problem& p, const GpuInfo& gpu) {
+  if (why_general_backward(p, gpu) != nullptr) return BackwardKernel::kGeneral;
+  return vendor_wins(p, p.k, gpu) ? BackwardKernel::kVendor : BackwardKernel::kGemmDx;
+}
+
+constexpr const char* kVendorName = "dequantize_matmul";
 constexpr const char* kernel_name(ForwardKernel kernel) {
-  return kernel == ForwardKernel::kDecode ? "decode" : kernel == ForwardKernel::kGemm ? "gemm" : "general";
+  return kernel == ForwardKernel::kDecode   ? "decode"
+         : kernel == ForwardKernel::kGemm   ? "gemm"
+         : kernel == ForwardKernel::kVendor ? kVendorName
+                                            : "general";
+}
+constexpr const char* kernel_name(BackwardKernel kernel) {
+  return kernel == BackwardKernel::kGemmDx ? "gemm_dx" : kernel == BackwardKernel::kVendor ? kVendorName : "general";
 }
 
 }  // namespace qlora::cuda

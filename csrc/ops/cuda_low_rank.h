@@ -108,17 +108,18 @@ inline Matrix as_float(const Activation& a, cudaStream_t stream) {
   return out;
 }
 
-// Both sides of the low-rank term of a gemm. Adapters of the tokens' dtype are taken as they are, as torch does; those
-// in float32 are split into high and low halves.
+// Both sides of the low-rank term of a gemm, [rows, width] and [tokens, width]. Adapters of the tokens' dtype are taken
+// as they are, as torch does, if may_borrow without a copy; those in float32 are split into high and low halves.
 struct LowRank16 {
   Packed16 up, activation;
 };
 
-inline LowRank16 low_rank_operands(const Up& up, int64_t rows, const Matrix& x, cudaStream_t stream) {
+inline LowRank16 low_rank_operands(const Up& up, int64_t rows, const Matrix& x, cudaStream_t stream,
+                                   bool may_borrow = true) {
   const int64_t r = up.activation->r, padded = ceil_div(r, 16) * 16;
   const bool same = up.matrix.dtype == x.dtype;
-  const bool as_it_is =
-      same && up.matrix.col_stride == 1 && up.matrix.row_stride == r && r % 16 == 0 && is_aligned(up.matrix.data);
+  const bool as_it_is = may_borrow && same && up.matrix.col_stride == 1 && up.matrix.row_stride == r && r % 16 == 0 &&
+                        is_aligned(up.matrix.data);
   const int64_t width = same ? padded : 3 * padded;
   const ScalarType dtype = x.tensor.scalar_type();
   LowRank16 operands;

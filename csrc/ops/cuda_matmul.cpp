@@ -26,6 +26,8 @@ Tensor cuda_forward(Tensor x, Tensor packed, Tensor absmax, OptionalTensor neste
     return decode(w, base.tokens, lora ? &up : nullptr, bias_row ? &*bias_row : nullptr, x, scope);
   if (kernel == cuda::ForwardKernel::kGemm)
     return gemm(w, base.tokens, lora ? &up : nullptr, bias_row ? &*bias_row : nullptr, x, scope);
+  if (kernel == cuda::ForwardKernel::kVendor)
+    return dequantize_matmul(w, base.tokens, lora ? &up : nullptr, bias, x, scope);
   return general_product(packed_operand(w, false, base.tokens), lora ? &up : nullptr, bias_row ? &*bias_row : nullptr,
                          x, n, scope.stream());
 }

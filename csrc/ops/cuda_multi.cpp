@@ -31,7 +31,7 @@ Tensor cuda_forward_multi(Tensor x, Tensor packed, Tensor absmax, OptionalTensor
   const std::optional<TokenPlan> plan = plan_if_it_pays(adapters, base.tokens, scope);
   const Activation t = low_rank_down_multi(base.tokens, a, adapters, plan ? &*plan : nullptr, scope);
   const Up up{rows_of(adapters.b), &t, &adapters, n * adapters.r};
-  const cuda::Problem problem{base.tokens.rows, n, k, base.tokens.dtype, block_size};
+  const cuda::Problem problem{base.tokens.rows, n, k, base.tokens.dtype, block_size, true};
   const cuda::ForwardKernel kernel = cuda::select_forward(problem, scope.gpu());
   if (kernel == cuda::ForwardKernel::kDecode)
     return decode(w, base.tokens, &up, bias_row ? &*bias_row : nullptr, x, scope);

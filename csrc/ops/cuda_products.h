@@ -1,7 +1,7 @@
 // The products that forward and backward are composed of on a GPU: each picks its kernel, allocates, and launches.
 #pragma once
 
-#include "ops/cuda_low_rank.h"
+#include "ops/cuda_vendor.h"
 
 namespace qlora::ops {
 
@@ -142,11 +142,14 @@ inline Tensor gemm_dx(const cuda::Weight& w, const Matrix& grad, const Up* down,
 inline Tensor input_grad(CheckedWeight& checked, const Matrix& dy, const Up* down, const Tensor& like,
                          const GpuScope& scope) {
   const cuda::Weight w = device_view_of(checked);
-  const cuda::Problem problem{dy.rows, w.n, w.k, dy.dtype, int64_t{1} << w.block_shift};
-  const bool fits =
-      like.scalar_type() == dy.tensor.scalar_type() && cuda::why_general_backward(problem, scope.gpu()) == nullptr;
-  return fits ? gemm_dx(w, dy, down, like, scope)
-              : general_product(packed_operand(w, true, dy), down, nullptr, like, w.k, scope.stream());
+  const bool many_adapters = down != nullptr && down->adapters != nullptr;
+  const cuda::Problem problem{dy.rows, w.n, w.k, dy.dtype, int64_t{1} << w.block_shift, many_adapters};
+  const cuda::BackwardKernel kernel = like.scalar_type() == dy.tensor.scalar_type()
+                                          ? cuda::select_backward(problem, scope.gpu())
+                                          : cuda::BackwardKernel::kGeneral;
+  if (kernel == cuda::BackwardKernel::kGemmDx) return gemm_dx(w, dy, down, like, scope);
+  if (kernel == cuda::BackwardKernel::kVendor) return dequantize_matmul_dx(w, dy, down, like, scope);
+  return general_product(packed_operand(w, true, dy), down, nullptr, like, w.k, scope.stream());
 }
 
 // Gradient of lora_x [..., k]: the low-rank term alone, by the lora_up kernel or on the CUDA cores.

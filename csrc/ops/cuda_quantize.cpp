@@ -71,7 +71,8 @@ Tensor cuda_dequantize(Tensor packed, Tensor absmax, OptionalTensor nested_absma
   const GpuScope scope(packed, "dequantize", {0, 1, numel, 0});
   Tensor out = torch::stable::new_empty(packed, {shape.data(), shape.size()}, dtype);
   if (numel > 0)
-    check(cuda::launch_dequantize({device_view_of(w), 0, numel, out.mutable_data_ptr(), out_dtype}, scope.stream()),
+    check(cuda::launch_dequantize({device_view_of(w), 0, 1, numel, numel, out.mutable_data_ptr(), out_dtype},
+                                  scope.stream()),
           "dequantize");
   return out;
 }

@@ -3,6 +3,7 @@
 
 #include <nvtx3/nvToolsExt.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include <cstdio>
@@ -48,5 +49,10 @@ GpuScope::GpuScope(const Tensor& like, const char* op, const Extents& e) {
 }
 
 GpuScope::~GpuScope() = default;
+
+void addmm_out(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b, double beta, double alpha) {
+  const auto error = aoti_torch_cuda_addmm_out(out.get(), self.get(), a.get(), b.get(), beta, alpha);
+  STD_TORCH_CHECK(error == 0, "torch's addmm failed on CUDA");
+}
 
 }  // namespace qlora::ops

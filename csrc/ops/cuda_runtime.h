@@ -31,6 +31,9 @@ class GpuScope {
   std::unique_ptr<Guard> guard_;
 };
 
+// out = alpha * a b + beta * self, by the GEMM that torch calls on this device. beta 0: self is not read.
+void addmm_out(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b, double beta, double alpha);
+
 inline void check(cuda::Status status, const char* kernel) {
   STD_TORCH_CHECK(status.error == nullptr, "the kernel ", kernel, " could not be started: ", status.error);
 }

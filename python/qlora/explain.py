@@ -18,13 +18,15 @@ class Explanation:
 
     device: str  # where it runs
     isa: str  # instruction set in use
-    kernel: str  # of the forward: decode_words, decode_spans or gemm; on a GPU decode, gemm or general
+    kernel: str  # of the forward: decode_words, decode_spans, gemm; on a GPU decode, gemm, dequantize_matmul, general
     compute: str  # precision of products and sums
     why_not_faster: str  # empty if nothing stands in the way
-    backward: str = "gemm"  # kernel of the input's gradient; on a GPU gemm_dx or general
+    backward: str = "gemm"  # kernel of the input's gradient; on a GPU gemm_dx, dequantize_matmul or general
     why_not_faster_backward: str = ""
     gradients: str = "gemm"  # kernel of the gradients of lora_a and lora_b; on a GPU lora_grad or general
     why_not_faster_gradients: str = ""
+    low_rank: str = "gemm"  # kernel of x lora_aᵀ, one adapter or many; on a GPU lora_down or general
+    why_not_faster_low_rank: str = ""
 
     def __str__(self) -> str:
         reason = f" ({self.why_not_faster})" if self.why_not_faster else ""
@@ -57,6 +59,8 @@ def _explain_cuda(x: Tensor, weight: QuantizedWeight, tokens: int) -> Explanatio
         chosen["why_not_faster_backward"],
         chosen["gradients"],
         chosen["why_not_faster_gradients"],
+        chosen["low_rank"],
+        chosen["why_not_faster_low_rank"],
     )
 
 

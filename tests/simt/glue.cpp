@@ -1,5 +1,7 @@
 // The CUDA ops on the simt executor: registered under a dispatch key of its own, so that tests can send CPU tensors
 // there, with a scope that needs no GPU and entry points for ctypes.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
 #include <cstring>
 
 #include "ops/cuda_ops.h"
@@ -22,6 +24,11 @@ GpuScope::GpuScope(const Tensor&, const char* op, const Extents& e) : gpu_(prete
                ",k=" + std::to_string(e.k) + ",r=" + std::to_string(e.r) + "]";
 }
 GpuScope::~GpuScope() = default;
+
+void addmm_out(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b, double beta, double alpha) {
+  const auto error = aoti_torch_cpu_addmm_out(out.get(), self.get(), a.get(), b.get(), beta, alpha);
+  STD_TORCH_CHECK(error == 0, "torch's addmm failed");
+}
 
 }  // namespace qlora::ops
 

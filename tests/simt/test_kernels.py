@@ -4,7 +4,7 @@ import devices
 import pytest
 import torch
 from cases import weights
-from tolerances import accumulation, assert_within, operand_rounding, output_rounding
+from tolerances import accumulation, assert_within, operand_rounding, output_rounding, split_rounding
 
 from qlora import ops
 
@@ -87,6 +87,40 @@ def test_ranges_name_the_operator_and_its_extents():
     with devices.simt() as library:
         ops.forward(torch.randn(3, 5, 128), *weight, torch.randn(4, 128), torch.randn(40, 4))
         assert library.qlora_simt_last_range() == b"qlora::forward[m=15,n=40,k=128,r=4]"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("adapter", [False, True])
+def test_many_tokens_by_the_vendors_gemm(dtype, adapter):
+    """sm_90: W in panels, torch's own matmul. Its result is rounded, then the adapter's term added, as torch does."""
+    m, n, k, r, s = 1030, 520, 576, 5, 0.5
+    weight, dense = weights(n, k)
+    x, grad, bias = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype), torch.randn(n)
+    a, b = torch.randn(r, k), torch.randn(n, r)
+    lora = (a, b, s) if adapter else (None, None, 1.0)
+    with devices.simt(arch=90) as library:
+        y = ops.forward(x, *weight, *lora, bias)
+        assert library.qlora_simt_last_range().startswith(b"qlora::forward")
+        library.qlora_simt_reset()
+        d_x = torch.ops.qlora.backward(grad, x, *weight, *lora, None, True, False, False, False)[0]
+        # No product of ours but the low-rank down projection: 17 tiles of 64 tokens, 9 chunks of 64, a split factor.
+        assert devices.counters(library)["mma"] == (17 * 8 * 9 * 4 * 2 if adapter else 0)
+    X, G, A, B = x.double(), grad.double(), a.double(), b.double()
+    for actual, tokens, W, down, up, addend in (
+        (y, X, dense.T, A.T, B.T, bias.double()),
+        (d_x, G, dense, B, A, 0 * A[0]),
+    ):
+        base, products = tokens @ W + addend, tokens.abs() @ W.abs() + addend.abs()
+        bound = accumulation(len(W), products) + operand_rounding("simt", dtype, products)
+        bound = bound + output_rounding(base.abs() + bound, dtype)
+        expected = base
+        if adapter:
+            t = s * tokens.abs() @ down.abs()
+            products, small = t @ up.abs(), t.sum(1, keepdim=True) + up.abs().sum(0)
+            bound = bound + accumulation(len(W) + r, products) + 2 * split_rounding("simt", dtype, products, small)
+            expected = base + s * tokens @ down @ up
+            bound = bound + output_rounding(expected.abs() + bound, dtype)
+        assert_within(actual, expected, bound)
 
 
 @pytest.mark.parametrize("runs", [False, True])
