@@ -33,18 +33,60 @@ QLORA_DEVICE void load_eight(const T* weight, int64_t first, int64_t numel, floa
   }
 }
 
-// Thresholds as immediates: a search of four comparisons.
+// NF4 codes by a table instead of a search of four comparisons (docs/kernels.md): [-1, 1] is cut into cells so narrow
+// that at most one threshold lies in each. Copied sixteen times, so that every lane of a half warp reads a bank of its
+// own.
+constexpr int kCells = 32;
+constexpr float kCellsPerUnit = 15.0f;
+constexpr float kCellMagic = 0x1.8p23f + kCells / 2;  // a sum with it has the rounded cell in its lowest bits
+constexpr int kCellBytes = 16 * 8;
+constexpr int kTableBytes = kCells * kCellBytes;
+
+struct Cell {
+  float threshold;  // above it the code is one more; inf: none in this cell
+  uint32_t code;
+};
+struct Cells {
+  Cell cell[kCells];
+};
+constexpr Cells make_cells() {
+  Cells cells{};
+  int cell = 0;
+  for (int code = 0; code < 15; ++code) {
+    // As the kernel rounds it; no threshold lies half way between two cells.
+    const double place = static_cast<double>(kNf4Thresholds.value[code]) * kCellsPerUnit + kCells / 2;
+    const int end = static_cast<int>(place + 0.5);
+    for (; cell < end; ++cell) cells.cell[cell] = {__builtin_huge_valf(), static_cast<uint32_t>(code)};
+    cells.cell[cell++] = {kNf4Thresholds.value[code], static_cast<uint32_t>(code)};
+  }
+  for (; cell < kCells; ++cell) cells.cell[cell] = {__builtin_huge_valf(), 15};
+  return cells;
+}
+constexpr bool each_threshold_has_a_cell() {
+  const Cells cells = make_cells();
+  int found = 0;
+  for (const Cell& c : cells.cell) found += c.threshold == kNf4Thresholds.value[c.code < 15 ? c.code : 0];
+  return found == 15;
+}
+static_assert(each_threshold_has_a_cell(), "a cell has one threshold at most");
+QLORA_TABLE Cells kCellTable = make_cells();
+
+// All threads; a barrier has to follow.
+QLORA_DEVICE void fill_cells() {
+  static_assert(kTableBytes == kThreads * 16, "16 bytes, two copies, for each thread");
+  const Cell& cell = kCellTable.cell[ptx::thread() / 8];
+  const uint32_t threshold = bits_of(ptx::load(&cell.threshold)), code = ptx::load(&cell.code);
+  ptx::store_shared(ptx::shared_base() + ptx::thread() * 16, Words4{threshold, code, threshold, code});
+}
+
 template <QuantType kType>
 QLORA_DEVICE uint32_t code_of(float x) {
   if constexpr (kType == QuantType::kNf4) {
-    constexpr Nf4Thresholds t = kNf4Thresholds;
-    const bool a = x > t.value[7];
-    const bool b = x > (a ? t.value[11] : t.value[3]);
-    const bool c = x > (a ? (b ? t.value[13] : t.value[9]) : (b ? t.value[5] : t.value[1]));
-    const float low = b ? (c ? t.value[6] : t.value[4]) : (c ? t.value[2] : t.value[0]);
-    const float high = b ? (c ? t.value[14] : t.value[12]) : (c ? t.value[10] : t.value[8]);
-    const bool d = x > (a ? high : low);
-    return (a ? 8u : 0u) + (b ? 4u : 0u) + (c ? 2u : 0u) + (d ? 1u : 0u);
+    // A nan ends in the first cell, and has code 0.
+    const uint32_t cell = bits_of(fmaf(fmaxf(x, -1.0f), kCellsPerUnit, kCellMagic)) - bits_of(0x1.8p23f);
+    const auto entry = ptx::load_shared<Words2>(
+        ptx::mad<kCellBytes>(cell, ptx::shared_base() + static_cast<SharedAddress>(ptx::lane() & 15) * 8));
+    return entry.y + (x > float_of(entry.x) ? 1u : 0u);
   } else if constexpr (kType == QuantType::kFp4) {
     constexpr Fp4Tables t = kFp4Tables;
     const float magnitude = fabsf(x);
@@ -129,6 +171,10 @@ QLORA_DEVICE void quantize_span(const QuantizeParams& p, int64_t begin, int span
 
 template <class T, QuantType kType>
 QLORA_KERNEL void QLORA_BOUNDS(kThreads, 4) kernel(QLORA_PARAMS QuantizeParams p) {
+  if constexpr (kType == QuantType::kNf4) {
+    fill_cells();
+    ptx::sync_threads();
+  }
   const int block = 1 << p.block_shift;
   const int lanes = block < kPerWarp ? block / kPerLane : 32;
   const int span = block < kPerWarp ? kPerWarp : block;
@@ -148,7 +194,8 @@ Status launch_typed(const QuantizeParams& p, cudaStream_t stream) {
   const auto kernel_of_type = p.quant_type == static_cast<int>(QuantType::kNf4)   ? kernel<T, QuantType::kNf4>
                               : p.quant_type == static_cast<int>(QuantType::kFp4) ? kernel<T, QuantType::kFp4>
                                                                                   : kernel<T, QuantType::kInt4>;
-  return start(kernel_of_type, {ceil_div(p.numel, per_block)}, kThreads, 0, stream, p);
+  const int shared_bytes = p.quant_type == static_cast<int>(QuantType::kNf4) ? kTableBytes : 0;
+  return start(kernel_of_type, {ceil_div(p.numel, per_block)}, kThreads, shared_bytes, stream, p);
 }
 
 }  // namespace quantize
