@@ -84,7 +84,8 @@ QLORA_DEVICE void finish(const DecodeParams& p, SharedAddress sums, int64_t firs
     sum += ptx::shuffle_xor(sum, 16);
     if (half == 0 && row < p.weight.n) {
       if (p.bias != nullptr) sum += load_element(p.bias, p.bias_dtype, row);
-      ptx::store(&(static_cast<T*>(p.y) + token * p.weight.n + row)->bits, from_float<T>(sum).bits);
+      ptx::store(&(static_cast<T*>(p.y) + token * p.weight.n + row)->bits,
+                 static_cast<uint16_t>(ptx::pack<T>(sum, 0.0f)));
     }
   }
 }
@@ -139,7 +140,8 @@ class Ring {
       const char* x = x_;
 #pragma unroll
       for (int i = 0; i < kTokens / 4; ++i, x += x_pitch_bytes_)
-        if (4 * i < tokens_) ptx::cp_async_16(stage_ + x_to_ + i * 512, x);
+        // More than eight tokens: the first eight are there.
+        if ((kTokens == 16 && i < 2) || 4 * i < tokens_) ptx::cp_async_16(stage_ + x_to_ + i * 512, x);
       x_ += kWarps * kChunk * 2;
     }
     --left_;

@@ -175,14 +175,32 @@ QLORA_DEVICE void cp_async_wait() {
 
 // ---- other lanes of the warp ----
 
-template <class T>
-QLORA_DEVICE T shuffle(T v, int from_lane) {
-  return __shfl_sync(0xFFFFFFFFu, v, from_lane);
+// Written out: the intrinsics come with a move for each operand.
+QLORA_DEVICE uint32_t shuffle(uint32_t v, int from_lane) {
+  uint32_t result;
+  asm volatile("shfl.sync.idx.b32 %0, %1, %2, 31, 0xFFFFFFFF;" : "=r"(result) : "r"(v), "r"(from_lane));
+  return result;
 }
-template <class T>
-QLORA_DEVICE T shuffle_xor(T v, int mask) {
-  return __shfl_xor_sync(0xFFFFFFFFu, v, mask);
+QLORA_DEVICE int shuffle(int v, int from_lane) {
+  return static_cast<int>(shuffle(static_cast<uint32_t>(v), from_lane));
 }
+QLORA_DEVICE float shuffle(float v, int from_lane) {
+  float result;
+  asm volatile("shfl.sync.idx.b32 %0, %1, %2, 31, 0xFFFFFFFF;" : "=f"(result) : "f"(v), "r"(from_lane));
+  return result;
+}
+QLORA_DEVICE uint32_t shuffle_xor(uint32_t v, int mask) {
+  uint32_t result;
+  asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 31, 0xFFFFFFFF;" : "=r"(result) : "r"(v), "r"(mask));
+  return result;
+}
+QLORA_DEVICE int shuffle_xor(int v, int mask) { return static_cast<int>(shuffle_xor(static_cast<uint32_t>(v), mask)); }
+QLORA_DEVICE float shuffle_xor(float v, int mask) {
+  float result;
+  asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 31, 0xFFFFFFFF;" : "=f"(result) : "f"(v), "r"(mask));
+  return result;
+}
+QLORA_DEVICE double shuffle_xor(double v, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, v, mask); }
 
 // Bit l is set if lane l says so.
 QLORA_DEVICE uint32_t ballot(bool mine) { return __ballot_sync(0xFFFFFFFFu, mine); }
