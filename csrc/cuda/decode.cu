@@ -161,6 +161,7 @@ class Ring {
 
 template <class T, int R, int kTokens, int kStages>
 QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS DecodeParams p) {
+  if (!ptx::can_run<T>(0)) return;
   const SharedAddress table = ptx::shared_base();
   const int chunks = static_cast<int>(p.weight.k / kChunk);
   const int64_t first_row = static_cast<int64_t>(ptx::block_x()) * 16 * R;

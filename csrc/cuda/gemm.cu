@@ -52,6 +52,7 @@ class RowReader {
 
 template <class T, int R, int kTokens, int kStages, bool kMulti>
 QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GemmParams p) {
+  if (!ptx::can_run<T>(kSharedBytes<R, kTokens, kStages>)) return;
   using Tile = TokenTile<kTokens, kStages, kThreads>;
   const SharedAddress table = ptx::shared_base();
   const int block_row = ptx::block_y() * kRows<R>;  // 32 bits hold a row and a token, not an element

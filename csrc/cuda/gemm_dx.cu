@@ -146,6 +146,7 @@ QLORA_DEVICE void decode_rows(const ValuePairs& pairs, const uint32_t (&bytes)[4
 
 template <class T, int kTokens, bool kMulti>
 QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GemmDxParams p) {
+  if (!ptx::can_run<T>(kSharedBytes<kTokens>)) return;
   using Tile = TokenTile<kTokens, kStages, kThreads>;
   const SharedAddress table = ptx::shared_base();
   const int block_feature = ptx::block_y() * kFeatures;  // 32 bits hold a feature and a token, not an element

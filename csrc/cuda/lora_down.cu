@@ -17,6 +17,7 @@ constexpr int kGroups = kTokens / 8 / (kThreads / 32);  // of eight tokens, for 
 
 template <class T, int kSplits>
 QLORA_KERNEL void QLORA_BOUNDS(kThreads, 4) kernel(QLORA_PARAMS LoraDownParams p) {
+  if (!ptx::can_run<T>(0)) return;
   constexpr int kStageBytes = kTokenBytes + kSplits * kRankBytes;
   const int64_t first_token = static_cast<int64_t>(ptx::block_x()) * kTokens;
   const int64_t first_rank = static_cast<int64_t>(ptx::block_y()) * kRanks;

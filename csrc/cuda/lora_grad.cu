@@ -22,6 +22,7 @@ constexpr int kColumns = lora_grad_features(kRanks) / kChunk;  // chunks of feat
 
 template <class T, int kRanks, bool kDown>
 QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS LoraGradParams p) {
+  if (!ptx::can_run<T>(0)) return;
   constexpr int kGroups = kRanks / 16;
   constexpr int kStageBytes = kChunk * 128;
   const int64_t first_feature = int64_t{ptx::block_x()} * kColumns<kRanks> * kChunk;

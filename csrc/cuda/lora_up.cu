@@ -11,7 +11,8 @@ constexpr int kRows = 2 * 16 * kThreads / 32;  // of a block; two fragments a wa
 constexpr int kTokens = 64;
 
 template <class T>
-QLORA_KERNEL void QLORA_BOUNDS(kThreads, 4) kernel(QLORA_PARAMS LoraUpParams p) {
+QLORA_KERNEL void QLORA_BOUNDS(kThreads, 3) kernel(QLORA_PARAMS LoraUpParams p) {
+  if (!ptx::can_run<T>(0)) return;
   const int first_row = ptx::block_y() * kRows + ptx::warp() * 32, first_token = ptx::block_x() * kTokens;
   float sum[2][kTokens / 8][4] = {};
   low_rank_steps<T, 2, kTokens>(p.out, first_row, first_token, sum);

@@ -5,6 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/device/types.h"
 
@@ -269,6 +270,19 @@ __device__ __forceinline__ float unpack<fp16>(uint32_t pair, int half) {
 
 // ---- tensor cores ----
 
+// Whether this GPU can run a kernel with operands T and so much shared memory: Turing has no bfloat16 tensor cores and
+// 64 KiB. What select.h never chooses there shrinks to nothing.
+template <class T>
+QLORA_DEVICE bool can_run(int shared_bytes) {
+#if __CUDA_ARCH__ >= 800
+  return true;
+#else
+  if (std::is_same_v<T, fp16> && shared_bytes <= 64 * 1024) return true;
+  __trap();
+  return false;
+#endif
+}
+
 // d[16, 8] = a[16, 16] b[16, 8] + c[16, 8], float32 accumulation. With g = lane / 4 and t = lane % 4 a lane holds
 // (pairs, the lower half first): a[0] = (g, 2t), a[1] = (g + 8, 2t), a[2] = (g, 2t + 8), a[3] = (g + 8, 2t + 8); b[0] =
 // (2t, g), b[1] = (2t + 8, g); d[0], d[1] = (g, 2t), (g, 2t + 1), d[2], d[3] = (g + 8, 2t), (g + 8, 2t + 1). The sum
@@ -304,7 +318,7 @@ __device__ __forceinline__ void mma<bf16>(float (&d)[4], const uint32_t (&a)[4],
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 #else
-  __trap();  // Turing has no bfloat16 tensor cores: select.h sends bfloat16 to the general path there
+  // Turing has no bfloat16 tensor cores: see can_run().
 #endif
 }
 

@@ -118,6 +118,11 @@ QLORA_DEVICE uint32_t ballot(bool mine) {
   });
   return vote.all;
 }
+template <class T>
+QLORA_DEVICE bool can_run(int) {
+  return true;
+}
+
 QLORA_DEVICE int popcount(uint32_t bits) { return __builtin_popcount(bits); }
 QLORA_DEVICE int lowest_bit(uint32_t bits) { return __builtin_ctz(bits); }
 
