@@ -23,6 +23,8 @@ SHAPES = (
     (130, 70, 300),
     (33, 136, 192),  # tensor cores: part of a tile of tokens, rows and chunks
     (70, 72, 2112),  # more chunks than one panel of scales has
+    (12, 200, 128),  # enough rows for two fragments a warp, few tokens
+    (200, 264, 64),  # and many: the largest tile, part of it
 )
 
 

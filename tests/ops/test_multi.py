@@ -9,7 +9,16 @@ from torch.library import opcheck
 from qlora import ops, reference
 
 # The last ones: more than one tile of tokens, and what tensor cores take.
-SHAPES = [(1, 5, 37), (3, 33, 96), (8, 64, 128), (9, 17, 64), (50, 130, 100), (40, 72, 128), (150, 136, 192)]
+SHAPES = [
+    (1, 5, 37),
+    (3, 33, 96),
+    (8, 64, 128),
+    (9, 17, 64),
+    (50, 130, 100),
+    (40, 72, 128),
+    (70, 40, 64),
+    (150, 136, 192),
+]
 
 
 def make(m, n, k, adapters=4, r=3, dtype=torch.float32, runs=False):

@@ -38,9 +38,19 @@ def test_every_block_size(device, quant_type, block_size):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_16_bit_weights_are_quantized_from_their_exact_values(device, dtype):
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+def test_16_bit_weights_are_quantized_from_their_exact_values(device, quant_type, dtype):
     weight = torch.randn(37, 65).to(dtype)
-    assert_same(ops.quantize(weight), reference.quantize(weight.float()))
+    assert_same(ops.quantize(weight, quant_type), reference.quantize(weight.float(), quant_type))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(0, 4), (1, 1), (70, 1001)])
+def test_quantization_error(device, shape, dtype):
+    weight = torch.randn(shape).to(dtype)
+    arguments = (weight, *ops.quantize(weight), "nf4", 64)
+    actual = ops.quantization_error(*arguments)
+    assert torch.allclose(actual, reference.quantization_error(*arguments), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)

@@ -1,28 +1,45 @@
 """The tests of the operators once more, each launch executed as PTX: `device` is an architecture here."""
 
+import os
 import zlib
 
 import pytest
 from ptx import executor
 
+FULL = "QLORA_TEST_FULL" in os.environ  # every test on every architecture and with several schedules
+
 
 def pytest_collection_modifyitems(items):
-    """Only tests that run an operator on `device` belong here; the others ran in tests/ops."""
+    """Only tests that run an operator on `device` belong here; the others ran in tests/ops. What looks back on them all
+    comes last."""
     here = [item for item in items if "tests/ptx/" in str(item.path).replace("\\", "/")]
     reason = executor.why_not()
     for item in here:
         if reason:
             item.add_marker(pytest.mark.skip(reason=reason))
-        elif "device" not in item.fixturenames and not getattr(item.module, "ON_PTX", False):
+        if item.name.startswith("test_every_kernel"):
             items.remove(item)
+            items.append(item)
+        elif "device" not in item.fixturenames:
+            items.remove(item)
+
+
+def _runs(config) -> list:
+    return [(arch, seed) for arch in executor.ARCHS for seed in (1, 2, 3)] if FULL else [None]
+
+
+def pytest_generate_tests(metafunc):
+    if "device" in metafunc.fixturenames:
+        runs = _runs(metafunc.config)
+        metafunc.parametrize("device", runs, indirect=True, ids=["-".join(map(str, r)) if r else "ptx" for r in runs])
 
 
 @pytest.fixture
 def device(request):
-    """Each test takes one architecture and one schedule, spread by its name; the counts of all runs are kept."""
+    """Each test takes one architecture and one schedule, spread by its name, or those that it was given."""
     number = zlib.crc32(request.node.nodeid.encode())
-    arch = executor.ARCHS[number % len(executor.ARCHS)]
-    with executor.ptx(arch, seed=number % 97 + 1, desync=number % 2 == 0) as running:
+    arch, seed = request.param or (executor.ARCHS[number % len(executor.ARCHS)], number % 97 + 1)
+    with executor.ptx(arch, seed=seed, desync=number % 2 == 0) as running:
         yield f"ptx-{arch}"
     if running.failure is not None:
         raise running.failure

@@ -82,6 +82,9 @@ def kernels(arch: str) -> dict:
     return found
 
 
+LAUNCHED: dict[str, set[str]] = {arch: set() for arch in ARCHS}  # kernels that have run without a finding
+
+
 class Memory:
     """The tensors of one operator call, here and in the emulator."""
 
@@ -171,6 +174,7 @@ class Executor:
             result = module.launch(name.decode(), extents, threads, [bytes(raw)], shared=shared_bytes, **self.options)
             assert not result.warnings, "\n".join(warning["text"] for warning in result.warnings)
             self.results.append(result)
+            LAUNCHED[self.arch].add(name.decode())
             self.memory.to_host()
         except Exception as error:  # a Python error must not cross the C++ frames in between
             self.failure = error
