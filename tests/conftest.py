@@ -24,8 +24,9 @@ def device(request, monkeypatch):
         monkeypatch.setenv("QLORA_CPU_ISA", name[4:])
         assert _C.active_isa() == name[4:]
         yield name
-    elif name == "simt":
-        with devices.simt():
+    elif name.startswith("simt"):
+        arch, seed = (int(part) for part in name[8:].split("-seed")) if "-" in name else (80, 1)
+        with devices.simt(seed=seed, arch=arch):
             yield name
     else:
         torch.set_default_device(name)

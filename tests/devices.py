@@ -76,7 +76,8 @@ def simt_library() -> ctypes.CDLL | None:
 def available() -> list[str]:
     devices = [f"cpu-{isa}" for isa in _C.runnable_isas()]
     if simt_library() is not None:
-        devices.append("simt")
+        full = [f"simt-sm_{arch}-seed{seed}" for arch in (75, 80, 86, 90) for seed in (1, 2, 3)]
+        devices += full if "QLORA_TEST_FULL" in os.environ else ["simt"]
     if torch.cuda.is_available() and _load.has_cuda_ops():
         devices.append("cuda")
     return devices

@@ -27,7 +27,7 @@ def op_of(module, bits: int):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [32, 8])
 def test_equals_the_reference_bit_by_bit(device, bits, dtype, shape):
-    param = torch.randn(shape, device="cpu").to(dtype)
+    param = torch.randn(shape).to(dtype)
     ours, ours_state = param.clone(), states(shape, bits)
     theirs, their_state = param.clone(), [s.clone() for s in ours_state]
     for step in range(1, 4):

@@ -23,7 +23,20 @@ MAY_INCLUDE = {
     "bindings": {"format", "cpu", "cuda", "bindings"},
 }
 # Python layers, lowest first.
-LAYERS = ("_C", "_load", "_registration", "ops", "reference", "weight", "explain", "nn", "models", "training", "cli")
+LAYERS = (
+    "_C",
+    "_load",
+    "_registration",
+    "ops",
+    "reference",
+    "weight",
+    "explain",
+    "nn",
+    "models",
+    "training",
+    "bench",
+    "cli",
+)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(CSRC)))

@@ -1,12 +1,12 @@
-"""The command line: ``qlora finetune | generate | merge | info | demo``; a command imports its libraries when run."""
+"""The command line: ``qlora COMMAND``, one module each; a command imports its libraries when it is run."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from qlora.cli import demo, finetune, generate, info, merge
+from qlora.cli import bench, demo, finetune, generate, info, merge
 
-_COMMANDS = (finetune, generate, merge, info, demo)
+_COMMANDS = (finetune, generate, merge, bench, info, demo)
 INTERRUPTED = 130  # exit status after Ctrl-C, as a shell reports it
 
 

@@ -1,0 +1,139 @@
+"""Clocks, alternating measurement, and what the machine can do at most."""
+
+import math
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+Contender = Callable[[int], object]  # one call with weight number i
+
+ROUND_SECONDS = 0.03  # a contender's turn is at least this long
+WARMUP_CALLS = 2
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The two ends of the roofline, measured."""
+
+    read_bytes_per_s: float
+    flops_per_s: float
+
+    def seconds(self, flops: float, size_bytes: float) -> float:
+        """The shortest time in which so much can be done, whichever limit is nearer."""
+        return max(flops / self.flops_per_s, size_bytes / self.read_bytes_per_s)
+
+
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds until the results of ``call`` are there."""
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        call()
+        return time.perf_counter() - begin
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    first.record()
+    call()
+    last.record()
+    torch.cuda.synchronize(device)
+    return first.elapsed_time(last) / 1e3
+
+
+def alternate(
+    contenders: Mapping[str, Contender], device: torch.device, copies: int, repeats: int
+) -> dict[str, list[float]]:
+    """Seconds a call of each contender, once for each of ``repeats`` rounds in which all of them take turns.
+
+    Each call gets the next of ``copies`` weights, so that none is still in a cache; every second round begins with the
+    last contender.
+    """
+
+    def turn(contender: Contender, first: int, calls: int) -> float:
+        def run() -> None:
+            for i in range(first, first + calls):
+                contender(i % copies)
+
+        return seconds(run, device) / calls
+
+    calls = {}
+    for name, contender in contenders.items():
+        turn(contender, 0, WARMUP_CALLS)
+        calls[name] = max(1, math.ceil(ROUND_SECONDS / max(1e-7, turn(contender, WARMUP_CALLS, WARMUP_CALLS))))
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(repeats):
+        order = list(contenders) if number % 2 == 0 else list(contenders)[::-1]
+        for name in order:
+            times[name].append(turn(contenders[name], number * calls[name], calls[name]))
+    return times
+
+
+def median_ratio(ours: list[float], theirs: list[float]) -> tuple[float, float]:
+    """Median of the ratios of the rounds, and the distance of their quartiles relative to it."""
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    middle = statistics.median(ratios)
+    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (middle,) * 3
+    return middle, (high - low) / middle
+
+
+def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
+    """What torch itself reaches: a sum over 1 GiB, and the product of two square matrices."""
+    big = torch.ones(2**28, device=device)
+    side = 4096 if device.type == "cpu" else 8192
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    reads = alternate({"read": lambda _: big.sum()}, device, 1, 5)["read"]
+    products = alternate({"product": lambda _: F.linear(a, b)}, device, 1, 5)["product"]
+    return Limits(big.nbytes / statistics.median(reads), 2 * side**3 / statistics.median(products))
+
+
+def cache_bytes() -> int:
+    """The last-level cache of this machine's CPU, as far as the kernel tells; 0 if it does not."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        sizes.append(int(text[:-1]) * {"K": 2**10, "M": 2**20}[text[-1]] if text[-1:] in "KM" else int(text))
+    return max(sizes, default=0)
+
+
+def _cpu_description() -> dict[str, str]:
+    fields: dict[str, str] = {}
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    return {"cpu": fields.get("model name", platform.processor()), "cpu_mhz": fields.get("cpu MHz", "unknown")}
+
+
+def _gpu_description(device: torch.device) -> dict[str, str]:
+    properties = torch.cuda.get_device_properties(device)
+    gpu = {"gpu": properties.name, "arch": f"sm_{properties.major}{properties.minor}"}
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,driver_version", "--format=csv,noheader"]
+        gpu["clocks"] = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+    return gpu
+
+
+def describe(device: torch.device) -> dict[str, str]:
+    """The machine and what limits it: devices, clocks, threads, instruction sets."""
+    from qlora import _C
+
+    environment = {
+        name: os.environ[name]
+        for name in ("QLORA_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS")
+        if name in os.environ
+    }
+    specific = _gpu_description(device) if device.type == "cuda" else {"isa": _C.active_isa()}
+    return {
+        "torch": torch.__version__,
+        "threads": str(torch.get_num_threads()),
+        **_cpu_description(),
+        **specific,
+        **environment,
+    }

@@ -1,0 +1,78 @@
+"""One training step of a whole language model with adapters on every linear layer, by each contender."""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from qlora.bench.measure import Contender
+from qlora.bench.works import Work, require_bitsandbytes
+from qlora.models.prepare import head_and_shared_names, prepare_model
+
+# SmolLM2-135M; the weights are random, which costs the same time.
+SMOLLM2 = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}
+
+
+def _with_peft(model: nn.Module, rank: int) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear"))
+
+
+def _with_bitsandbytes(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Every linear layer but the head as bitsandbytes holds it, NF4 with double quantization."""
+    bnb = require_bitsandbytes()
+    left_alone = head_and_shared_names(model)
+    for name, module in list(model.named_modules()):
+        for leaf, child in list(module.named_children()):
+            if type(child) is not nn.Linear or (f"{name}.{leaf}" if name else leaf) in left_alone:
+                continue
+            layer = bnb.nn.Linear4bit(
+                child.in_features, child.out_features, bias=child.bias is not None, compute_dtype=dtype,
+                compress_statistics=True, quant_type="nf4",
+            )  # fmt: skip
+            layer.weight = bnb.nn.Params4bit(child.weight.data, requires_grad=False, quant_type="nf4")
+            setattr(module, leaf, layer.to(device))
+    return model
+
+
+def _step(model: nn.Module, ids: torch.Tensor) -> Contender:
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+    def run(_: int) -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def step_work(tokens: int, rank: int, dtype: torch.dtype, device: torch.device, peers: Sequence[str]) -> Work:
+    """A step over ``tokens`` tokens: forward, backward, AdamW."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig.from_dict(SMOLLM2)
+    torch.manual_seed(0)
+    dense: nn.Module = LlamaForCausalLM(config)
+    dense = dense.to(device=device, dtype=dtype)
+    ids = torch.randint(0, config.vocab_size, (1, tokens), device=device)
+    flops = 6.0 * tokens * sum(p.numel() for p in dense.parameters())
+    contenders: dict[str, Contender] = {}
+    ours = copy.deepcopy(dense)
+    report = prepare_model(ours, rank=rank)
+    contenders["qlora"] = _step(ours, ids)
+    if "torch" in peers:
+        contenders["torch"] = _step(_with_peft(copy.deepcopy(dense), rank), ids)
+    if "bitsandbytes" in peers:
+        contenders["bitsandbytes"] = _step(_with_peft(_with_bitsandbytes(dense, dtype, device), rank), ids)
+    return Work("step", {"m": tokens, "n": 0, "k": 0, "r": rank}, flops, 3.0 * report.bytes_after, contenders)

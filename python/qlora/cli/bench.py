@@ -1,0 +1,99 @@
+"""``qlora bench``: the operators beside torch and bitsandbytes on this machine, against its measured limits."""
+
+import argparse
+from pathlib import Path
+
+HELP = "measure the operators beside torch and bitsandbytes, against this machine's limits"
+WORKS = ("forward", "backward", "quantize", "multi", "step")
+DTYPES = ("bf16", "fp16", "fp32")
+SHAPES = ("4096x4096",)
+TOKENS = (1, 16, 64, 128, 512, 2048)
+
+
+def _shape(text: str) -> tuple[int, int]:
+    n, _, k = text.partition("x")
+    if not (n.isdigit() and k.isdigit() and int(n) > 0 and int(k) > 0):
+        raise argparse.ArgumentTypeError(f"'{text}' is not OUTxIN, e.g. 4096x4096")
+    return int(n), int(k)
+
+
+def _peers(text: str) -> tuple[str, ...]:
+    from qlora.bench.works import PEERS
+
+    names = tuple(name for name in text.split(",") if name and name != "none")
+    if unknown := set(names) - set(PEERS):
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))} is unknown: use {', '.join(PEERS)} or none")
+    return names
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "works", nargs="*", metavar="WORK", help=f"of {', '.join(WORKS)}; all but step if none is named"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument(
+        "--compare", type=_peers, default=("torch",), metavar="PEERS", help="torch,bitsandbytes or none"
+    )
+    parser.add_argument("--shape", type=_shape, nargs="+", default=[_shape(s) for s in SHAPES], metavar="OUTxIN")
+    parser.add_argument("--m", type=int, nargs="+", default=TOKENS, metavar="TOKENS", help="tokens of a product")
+    parser.add_argument("--rank", type=int, default=16, help="of the adapters; 0: none (default: 16)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--repeats", type=int, default=7, help="alternating rounds (default: 7)")
+    parser.add_argument("--json", type=Path, help="file for all figures")
+    parser.add_argument("--png", type=Path, help="file for the roofline")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if unknown := set(arguments.works) - set(WORKS):
+        raise ValueError(f"{', '.join(sorted(unknown))} is no work: use {', '.join(WORKS)}")
+    if arguments.repeats < 2:
+        raise ValueError(f"repeats={arguments.repeats}: a median needs at least 2")
+    import torch
+
+    from qlora._load import has_cuda_ops
+    from qlora.bench import works as w
+    from qlora.bench.measure import alternate, describe, measure_limits
+    from qlora.bench.report import Result, print_table, write_json, write_roofline
+
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and not (torch.cuda.is_available() and has_cuda_ops()):
+        raise ValueError(
+            "--device cuda: this torch sees no GPU, or qlora was built without CUDA operators (qlora info)"
+        )
+    if "bitsandbytes" in arguments.compare:
+        w.require_bitsandbytes()
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[arguments.dtype]
+    wanted = arguments.works or [name for name in WORKS if name != "step"]
+
+    machine = describe(device)
+    limits = measure_limits(device, dtype)
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    print(f"limits here: {limits.read_bytes_per_s / 1e9:.1f} GB/s read, {limits.flops_per_s / 1e9:.0f} GFLOP/s dense")
+
+    results: list[Result] = []
+
+    def measure(work: w.Work) -> None:
+        results.append(Result.of(work, alternate(work.contenders, device, work.copies, arguments.repeats), limits))
+
+    for n, k in arguments.shape:
+        if set(wanted) <= {"step"}:
+            break
+        weights = w.Weights(n, k, dtype, device, arguments.compare, arguments.rank)
+        for name, items in (
+            ("forward", w.forward_works(weights, arguments.m)),
+            ("backward", w.backward_works(weights, arguments.m)),
+            ("multi", w.multi_works(weights, arguments.m)),
+            ("quantize", w.quantize_works(weights, arguments.compare)),
+        ):
+            for work in items if name in wanted else ():
+                measure(work)
+    if "step" in wanted:
+        from qlora.bench.step import step_work
+
+        measure(step_work(512, arguments.rank, dtype, device, arguments.compare))
+    print_table(results)
+    if arguments.json:
+        write_json(arguments.json, machine, limits, results)
+    if arguments.png:
+        write_roofline(arguments.png, machine, limits, results)
+    return 0

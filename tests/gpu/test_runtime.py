@@ -1,0 +1,140 @@
+"""What only a GPU can show: graphs, streams, synchronization, memory, and tensors beyond 2^31 elements."""
+
+import pytest
+import torch
+
+import qlora
+from qlora import _load, ops
+
+pytestmark = pytest.mark.skipif(
+    not (torch.cuda.is_available() and _load.has_cuda_ops()), reason="no GPU, or qlora was built without CUDA operators"
+)
+N, K, R = 1024, 2048, 16
+
+
+def problem(m: int, dtype=torch.float16):
+    """float16: every supported GPU has tensor cores for it."""
+    w = qlora.quantize(torch.randn(N, K, device="cuda"))
+    x, grad = (torch.randn(m, c, device="cuda", dtype=dtype) for c in (K, N))
+    a, b = torch.randn(R, K, device="cuda", dtype=dtype), torch.randn(N, R, device="cuda", dtype=dtype)
+    return (*w.tensors, [N, K], "nf4", 64), x, grad, a, b
+
+
+def both_ways(weight, x, grad, a, b):
+    y = ops.forward(x, *weight, a, b, 0.5)
+    return (y, *torch.ops.qlora.backward(grad, x, *weight, a, b, 0.5, None, True, True, False, True))
+
+
+@pytest.mark.parametrize("m", [1, 16, 200])
+def test_a_captured_graph_follows_its_inputs(m):
+    weight, x, grad, a, b = problem(m)
+    both_ways(weight, x, grad, a, b)  # warm up: modules load, shared memory is asked for
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both_ways(weight, x, grad, a, b)
+    for _ in range(2):
+        x.normal_(), grad.normal_()
+        graph.replay()
+        for one, other in zip(captured, both_ways(weight, x, grad, a, b), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_captured_batches_of_many_adapters():
+    m = 100
+    weight, x, grad, _, _ = problem(m)
+    a, b = torch.randn(5, R, K, device="cuda"), torch.randn(5, N, R, device="cuda")
+    scaling, of_row = torch.ones(5, device="cuda"), torch.arange(m, device="cuda") % 6 - 1
+    ops.forward_multi(x, *weight, a, b, scaling, of_row)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ops.forward_multi(x, *weight, a, b, scaling, of_row)
+        grads = torch.ops.qlora.backward.multi(grad, x, *weight, a, b, scaling, of_row, True, True, False)
+    of_row.copy_(of_row.roll(7))
+    graph.replay()
+    assert torch.equal(y, ops.forward_multi(x, *weight, a, b, scaling, of_row))
+    again = torch.ops.qlora.backward.multi(grad, x, *weight, a, b, scaling, of_row, True, True, False)
+    for one, other in zip(grads, again, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("m", [1, 16, 65, 1500])
+def test_bitwise_the_same_on_every_run(m):
+    arguments = problem(m)
+    first = both_ways(*arguments)
+    for _ in range(20):
+        for one, other in zip(first, both_ways(*arguments), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_streams_do_not_disturb_each_other():
+    problems = [problem(m) for m in (1, 16, 70, 200)]
+    expected = [both_ways(*p) for p in problems]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in problems]
+    for _ in range(10):
+        results = []
+        for stream, arguments in zip(streams, problems, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(both_ways(*arguments))
+        torch.cuda.synchronize()
+        for ours, right in zip(results, expected, strict=True):
+            assert all(torch.equal(one, other) for one, other in zip(ours, right, strict=True))
+
+
+def test_work_goes_to_the_current_stream():
+    weight, x, _, _, _ = problem(1)
+    y = ops.forward(x, *weight)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        later = ops.forward(x, *weight)
+        assert not stream.query()  # it waits behind the sleep
+    torch.cuda.synchronize()
+    assert torch.equal(later, y)
+
+
+def test_nothing_waits_for_the_gpu():
+    weight, x, grad, a, b = problem(200)
+    both_ways(weight, x, grad, a, b)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        both_ways(weight, x, grad, a, b)
+        qlora.ops.quantize(torch.zeros(64, 64, device="cuda"), double_quant=False, check_finite=False)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("m", [16, 200, 2048])
+def test_no_dense_copy_of_the_weight(m):
+    n = k = 8192
+    w = qlora.quantize(torch.randn(n, k, device="cuda"))
+    x = torch.randn(m, k, device="cuda", dtype=torch.float16).requires_grad_()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    ops.forward(x, *w.tensors, w.shape, "nf4", 64).sum().backward()
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak < n * k * 2 + 4 * m * (n + k) * 2  # less than W in 16 bit beside a few results
+
+
+def test_the_device_of_the_tensors_is_used():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU only")
+    w = qlora.quantize(torch.randn(N, K, device="cuda:1"))
+    y = ops.forward(torch.randn(3, K, device="cuda:1"), *w.tensors, w.shape, "nf4", 64)
+    assert y.device == torch.device("cuda:1")
+    assert torch.cuda.current_device() == 0
+
+
+def test_more_than_two_to_the_31_elements():
+    n, k = 2**19 + 64, 4096
+    if torch.cuda.mem_get_info()[0] < 3 * n * k * 2:
+        pytest.skip(f"needs {3 * n * k * 2 >> 30} GiB of GPU memory")
+    weight = torch.randn(n, k, device="cuda", dtype=torch.float16)
+    w = qlora.quantize(weight)
+    last = qlora.quantize(weight[-64:], double_quant=False).dequantize(torch.float16)
+    assert (w.dequantize(torch.float16)[-64:] - last).abs().max() < 0.1
+    x = torch.randn(2, k, device="cuda", dtype=torch.float16)
+    y = ops.forward(x, *w.tensors, w.shape, "nf4", 64)
+    expected = x.double() @ w.dequantize(torch.float16)[-64:].double().T
+    assert (y[:, -64:].double() - expected).abs().max() < 0.05 * expected.abs().max()
