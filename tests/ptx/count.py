@@ -32,8 +32,8 @@ def weigh(result) -> tuple[float, float, float, int]:
     return result["warp_insts"] / per_thousand, mma / per_thousand, 100 * ideal / max(1, sectors), conflicts
 
 
-def run(name: str, call, arch: str, hot: bool) -> None:
-    with executor.ptx(arch, sm_count=108, checks="none") as running:
+def run(name: str, call, arch: str, hot: bool, sm_count: int) -> None:
+    with executor.ptx(arch, sm_count=sm_count, checks="none") as running:
         call()
     for result in running.results:
         instructions, mma, sectors, conflicts = weigh(result)
@@ -49,6 +49,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", default="sm_80", choices=executor.ARCHS)
     parser.add_argument("--only", default="", help="part of a row's name")
+    parser.add_argument(
+        "--sms", type=int, default=108, help="of the GPU for which tiles are chosen; 8: the largest tile"
+    )
     parser.add_argument("--hot", action="store_true", help="the lines that cost most")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -72,12 +75,28 @@ def main() -> None:
     rows = {f"forward m={m}": forward(m) for m in (1, 8, 16, 64, 128)}
     rows |= {f"forward m={m} r=16": forward(m, lora_a, lora_b) for m in (1, 16, 128)}
     rows |= {"backward m=128 r=16": backward(128)}
+    many_a, many_b = torch.randn(16, 16, K, dtype=dtype), torch.randn(16, N, 16, dtype=dtype)
+    of_row = torch.arange(128) // 8
+    rows |= {
+        f"multi m={m} r=16": lambda m=m: qlora.ops.forward_multi(
+            torch.randn(m, K, dtype=dtype), *weight, many_a, many_b, torch.ones(16), of_row[:m]
+        )
+        for m in (16, 128)
+    }
+    moments = torch.zeros(N, K), torch.zeros(N, K)
+    rows |= {"adamw": lambda: qlora.ops.adamw(dense, dense, *moments, 1e-3, 0.9, 0.999, 1e-8, 0.01, 1)}
+    codes = [torch.zeros(N, K, dtype=torch.uint8), torch.zeros(N * K // 256)] * 2
+    rows |= {
+        "adamw_8bit": lambda: qlora.ops.adamw_8bit(
+            dense, dense, *(t.clone() for t in codes), 1e-3, 0.9, 0.999, 1e-8, 0.01, 1
+        )
+    }
     rows |= {"quantize": lambda: qlora.ops.quantize(dense)}
     rows |= {"dequantize": lambda: qlora.ops.dequantize(*weight, dtype)}
     print(f"| call                   | {'kernel':<40} | insts/kw | mma/kw | sectors | conflicts |")
     for name, call in rows.items():
         if arguments.only in name:
-            run(name, call, arguments.arch, arguments.hot)
+            run(name, call, arguments.arch, arguments.hot, arguments.sms)
 
 
 if __name__ == "__main__":
