@@ -33,7 +33,7 @@ std::string active_isa() {
   const qlora::cpu::KernelTable* table = qlora::cpu::active_table(&bad_value);
   if (table == nullptr)
     throw std::invalid_argument(std::string(qlora::cpu::kIsaVariable) + "='" + (bad_value ? bad_value : "") +
-                                "' is unknown: use scalar, avx2 or avx512");
+                                "' is unknown: use scalar, avx2, avx512 or amx");
   return table->isa;
 }
 

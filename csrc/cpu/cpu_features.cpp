@@ -3,10 +3,40 @@
 
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace qlora::cpu {
 namespace {
-constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512"};
+constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512", "amx"};
+
+#if defined(__x86_64__)
+// Tiles hold 8 KiB of state: Linux saves them only for a process that has asked for it.
+bool may_use_tiles() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
 }
+
+// CPUID leaf 7: EDX bit 22 is amx-bf16 and bit 24 amx-tile; subleaf 1: EAX bit 5 is avx512-bf16. GCC 12 has no names
+// for the first two in __builtin_cpu_supports.
+bool has_bfloat16_tiles() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
+  const bool tiles = (edx >> 22 & 1u) != 0 && (edx >> 24 & 1u) != 0;
+  if (__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) == 0) return false;
+  return tiles && (eax >> 5 & 1u) != 0 && may_use_tiles();
+}
+#endif
+}  // namespace
 
 const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
 
@@ -25,6 +55,7 @@ Isa detect_isa() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && has_bfloat16_tiles()) return Isa::kAmx;
   return avx512 ? Isa::kAvx512 : avx2 ? Isa::kAvx2 : Isa::kScalar;
 #else
   return Isa::kScalar;

@@ -8,7 +8,7 @@ namespace qlora::cpu {
 const KernelTable* table_of(Isa isa) {
   static const Isa best = detect_isa();
   if (isa > best) return nullptr;
-  const KernelTable* const tables[kIsaCount] = {kScalarTable, kAvx2Table, kAvx512Table};
+  const KernelTable* const tables[kIsaCount] = {kScalarTable, kAvx2Table, kAvx512Table, kAmxTable};
   return tables[static_cast<int>(isa)];
 }
 

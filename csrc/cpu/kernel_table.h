@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "cpu/matmul16.h"
 #include "format/dtype.h"
 #include "format/layout.h"
 
@@ -129,6 +130,7 @@ struct KernelTable {
   int64_t (*decode_scratch)(const DecodeParams&);  // floats that one call of decode needs
   void (*decode)(const DecodeParams&, int64_t begin_row, int64_t end_row, float* scratch);
   void (*dot)(const DotParams&, int64_t begin_row, int64_t end_row);
+  const Matmul16* matmul16;  // null: bfloat16 tokens are multiplied as float32
 
   int64_t words_floats(int64_t k) const { return ceil_div(k, int64_t{8} * lanes) * 8 * lanes; }
   int64_t packed_floats(int64_t cols, int64_t steps) const { return ceil_div(cols, tile_cols) * tile_cols * steps; }
@@ -138,5 +140,6 @@ struct KernelTable {
 extern const KernelTable* const kScalarTable;
 extern const KernelTable* const kAvx2Table;
 extern const KernelTable* const kAvx512Table;
+extern const KernelTable* const kAmxTable;
 
 }  // namespace qlora::cpu

@@ -18,7 +18,7 @@ inline const cpu::KernelTable& active_kernels() {
   const char* bad_value = nullptr;
   const cpu::KernelTable* table = cpu::active_table(&bad_value);
   STD_TORCH_CHECK(table != nullptr, cpu::kIsaVariable, "='", bad_value ? bad_value : "",
-                  "' is unknown: use scalar, avx2 or avx512");
+                  "' is unknown: use scalar, avx2, avx512 or amx");
   return *table;
 }
 

@@ -7,6 +7,7 @@
 #include "ops/checks.h"
 #include "ops/cpu_common.h"
 #include "ops/cpu_decode.h"
+#include "ops/cpu_matmul16.h"
 #include "ops/cpu_products.h"
 
 namespace qlora::ops {
@@ -34,6 +35,7 @@ Tensor forward(Tensor x, Tensor packed, Tensor absmax, OptionalTensor nested_abs
     return decode(kernels, w, tokens, floats, &up, bias_row, x);
   }
 
+  if (takes_tiles(kernels, tokens, x)) return forward16(*kernels.matmul16, w, tokens, lora, dropped, bias_row, x);
   const Columns columns = pack(kernels, tokens, StepsAre::kColumns);
   std::optional<Matrix> t;
   std::vector<LowRankTerm> adapter;
@@ -64,6 +66,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad, Tensor 
 
   Tensor d_x = nothing(), d_lora_a = nothing(), d_lora_b = nothing(), d_lora_x = nothing(), d_bias = nothing();
   const bool low_rank_to_x = needs_x && lora && !dropped;
+  if (takes_tiles(kernels, dy, x)) {
+    const cpu::Matmul16& tiles = *kernels.matmul16;
+    const bool needs_v = lora && (low_rank_to_x || needs_lora || (needs_lora_x && dropped));
+    const bool needs_rows = needs_x || (needs_lora_x && dropped);
+    std::optional<cpu::Factor16> b;
+    if (needs_v) b = factor_of_b(lora->b);
+    const BackwardTokens v = needs_rows || needs_v
+                                 ? backward_tokens16(tiles, dy, b, lora ? lora->scaling : 1.0f, needs_rows)
+                                 : BackwardTokens{nothing()};
+    if (needs_x) d_x = backward16(tiles, w, v, dy.rows, low_rank_to_x ? &lora->a : nullptr, x);
+    if (needs_lora_x && dropped) {
+      PackedWeight none;
+      none.n = n;
+      none.k = k;
+      d_lora_x = backward16(tiles, none, v, dy.rows, &lora->a, x);
+    }
+    if (lora && needs_lora) {
+      const Matrix& lora_tokens = dropped ? *dropped : tokens;
+      const BackwardTokens u = backward_tokens16(tiles, lora_tokens, factor_of_a(lora->a), lora->scaling, false);
+      d_lora_a = factor_grad16(tiles, *v.v, lora_tokens, lora_a->scalar_type(), true);
+      d_lora_b = factor_grad16(tiles, *u.v, dy, lora_a->scalar_type(), false);
+    }
+    if (needs_bias) {
+      const std::vector<float> ones(static_cast<size_t>(dy.rows), 1.0f);
+      const Matrix column{nothing(), ones.data(), DType::kFloat32, dy.rows, 1};
+      d_bias = torch::stable::view(factor_grad16(tiles, column, dy, ScalarType::Float, true), {n});
+    }
+    return {d_x, d_lora_a, d_lora_b, d_lora_x, d_bias};
+  }
   Columns dy_columns;
   if (needs_x || (lora && (needs_lora || needs_lora_x))) dy_columns = pack(kernels, dy, StepsAre::kColumns);
   std::optional<Matrix> u;  // scaling * dy B, [m, r]

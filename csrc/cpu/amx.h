@@ -1,0 +1,150 @@
+// Tiles of AMX and the vectors around them: configuration, the one product, transposes, rounding. Included by
+// isa_amx.cpp alone.
+#pragma once
+
+#include <immintrin.h>
+
+#include "cpu/matmul16.h"
+#include "format/half.h"
+
+namespace qlora::cpu {
+namespace {
+
+// Eight tiles of 16 rows of 64 bytes while it lives. The configuration belongs to the thread; other libraries set
+// their own.
+class TileScope {
+ public:
+  TileScope() {
+    struct alignas(64) Config {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    };
+    const Config config;
+    asm volatile("" ::"m"(config) : "memory");  // GCC 12 believes that only eight bytes of it are read
+    _tile_loadconfig(&config);
+  }
+  ~TileScope() { _tile_release(); }
+  TileScope(const TileScope&) = delete;
+  TileScope& operator=(const TileScope&) = delete;
+};
+
+// c[i][j] (+)= sum over steps of row tile i times column tile j, kRows x kCols tiles of results. Tiles of one row or
+// column follow each other; pitches are the bytes from one row (column) of tiles to the next. c: [kRows][c_pitch / …]
+// tiles of float32, neighbours in j.
+template <int kRows, int kCols>
+QLORA_INLINE void multiply(const uint8_t* rows, int64_t row_pitch, const uint8_t* cols, int64_t col_pitch,
+                           int64_t steps, bool first, float* c, int64_t c_pitch) {
+  static_assert(kRows <= 2 && kCols <= 2, "four tiles of results, two of each operand");
+  float *c01 = c + 256, *c10 = c + c_pitch, *c11 = c + c_pitch + 256;
+  if (first) {
+    _tile_zero(0);
+    if constexpr (kCols == 2) _tile_zero(1);
+    if constexpr (kRows == 2) _tile_zero(2);
+    if constexpr (kRows == 2 && kCols == 2) _tile_zero(3);
+  } else {
+    _tile_loadd(0, c, 64);
+    if constexpr (kCols == 2) _tile_loadd(1, c01, 64);
+    if constexpr (kRows == 2) _tile_loadd(2, c10, 64);
+    if constexpr (kRows == 2 && kCols == 2) _tile_loadd(3, c11, 64);
+  }
+  for (int64_t s = 0; s < steps; ++s) {
+    _tile_loadd(4, rows + s * kTileBytes, 64);
+    _tile_loadd(6, cols + s * kTileBytes, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (kCols == 2) {
+      _tile_loadd(7, cols + col_pitch + s * kTileBytes, 64);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (kRows == 2) {
+      _tile_loadd(5, rows + row_pitch + s * kTileBytes, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      if constexpr (kCols == 2) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, c, 64);
+  if constexpr (kCols == 2) _tile_stored(1, c01, 64);
+  if constexpr (kRows == 2) _tile_stored(2, c10, 64);
+  if constexpr (kRows == 2 && kCols == 2) _tile_stored(3, c11, 64);
+}
+
+QLORA_INLINE void multiply_any(int64_t row_tiles, int64_t col_tiles, const uint8_t* rows, int64_t row_pitch,
+                               const uint8_t* cols, int64_t col_pitch, int64_t steps, bool first, float* c,
+                               int64_t c_pitch) {
+  if (row_tiles == 2)
+    col_tiles == 2 ? multiply<2, 2>(rows, row_pitch, cols, col_pitch, steps, first, c, c_pitch)
+                   : multiply<2, 1>(rows, row_pitch, cols, col_pitch, steps, first, c, c_pitch);
+  else
+    col_tiles == 2 ? multiply<1, 2>(rows, row_pitch, cols, col_pitch, steps, first, c, c_pitch)
+                   : multiply<1, 1>(rows, row_pitch, cols, col_pitch, steps, first, c, c_pitch);
+}
+
+// Rows become columns.
+QLORA_INLINE void transpose(__m512i (&r)[16]) {
+  __m512i t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  // r[4a + b] holds, in 128-bit lane l, rows 4a … 4a + 3 of column 4l + b.
+#pragma GCC unroll 4
+  for (int b = 0; b < 4; ++b) {
+    const __m512i low02 = _mm512_shuffle_i32x4(r[b], r[4 + b], 0x88),
+                  low13 = _mm512_shuffle_i32x4(r[b], r[4 + b], 0xDD);
+    const __m512i high02 = _mm512_shuffle_i32x4(r[8 + b], r[12 + b], 0x88);
+    const __m512i high13 = _mm512_shuffle_i32x4(r[8 + b], r[12 + b], 0xDD);
+    t[b] = _mm512_shuffle_i32x4(low02, high02, 0x88);
+    t[8 + b] = _mm512_shuffle_i32x4(low02, high02, 0xDD);
+    t[4 + b] = _mm512_shuffle_i32x4(low13, high13, 0x88);
+    t[12 + b] = _mm512_shuffle_i32x4(low13, high13, 0xDD);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) r[i] = t[i];
+}
+
+// 32 numbers rounded to bfloat16, `low` first.
+QLORA_INLINE __m512i round16(__m512 low, __m512 high) {
+  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+}
+QLORA_INLINE __m256i round16(__m512 x) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)); }
+QLORA_INLINE __m512 widen16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+// What rounding left, rounded.
+QLORA_INLINE __m256i rest16(__m512 x, __m256i high) { return round16(_mm512_sub_ps(x, widen16(high))); }
+
+// The first `count` of 16 numbers of any float type as float32, zeros behind them.
+QLORA_INLINE __m512 load_floats(const void* data, DType dtype, int64_t at, int64_t count) {
+  const auto mask = static_cast<__mmask16>(count >= 16 ? 0xFFFF : (1 << count) - 1);
+  switch (dtype) {
+    case DType::kBFloat16:
+      return widen16(_mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(data) + at));
+    case DType::kFloat16:
+      return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(data) + at));
+    default:
+      return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(data) + at);
+  }
+}
+
+QLORA_INLINE __mmask32 mask32(int64_t count) {
+  return count >= 32 ? 0xFFFFFFFFu : count <= 0 ? 0u : (1u << count) - 1u;
+}
+// The first `count` of 32 16-bit elements, zeros behind them.
+QLORA_INLINE __m512i load16(const uint16_t* p, int64_t count) { return _mm512_maskz_loadu_epi16(mask32(count), p); }
+
+// 32 elements of two rows as 32 words of a column tile's row, pairs: columns 0 … 15 and 16 … 31.
+QLORA_INLINE void pair_rows(__m512i even, __m512i odd, __m512i& first, __m512i& second) {
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                       5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  first = _mm512_permutex2var_epi16(even, low, odd);
+  second = _mm512_permutex2var_epi16(even, _mm512_add_epi16(low, _mm512_set1_epi16(16)), odd);
+}
+
+}  // namespace
+}  // namespace qlora::cpu
