@@ -17,20 +17,28 @@ def accumulation(steps: int, absolute_products: Tensor) -> Tensor:
     return (steps + 2) * U32 * absolute_products
 
 
+def multiplies_16_bit(device: str, dtype: torch.dtype) -> bool:
+    """Whether operands are rounded to 16 bit on this device: tensor cores of a GPU, and AMX, which knows bfloat16."""
+    if device.startswith("cpu"):
+        return device == "cpu-amx" and dtype == torch.bfloat16
+    return dtype != torch.float32
+
+
 def operand_rounding(device: str, dtype: torch.dtype, absolute_products: Tensor) -> Tensor:
-    """Bound for what the tensor cores of a GPU add in 16 bit: one operand of each product (a level or a weight, an
+    """Bound for what tensor cores and AMX add in 16 bit: one operand of each product (a level or a weight, an
     activation of the low-rank term) is rounded to ``dtype`` once, by at most eps / 2 of itself."""
-    if device.startswith("cpu") or dtype == torch.float32:
+    if not multiplies_16_bit(device, dtype):
         return torch.zeros_like(absolute_products)
     return torch.finfo(dtype).eps / 2 * absolute_products
 
 
 def split_rounding(device: str, dtype: torch.dtype, absolute_products: Tensor, small: Tensor) -> Tensor:
-    """Bound for a product of two float32 factors and 16-bit tokens on the tensor cores of a GPU, which take a float32
-    factor as two parts of ``dtype``, high and low: rounded by eps / 2 of itself each, so their sum by (eps / 2)^2. In
-    float16 the low part is also off by half the smallest number, which ``small`` weighs: the products with the factor
-    replaced by ones."""
-    if device.startswith("cpu") or dtype == torch.float32:
+    """Bound for a product of two float32 factors and 16-bit tokens on tensor cores and AMX.
+
+    They take a float32 factor as two parts of ``dtype``, high and low: rounded by eps / 2 of itself each, so their sum by
+    (eps / 2)^2. In float16 the low part is also off by half the smallest number, which ``small`` weighs: the products
+    with the factor replaced by ones."""
+    if not multiplies_16_bit(device, dtype):
         return torch.zeros_like(absolute_products)
     bound = 2 * (torch.finfo(dtype).eps / 2) ** 2 * absolute_products
     return bound + 2.0**-25 * small if dtype == torch.float16 else bound

@@ -142,7 +142,8 @@ void forward(const Forward16Params& p, int64_t begin, int64_t end, float* scratc
     const uint8_t* columns = p.columns + token0 * pitch;
     if (p.by_nibble) decode_segments(w, row0, rows, row_scales, scales);
 
-    for (int64_t s0 = 0; s0 < steps; s0 += kChunkSteps) {
+    int64_t s0 = 0;
+    do {  // once without a reduction: the bias and the low-rank term
       const int64_t now = min_i64(kChunkSteps, steps - s0);
       const bool is_last = s0 + now == steps;
       for (int64_t i = 0; i < tiles * kTile; ++i) {
@@ -179,7 +180,8 @@ void forward(const Forward16Params& p, int64_t begin, int64_t end, float* scratc
             for (int64_t t = 0; t < js; ++t)
               store_transposed(p, c + t * kTileFloats, results_pitch, row0 + i * kTile, (token0 + j + t) * kTile);
         }
-    }
+      s0 += kChunkSteps;
+    } while (s0 < steps);
   }
 }
 

@@ -70,12 +70,16 @@ def test_ranks(device, m, rank):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("m", [1, 64])
 def test_error_against_dequantize_then_matmul(device, m, dtype):
-    """In 16 bit at most torch's own error: torch rounds W, the kernels do not. In float32, where only the order of
-    summation differs, at most twice."""
-    weight, dense = weights(256, 1024)
-    x = torch.randn(m, 1024).to(dtype)
+    """In 16 bit at most torch's own error: torch rounds W, and most kernels do not. In float32, where only the order of
+    summation differs, at most twice. AMX rounds W as torch does: its error is torch's, but for the order of summation,
+    which moves it by 2^-24 sqrt(k) / 2^-9, about 1e-3 of itself."""
+    k = 1024
+    weight, dense = weights(256, k)
+    x = torch.randn(m, k).to(dtype)
     y, expected = check(device, x, weight, dense)
-    assert_error_at_most(1 if dtype != torch.float32 else 2, y, reference.forward(x, *weight), expected)
+    rounds_w = device == "cpu-amx" and dtype == torch.bfloat16
+    factor = 2 if dtype == torch.float32 else 1 + 2.0**-15 * k**0.5 if rounds_w else 1
+    assert_error_at_most(factor, y, reference.forward(x, *weight), expected)
 
 
 def test_long_rows(device):
