@@ -11,11 +11,12 @@
 namespace qlora::cpu {
 namespace {
 
-// Blocks for a core with 2 MiB of L2: tiles of tokens (512 of them, 512 steps: 512 KiB), of W (128 KiB), and of
-// results.
-constexpr int64_t kBlockTokenTiles = 32;
-constexpr int64_t kChunkSteps = 16;  // of the reduction at a time: results travel once in 512 elements
-constexpr int64_t kFewItems = 8;     // narrower panels below that, for all threads to have some
+// Blocks for a core with 48 KiB of L1 and 2 MiB of L2. A chunk of the reduction is 256 elements: two tiles of rows and
+// two of columns then share L1; 512 took 1.2 times as long at m = 512, because each evicted the other
+// (docs/performance.md).
+constexpr int64_t kChunkSteps = 8;
+constexpr int64_t kBlockTokenTiles = 32;  // 512 tokens: their chunk, 256 KiB, and the results of a panel stay in L2
+constexpr int64_t kFewItems = 8;          // narrower panels below that, for all threads to have some
 
 // 128 weights of a row, of which the first 64 may be all that are left: out[s] holds weights 4i + s. A table of the 16
 // levels times the scale, rounded to bfloat16, for each half of the chunk; the rest is moving nibbles.
@@ -68,17 +69,40 @@ int64_t forward_scratch(const Forward16Params& p) {
   const int64_t rows = forward_panel_tiles(p) * kTile;
   const int64_t steps = kChunkSteps + low_rank_steps(p.r, p.lora_dtype);
   return rows * row_segments(p.weight) + row_scales_floats<VecAvx512>(p.weight.k) + 16 +
-         forward_panel_tiles(p) * (steps + kBlockTokenTiles) * kTileFloats;
+         (2 * steps + forward_panel_tiles(p) * kBlockTokenTiles) * kTileFloats;
 }
 
+// Rows of one segment after the other; row_scales is room for one row in blocks.
 void decode_segments(const PackedWeight& w, int64_t row0, int64_t rows, float* row_scales, float* segments) {
-  const int64_t count = row_segments(w);
-  for (int64_t i = 0; i < rows; ++i) {
-    decode_row_scales<VecAvx512>(w, row0 + i, row_scales);
-    const int64_t first = ((row0 + i) * w.k) >> w.block_shift;
-    for (int64_t g = 0; g < count; ++g)
-      segments[i * count + g] =
-          g * 64 < w.k ? row_scales[(((row0 + i) * w.k + g * 64) >> w.block_shift) - first] : 0.0f;
+  const int64_t count = row_segments(w), used = w.k / 64;
+  for (int64_t i = 0; i < rows; ++i, segments += count) {
+    if (w.block_shift ==
+        6) {  // a block is a segment; what is written behind the last one is the next row's, or row_scales
+      decode_row_scales<VecAvx512>(w, row0 + i, segments);
+    } else {
+      decode_row_scales<VecAvx512>(w, row0 + i, row_scales);
+      const int64_t first = ((row0 + i) * w.k) >> w.block_shift;
+      for (int64_t g = 0; g < used; ++g)
+        segments[g] = row_scales[(((row0 + i) * w.k + g * 64) >> w.block_shift) - first];
+    }
+    if (used < count) segments[used] = 0.0f;
+  }
+}
+
+// Steps [s0, s0 + now) of a row of W as a row of row tiles.
+void decode_row(const PackedWeight& w, __m512 levels, int64_t row, const float* segments, int64_t s0, int64_t now,
+                uint8_t* out) {
+  const int64_t col0 = s0 * kStep, whole = min_i64(now * kStep, w.k - col0) / kChunk;
+  const uint8_t* packed = w.packed + (row * w.k + col0) / 2;
+  segments += s0 / 2;
+  __m512i words[4];
+  for (int64_t c = 0; c < whole; ++c, packed += kChunk / 2, segments += 2, out += 4 * kTileBytes) {
+    decode_chunk(packed, true, levels, segments[0], segments[1], words);
+    for (int s = 0; s < 4; ++s) _mm512_store_si512(out + s * kTileBytes, words[s]);
+  }
+  if (whole * 4 < now) {
+    decode_chunk(packed, false, levels, segments[0], 0.0f, words);
+    for (int s = 0; s < 4; ++s) _mm512_store_si512(out + s * kTileBytes, words[s]);
   }
 }
 
@@ -124,13 +148,14 @@ void store_transposed(const Forward16Params& p, const float* c, int64_t c_pitch,
 void forward(const Forward16Params& p, int64_t begin, int64_t end, float* scratch) {
   const TileScope scope;
   const PackedWeight& w = p.weight;
-  const int64_t steps = steps_of(w.k), extra = low_rank_steps(p.r, p.lora_dtype), pitch = (steps + extra) * kTileBytes;
+  const int64_t steps = steps_of(w.k), extra = low_rank_steps(p.r, p.lora_dtype),
+                pitch = token_steps(w.k, p.r, p.lora_dtype) * kTileBytes;
   const int64_t most = forward_panel_tiles(p), panels = ceil_div(tiles_of(w.n), most), segments = row_segments(w);
   float* scales = scratch;
   float* row_scales = scales + most * kTile * segments;
   auto* panel = reinterpret_cast<uint8_t*>(row_scales + ceil_div(row_scales_floats<VecAvx512>(w.k), 16) * 16);
   const int64_t panel_pitch = (kChunkSteps + extra) * kTileBytes;
-  auto* results = reinterpret_cast<float*>(panel + most * panel_pitch);
+  auto* results = reinterpret_cast<float*>(panel + 2 * panel_pitch);
   const int64_t results_pitch = kBlockTokenTiles * kTileFloats;
   const __m512 levels = _mm512_loadu_ps(w.levels);
 
@@ -146,40 +171,39 @@ void forward(const Forward16Params& p, int64_t begin, int64_t end, float* scratc
     do {  // once without a reduction: the bias and the low-rank term
       const int64_t now = min_i64(kChunkSteps, steps - s0);
       const bool is_last = s0 + now == steps;
-      for (int64_t i = 0; i < tiles * kTile; ++i) {
-        uint8_t* out = panel + i / kTile * panel_pitch + i % kTile * 64;
-        for (int64_t c = 0; c < now / 4; ++c) {
-          const int64_t chunk = s0 / 4 + c, col = chunk * kChunk;
-          __m512i words[4] = {};
-          if (i >= rows) {
-            // zeros
-          } else if (p.by_nibble) {
-            const uint8_t* packed = w.packed + ((row0 + i) * w.k + col) / 2;
-            decode_chunk(packed, col + kChunk <= w.k, levels, scales[i * segments + 2 * chunk],
-                         scales[i * segments + 2 * chunk + 1], words);
-          } else {
-            decode_natural(w, levels, row0 + i, col, words);
-          }
-          for (int s = 0; s < 4; ++s) _mm512_store_si512(out + (c * 4 + s) * kTileBytes, words[s]);
-        }
-        if (p.by_nibble && i < rows) {  // the same row's next stretch, or that of the next panel
-          const int64_t ahead =
-              is_last ? min_i64(row0 + i + most * kTile, w.n - 1) * w.k : (row0 + i) * w.k + (s0 + kChunkSteps) * kStep;
-          prefetch(w.packed + ahead / 2, kChunkSteps * kStep / 2);
-        }
-        if (is_last && extra > 0) pack_low_rank_row(p, row0 + i, out + now * kTileBytes);
-      }
       const int64_t sum_steps = now + (is_last ? extra : 0);
-      for (int64_t i = 0; i < tiles; i += 2)
+      for (int64_t i = 0; i < tiles; i += 2) {  // two tiles of rows: decoded into L1, then multiplied with all tokens
+        const int64_t is = min_i64(2, tiles - i);
+        for (int64_t local = 0; local < is * kTile; ++local) {
+          const int64_t panel_row = i * kTile + local, row = row0 + panel_row;
+          uint8_t* out = panel + local / kTile * panel_pitch + local % kTile * 64;
+          if (panel_row >= rows) {
+            for (int64_t s = 0; s < now; ++s) _mm512_store_si512(out + s * kTileBytes, _mm512_setzero_si512());
+          } else if (p.by_nibble) {
+            decode_row(w, levels, row, scales + panel_row * segments, s0, now, out);
+            // The same row's next stretch, or that of the next panel.
+            const int64_t ahead =
+                is_last ? min_i64(row + most * kTile, w.n - 1) * w.k : row * w.k + (s0 + kChunkSteps) * kStep;
+            prefetch(w.packed + ahead / 2, kChunkSteps * kStep / 2);
+          } else {
+            for (int64_t c = 0; c < now / 4; ++c) {
+              __m512i words[4];
+              decode_natural(w, levels, row, s0 * kStep + c * kChunk, words);
+              for (int s = 0; s < 4; ++s) _mm512_store_si512(out + (c * 4 + s) * kTileBytes, words[s]);
+            }
+          }
+          if (is_last && extra > 0) pack_low_rank_row(p, row, out + now * kTileBytes);
+        }
         for (int64_t j = 0; j < tokens; j += 2) {
-          const int64_t is = min_i64(2, tiles - i), js = min_i64(2, tokens - j);
+          const int64_t js = min_i64(2, tokens - j);
           float* c = results + i * results_pitch + j * kTileFloats;
-          multiply_any(is, js, panel + i * panel_pitch, panel_pitch, columns + j * pitch + s0 * kTileBytes, pitch,
-                       sum_steps, s0 == 0, c, results_pitch);
+          multiply_any(is, js, panel, panel_pitch, columns + j * pitch + s0 * kTileBytes, pitch, sum_steps, s0 == 0, c,
+                       results_pitch);
           if (is_last)
             for (int64_t t = 0; t < js; ++t)
               store_transposed(p, c + t * kTileFloats, results_pitch, row0 + i * kTile, (token0 + j + t) * kTile);
         }
+      }
       s0 += kChunkSteps;
     } while (s0 < steps);
   }
@@ -218,26 +242,34 @@ QLORA_INLINE void store_pair(const __m512i (&even)[4], const __m512i (&odd)[4], 
   }
 }
 
-void decode_pairs(const Backward16Params& p, __m512 levels, int64_t step, int64_t chunk, uint8_t* out, int64_t pitch) {
+// A step of the reduction (32 rows of W) for `count` chunks of columns.
+void decode_pairs(const Backward16Params& p, __m512 levels, int64_t step, int64_t chunk0, int64_t count, uint8_t* out,
+                  int64_t pitch) {
   const PackedWeight& w = p.weight;
-  const int64_t col = chunk * kChunk;
+  const int64_t col0 = chunk0 * kChunk;
   for (int64_t pair = 0; pair < kTile; ++pair) {
-    __m512i words[2][4] = {};
-    for (int i = 0; i < 2; ++i) {
-      const int64_t row = step * kStep + 2 * pair + i;
-      if (row >= w.n) continue;
-      if (p.by_nibble) {
-        const int64_t at = row * w.k + col;
-        const bool whole = col + kChunk <= w.k;
-        const float first = scale_of_block(w.scales, at >> w.block_shift);
-        const float second = whole ? scale_of_block(w.scales, (at + 64) >> w.block_shift) : 0.0f;
-        decode_chunk(w.packed + at / 2, whole, levels, first, second, words[i]);
-        prefetch(w.packed + (min_i64(row + 16, w.n - 1) * w.k + col) / 2, 64);
-      } else {
-        decode_natural(w, levels, row, col, words[i]);
-      }
+    const int64_t row = step * kStep + 2 * pair;
+    if (p.by_nibble) {  // the rows of this place in the next step
+      for (int64_t i = kStep; i < kStep + 2; ++i)
+        prefetch(w.packed + (min_i64(row + i, w.n - 1) * w.k + col0) / 2, count * kChunk / 2);
     }
-    store_pair(words[0], words[1], p.by_nibble, out + pair * 64, pitch);
+    for (int64_t c = 0; c < count; ++c) {
+      const int64_t col = col0 + c * kChunk;
+      const bool whole = col + kChunk <= w.k;
+      __m512i words[2][4] = {};
+      for (int i = 0; i < 2; ++i) {
+        if (row + i >= w.n) continue;
+        if (p.by_nibble) {
+          const int64_t at = (row + i) * w.k + col;
+          const float first = scale_of_block(w.scales, at >> w.block_shift);
+          const float second = whole ? scale_of_block(w.scales, (at + 64) >> w.block_shift) : 0.0f;
+          decode_chunk(w.packed + at / 2, whole, levels, first, second, words[i]);
+        } else {
+          decode_natural(w, levels, row + i, col, words[i]);
+        }
+      }
+      store_pair(words[0], words[1], p.by_nibble, out + c * kChunkTiles * pitch + pair * 64, pitch);
+    }
   }
 }
 
@@ -321,12 +353,10 @@ void backward(const Backward16Params& p, int64_t begin, int64_t end, float* scra
     do {
       const int64_t now = min_i64(kChunkSteps, steps - s0);
       const bool is_last = s0 + now == steps;
-      for (int64_t c = 0; c < count; ++c) {
-        uint8_t* out = panel + c * kChunkTiles * panel_pitch;
-        for (int64_t s = 0; s < now; ++s)
-          decode_pairs(p, levels, s0 + s, chunk0 + c, out + s * kTileBytes, panel_pitch);
-        if (is_last && extra > 0) pack_low_rank_columns(p, chunk0 + c, out + now * kTileBytes, panel_pitch);
-      }
+      for (int64_t s = 0; s < now; ++s)
+        decode_pairs(p, levels, s0 + s, chunk0, count, panel + s * kTileBytes, panel_pitch);
+      for (int64_t c = 0; c < count && is_last && extra > 0; ++c)
+        pack_low_rank_columns(p, chunk0 + c, panel + c * kChunkTiles * panel_pitch + now * kTileBytes, panel_pitch);
       const int64_t sum_steps = now + (is_last ? extra : 0);
       for (int64_t i = 0; i < tokens; i += 2)
         for (int64_t j = 0; j < count * kChunkTiles; j += 2)

@@ -110,7 +110,7 @@ void pack_rows(const uint16_t* x, int64_t m, int64_t k, int64_t first, uint8_t* 
 }
 
 int64_t token_pitch(int64_t features, const Factor16& factor) {
-  return (steps_of(features) + low_rank_steps(factor.r, factor.dtype)) * kTileBytes;
+  return token_steps(features, factor.r, factor.dtype) * kTileBytes;
 }
 
 constexpr int64_t kTileFloats = 256;

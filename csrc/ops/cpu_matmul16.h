@@ -38,17 +38,15 @@ inline Tensor forward16(const cpu::Matmul16& kernels, const PackedWeight& w, con
   t.k = w.k;
   t.by_nibble = by_nibble;
   Tensor factor = nothing();
-  int64_t extra = 0;
   if (lora) {
     t.factor = factor_of_a(lora->a);
     factor = pack_factor16(kernels, t.factor, true, by_nibble);
     t.factor_rows = factor.const_data_ptr<uint8_t>();
     t.lora_x = dropped ? dropped->data : nullptr;
     t.scale = lora->scaling;
-    extra = cpu::low_rank_steps(lora->a.rows, lora->a.dtype);
   }
   const int64_t tiles = cpu::tiles_of(tokens.rows);
-  Tensor columns = tile_buffer(tiles * (cpu::steps_of(w.k) + extra) * cpu::kTileBytes);
+  Tensor columns = tile_buffer(tiles * cpu::token_steps(w.k, t.factor.r, t.factor.dtype) * cpu::kTileBytes);
   t.out = columns.mutable_data_ptr<uint8_t>();
   parallel(tiles, 1, [&](int64_t begin, int64_t end) {
     kernels.forward_tokens(t, begin, end, thread_scratch(kernels.forward_tokens_scratch(t)));
@@ -125,7 +123,7 @@ inline BackwardTokens backward_tokens16(const cpu::Matmul16& kernels, const Matr
   }
   const int64_t tiles = cpu::tiles_of(tokens.rows);
   if (keeps_rows) {
-    result.steps = cpu::steps_of(tokens.cols) + cpu::low_rank_steps(p.factor.r, p.factor.dtype);
+    result.steps = cpu::token_steps(tokens.cols, p.factor.r, p.factor.dtype);
     result.storage = tile_buffer(tiles * result.steps * cpu::kTileBytes);
     p.out = result.storage.mutable_data_ptr<uint8_t>();
     result.rows = p.out;
