@@ -127,6 +127,11 @@ PYBIND11_MODULE(_C, m) {
   m.attr("NESTED_BLOCK") = qlora::kNestedBlock;
   m.attr("MOMENT_BLOCK") = qlora::kMomentBlock;
   m.attr("DECODE_TOKENS") = qlora::cpu::kDecodeTokens;
+#ifdef QLORA_NEWEST_ARCH
+  m.attr("CUDA_NEWEST_ARCH") = QLORA_NEWEST_ARCH;
+#else
+  m.attr("CUDA_NEWEST_ARCH") = 0;  // this build has no CUDA operators
+#endif
   m.attr("COMPILER") = QLORA_COMPILER;
   m.attr("BUILD_TORCH") = QLORA_BUILD_TORCH;
   m.attr("TORCH_TARGET") = QLORA_TORCH_TARGET;

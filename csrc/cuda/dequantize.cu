@@ -63,6 +63,8 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 3) kernel(QLORA_PARAMS DequantizeParams
 
 Status launch_dequantize(const DequantizeParams& p, cudaStream_t stream) {
   using namespace dequantize;
+  if (p.first % kMinBlockSize != 0 || (p.rows > 1 && (p.row_elems | p.row_stride) % kMinBlockSize != 0))
+    return {"a panel begins inside a group of 32 elements"};
   const int64_t rounds = p.rows * ceil_div(p.row_elems, kPerRound);
   const Grid grid{ceil_div(rounds, int64_t{kRounds} * (kThreads / 32))};
   const auto kernel_of_type = p.dtype == DType::kBFloat16  ? kernel<bf16>

@@ -1,5 +1,5 @@
 // The general path: products of any shape, dtype and block size on the CUDA cores, in float32. Whatever the tensor-core
-// kernels cannot take (float32 tokens, odd extents, affine weights, gradients of many adapters) runs here.
+// kernels cannot take (float32 tokens, odd extents, affine weights) runs here.
 #include "cuda/device/elements.cuh"
 #include "cuda/device/launch.cuh"
 

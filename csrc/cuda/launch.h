@@ -62,8 +62,8 @@ struct DoubleQuantizeParams {
 };
 Status launch_double_quantize(const DoubleQuantizeParams& p, cudaStream_t stream);
 
-// A panel of the flat weight: row_elems elements from first + i * row_stride on, for each of `rows` rows i. All three
-// are multiples of 8 if there is more than one row.
+// A panel of the flat weight: row_elems elements from first + i * row_stride on, for each of `rows` rows i. `first` is
+// a multiple of 32, so that no group of 1024 elements meets more than 32 blocks; with several rows the others are too.
 struct DequantizeParams {
   Weight weight;
   int64_t first;

@@ -101,13 +101,13 @@ struct LoraGradTile {
 
 // All ranks in one block, if shared memory takes them: x is read once for each block of ranks. As many stretches of
 // tokens as give two blocks to every SM, of at least 256 tokens each.
-constexpr LoraGradTile select_lora_grad(int64_t m, int64_t features, int64_t ranks, int splits, bool with_down,
-                                        const GpuInfo& gpu) {
+constexpr LoraGradTile select_lora_grad(int64_t m, int64_t features, int64_t ranks, int64_t adapters, int splits,
+                                        bool with_down, const GpuInfo& gpu) {
   int per_block = ranks <= 16 ? 16 : ranks <= 32 ? 32 : 64;
   while (per_block > 16 && lora_grad_shared_bytes(per_block, splits, with_down) > gpu.shared_bytes_per_block)
     per_block /= 2;
   const int64_t wide = lora_grad_features(per_block);
-  const int64_t tiles = (features + wide - 1) / wide * ((ranks + per_block - 1) / per_block);
+  const int64_t tiles = (features + wide - 1) / wide * ((ranks + per_block - 1) / per_block) * adapters;
   const int64_t wanted = tiles > 0 ? (2 * gpu.sm_count + tiles - 1) / tiles : 1, possible = m / 256;
   const int64_t parts = wanted < possible ? wanted : possible;
   return {per_block, static_cast<int>(parts < 1 ? 1 : parts > 64 ? 64 : parts)};
@@ -121,11 +121,13 @@ constexpr int64_t vendor_tokens(const GpuInfo& gpu) {
 }
 
 // Rows of W (or columns, in the backward) of a dequantized panel: results for two blocks of 128 x 256 on every SM, at
-// most 64 MiB of workspace, and never all of W at once. A multiple of 64; `across` is the panel's other extent.
+// most 64 MiB of workspace, and half of W. Rounded up to a multiple of 64; `across` is the panel's other extent.
 constexpr int64_t select_vendor_panel(int64_t m, int64_t extent, int64_t across, const GpuInfo& gpu) {
   const int64_t wanted = int64_t{2} * gpu.sm_count * 128 * 256 / m, half = (extent + 1) / 2;
   const int64_t room = int64_t{32} * 1024 * 1024 / across;
-  const int64_t panel = wanted < half ? (wanted < room ? wanted : room) : (half < room ? half : room);
+  const int64_t least = 512;  // x is read again for each panel
+  const int64_t enough = wanted < least ? least : wanted, fits = half < room ? half : room;
+  const int64_t panel = enough < fits ? enough : fits;
   return (panel < 64 ? 64 : panel + 63) / 64 * 64;
 }
 

@@ -308,7 +308,7 @@ inline std::optional<Activation> low_rank_grad(const Activation& activation, con
   run_lora_pack(pack, factor, stream);
 
   const cuda::LoraGradTile tile =
-      cuda::select_lora_grad(m, features, r * adapters, p.splits, down != nullptr, scope.gpu());
+      cuda::select_lora_grad(m, features, r, adapters, p.splits, down != nullptr, scope.gpu());
   const Tensor tokens = aligned(x.tensor);
   const Tensor parts = empty_like_device(x.tensor, {tile.parts, adapters * r, features}, ScalarType::Float);
   p.x = tokens.const_data_ptr();

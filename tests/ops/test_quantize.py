@@ -104,7 +104,8 @@ def test_bitsandbytes_golden(device, name):
     """Stores what bitsandbytes stores and reads what it stored, bit for bit (version in the file)."""
     quant_type, block, kind = name.split("-")
     block = int(block)
-    entry = {key.rpartition(".")[2]: torch.from_numpy(GOLDEN[key]) for key in GOLDEN.files if key.startswith(name)}
+    here = torch.get_default_device()
+    entry = {k.rpartition(".")[2]: torch.from_numpy(GOLDEN[k]).to(here) for k in GOLDEN.files if k.startswith(name)}
     nested = (entry["nested_absmax"], entry["nested_offset"]) if kind == "nested" else (None, None)
     decoded = ops.dequantize(
         entry["packed"], entry["absmax"], *nested, entry["weight"].shape, quant_type, block, torch.float32

@@ -20,8 +20,15 @@ Status start(void (*kernel)(Params), Grid grid, int threads, int shared_bytes, c
   if (grid.x > kMaxGridX || grid.y > kMaxGridYZ || grid.z > kMaxGridYZ) return {"the grid is too large for a launch"};
   constexpr int kWithoutAsking = 48 * 1024;
   if (shared_bytes > kWithoutAsking) {
-    const cudaError_t refused = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                     cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    // All that the GPU has: the attribute belongs to the kernel, and threads that ask for different sizes would take it
+    // from each other.
+    int device = 0, most = 0;
+    cudaError_t refused = cudaGetDevice(&device);
+    if (refused == cudaSuccess)
+      refused = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (refused == cudaSuccess)
+      refused = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     most);
     if (refused != cudaSuccess) {
       (void)cudaGetLastError();  // else the next launch would report it
       return {cudaGetErrorString(refused)};

@@ -66,10 +66,11 @@ def step_work(tokens: int, rank: int, dtype: torch.dtype, device: torch.device, 
     dense: nn.Module = LlamaForCausalLM(config)
     dense = dense.to(device=device, dtype=dtype)
     ids = torch.randint(0, config.vocab_size, (1, tokens), device=device)
-    flops = 6.0 * tokens * sum(p.numel() for p in dense.parameters())
+    flops = 4.0 * tokens * sum(p.numel() for p in dense.parameters())  # frozen weights: forward and dx
     contenders: dict[str, Contender] = {}
     ours = copy.deepcopy(dense)
     report = prepare_model(ours, rank=rank)
+    flops += 6.0 * tokens * report.trainable_params
     contenders["qlora"] = _step(ours, ids)
     if "torch" in peers:
         contenders["torch"] = _step(_with_peft(copy.deepcopy(dense), rank), ids)

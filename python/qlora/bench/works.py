@@ -130,15 +130,16 @@ def backward_works(weights: Weights, tokens: Sequence[int]) -> Iterator[Work]:
         if weights.a is not None and weights.b is not None:
             a, b = weights.a.clone().requires_grad_(), weights.b.clone().requires_grad_()
             leaves += [a, b]
-        graphs = min(weights.copies, 8)  # each holds its results
+        graphs = max(2, min(weights.copies, MOST_DENSE_BYTES // (m * weights.n * weights.dtype.itemsize)))
 
         outputs = {
             name: [contender(i) for i in range(graphs)] for name, contender in weights.contenders(x, a, b).items()
         }
         contenders = {name: _gradients(graph, leaves, grad) for name, graph in outputs.items()}
         flops, size = weights.cost(m, weights.rank > 0)
-        lora_flops = 2.0 * m * weights.rank * (weights.n + weights.k)
-        yield Work("backward", weights.extents(m, weights.rank > 0), flops + 2 * lora_flops, size, contenders, graphs)
+        lora_flops = 2.0 * m * weights.rank * (weights.n + weights.k)  # of both factors' gradients
+        size += m * weights.k * weights.dtype.itemsize  # x is read, and dx written
+        yield Work("backward", weights.extents(m, weights.rank > 0), flops + lora_flops, size, contenders, graphs)
 
 
 def multi_works(weights: Weights, tokens: Sequence[int]) -> Iterator[Work]:
@@ -160,6 +161,7 @@ def multi_works(weights: Weights, tokens: Sequence[int]) -> Iterator[Work]:
 
         one = weights.contenders(x, weights.a, weights.b)["qlora"]
         flops, size = weights.cost(m, True)
+        size += (min(m, ADAPTERS) - 1) * weights.rank * (weights.n + weights.k) * weights.dtype.itemsize
         contenders = {"qlora": _without_grad(many), "one adapter": _without_grad(one)}
         yield Work("multi", weights.extents(m, True), flops, size, contenders, weights.copies)
 
