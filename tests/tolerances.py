@@ -36,8 +36,8 @@ def split_rounding(device: str, dtype: torch.dtype, absolute_products: Tensor, s
     """Bound for a product of two float32 factors and 16-bit tokens on tensor cores and AMX.
 
     They take a float32 factor as two parts of ``dtype``, high and low: rounded by eps / 2 of itself each, so their sum
-    by (eps / 2)^2. In float16 the low part is also off by half the smallest number, which ``small`` weighs: the products
-    with the factor replaced by ones."""
+    by (eps / 2)^2. In float16 the low part is also off by half the smallest number, which ``small`` weighs: the
+    products with the factor replaced by ones."""
     if not multiplies_16_bit(device, dtype):
         return torch.zeros_like(absolute_products)
     bound = 2 * (torch.finfo(dtype).eps / 2) ** 2 * absolute_products

@@ -47,18 +47,26 @@ std::vector<float> levels(const std::string& quant_type) {
   throw std::invalid_argument("quant_type='" + quant_type + "' is unknown: use one of nf4, fp4, int4");
 }
 
-py::tuple explain_forward(int64_t m, int64_t k) {
-  const auto kernel = qlora::cpu::select_forward(m, k);
-  return py::make_tuple(qlora::cpu::kernel_name(kernel), qlora::cpu::why_not_faster(kernel));
+qlora::DType token_dtype(const std::string& dtype) {
+  return dtype == "bfloat16"  ? qlora::DType::kBFloat16
+         : dtype == "float16" ? qlora::DType::kFloat16
+                              : qlora::DType::kFloat32;
+}
+
+py::tuple explain_forward(int64_t m, int64_t k, const std::string& dtype) {
+  const char* bad_value = nullptr;
+  const qlora::cpu::KernelTable* table = qlora::cpu::active_table(&bad_value);
+  const qlora::DType type = token_dtype(dtype);
+  const bool has_tiles = table != nullptr && table->matmul16 != nullptr && type == qlora::DType::kBFloat16;
+  const auto kernel = qlora::cpu::select_forward(m, k, has_tiles);
+  return py::make_tuple(qlora::cpu::kernel_name(kernel), qlora::cpu::why_not_faster(kernel, type));
 }
 
 // What select.h decides for one product on one GPU, as the keys of a dictionary.
 py::dict cuda_select(int64_t m, int64_t n, int64_t k, const std::string& dtype, int64_t block_size, int arch,
                      int sm_count, int shared_bytes_per_block) {
   using namespace qlora::cuda;
-  const qlora::DType type = dtype == "bfloat16"  ? qlora::DType::kBFloat16
-                            : dtype == "float16" ? qlora::DType::kFloat16
-                                                 : qlora::DType::kFloat32;
+  const qlora::DType type = token_dtype(dtype);
   const Problem problem{m, n, k, type, block_size};
   const GpuInfo gpu{arch, sm_count, shared_bytes_per_block};
   const ForwardKernel kernel = select_forward(problem, gpu);
@@ -112,8 +120,8 @@ PYBIND11_MODULE(_C, m) {
         return std::vector<float>(map, map + qlora::kDynamicMapSize);
       },
       "The 256 values of the unsigned 8-bit dynamic map, ascending.");
-  m.def("explain_forward", &explain_forward, py::arg("m"), py::arg("k"),
-        "(kernel, why not a faster one) for m tokens and k input features.");
+  m.def("explain_forward", &explain_forward, py::arg("m"), py::arg("k"), py::arg("dtype"),
+        "(kernel, why not a faster one) for m tokens of a dtype and k input features.");
   m.def("cuda_select", &cuda_select, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("dtype"), py::arg("block_size"),
         py::arg("arch"), py::arg("sm_count"), py::arg("shared_bytes_per_block"),
         "The kernels and tiles for one product on one GPU, and why not faster ones; needs no GPU.");

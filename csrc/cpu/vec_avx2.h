@@ -84,10 +84,11 @@ struct VecAvx2 {
     const __m256i index = _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(word)), shift);
     return select(t, index, _mm256_slli_epi32(index, 28));
   }
-  QLORA_INLINE F expand_scales(const float* s, int first, int shift) {
+  QLORA_INLINE I scale_index(int first, int shift) {
     const __m256i segment = _mm256_add_epi32(_mm256_set1_epi32(first), _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
-    return _mm256_permutevar8x32_ps(_mm256_loadu_ps(s), _mm256_srl_epi32(segment, _mm_cvtsi32_si128(shift)));
+    return _mm256_srl_epi32(segment, _mm_cvtsi32_si128(shift));
   }
+  QLORA_INLINE F expand_scales(const float* s, I index) { return _mm256_permutevar8x32_ps(_mm256_loadu_ps(s), index); }
   QLORA_INLINE F decode_scales(const uint8_t* codes, const float* map, F nested, F offset) {
     const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
     return _mm256_add_ps(_mm256_mul_ps(_mm256_i32gather_ps(map, index, 4), nested), offset);

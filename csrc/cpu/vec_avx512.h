@@ -71,11 +71,11 @@ struct VecAvx512 {
         _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);  // element i is nibble i ^ 1
     return _mm512_permutexvar_ps(_mm512_srlv_epi32(word, shift), t);
   }
-  QLORA_INLINE F expand_scales(const float* s, int first, int shift) {
+  QLORA_INLINE I scale_index(int first, int shift) {
     const __m512i word = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    const __m512i segment = _mm512_add_epi32(_mm512_set1_epi32(first), word);
-    return _mm512_permutexvar_ps(_mm512_srl_epi32(segment, _mm_cvtsi32_si128(shift)), _mm512_loadu_ps(s));
+    return _mm512_srl_epi32(_mm512_add_epi32(_mm512_set1_epi32(first), word), _mm_cvtsi32_si128(shift));
   }
+  QLORA_INLINE F expand_scales(const float* s, I index) { return _mm512_permutexvar_ps(index, _mm512_loadu_ps(s)); }
   // 256 entries in sixteen registers' worth of L1: 8 two-register permutes and 7 blends for 16 codes, where a gather
   // takes about 50 cycles on Zen.
   QLORA_INLINE F lookup_256(const float* map, I index) {

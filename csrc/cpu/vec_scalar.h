@@ -95,9 +95,14 @@ struct VecScalar {
   static F decode_run(Table t, const uint8_t* p) {
     return make([&](int i) { return t.levels[nibble_at(p, i)]; });
   }
-  // The scale of each word's block: word i lies in segment first + i / 4 of 32 weights, 2^shift segments share a scale.
-  static F expand_scales(const float* s, int first, int shift) {
-    return make([=](int i) { return s[(first + i / 4) >> shift]; });
+  // Which scale each word has: word i lies in segment first + i / 4 of 32 weights, 2^shift segments share a scale.
+  static I scale_index(int first, int shift) {
+    I out;
+    for (int i = 0; i < kLanes; ++i) out.v[i] = static_cast<uint32_t>(first + i / 4) >> shift;
+    return out;
+  }
+  static F expand_scales(const float* s, I index) {
+    return make([&](int i) { return s[index.v[i]]; });
   }
   // map[code] * nested + offset, two roundings.
   static F decode_scales(const uint8_t* codes, const float* map, F nested, F offset) {

@@ -24,7 +24,8 @@ Tensor forward(Tensor x, Tensor packed, Tensor absmax, OptionalTensor nested_abs
   const std::optional<Lora> lora = check_lora(lora_a, lora_b, n, k, scaling, x);
   const std::optional<Matrix> dropped = check_lora_x(lora_x, x, lora);
   const std::optional<Matrix> bias_row = check_bias(bias, n, x);
-  const cpu::ForwardKernel kernel = cpu::select_forward(tokens.rows, k);
+  const cpu::ForwardKernel kernel = cpu::select_forward(tokens.rows, k, takes_tiles(kernels, tokens, x));
+  if (kernel == cpu::ForwardKernel::kTiles) return forward16(*kernels.matmul16, w, tokens, lora, dropped, bias_row, x);
   if (kernel != cpu::ForwardKernel::kGemm) {
     const TokenFloats floats(kernels, tokens, kernel == cpu::ForwardKernel::kDecodeWords);
     if (!lora) return decode(kernels, w, tokens, floats, nullptr, bias_row, x);
@@ -35,7 +36,6 @@ Tensor forward(Tensor x, Tensor packed, Tensor absmax, OptionalTensor nested_abs
     return decode(kernels, w, tokens, floats, &up, bias_row, x);
   }
 
-  if (takes_tiles(kernels, tokens, x)) return forward16(*kernels.matmul16, w, tokens, lora, dropped, bias_row, x);
   const Columns columns = pack(kernels, tokens, StepsAre::kColumns);
   std::optional<Matrix> t;
   std::vector<LowRankTerm> adapter;

@@ -82,7 +82,7 @@ Tensor forward_multi(Tensor x, Tensor packed, Tensor absmax, OptionalTensor nest
   const Adapters adapters = check_adapters(lora_a, lora_b, scaling, adapter_of_row, base);
   check_adapter_of_row(adapters);
   const std::optional<Matrix> bias_row = check_bias(bias, n, x);
-  const cpu::ForwardKernel kernel = cpu::select_forward(tokens.rows, k);
+  const cpu::ForwardKernel kernel = cpu::select_forward(tokens.rows, k, false);
   if (kernel != cpu::ForwardKernel::kGemm) {
     const TokenFloats floats(kernels, tokens, kernel == cpu::ForwardKernel::kDecodeWords);
     const Tensor t = empty_cpu({tokens.rows, adapters.r}, ScalarType::Float);

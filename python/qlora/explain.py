@@ -18,10 +18,10 @@ class Explanation:
 
     device: str  # where it runs
     isa: str  # instruction set in use
-    kernel: str  # of the forward: decode_words, decode_spans, gemm; on a GPU decode, gemm, dequantize_matmul, general
+    kernel: str  # of the forward: decode_words, decode_spans, tiles, gemm; on a GPU decode, gemm, dequantize_matmul, general
     compute: str  # precision of products and sums
     why_not_faster: str  # empty if nothing stands in the way
-    backward: str = "gemm"  # kernel of the input's gradient; on a GPU gemm_dx, dequantize_matmul or general
+    backward: str = "gemm"  # kernel of the input's gradient, or tiles; on a GPU gemm_dx, dequantize_matmul or general
     why_not_faster_backward: str = ""
     gradients: str = "gemm"  # kernel of the gradients of lora_a and lora_b; on a GPU lora_grad or general
     why_not_faster_gradients: str = ""
@@ -80,9 +80,14 @@ def explain(x: Tensor, weight: QuantizedWeight) -> Explanation:
         return _explain_cuda(x, weight, tokens)
     if x.device.type != "cpu":
         raise ValueError(f"x is on {x.device}: there are kernels for the CPU and for CUDA")
-    kernel, reason = _C.explain_forward(tokens, weight.shape[1])
+    kernel, reason = _C.explain_forward(tokens, weight.shape[1], str(x.dtype).removeprefix("torch."))
     reasons = [reason] if reason else []
     isa, best = _C.active_isa(), _C.runnable_isas()[-1]
     if isa != best:
         reasons.append(f"QLORA_CPU_ISA caps this machine's {best}")
-    return Explanation("cpu", isa, kernel, "float32 products and sums, rounded once", "; ".join(reasons))
+    tiles = isa == "amx" and x.dtype == torch.bfloat16
+    products = "bfloat16 products of W rounded once" if kernel == "tiles" else "float32 products"
+    other = "tiles" if tiles else "gemm"
+    return Explanation(
+        "cpu", isa, kernel, f"{products}, float32 sums, rounded once", "; ".join(reasons), other, "", other, "", other
+    )

@@ -102,6 +102,13 @@ def test_explain_names_the_slower_path_and_its_reason(monkeypatch):
     many = qlora.explain(torch.randn(3, 3, 100), qlora.quantize(torch.randn(8, 100)))
     assert many.kernel == "gemm"
     assert "float32" in many.why_not_faster
+    bfloat = qlora.explain(torch.randn(33, 100).bfloat16(), qlora.quantize(torch.randn(8, 100)))
+    if _C.active_isa() == "amx":
+        assert (bfloat.kernel, bfloat.why_not_faster, bfloat.backward) == ("tiles", "", "tiles")
+        assert "bfloat16 products" in bfloat.compute
+    else:
+        assert (bfloat.kernel, bfloat.backward) == ("gemm", "gemm")
+        assert "AMX" in bfloat.why_not_faster
     with pytest.raises(ValueError, match="needed are"):
         qlora.explain(torch.zeros(()), qlora.quantize(torch.randn(8, 64)))
     if len(_C.runnable_isas()) > 1:

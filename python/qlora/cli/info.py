@@ -57,6 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
         ("1 token", torch.zeros(1, 4096), weight),
         ("1 token, k=100", torch.zeros(1, 100), odd),
         ("512 tokens", torch.zeros(512, 4096), weight),
+        ("… bfloat16", torch.zeros(512, 4096, dtype=torch.bfloat16), weight),
     ):
         print(f"{label:<14} {qlora.explain(x, w)}")
     return 0
