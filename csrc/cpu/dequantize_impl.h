@@ -17,6 +17,12 @@ void dequantize_span(const PackedWeight& w, typename V::Table table, int64_t fir
     const int64_t block_end = min_i64((first | block_mask) + 1, end);
     const float scale = scale_of_block(w.scales, first >> w.block_shift);
     const auto scale_v = V::set1(scale);
+    if constexpr (V::kHasTables16 && sizeof(T) == 2) {
+      if (first % 2 == 0 && block_end - first >= 32) {
+        const auto scaled = V::template scaled_table<T>(table, scale_v);
+        for (; first + 32 <= block_end; first += 32, out += 32) V::decode_table(scaled, w.packed + (first >> 1), out);
+      }
+    }
     if (first & 1) {
       *out++ = from_float<T>(w.levels[nibble_at(w.packed, first)] * scale);
       ++first;

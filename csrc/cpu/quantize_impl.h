@@ -71,9 +71,16 @@ int64_t quantize_blocks(const QuantizeParams& p, int64_t begin, int64_t end) {
       for (int64_t i = 0; i < padded; ++i) x[i] = absmax > 0.0f ? x[i] / absmax : 0.0f;
     }
     const auto factor = V::set1(reciprocal_is_finite ? reciprocal : 1.0f);
-    for (int64_t i = 0; i < padded; i += V::kLanes) encode<V, kType>(V::mul(V::load(x + i), factor), codes + i);
-
     uint8_t* packed = p.packed + first / 2;
+    if constexpr (V::kHasCells && kType == QuantType::kNf4) {
+      if (count % (2 * V::kLanes) == 0) {
+        for (int64_t i = 0; i < count; i += 2 * V::kLanes)
+          V::pack_codes(V::nf4_codes(V::mul(V::load(x + i), factor)),
+                        V::nf4_codes(V::mul(V::load(x + i + V::kLanes), factor)), packed + i / 2);
+        continue;
+      }
+    }
+    for (int64_t i = 0; i < padded; i += V::kLanes) encode<V, kType>(V::mul(V::load(x + i), factor), codes + i);
     const int64_t pairs = count / 2;
     for (int64_t i = 0; i < pairs; ++i) packed[i] = static_cast<uint8_t>(codes[2 * i] << 4 | codes[2 * i + 1]);
     if (count % 2) packed[pairs] = static_cast<uint8_t>(codes[count - 1] << 4);  // the spare nibble is zero

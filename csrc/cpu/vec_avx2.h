@@ -14,6 +14,7 @@ struct VecAvx2 {
   static constexpr int kLanes = 8;
   static constexpr int kTileRows = 4;  // 4 x 3 accumulators + 3 columns + 1 broadcast = the 16 registers
   static constexpr int kTileVecs = 3;
+  static constexpr bool kHasTables16 = false, kHasCells = false;  // see vec_avx512.h
 
   using F = __m256;
   using I = __m256i;

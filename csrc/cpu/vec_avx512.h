@@ -5,6 +5,7 @@
 
 #include "format/half.h"
 #include "format/layout.h"
+#include "format/nf4_cells.h"
 
 namespace qlora::cpu {
 namespace {
@@ -71,6 +72,23 @@ struct VecAvx512 {
         _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);  // element i is nibble i ^ 1
     return _mm512_permutexvar_ps(_mm512_srlv_epi32(word, shift), t);
   }
+  // The 16 levels times a scale, rounded once to T, in both halves: what decode_table() reads. There are only 16
+  // weights to a block, so each needs no product of its own.
+  static constexpr bool kHasTables16 = true;
+  template <class T>
+  QLORA_INLINE I scaled_table(Table levels, F scale) {
+    alignas(32) T rounded[kLanes];
+    store(rounded, mul(levels, scale));
+    return _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(rounded)));
+  }
+  // 32 consecutive weights from a byte boundary, in order.
+  QLORA_INLINE void decode_table(I table, const uint8_t* p, void* out) {
+    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m512i both =
+        _mm512_mask_blend_epi16(0xAAAAAAAAu, _mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16));
+    const __m512i index = _mm512_and_si512(both, _mm512_set1_epi16(0x0F));
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, table));
+  }
   QLORA_INLINE I scale_index(int first, int shift) {
     const __m512i word = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
     return _mm512_srl_epi32(_mm512_add_epi32(_mm512_set1_epi32(first), word), _mm_cvtsi32_si128(shift));
@@ -95,6 +113,25 @@ struct VecAvx512 {
   }
   QLORA_INLINE void store_low_bytes(I x, uint8_t* out) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(x));
+  }
+  // NF4 codes (format/nf4_cells.h): the cell of a value by one sum, its threshold and its first code by two lookups.
+  static constexpr bool kHasCells = true;
+  QLORA_INLINE I nf4_codes(F x) {
+    const Nf4CellTable& t = kNf4CellTable;
+    const __m512i cell =
+        _mm512_castps_si512(_mm512_fmadd_ps(max(x, set1(-1.0f)), set1(kNf4CellsPerUnit), set1(kNf4CellMagic)));
+    const F threshold = _mm512_permutex2var_ps(_mm512_loadu_ps(t.threshold), cell, _mm512_loadu_ps(t.threshold + 16));
+    const __m512i code = _mm512_permutex2var_epi32(_mm512_loadu_si512(t.code), cell, _mm512_loadu_si512(t.code + 16));
+    const __mmask16 above = _mm512_cmp_ps_mask(x, threshold, _CMP_GT_OQ);
+    return _mm512_mask_add_epi32(code, above, code, _mm512_set1_epi32(1));
+  }
+  // 32 codes, x first, two to a byte: 16 bytes.
+  QLORA_INLINE void pack_codes(I x, I y, uint8_t* out) {
+    const __m512i even =
+        _mm512_permutex2var_epi32(x, _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30), y);
+    const __m512i odd =
+        _mm512_permutex2var_epi32(x, _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31), y);
+    store_low_bytes(_mm512_or_si512(_mm512_slli_epi32(even, 4), odd), out);
   }
   QLORA_INLINE void count_above(F x, const float* thresholds, int count, uint8_t* out) {
     const __m512i one = _mm512_set1_epi32(1);

@@ -14,6 +14,7 @@ struct VecScalar {
   static constexpr int kLanes = 8;
   static constexpr int kTileRows = 4;  // accumulators of the gemm tile: kTileRows x kTileVecs vectors
   static constexpr int kTileVecs = 1;
+  static constexpr bool kHasTables16 = false, kHasCells = false;  // see vec_avx512.h
 
   struct F {
     float v[kLanes];

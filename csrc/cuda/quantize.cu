@@ -2,6 +2,7 @@
 // bytes and stores one word; a block of 64 is eight lanes, which find its absmax by shuffles.
 #include "cuda/device/elements.cuh"
 #include "cuda/device/launch.cuh"
+#include "format/nf4_cells.h"
 
 namespace qlora::cuda {
 namespace quantize {
@@ -33,49 +34,17 @@ QLORA_DEVICE void load_eight(const T* weight, int64_t first, int64_t numel, floa
   }
 }
 
-// NF4 codes by a table instead of a search of four comparisons (docs/kernels.md): [-1, 1] is cut into cells so narrow
-// that at most one threshold lies in each. Copied sixteen times, so that every lane of a half warp reads a bank of its
-// own.
-constexpr int kCells = 32;
-constexpr float kCellsPerUnit = 15.0f;
-constexpr float kCellMagic = 0x1.8p23f + kCells / 2;  // a sum with it has the rounded cell in its lowest bits
+// The table of cells in shared memory, copied sixteen times, so that every lane of a half warp reads a bank of its own.
 constexpr int kCellBytes = 16 * 8;
-constexpr int kTableBytes = kCells * kCellBytes;
-
-struct Cell {
-  float threshold;  // above it the code is one more; inf: none in this cell
-  uint32_t code;
-};
-struct Cells {
-  Cell cell[kCells];
-};
-constexpr Cells make_cells() {
-  Cells cells{};
-  int cell = 0;
-  for (int code = 0; code < 15; ++code) {
-    // As the kernel rounds it; no threshold lies half way between two cells.
-    const double place = static_cast<double>(kNf4Thresholds.value[code]) * kCellsPerUnit + kCells / 2;
-    const int end = static_cast<int>(place + 0.5);
-    for (; cell < end; ++cell) cells.cell[cell] = {__builtin_huge_valf(), static_cast<uint32_t>(code)};
-    cells.cell[cell++] = {kNf4Thresholds.value[code], static_cast<uint32_t>(code)};
-  }
-  for (; cell < kCells; ++cell) cells.cell[cell] = {__builtin_huge_valf(), 15};
-  return cells;
-}
-constexpr bool each_threshold_has_a_cell() {
-  const Cells cells = make_cells();
-  int found = 0;
-  for (const Cell& c : cells.cell) found += c.threshold == kNf4Thresholds.value[c.code < 15 ? c.code : 0];
-  return found == 15;
-}
-static_assert(each_threshold_has_a_cell(), "a cell has one threshold at most");
-QLORA_TABLE Cells kCellTable = make_cells();
+constexpr int kTableBytes = kNf4Cells * kCellBytes;
+QLORA_TABLE Nf4CellTable kCellTable = kNf4CellTable;
 
 // All threads; a barrier has to follow.
 QLORA_DEVICE void fill_cells() {
   static_assert(kTableBytes == kThreads * 16, "16 bytes, two copies, for each thread");
-  const Cell& cell = kCellTable.cell[ptx::thread() / 8];
-  const uint32_t threshold = bits_of(ptx::load(&cell.threshold)), code = ptx::load(&cell.code);
+  const int cell = ptx::thread() / 8;
+  const uint32_t threshold = bits_of(ptx::load(&kCellTable.threshold[cell]));
+  const auto code = static_cast<uint32_t>(ptx::load(&kCellTable.code[cell]));
   ptx::store_shared(ptx::shared_base() + ptx::thread() * 16, Words4{threshold, code, threshold, code});
 }
 
@@ -83,7 +52,7 @@ template <QuantType kType>
 QLORA_DEVICE uint32_t code_of(float x) {
   if constexpr (kType == QuantType::kNf4) {
     // A nan ends in the first cell, and has code 0.
-    const uint32_t cell = bits_of(fmaf(fmaxf(x, -1.0f), kCellsPerUnit, kCellMagic)) - bits_of(0x1.8p23f);
+    const uint32_t cell = bits_of(fmaf(fmaxf(x, -1.0f), kNf4CellsPerUnit, kNf4CellMagic)) - bits_of(0x1.8p23f);
     const auto entry = ptx::load_shared<Words2>(
         ptx::mad<kCellBytes>(cell, ptx::shared_base() + static_cast<SharedAddress>(ptx::lane() & 15) * 8));
     return entry.y + (x > float_of(entry.x) ? 1u : 0u);

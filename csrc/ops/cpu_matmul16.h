@@ -29,7 +29,7 @@ inline Tensor pack_factor16(const cpu::Matmul16& kernels, const cpu::Factor16& f
 inline Tensor forward16(const cpu::Matmul16& kernels, const PackedWeight& w, const Matrix& tokens,
                         const std::optional<Lora>& lora, const std::optional<Matrix>& dropped,
                         const std::optional<Matrix>& bias, const Tensor& like) {
-  Tensor y = empty_with_last_dim(like, w.n, like.scalar_type());
+  const Tensor y = on_huge_pages(empty_with_last_dim(like, w.n, like.scalar_type()));
   if (y.numel() == 0) return y;
   const bool by_nibble = cpu::decodes_by_nibble(w);
   cpu::ForwardTokens16Params t{};
@@ -137,7 +137,7 @@ inline BackwardTokens backward_tokens16(const cpu::Matmul16& kernels, const Matr
 // dx [..., k] = tokens · W + low-rank term; without W (weight.packed null) the low-rank term alone.
 inline Tensor backward16(const cpu::Matmul16& kernels, const PackedWeight& w, const BackwardTokens& tokens, int64_t m,
                          const Matrix* lora_a, const Tensor& like) {
-  Tensor dx = empty_with_last_dim(like, w.k, like.scalar_type());
+  const Tensor dx = on_huge_pages(empty_with_last_dim(like, w.k, like.scalar_type()));
   if (dx.numel() == 0) return dx;
   cpu::Backward16Params p{};
   p.weight = w;

@@ -79,7 +79,7 @@ Tensor dequantize(Tensor packed, Tensor absmax, OptionalTensor nested_absmax, Op
   const int64_t numel = checked_numel(shape);
   const CheckedWeight w = check_weight(packed, absmax, nested_absmax, nested_offset, 1, numel, quant_type, block_size);
   cpu::DequantizeParams p{view_of(w), nullptr, float_dtype(dtype, "dtype")};
-  Tensor out = torch::stable::empty({shape.data(), shape.size()}, dtype);
+  const Tensor out = on_huge_pages(torch::stable::empty({shape.data(), shape.size()}, dtype));
   p.out = out.mutable_data_ptr();
   // Whole bytes for every thread: the unit is a run of elements that starts on a block.
   const int64_t blocks = ceil_div(numel, block_size);

@@ -18,7 +18,7 @@ class Explanation:
 
     device: str  # where it runs
     isa: str  # instruction set in use
-    kernel: str  # of the forward: decode_words, decode_spans, tiles, gemm; on a GPU decode, gemm, dequantize_matmul, general
+    kernel: str  # decode_words, decode_spans, tiles or gemm; on a GPU decode, gemm, dequantize_matmul or general
     compute: str  # precision of products and sums
     why_not_faster: str  # empty if nothing stands in the way
     backward: str = "gemm"  # kernel of the input's gradient, or tiles; on a GPU gemm_dx, dequantize_matmul or general
