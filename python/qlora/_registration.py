@@ -159,7 +159,7 @@ def _backward_forward(ctx: Any, grad: Tensor):
     x, packed, absmax, nested_absmax, nested_offset, lora_a, lora_b, lora_x = ctx.saved_tensors
     needs = (*ctx.needs_input_grad, *(False,) * 5)  # the dispatcher leaves out trailing arguments at their defaults
     needs_x, needs_a, needs_b, needs_bias, needs_lora_x = needs[0], needs[8], needs[9], needs[11], needs[12]
-    d_x, d_a, d_b, d_lora_x, d_bias = torch.ops.qlora.backward(
+    d_x, d_a, d_b, d_lora_x, d_bias = torch.ops.qlora.backward.default(
         grad,
         x,
         packed,
@@ -265,12 +265,50 @@ torch.library.register_autograd("qlora::quantize", _no_gradient_for_the_weight)
 torch.library.register_autograd("qlora::dequantize", _no_gradient_for_the_weight)
 
 
+# The way of ``qlora.ops.forward`` and the layers around what the registrations above cost: Python for each key of the
+# dispatcher, 13 µs a call without gradients and 60 with them. Compilers, autocast, functorch and subclasses of Tensor
+# take the dispatcher's way. docs/performance.md has the figures.
+
+_FORWARD = torch.ops.qlora.forward.default
+_PLAIN = (Tensor, torch.nn.Parameter)
+_AUTOCAST_KEYS = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
+
+
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = _FORWARD(*inputs)
+        _setup_forward(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _backward_forward(ctx, *grads)
+
+
+def forward(*inputs: Any) -> Tensor:
+    """All 13 arguments of ``torch.ops.qlora.forward``, by position; the same result."""
+    x = inputs[0]
+    if (
+        torch.compiler.is_compiling()
+        or type(x) not in _PLAIN
+        or x.device.type not in _AUTOCAST_KEYS
+        or torch.is_autocast_enabled(x.device.type)
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return _FORWARD(*inputs)
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
+        return _Forward.apply(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _FORWARD(*inputs)
+
+
 # ---- autocast --------------------------------------------------------------------------------------------------------
 # torch's ready-made rule casts every float tensor, the float32 scales as well. Ours casts the activations only:
 # adapters and bias may have a dtype of their own.
 
 _AUTOCAST_LIBRARY = torch.library.Library("qlora", "FRAGMENT")
-_AUTOCAST_KEYS = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
 
 
 def _cast_activation(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:

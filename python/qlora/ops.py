@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qlora import _C
+from qlora import _C, _registration
 from qlora._registration import FLOAT_DTYPES as FLOAT_DTYPES  # importing it registers the operators
 
 QUANT_TYPES: tuple[str, ...] = _C.QUANT_TYPES
@@ -100,7 +100,7 @@ def forward(
     dtype that may differ from x's; bias ``[n]``; lora_x is the input after dropout, of the shape and dtype of x.
     Returns ``[..., n]`` in the dtype of x. Differentiable in x, lora_a, lora_b, bias and lora_x, once.
     """
-    return torch.ops.qlora.forward(
+    return _registration.forward(
         x,
         packed,
         absmax,

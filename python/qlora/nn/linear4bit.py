@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora import ops
 from qlora.weight import QuantizedWeight, quantize
 
 _STATISTICS = ("absmax", "nested_absmax", "nested_offset")
@@ -94,12 +95,13 @@ class Linear4bit(nn.Linear):
         lora_x: Tensor | None = None,
     ) -> Tensor:
         """The fused operation on this weight, with an adapter; shapes as in :func:`qlora.ops.forward`."""
-        return torch.ops.qlora.forward(
+        buffers = self._buffers  # nn.Module finds each attribute by three dictionaries: 3 µs for six of them
+        return ops.forward(
             x,
             self.weight,
-            self.absmax,
-            self.nested_absmax,
-            self.nested_offset,
+            buffers["absmax"],  # type: ignore[arg-type]
+            buffers["nested_absmax"],
+            buffers["nested_offset"],
             (self.out_features, self.in_features),
             self.quant_type,
             self.block_size,

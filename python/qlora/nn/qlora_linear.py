@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qlora import ops
 from qlora.nn.linear4bit import Linear4bit, dense_linear
 from qlora.weight import QuantizedWeight, quantize
 
@@ -238,9 +239,7 @@ class QLoRALinear(nn.Module):
         bias = self.base.bias
         if isinstance(weight, Tensor):
             return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        return torch.ops.qlora.forward(
-            x, *weight.tensors, weight.shape, weight.quant_type, weight.block_size, bias=bias
-        )
+        return ops.forward(x, *weight.tensors, weight.shape, weight.quant_type, weight.block_size, bias=bias)
 
     # ---- merging ----
 
