@@ -65,9 +65,15 @@ int64_t forward_items(const Forward16Params& p) {
 // behind.
 int64_t row_segments(const PackedWeight& w) { return ceil_div(w.k, kChunk) * 2; }
 
+// Low-rank steps of all adapters together.
+template <class Params>
+int64_t all_low_rank_steps(const Params& p) {
+  return p.adapters.count * low_rank_steps(p.r, p.lora_dtype);
+}
+
 int64_t forward_scratch(const Forward16Params& p) {
   const int64_t rows = forward_panel_tiles(p) * kTile;
-  const int64_t steps = kChunkSteps + low_rank_steps(p.r, p.lora_dtype);
+  const int64_t steps = kChunkSteps + all_low_rank_steps(p);
   return rows * row_segments(p.weight) + row_scales_floats<VecAvx512>(p.weight.k) + 16 +
          (2 * steps + forward_panel_tiles(p) * kBlockTokenTiles) * kTileFloats;
 }
@@ -109,17 +115,20 @@ void decode_row(const PackedWeight& w, __m512 levels, int64_t row, const float* 
 // Row `row` of lora_b as the elements that meet the low-rank steps of the tokens.
 void pack_low_rank_row(const Forward16Params& p, int64_t row, uint8_t* out) {
   const int64_t ranks = tiles_of(p.r), extra = low_rank_steps(p.r, p.lora_dtype);
-  for (int64_t s = 0; s < extra; ++s) _mm512_storeu_si512(out + s * kTileBytes, _mm512_setzero_si512());
+  for (int64_t s = 0; s < p.adapters.count * extra; ++s)
+    _mm512_storeu_si512(out + s * kTileBytes, _mm512_setzero_si512());
   if (row >= p.weight.n) return;
-  for (int64_t q = 0; q < ranks; ++q) {
-    const __m512 values = load_floats(p.lora_b, p.lora_dtype, row * p.r + q * kTile, p.r - q * kTile);
-    const __m256i high = round16(values), low = rest16(values, high);
-    for (int64_t part = 0; part < low_rank_parts(p.lora_dtype); ++part) {
-      const int64_t at = (part * ranks + q) * kTile;
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + at / kStep * kTileBytes + at % kStep * 2),
-                          part == 2 ? low : high);
+  for (int64_t a = 0; a < p.adapters.count; ++a, out += extra * kTileBytes)
+    for (int64_t q = 0; q < ranks; ++q) {
+      const int64_t from = p.adapters.id(a) * p.adapter_stride + row * p.r + q * kTile;
+      const __m512 values = load_floats(p.lora_b, p.lora_dtype, from, p.r - q * kTile);
+      const __m256i high = round16(values), low = rest16(values, high);
+      for (int64_t part = 0; part < low_rank_parts(p.lora_dtype); ++part) {
+        const int64_t at = (part * ranks + q) * kTile;
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + at / kStep * kTileBytes + at % kStep * 2),
+                            part == 2 ? low : high);
+      }
     }
-  }
 }
 
 // Results of up to 32 rows and 16 tokens, transposed, with bias, rounded.
@@ -148,8 +157,7 @@ void store_transposed(const Forward16Params& p, const float* c, int64_t c_pitch,
 void forward(const Forward16Params& p, int64_t begin, int64_t end, float* scratch) {
   const TileScope scope;
   const PackedWeight& w = p.weight;
-  const int64_t steps = steps_of(w.k), extra = low_rank_steps(p.r, p.lora_dtype),
-                pitch = token_steps(w.k, p.r, p.lora_dtype) * kTileBytes;
+  const int64_t steps = steps_of(w.k), extra = all_low_rank_steps(p), pitch = token_steps(w.k, extra) * kTileBytes;
   const int64_t most = forward_panel_tiles(p), panels = ceil_div(tiles_of(w.n), most), segments = row_segments(w);
   float* scales = scratch;
   float* row_scales = scales + most * kTile * segments;
@@ -222,7 +230,7 @@ int64_t backward_items(const Backward16Params& p) {
 }
 int64_t backward_scratch(const Backward16Params& p) {
   const int64_t tiles = backward_panel_chunks(p) * kChunkTiles;
-  return tiles * (kChunkSteps + low_rank_steps(p.r, p.lora_dtype) + kBlockTokenTiles) * kTileFloats;
+  return tiles * (kChunkSteps + all_low_rank_steps(p) + kBlockTokenTiles) * kTileFloats;
 }
 
 // Two rows of 128 columns as row `pair` of eight column tiles, `pitch` bytes apart. By nibble, tile 2s + h holds
@@ -277,22 +285,22 @@ void decode_pairs(const Backward16Params& p, __m512 levels, int64_t step, int64_
 void pack_low_rank_columns(const Backward16Params& p, int64_t chunk, uint8_t* out, int64_t pitch) {
   const int64_t ranks = tiles_of(p.r), col = chunk * kChunk, count = min_i64(kChunk, p.weight.k - col);
   for (int64_t t = 0; t < kChunkTiles; ++t)
-    std::memset(out + t * pitch, 0, static_cast<size_t>(low_rank_steps(p.r, p.lora_dtype) * kTileBytes));
-  for (int64_t pair = 0; pair < ranks * kTile / 2; ++pair) {
-    __m512i high[2][4], low[2][4];
-    for (int i = 0; i < 2; ++i) {
-      const int64_t rank = 2 * pair + i;
-      load_chunk(p.lora_a, p.lora_dtype, rank < p.r ? rank * p.weight.k + col : 0, rank < p.r ? count : 0, p.by_nibble,
-                 high[i], low[i]);
+    std::memset(out + t * pitch, 0, static_cast<size_t>(all_low_rank_steps(p) * kTileBytes));
+  for (int64_t a = 0; a < p.adapters.count; ++a, out += low_rank_steps(p.r, p.lora_dtype) * kTileBytes)
+    for (int64_t pair = 0; pair < ranks * kTile / 2; ++pair) {
+      __m512i high[2][4], low[2][4];
+      for (int i = 0; i < 2; ++i) {
+        const int64_t rank = 2 * pair + i, from = p.adapters.id(a) * p.adapter_stride + rank * p.weight.k + col;
+        load_chunk(p.lora_a, p.lora_dtype, rank < p.r ? from : 0, rank < p.r ? count : 0, p.by_nibble, high[i], low[i]);
+      }
+      for (int64_t part = 0; part < low_rank_parts(p.lora_dtype); ++part) {
+        uint8_t* to = out + (part * ranks * (kTile / 2) + pair) * 64;
+        if (part == 2)
+          store_pair(low[0], low[1], p.by_nibble, to, pitch);
+        else
+          store_pair(high[0], high[1], p.by_nibble, to, pitch);
+      }
     }
-    for (int64_t part = 0; part < low_rank_parts(p.lora_dtype); ++part) {
-      uint8_t* to = out + (part * ranks * (kTile / 2) + pair) * 64;
-      if (part == 2)
-        store_pair(low[0], low[1], p.by_nibble, to, pitch);
-      else
-        store_pair(high[0], high[1], p.by_nibble, to, pitch);
-    }
-  }
 }
 
 // Results of 16 tokens and 128 columns: eight tiles, neighbours.
@@ -333,7 +341,7 @@ void store_columns(const Backward16Params& p, const float* c, int64_t token0, in
 void backward(const Backward16Params& p, int64_t begin, int64_t end, float* scratch) {
   const TileScope scope;
   const PackedWeight& w = p.weight;
-  const int64_t all_steps = steps_of(w.n), extra = low_rank_steps(p.r, p.lora_dtype);
+  const int64_t all_steps = steps_of(w.n), extra = all_low_rank_steps(p);
   const int64_t pitch = p.row_steps * kTileBytes;
   const int64_t steps = w.packed != nullptr ? all_steps : 0;
   const uint8_t* token_rows = p.rows + (all_steps - steps) * kTileBytes;
@@ -425,8 +433,9 @@ void factor_grad(const FactorGrad16Params& p, int64_t begin, int64_t end, float*
         const float value =
             steps == 0 ? 0.0f
                        : results[(rank / kTile * kCols + f / kTile) * kTileFloats + rank % kTile * 16 + f % kTile];
-        const int64_t at = p.r_is_major ? rank * p.features + feature0 + f : (feature0 + f) * p.r + rank;
-        store_scalar(p.out, p.out_dtype, at, value);
+        const int64_t within =
+            p.r_is_major ? rank % p.group * p.features + feature0 + f : (feature0 + f) * p.group + rank % p.group;
+        store_scalar(p.out, p.out_dtype, p.adapters.id(rank / p.group) * p.out_stride + within, value);
       }
   }
 }

@@ -1,6 +1,8 @@
 // Tokens and low-rank factors as tiles, and the down projections on the way. Included by isa_amx.cpp alone.
 #pragma once
 
+#include <cstring>
+
 #include "cpu/amx.h"
 
 namespace qlora::cpu {
@@ -41,12 +43,11 @@ QLORA_INLINE __m512i pair_halves(__m256i even, __m256i odd) {
   return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
 }
 
-void pack_factor(const PackFactor16Params& p, int64_t begin, int64_t end) {
-  const Factor16& f = p.factor;
+void pack_factor_of(const PackFactor16Params& p, const Factor16& f, uint8_t* packed, int64_t begin, int64_t end) {
   const int64_t steps = steps_of(f.features), splits = f.splits(), pitch = steps * kTileBytes;
   for (int64_t chunk = begin; chunk < end; ++chunk)
     for (int64_t q = 0; q < tiles_of(f.r); ++q) {
-      uint8_t* out = p.out + (q * splits * steps + chunk * 4) * kTileBytes;
+      uint8_t* out = packed + (q * splits * steps + chunk * 4) * kTileBytes;
       const int64_t ranks = min_i64(kTile, f.r - q * kTile), first = chunk * kChunk;
       if (f.rank_stride == 1) {  // column tiles of a matrix whose rows are features
         for (int64_t pair = 0; pair < kChunk / 2; ++pair) {
@@ -79,6 +80,15 @@ void pack_factor(const PackFactor16Params& p, int64_t begin, int64_t end) {
     }
 }
 
+void pack_factor(const PackFactor16Params& p, int64_t begin, int64_t end) {
+  for (int64_t i = 0; i < p.adapters.count; ++i) {
+    Factor16 f = p.factor;
+    const int64_t element_bytes = f.dtype == DType::kFloat32 ? 4 : 2;
+    f.data = static_cast<const char*>(f.data) + p.adapters.id(i) * f.adapter_stride * element_bytes;
+    pack_factor_of(p, f, p.out + i * f.packed_bytes(), begin, end);
+  }
+}
+
 // 16 tokens from `first` on of x [m, k] as column tiles.
 void pack_columns(const uint16_t* x, int64_t m, int64_t k, int64_t first, bool by_nibble, uint8_t* out) {
   const __m512i lanes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
@@ -109,8 +119,17 @@ void pack_rows(const uint16_t* x, int64_t m, int64_t k, int64_t first, uint8_t* 
                           t < tokens ? load16(x + (first + t) * k + s * kStep, k - s * kStep) : _mm512_setzero_si512());
 }
 
-int64_t token_pitch(int64_t features, const Factor16& factor) {
-  return token_steps(features, factor.r, factor.dtype) * kTileBytes;
+int64_t token_pitch(int64_t features, const Factor16& factor, const Adapters16& adapters) {
+  return token_steps(features, adapters.count * low_rank_steps(factor.r, factor.dtype)) * kTileBytes;
+}
+
+// Which of 16 tokens have an adapter.
+__mmask16 tokens_with(const Adapters16& adapters, int64_t i, int64_t first, int64_t m) {
+  if (adapters.adapter_of_token == nullptr) return 0xFFFF;
+  unsigned mask = 0;
+  for (int64_t t = 0; t < kTile && first + t < m; ++t)
+    mask |= static_cast<unsigned>(adapters.adapter_of_token[first + t] == adapters.id(i)) << t;
+  return static_cast<__mmask16>(mask);
 }
 
 constexpr int64_t kTileFloats = 256;
@@ -124,7 +143,7 @@ void forward_tokens(const ForwardTokens16Params& p, int64_t begin, int64_t end, 
   const Factor16& f = p.factor;
   const int64_t steps = steps_of(p.k), ranks = tiles_of(f.r), extra = low_rank_steps(f.r, f.dtype);
   for (int64_t tile = begin; tile < end; ++tile) {
-    uint8_t* out = p.out + tile * token_pitch(p.k, f);
+    uint8_t* out = p.out + tile * token_pitch(p.k, f, p.adapters);
     pack_columns(static_cast<const uint16_t*>(p.x), p.m, p.k, tile * kTile, p.by_nibble, out);
     if (f.r == 0) continue;
     const uint8_t* source = out;
@@ -134,20 +153,25 @@ void forward_tokens(const ForwardTokens16Params& p, int64_t begin, int64_t end, 
       source = dropped;
     }
     uint8_t* low_rank = out + steps * kTileBytes;
-    for (int64_t i = 0; i < extra * 16; ++i) _mm512_storeu_si512(low_rank + i * 64, _mm512_setzero_si512());
-    for (int64_t q = 0; q < ranks; ++q) {
-      const uint8_t* rows = p.factor_rows + q * f.splits() * steps * kTileBytes;
-      for (int64_t part = 0; part < f.splits(); ++part)
-        multiply<1, 1>(rows + part * steps * kTileBytes, 0, source, 0, steps, part == 0, scratch, 0);
-      for (int64_t i = 0; i < kTile / 2; ++i) {  // pairs of ranks
-        const __m512 even = _mm512_mul_ps(_mm512_loadu_ps(scratch + 32 * i), _mm512_set1_ps(p.scale));
-        const __m512 odd = _mm512_mul_ps(_mm512_loadu_ps(scratch + 32 * i + 16), _mm512_set1_ps(p.scale));
-        const __m256i even_high = round16(even), odd_high = round16(odd);
-        const __m512i high = pair_halves(even_high, odd_high);
-        const __m512i low = pair_halves(rest16(even, even_high), rest16(odd, odd_high));
-        for (int64_t part = 0; part < low_rank_parts(f.dtype); ++part) {
-          const int64_t pair = (part * ranks + q) * (kTile / 2) + i;
-          _mm512_storeu_si512(low_rank + pair * 64, part == 1 ? low : high);
+    std::memset(low_rank, 0, static_cast<size_t>(p.adapters.count * extra * kTileBytes));
+    for (int64_t a = 0; a < p.adapters.count; ++a, low_rank += extra * kTileBytes) {
+      const __mmask16 mine = tokens_with(p.adapters, a, tile * kTile, p.m);
+      if (mine == 0) continue;
+      const __m512 scale = _mm512_set1_ps(p.adapters.scale_of(a));
+      for (int64_t q = 0; q < ranks; ++q) {
+        const uint8_t* rows = p.factor_rows + a * f.packed_bytes() + q * f.splits() * steps * kTileBytes;
+        for (int64_t part = 0; part < f.splits(); ++part)
+          multiply<1, 1>(rows + part * steps * kTileBytes, 0, source, 0, steps, part == 0, scratch, 0);
+        for (int64_t i = 0; i < kTile / 2; ++i) {  // pairs of ranks
+          const __m512 even = _mm512_maskz_mul_ps(mine, _mm512_loadu_ps(scratch + 32 * i), scale);
+          const __m512 odd = _mm512_maskz_mul_ps(mine, _mm512_loadu_ps(scratch + 32 * i + 16), scale);
+          const __m256i even_high = round16(even), odd_high = round16(odd);
+          const __m512i high = pair_halves(even_high, odd_high);
+          const __m512i low = pair_halves(rest16(even, even_high), rest16(odd, odd_high));
+          for (int64_t part = 0; part < low_rank_parts(f.dtype); ++part) {
+            const int64_t pair = (part * ranks + q) * (kTile / 2) + i;
+            _mm512_storeu_si512(low_rank + pair * 64, part == 1 ? low : high);
+          }
         }
       }
     }
@@ -163,29 +187,33 @@ void backward_tokens(const BackwardTokens16Params& p, int64_t begin, int64_t end
   const Factor16& f = p.factor;
   const int64_t steps = steps_of(p.n), ranks = tiles_of(f.r), extra = low_rank_steps(f.r, f.dtype);
   for (int64_t tile = begin; tile < end; ++tile) {
-    uint8_t* out =
-        p.out != nullptr ? p.out + tile * token_pitch(p.n, f) : reinterpret_cast<uint8_t*>(scratch + kTileFloats);
+    uint8_t* out = p.out != nullptr ? p.out + tile * token_pitch(p.n, f, p.adapters)
+                                    : reinterpret_cast<uint8_t*>(scratch + kTileFloats);
     pack_rows(static_cast<const uint16_t*>(p.dy), p.m, p.n, tile * kTile, out);
     if (f.r == 0) continue;
     uint8_t* low_rank = out + steps * kTileBytes;
-    if (p.out != nullptr)
-      for (int64_t i = 0; i < extra * 16; ++i) _mm512_storeu_si512(low_rank + i * 64, _mm512_setzero_si512());
-    for (int64_t q = 0; q < ranks; ++q) {
-      const uint8_t* cols = p.factor_columns + q * f.splits() * steps * kTileBytes;
-      for (int64_t part = 0; part < f.splits(); ++part)
-        multiply<1, 1>(out, 0, cols + part * steps * kTileBytes, 0, steps, part == 0, scratch, 0);
-      for (int64_t t = 0; t < kTile; ++t) {
-        const __m512 v = _mm512_mul_ps(_mm512_loadu_ps(scratch + 16 * t), _mm512_set1_ps(p.scale));
-        const int64_t token = tile * kTile + t;
-        if (p.v != nullptr && token < p.m)
-          _mm512_mask_storeu_ps(p.v + token * f.r + q * kTile,
-                                static_cast<__mmask16>(mask32(min_i64(16, f.r - q * kTile))), v);
-        if (p.out == nullptr) continue;
-        const __m256i high = round16(v), low = rest16(v, high);
-        for (int64_t part = 0; part < low_rank_parts(f.dtype); ++part) {
-          const int64_t at = (part * ranks + q) * kTile;  // element of the row
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(low_rank + at / kStep * kTileBytes + t * 64 + at % kStep * 2),
-                              part == 1 ? low : high);
+    if (p.out != nullptr) std::memset(low_rank, 0, static_cast<size_t>(p.adapters.count * extra * kTileBytes));
+    for (int64_t a = 0; a < p.adapters.count; ++a, low_rank += extra * kTileBytes) {
+      const __mmask16 mine = tokens_with(p.adapters, a, tile * kTile, p.m);
+      const __m512 scale = _mm512_set1_ps(p.adapters.scale_of(a));
+      for (int64_t q = 0; q < ranks; ++q) {
+        const uint8_t* cols = p.factor_columns + a * f.packed_bytes() + q * f.splits() * steps * kTileBytes;
+        for (int64_t part = 0; part < f.splits() && mine != 0; ++part)
+          multiply<1, 1>(out, 0, cols + part * steps * kTileBytes, 0, steps, part == 0, scratch, 0);
+        for (int64_t t = 0; t < kTile; ++t) {
+          const __mmask16 all = (mine >> t & 1) != 0 ? 0xFFFF : 0;
+          const __m512 v = _mm512_maskz_mul_ps(all, _mm512_loadu_ps(scratch + 16 * t), scale);
+          const int64_t token = tile * kTile + t;
+          if (p.v != nullptr && token < p.m)
+            _mm512_mask_storeu_ps(p.v + (token * p.adapters.count + a) * f.r + q * kTile,
+                                  static_cast<__mmask16>(mask32(min_i64(16, f.r - q * kTile))), v);
+          if (p.out == nullptr || all == 0) continue;
+          const __m256i high = round16(v), low = rest16(v, high);
+          for (int64_t part = 0; part < low_rank_parts(f.dtype); ++part) {
+            const int64_t at = (part * ranks + q) * kTile;  // element of the row
+            uint8_t* to = low_rank + at / kStep * kTileBytes + t * 64 + at % kStep * 2;
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), part == 1 ? low : high);
+          }
         }
       }
     }

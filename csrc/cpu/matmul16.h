@@ -33,26 +33,41 @@ constexpr int64_t low_rank_steps(int64_t r, DType adapter) {
 
 // Steps from one tile of tokens to the next: room for both kinds of steps, and for as much that the same chunk of many
 // tiles does not fall into the same sets of a cache (a stride of 128 KiB, k = 4096, took 1.3 times as long).
-constexpr int64_t token_steps(int64_t features, int64_t r, DType adapter) {
-  const int64_t steps = steps_of(features) + low_rank_steps(r, adapter), rest = steps % 32;
+constexpr int64_t token_steps(int64_t features, int64_t low_rank) {
+  const int64_t steps = steps_of(features) + low_rank, rest = steps % 32;
   return rest < 8 ? steps + 8 - rest : steps;
 }
+
+// The adapters of a batch that are in use: their low-rank steps follow each other, and meet zeros in the tokens of
+// others.
+struct Adapters16 {
+  int64_t count = 1;
+  const int64_t* ids = nullptr;               // [count]; null: {0}
+  const int64_t* adapter_of_token = nullptr;  // [m]; null: one adapter for all
+  const float* scales = nullptr;              // by id; null: `scale`
+  float scale = 1.0f;
+
+  int64_t id(int64_t i) const { return ids != nullptr ? ids[i] : 0; }
+  float scale_of(int64_t i) const { return scales != nullptr ? scales[ids[i]] : scale; }
+};
 
 // A low-rank factor as the operand of a down projection, high and low halves apart (bfloat16 has no low one).
 struct Factor16 {
   const void* data = nullptr;  // element (rank, feature) is data[rank * rank_stride + feature * feature_stride]
   DType dtype = DType::kFloat32;
   int64_t rank_stride = 0, feature_stride = 0;
-  int64_t r = 0;         // 0: no adapter
-  int64_t features = 0;  // of the down projection
+  int64_t r = 0;               // 0: no adapter
+  int64_t features = 0;        // of the down projection
+  int64_t adapter_stride = 0;  // elements
   int64_t splits() const { return dtype == DType::kBFloat16 ? 1 : 2; }
-  // Bytes of the packed operand: [tiles_of(r)][splits][steps_of(features)] tiles.
+  // Bytes of the packed operand of one adapter: [tiles_of(r)][splits][steps_of(features)] tiles.
   int64_t packed_bytes() const { return tiles_of(r) * splits() * steps_of(features) * kTileBytes; }
 };
 
 // Unit: step of the features.
 struct PackFactor16Params {
   Factor16 factor;
+  Adapters16 adapters;
   bool as_rows;    // row tiles (ranks are rows); else column tiles (ranks are columns)
   bool by_nibble;  // row tiles only: the order of decoded weights instead of the natural one
   uint8_t* out;
@@ -67,7 +82,7 @@ struct ForwardTokens16Params {
   const void* lora_x;          // null: x
   const uint8_t* factor_rows;  // packed lora_a, or null
   Factor16 factor;
-  float scale;
+  Adapters16 adapters;
   uint8_t* out;
 };
 
@@ -77,9 +92,11 @@ struct Forward16Params {
   int64_t m;
   bool by_nibble;
   const uint8_t* columns;  // ForwardTokens16Params::out
-  const void* lora_b;      // [n, r] or null
+  const void* lora_b;      // [n, r] of each adapter, or null
   DType lora_dtype;
   int64_t r;
+  int64_t adapter_stride;  // elements
+  Adapters16 adapters;
   const void* bias;  // [n] or null
   DType bias_dtype;
   void* y;  // bfloat16
@@ -92,8 +109,8 @@ struct BackwardTokens16Params {
   int64_t m, n;
   const uint8_t* factor_columns;  // packed lora_b, or null
   Factor16 factor;
-  float scale;
-  float* v;      // [m, r] or null
+  Adapters16 adapters;
+  float* v;      // [m, adapters, r] or null
   uint8_t* out;  // null: only v
 };
 
@@ -104,9 +121,11 @@ struct Backward16Params {
   bool by_nibble;
   const uint8_t* rows;  // BackwardTokens16Params::out
   int64_t row_steps;    // token_steps() there
-  const void* lora_a;   // [r, k] or null
+  const void* lora_a;   // [r, k] of each adapter, or null
   DType lora_dtype;
   int64_t r;
+  int64_t adapter_stride;  // elements
+  Adapters16 adapters;
   void* dx;  // bfloat16
 };
 
@@ -117,6 +136,10 @@ struct FactorGrad16Params {
   int64_t m, r, features;
   const void* matrix;  // [m, features] bfloat16
   bool r_is_major;     // out [r, features]; else [features, r]
+  // Ranks are those of several adapters, `group` of each: out advances by out_stride elements for each id.
+  int64_t group;
+  Adapters16 adapters;
+  int64_t out_stride;
   void* out;
   DType out_dtype;
 };

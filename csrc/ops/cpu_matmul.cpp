@@ -25,7 +25,11 @@ Tensor forward(Tensor x, Tensor packed, Tensor absmax, OptionalTensor nested_abs
   const std::optional<Matrix> dropped = check_lora_x(lora_x, x, lora);
   const std::optional<Matrix> bias_row = check_bias(bias, n, x);
   const cpu::ForwardKernel kernel = cpu::select_forward(tokens.rows, k, takes_tiles(kernels, tokens, x));
-  if (kernel == cpu::ForwardKernel::kTiles) return forward16(*kernels.matmul16, w, tokens, lora, dropped, bias_row, x);
+  if (kernel == cpu::ForwardKernel::kTiles) {
+    std::optional<LowRankTiles> term;
+    if (lora) term = forward_low_rank(*lora);
+    return forward16(*kernels.matmul16, w, tokens, term, dropped, bias_row, x);
+  }
   if (kernel != cpu::ForwardKernel::kGemm) {
     const TokenFloats floats(kernels, tokens, kernel == cpu::ForwardKernel::kDecodeWords);
     if (!lora) return decode(kernels, w, tokens, floats, nullptr, bias_row, x);
@@ -70,29 +74,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad, Tensor 
     const cpu::Matmul16& tiles = *kernels.matmul16;
     const bool needs_v = lora && (low_rank_to_x || needs_lora || (needs_lora_x && dropped));
     const bool needs_rows = needs_x || (needs_lora_x && dropped);
-    std::optional<cpu::Factor16> b;
-    if (needs_v) b = factor_of_b(lora->b);
-    const BackwardTokens v = needs_rows || needs_v
-                                 ? backward_tokens16(tiles, dy, b, lora ? lora->scaling : 1.0f, needs_rows)
-                                 : BackwardTokens{nothing()};
-    if (needs_x) d_x = backward16(tiles, w, v, dy.rows, low_rank_to_x ? &lora->a : nullptr, x);
+    std::optional<LowRankTiles> term;
+    if (needs_v) term = backward_low_rank(*lora);
+    const cpu::Adapters16 adapters = term ? term->adapters : cpu::Adapters16{};
+    BackwardTokens v{nothing()};
+    if (needs_rows || needs_v) v = backward_tokens16(tiles, dy, term ? &term->down : nullptr, adapters, needs_rows);
+    if (needs_x) d_x = backward16(tiles, w, v, dy.rows, low_rank_to_x ? &*term : nullptr, x);
     if (needs_lora_x && dropped) {
       PackedWeight none;
       none.n = n;
       none.k = k;
-      d_lora_x = backward16(tiles, none, v, dy.rows, &lora->a, x);
+      d_lora_x = backward16(tiles, none, v, dy.rows, &*term, x);
     }
     if (lora && needs_lora) {
       const Matrix& lora_tokens = dropped ? *dropped : tokens;
-      const BackwardTokens u = backward_tokens16(tiles, lora_tokens, factor_of_a(lora->a), lora->scaling, false);
-      d_lora_a = factor_grad16(tiles, *v.v, lora_tokens, lora_a->scalar_type(), true);
-      d_lora_b = factor_grad16(tiles, *u.v, dy, lora_a->scalar_type(), false);
+      const cpu::Factor16 a = factor_of_a(lora->a, lora->a.rows);
+      const BackwardTokens u = backward_tokens16(tiles, lora_tokens, &a, adapters, false);
+      d_lora_a = empty_cpu({lora->a.rows, k}, lora_a->scalar_type());
+      d_lora_b = empty_cpu({n, lora->b.cols}, lora_a->scalar_type());
+      factor_grad16(tiles, *v.v, lora_tokens, {}, true, d_lora_a);
+      factor_grad16(tiles, *u.v, dy, {}, false, d_lora_b);
     }
-    if (needs_bias) {
-      const std::vector<float> ones(static_cast<size_t>(dy.rows), 1.0f);
-      const Matrix column{nothing(), ones.data(), DType::kFloat32, dy.rows, 1};
-      d_bias = torch::stable::view(factor_grad16(tiles, column, dy, ScalarType::Float, true), {n});
-    }
+    if (needs_bias) d_bias = bias_grad16(tiles, dy);
     return {d_x, d_lora_a, d_lora_b, d_lora_x, d_bias};
   }
   Columns dy_columns;

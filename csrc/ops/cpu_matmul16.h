@@ -14,20 +14,44 @@ inline bool takes_tiles(const cpu::KernelTable& kernels, const Matrix& tokens, c
 
 inline Tensor tile_buffer(int64_t bytes) { return empty_cpu({bytes}, ScalarType::Byte); }
 
-// lora_a [r, k] or lora_b [n, r] as the factor of a down projection.
-inline cpu::Factor16 factor_of_a(const Matrix& a) { return {a.data, a.dtype, a.cols, 1, a.rows, a.cols}; }
-inline cpu::Factor16 factor_of_b(const Matrix& b) { return {b.data, b.dtype, 1, b.cols, b.cols, b.rows}; }
+// The low-rank term of a product: the factor that meets the tokens, and the one that meets what comes of it.
+struct LowRankTiles {
+  cpu::Factor16 down;
+  const void* up;
+  int64_t up_stride;  // elements from one adapter to the next
+  cpu::Adapters16 adapters;
+};
 
-inline Tensor pack_factor16(const cpu::Matmul16& kernels, const cpu::Factor16& factor, bool as_rows, bool by_nibble) {
-  Tensor packed = tile_buffer(factor.packed_bytes());
-  const cpu::PackFactor16Params p{factor, as_rows, by_nibble, packed.mutable_data_ptr<uint8_t>()};
+// lora_a [r, k] and lora_b [n, r] as the factor of a down projection, of one adapter or of the first of several.
+inline cpu::Factor16 factor_of_a(const Matrix& a, int64_t r) {
+  return {a.data, a.dtype, a.cols, 1, r, a.cols, r * a.cols};
+}
+inline cpu::Factor16 factor_of_b(const Matrix& b, int64_t n) {
+  return {b.data, b.dtype, 1, b.cols, b.cols, n, n * b.cols};
+}
+
+inline LowRankTiles forward_low_rank(const Lora& lora) {
+  LowRankTiles t{factor_of_a(lora.a, lora.a.rows), lora.b.data, 0, {}};
+  t.adapters.scale = lora.scaling;
+  return t;
+}
+inline LowRankTiles backward_low_rank(const Lora& lora) {
+  LowRankTiles t{factor_of_b(lora.b, lora.b.rows), lora.a.data, 0, {}};
+  t.adapters.scale = lora.scaling;
+  return t;
+}
+
+inline Tensor pack_factor16(const cpu::Matmul16& kernels, const cpu::Factor16& factor, const cpu::Adapters16& adapters,
+                            bool as_rows, bool by_nibble) {
+  Tensor packed = tile_buffer(adapters.count * factor.packed_bytes());
+  const cpu::PackFactor16Params p{factor, adapters, as_rows, by_nibble, packed.mutable_data_ptr<uint8_t>()};
   parallel(ceil_div(factor.features, cpu::kChunk), 8,
            [&](int64_t begin, int64_t end) { kernels.pack_factor(p, begin, end); });
   return packed;
 }
 
 inline Tensor forward16(const cpu::Matmul16& kernels, const PackedWeight& w, const Matrix& tokens,
-                        const std::optional<Lora>& lora, const std::optional<Matrix>& dropped,
+                        const std::optional<LowRankTiles>& lora, const std::optional<Matrix>& dropped,
                         const std::optional<Matrix>& bias, const Tensor& like) {
   const Tensor y = on_huge_pages(empty_with_last_dim(like, w.n, like.scalar_type()));
   if (y.numel() == 0) return y;
@@ -37,30 +61,32 @@ inline Tensor forward16(const cpu::Matmul16& kernels, const PackedWeight& w, con
   t.m = tokens.rows;
   t.k = w.k;
   t.by_nibble = by_nibble;
+  cpu::Forward16Params p{};
   Tensor factor = nothing();
+  int64_t low_rank = 0;
   if (lora) {
-    t.factor = factor_of_a(lora->a);
-    factor = pack_factor16(kernels, t.factor, true, by_nibble);
+    t.factor = lora->down;
+    t.adapters = lora->adapters;
+    factor = pack_factor16(kernels, t.factor, t.adapters, true, by_nibble);
     t.factor_rows = factor.const_data_ptr<uint8_t>();
     t.lora_x = dropped ? dropped->data : nullptr;
-    t.scale = lora->scaling;
+    p.lora_b = lora->up;
+    p.lora_dtype = t.factor.dtype;
+    p.r = t.factor.r;
+    p.adapter_stride = lora->up_stride;
+    p.adapters = lora->adapters;
+    low_rank = t.adapters.count * cpu::low_rank_steps(p.r, p.lora_dtype);
   }
   const int64_t tiles = cpu::tiles_of(tokens.rows);
-  Tensor columns = tile_buffer(tiles * cpu::token_steps(w.k, t.factor.r, t.factor.dtype) * cpu::kTileBytes);
+  Tensor columns = tile_buffer(tiles * cpu::token_steps(w.k, low_rank) * cpu::kTileBytes);
   t.out = columns.mutable_data_ptr<uint8_t>();
   parallel(tiles, 1, [&](int64_t begin, int64_t end) {
     kernels.forward_tokens(t, begin, end, thread_scratch(kernels.forward_tokens_scratch(t)));
   });
-  cpu::Forward16Params p{};
   p.weight = w;
   p.m = tokens.rows;
   p.by_nibble = by_nibble;
   p.columns = t.out;
-  if (lora) {
-    p.lora_b = lora->b.data;
-    p.lora_dtype = lora->b.dtype;
-    p.r = lora->b.cols;
-  }
   if (bias) {
     p.bias = bias->data;
     p.bias_dtype = bias->dtype;
@@ -72,58 +98,69 @@ inline Tensor forward16(const cpu::Matmul16& kernels, const PackedWeight& w, con
   return y;
 }
 
-// Sums over tokens of a float32 matrix [m, r] and a bfloat16 one [m, features].
-inline Tensor factor_grad16(const cpu::Matmul16& kernels, const Matrix& factor, const Matrix& matrix, ScalarType dtype,
-                            bool r_is_major) {
-  const int64_t m = factor.rows, r = factor.cols, steps = ceil_div(m, cpu::kStep);
-  Tensor packed = tile_buffer(cpu::tiles_of(r) * 2 * steps * cpu::kTileBytes);
-  const cpu::PackTokenFactor16Params pack{static_cast<const float*>(factor.data), m, r,
+// Sums over tokens of a float32 matrix [m, adapters * r] and a bfloat16 one [m, features], into `out`: of each adapter
+// [r, features], or [features, r].
+inline void factor_grad16(const cpu::Matmul16& kernels, const Matrix& factor, const Matrix& matrix,
+                          const cpu::Adapters16& adapters, bool r_is_major, const Tensor& out) {
+  const int64_t m = factor.rows, ranks = factor.cols, steps = ceil_div(m, cpu::kStep);
+  Tensor packed = tile_buffer(cpu::tiles_of(ranks) * 2 * steps * cpu::kTileBytes);
+  const cpu::PackTokenFactor16Params pack{static_cast<const float*>(factor.data), m, ranks,
                                           packed.mutable_data_ptr<uint8_t>()};
   parallel(steps, 4, [&](int64_t begin, int64_t end) { kernels.pack_token_factor(pack, begin, end); });
-  Tensor out = r_is_major ? empty_cpu({r, matrix.cols}, dtype) : empty_cpu({matrix.cols, r}, dtype);
   cpu::FactorGrad16Params p{};
   p.factor = pack.out;
   p.m = m;
-  p.r = r;
+  p.r = ranks;
   p.features = matrix.cols;
   p.matrix = matrix.data;
   p.r_is_major = r_is_major;
+  p.group = ranks / adapters.count;
+  p.adapters = adapters;
+  p.out_stride = p.group * matrix.cols;
   p.out = out.mutable_data_ptr();
-  p.out_dtype = float_dtype(dtype, "lora");
+  p.out_dtype = float_dtype(out.scalar_type(), "lora");
   parallel(ceil_div(matrix.cols, cpu::kGradFeatures), 1, [&](int64_t begin, int64_t end) {
     kernels.factor_grad(p, begin, end, thread_scratch(kernels.factor_grad_scratch(p)));
   });
+}
+
+inline Tensor bias_grad16(const cpu::Matmul16& kernels, const Matrix& dy) {
+  const std::vector<float> ones(static_cast<size_t>(dy.rows), 1.0f);
+  const Tensor out = empty_cpu({dy.cols}, ScalarType::Float);
+  factor_grad16(kernels, {nothing(), ones.data(), DType::kFloat32, dy.rows, 1}, dy, {}, true, out);
   return out;
 }
 
-// The tokens of a backward product, and scale * tokens · factor as float32.
+// The tokens of a product with a transposed weight, and scale * tokens · factor as float32.
 struct BackwardTokens {
   Tensor storage;
   const uint8_t* rows = nullptr;
   int64_t steps = 0;        // of a tile of tokens
-  std::optional<Matrix> v;  // [m, r]
+  std::optional<Matrix> v;  // [m, adapters * r]
 };
 
-inline BackwardTokens backward_tokens16(const cpu::Matmul16& kernels, const Matrix& tokens,
-                                        const std::optional<cpu::Factor16>& factor, float scale, bool keeps_rows) {
+inline BackwardTokens backward_tokens16(const cpu::Matmul16& kernels, const Matrix& tokens, const cpu::Factor16* factor,
+                                        const cpu::Adapters16& adapters, bool keeps_rows) {
   BackwardTokens result{nothing()};
   cpu::BackwardTokens16Params p{};
   p.dy = tokens.data;
   p.m = tokens.rows;
   p.n = tokens.cols;
+  p.adapters = adapters;
   Tensor packed = nothing();
-  if (factor) {
+  if (factor != nullptr) {
     p.factor = *factor;
-    packed = pack_factor16(kernels, *factor, false, false);
+    packed = pack_factor16(kernels, *factor, adapters, false, false);
     p.factor_columns = packed.const_data_ptr<uint8_t>();
-    p.scale = scale;
-    Tensor v = empty_cpu({tokens.rows, factor->r}, ScalarType::Float);
+    const int64_t ranks = adapters.count * factor->r;
+    Tensor v = empty_cpu({tokens.rows, ranks}, ScalarType::Float);
     p.v = v.mutable_data_ptr<float>();
-    result.v = Matrix{v, p.v, DType::kFloat32, tokens.rows, factor->r};
+    result.v = Matrix{v, p.v, DType::kFloat32, tokens.rows, ranks};
   }
   const int64_t tiles = cpu::tiles_of(tokens.rows);
   if (keeps_rows) {
-    result.steps = cpu::token_steps(tokens.cols, p.factor.r, p.factor.dtype);
+    const int64_t low_rank = adapters.count * cpu::low_rank_steps(p.factor.r, p.factor.dtype);
+    result.steps = cpu::token_steps(tokens.cols, low_rank);
     result.storage = tile_buffer(tiles * result.steps * cpu::kTileBytes);
     p.out = result.storage.mutable_data_ptr<uint8_t>();
     result.rows = p.out;
@@ -136,7 +173,7 @@ inline BackwardTokens backward_tokens16(const cpu::Matmul16& kernels, const Matr
 
 // dx [..., k] = tokens · W + low-rank term; without W (weight.packed null) the low-rank term alone.
 inline Tensor backward16(const cpu::Matmul16& kernels, const PackedWeight& w, const BackwardTokens& tokens, int64_t m,
-                         const Matrix* lora_a, const Tensor& like) {
+                         const LowRankTiles* lora, const Tensor& like) {
   const Tensor dx = on_huge_pages(empty_with_last_dim(like, w.k, like.scalar_type()));
   if (dx.numel() == 0) return dx;
   cpu::Backward16Params p{};
@@ -145,10 +182,12 @@ inline Tensor backward16(const cpu::Matmul16& kernels, const PackedWeight& w, co
   p.by_nibble = w.packed != nullptr && cpu::decodes_by_nibble(w);
   p.rows = tokens.rows;
   p.row_steps = tokens.steps;
-  if (lora_a != nullptr) {
-    p.lora_a = lora_a->data;
-    p.lora_dtype = lora_a->dtype;
-    p.r = lora_a->rows;
+  if (lora != nullptr) {
+    p.lora_a = lora->up;
+    p.lora_dtype = lora->down.dtype;
+    p.r = lora->down.r;
+    p.adapter_stride = lora->up_stride;
+    p.adapters = lora->adapters;
   }
   p.dx = dx.mutable_data_ptr();
   parallel(kernels.backward_items(p), 1, [&](int64_t begin, int64_t end) {

@@ -7,6 +7,7 @@
 #include "ops/checks.h"
 #include "ops/cpu_common.h"
 #include "ops/cpu_decode.h"
+#include "ops/cpu_matmul16.h"
 #include "ops/cpu_products.h"
 
 namespace qlora::ops {
@@ -44,16 +45,28 @@ void check_isolated(const Adapters& adapters, const Matrix& matrix, int64_t adap
   bool alone = true;
   for (int64_t t = 0; t < adapters.adapter_of_row.numel(); ++t) alone = alone && adapters.of_row[t] == adapter;
   if (alone) return;
-  const auto all_finite = [&](auto* values) {
-    float probe = 0.0f;  // x * 0 is nan for nan and inf
-    for (int64_t i = 0; i < matrix.rows * matrix.cols; ++i) probe += to_float(values[i]) * 0.0f;
-    return probe == 0.0f;
+  // An exponent of ones; integers, so that the compiler may take many at a time.
+  const auto all_finite = [&](const auto* bits, auto exponent) {
+    int found = 0;
+    for (int64_t i = 0; i < matrix.rows * matrix.cols; ++i) found |= (bits[i] & exponent) == exponent;
+    return found == 0;
   };
-  const bool finite = matrix.dtype == DType::kBFloat16  ? all_finite(static_cast<const bf16*>(matrix.data))
-                      : matrix.dtype == DType::kFloat16 ? all_finite(static_cast<const fp16*>(matrix.data))
-                                                        : all_finite(static_cast<const float*>(matrix.data));
+  const bool finite = matrix.dtype == DType::kFloat32
+                          ? all_finite(static_cast<const uint32_t*>(matrix.data), uint32_t{0x7F800000u})
+                          : all_finite(static_cast<const uint16_t*>(matrix.data),
+                                       static_cast<uint16_t>(matrix.dtype == DType::kBFloat16 ? 0x7F80u : 0x7C00u));
   STD_TORCH_CHECK(finite, name, "[", adapter,
                   "] holds nan or inf: in a batch it would reach the rows of other adapters");
+}
+
+// The adapters in use as the low-rank term of a product on tiles; `ids` has to outlive it.
+cpu::Adapters16 adapters_of_tiles(const Adapters& adapters, const std::vector<int64_t>& ids) {
+  cpu::Adapters16 t;
+  t.count = static_cast<int64_t>(ids.size());
+  t.ids = ids.data();
+  t.adapter_of_token = adapters.of_row;
+  t.scales = adapters.scale;
+  return t;
 }
 
 struct AdapterTerms {
@@ -82,8 +95,9 @@ Tensor forward_multi(Tensor x, Tensor packed, Tensor absmax, OptionalTensor nest
   const Adapters adapters = check_adapters(lora_a, lora_b, scaling, adapter_of_row, base);
   check_adapter_of_row(adapters);
   const std::optional<Matrix> bias_row = check_bias(bias, n, x);
-  const cpu::ForwardKernel kernel = cpu::select_forward(tokens.rows, k, false);
-  if (kernel != cpu::ForwardKernel::kGemm) {
+  const bool has_tiles = takes_tiles(kernels, tokens, x);
+  const cpu::ForwardKernel kernel = cpu::select_forward(tokens.rows, k, has_tiles);
+  if (kernel == cpu::ForwardKernel::kDecodeWords || kernel == cpu::ForwardKernel::kDecodeSpans) {
     const TokenFloats floats(kernels, tokens, kernel == cpu::ForwardKernel::kDecodeWords);
     const Tensor t = empty_cpu({tokens.rows, adapters.r}, ScalarType::Float);
     float* t_data = t.mutable_data_ptr<float>();
@@ -96,10 +110,18 @@ Tensor forward_multi(Tensor x, Tensor packed, Tensor absmax, OptionalTensor nest
     const DecodeLora up{t_data, adapters.b.data, adapters.b.dtype, adapters.r, adapters.of_row};
     return decode(kernels, w, tokens, floats, &up, bias_row, x);
   }
+  const std::vector<int64_t> in_use = adapters_in_use(adapters, tokens.rows);
+  for (const int64_t i : in_use) check_isolated(adapters, adapters.b_of(i), i, "lora_b");
+  if (has_tiles) {
+    std::optional<LowRankTiles> term;
+    if (!in_use.empty())
+      term = LowRankTiles{factor_of_a(adapters.a, adapters.r), adapters.b.data, n * adapters.r,
+                          adapters_of_tiles(adapters, in_use)};
+    return forward16(*kernels.matmul16, w, tokens, term, std::nullopt, bias_row, x);
+  }
   const Columns columns = pack(kernels, tokens, StepsAre::kColumns);
   AdapterTerms terms;
-  for (const int64_t i : adapters_in_use(adapters, tokens.rows)) {
-    check_isolated(adapters, adapters.b_of(i), i, "lora_b");
+  for (const int64_t i : in_use) {
     Matrix t = low_rank(kernels, adapters.a_of(i), Operands::kAsStored, columns, tokens.rows, adapters.scale[i]);
     mask_rows(t, adapters, i);
     terms.add(adapters.b_of(i), std::move(t));
@@ -124,6 +146,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_multi(Tensor grad, Tensor x,
   check_adapter_of_row(adapters);
 
   Tensor d_x = nothing(), d_lora_a = nothing(), d_lora_b = nothing(), d_bias = nothing();
+  if (takes_tiles(kernels, dy, x)) {
+    const cpu::Matmul16& tiles = *kernels.matmul16;
+    const std::vector<int64_t> in_use = adapters_in_use(adapters, tokens.rows);
+    for (const int64_t i : in_use)
+      if (needs_x) check_isolated(adapters, adapters.a_of(i), i, "lora_a");
+    if (needs_lora) {
+      d_lora_a = torch::stable::new_zeros(lora_a, {adapters.count, adapters.r, k}, lora_a.scalar_type());
+      d_lora_b = torch::stable::new_zeros(lora_b, {adapters.count, n, adapters.r}, lora_a.scalar_type());
+    }
+    const bool any = !in_use.empty();
+    const LowRankTiles term{factor_of_b(adapters.b, n), adapters.a.data, adapters.r * k,
+                            adapters_of_tiles(adapters, in_use)};
+    const cpu::Adapters16 none;
+    if (needs_x || (needs_lora && any)) {
+      const BackwardTokens v =
+          backward_tokens16(tiles, dy, any ? &term.down : nullptr, any ? term.adapters : none, needs_x);
+      if (needs_x) d_x = backward16(tiles, w, v, dy.rows, any ? &term : nullptr, x);
+      if (needs_lora && any) {
+        const cpu::Factor16 a = factor_of_a(adapters.a, adapters.r);
+        const BackwardTokens u = backward_tokens16(tiles, tokens, &a, term.adapters, false);
+        factor_grad16(tiles, *v.v, tokens, term.adapters, true, d_lora_a);
+        factor_grad16(tiles, *u.v, dy, term.adapters, false, d_lora_b);
+      }
+    }
+    if (needs_bias) d_bias = bias_grad16(tiles, dy);
+    return {d_x, d_lora_a, d_lora_b, d_bias};
+  }
   Columns dy_columns, dy_by_token, x_columns, x_by_token;
   if (needs_x || needs_lora) dy_columns = pack(kernels, dy, StepsAre::kColumns);
   if (needs_bias || needs_lora) dy_by_token = pack(kernels, dy, StepsAre::kRows);
