@@ -8,7 +8,7 @@
 namespace qlora::cpu {
 namespace {
 
-// 128 elements in the order in which decoded weights come (amx_matmul_impl.h): out[s] holds elements 4i + s.
+// 128 elements in the order in which decoded weights come (amx_decode_impl.h): out[s] holds elements 4i + s.
 QLORA_INLINE void nibble_order(const __m512i (&natural)[4], __m512i (&out)[4]) {
   __m512i index = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 60, 56, 52, 48, 44, 40, 36, 32, 28,
                                    24, 20, 16, 12, 8, 4, 0);

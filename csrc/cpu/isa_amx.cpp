@@ -2,7 +2,8 @@
 #include "cpu/kernel_table.h"
 
 #if defined(__x86_64__)
-#include "cpu/amx_matmul_impl.h"
+#include "cpu/amx_backward_impl.h"
+#include "cpu/amx_forward_impl.h"
 #include "cpu/make_table.h"
 
 namespace qlora::cpu {

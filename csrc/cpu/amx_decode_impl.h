@@ -1,0 +1,58 @@
+// Panels of W as tiles of bfloat16, and how the products on them are blocked. Included by isa_amx.cpp alone.
+#pragma once
+
+#include <cstring>
+
+#include "cpu/amx_tokens_impl.h"
+#include "cpu/decode_impl.h"
+#include "cpu/vec_avx512.h"
+
+namespace qlora::cpu {
+namespace {
+
+// Blocks for a core with 48 KiB of L1 and 2 MiB of L2. A chunk of the reduction is 256 elements: two tiles of rows and
+// two of columns then share L1; 512 took 1.2 times as long at m = 512, because each evicted the other
+// (docs/performance.md).
+constexpr int64_t kChunkSteps = 8;
+constexpr int64_t kBlockTokenTiles = 32;  // 512 tokens: their chunk, 256 KiB, and the results of a panel stay in L2
+constexpr int64_t kFewItems = 8;          // narrower panels below that, for all threads to have some
+
+// 128 weights of a row, of which the first 64 may be all that are left: out[s] holds weights 4i + s. A table of the 16
+// levels times the scale, rounded to bfloat16, for each half of the chunk; the rest is moving nibbles.
+QLORA_INLINE void decode_chunk(const uint8_t* packed, bool whole, __m512 levels, float first_scale, float second_scale,
+                               __m512i (&out)[4]) {
+  const __m512i words = whole ? _mm512_loadu_si512(packed) : _mm512_maskz_loadu_epi64(0x0F, packed);
+  const __m512i table =
+      round16(_mm512_mul_ps(levels, _mm512_set1_ps(first_scale)), _mm512_mul_ps(levels, _mm512_set1_ps(second_scale)));
+  const __m512i nibble = _mm512_set1_epi16(0x0F);
+  const __m512i half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+  constexpr int kAndOr = 0xEA;  // (a & b) | c
+  out[0] =
+      _mm512_permutexvar_epi16(_mm512_ternarylogic_epi32(_mm512_srli_epi16(words, 4), nibble, half, kAndOr), table);
+  out[1] = _mm512_permutexvar_epi16(_mm512_ternarylogic_epi32(words, nibble, half, kAndOr), table);
+  out[2] =
+      _mm512_permutexvar_epi16(_mm512_ternarylogic_epi32(_mm512_srli_epi16(words, 12), nibble, half, kAndOr), table);
+  out[3] =
+      _mm512_permutexvar_epi16(_mm512_ternarylogic_epi32(_mm512_srli_epi16(words, 8), nibble, half, kAndOr), table);
+}
+
+// Any weight: the elements of a row from `col` on, in the natural order, zeros behind the row's end.
+void decode_natural(const PackedWeight& w, __m512 table, int64_t row, int64_t col, __m512i (&out)[4]) {
+  alignas(64) bf16 buffer[kChunk];
+  std::memset(buffer, 0, sizeof buffer);
+  if (col < w.k) dequantize_span<VecAvx512>(w, table, row * w.k + col, min_i64(kChunk, w.k - col), buffer);
+  for (int q = 0; q < 4; ++q) out[q] = _mm512_load_si512(buffer + 32 * q);
+}
+
+void prefetch(const uint8_t* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T0);
+}
+
+// Low-rank steps of all adapters together.
+template <class Params>
+int64_t all_low_rank_steps(const Params& p) {
+  return p.adapters.count * low_rank_steps(p.r, p.lora_dtype);
+}
+
+}  // namespace
+}  // namespace qlora::cpu
