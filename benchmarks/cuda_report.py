@@ -139,7 +139,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if shutil.which("nvcc") is None:
         sys.exit("nvcc is not on PATH: install the CUDA toolkit 12.8 or newer")
-    problems = []
+    problems, known = [], []
     table: dict[tuple[str, str], dict[int, int]] = collections.defaultdict(dict)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = {
@@ -154,8 +154,10 @@ def main() -> int:
             for name, short in zip(kernels, demangle(list(kernels)), strict=True):
                 use = kernels[name]
                 table[source.stem, short][arch] = use["registers"]
-                if use["spills"] > TOLERATED_SPILLS.get((arch, source.stem, "2, 128" in short), 0):
-                    problems.append(f"sm_{arch} {short}: {use['spills']} bytes spilled, stack of {use['stack']} bytes")
+                if use["spills"] or use["stack"]:
+                    tolerated = TOLERATED_SPILLS.get((arch, source.stem, "2, 128" in short), 0)
+                    spill = f"sm_{arch} {short}: {use['spills']} bytes spilled, stack of {use['stack']} bytes"
+                    (problems if use["spills"] > tolerated else known).append(spill)
                 if use["registers"] * threads * blocks > REGISTERS_OF_AN_SM:
                     problems.append(
                         f"sm_{arch} {short}: {use['registers']} registers, {blocks} blocks do not fit an SM"
@@ -172,7 +174,9 @@ def main() -> int:
     print("| --- |" + " ---: |" * len(arguments.archs))
     for (_, short), registers in table.items():
         print(f"| {short} | " + " | ".join(str(registers[arch]) for arch in arguments.archs) + " |")
-    print("\n".join(problems) if problems else "no spills, no stacks, every promise of launch bounds kept")
+    for line in known:
+        print(f"tolerated: {line}")
+    print("\n".join(problems) if problems else "no other spills or stacks, every promise of launch bounds kept")
     return 1 if problems else 0
 
 
