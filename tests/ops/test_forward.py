@@ -119,9 +119,10 @@ def test_none_and_empty_nested_tensors_mean_the_same():
 
 
 @pytest.mark.parametrize("m", [1, 8, 9, 600])
-def test_bitwise_the_same_for_every_thread_count_and_run(device, m, threads):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bitwise_the_same_for_every_thread_count_and_run(device, dtype, m, threads):
     weight, _ = weights(300, 576)
-    x, a, b = torch.randn(m, 576), torch.randn(16, 576), torch.randn(300, 16)
+    x, a, b = torch.randn(m, 576).to(dtype), torch.randn(16, 576), torch.randn(300, 16)
     results = []
     for count in (1, 2, 3, 2):
         threads(count)

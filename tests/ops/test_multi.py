@@ -89,8 +89,9 @@ def test_one_adapter_for_all_rows_is_the_single_adapter_operator(device, m):
 
 
 @pytest.mark.parametrize("m", [6, 60])
-def test_bitwise_the_same_for_every_thread_count(device, m, threads):
-    x, weight, _, lora = make(m, 200, 96)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bitwise_the_same_for_every_thread_count(device, dtype, m, threads):
+    x, weight, _, lora = make(m, 200, 96, dtype=dtype)
     results = []
     for count in (1, 2, 3):
         threads(count)

@@ -1,0 +1,63 @@
+"""Products large enough for several blocks of tokens, panels of W and chunks of the reduction, on each CPU level."""
+
+import pytest
+import torch
+from cases import weights
+from tolerances import accumulation, assert_within, factor_bounds, operand_rounding, output_rounding
+
+from qlora import _C, ops
+
+LEVELS = [f"cpu-{isa}" for isa in _C.runnable_isas()]
+# Rows decoded by whole words; half a chunk of them left over; blocks that cross rows; rows that begin inside a byte.
+WEIGHTS = ((136, 1152, 64), (300, 1088, 64), (140, 576, 128), (71, 333, 64), (130, 640, 32))
+
+
+@pytest.fixture(params=LEVELS)
+def level(request, monkeypatch):
+    monkeypatch.setenv("QLORA_CPU_ISA", request.param[4:])
+    return request.param
+
+
+@pytest.mark.parametrize(("n", "k", "block"), WEIGHTS)
+def test_forward_and_backward(level, n, k, block):
+    m, r, s = 550, 20, 0.5
+    weight, dense = weights(n, k, block_size=block)
+    x, grad = torch.randn(m, k).bfloat16().requires_grad_(), torch.randn(m, n).bfloat16()
+    a, b = torch.randn(r, k).requires_grad_(), torch.randn(n, r).requires_grad_()
+    y = ops.forward(x, *weight, a, b, s)
+    y.backward(grad)
+    X, G, A, B = x.detach().double(), grad.double(), a.detach().double(), b.detach().double()
+    for actual, tokens, W, down, up in ((y, X, dense.T, A.T, B.T), (x.grad, G, dense, B, A)):
+        products = tokens.abs() @ W.abs() + s * tokens.abs() @ down.abs() @ up.abs()
+        bound = accumulation(2 * len(W) + r + 4, products) + operand_rounding(level, x.dtype, products)
+        expected = tokens @ W + s * tokens @ down @ up
+        assert_within(actual, expected, bound + output_rounding(expected.abs() + bound, x.dtype))
+    bounds = factor_bounds(level, x.dtype, s, G.abs(), X.abs(), A.abs(), B.abs())
+    for leaf, expected, bound in ((a, s * (G @ B).T @ X, bounds[0]), (b, s * G.T @ (X @ A.T), bounds[1])):
+        assert_within(leaf.grad, expected, bound + output_rounding(expected.abs() + bound, leaf.dtype))
+
+
+def test_backward_is_bitwise_the_same_for_every_thread_count(level, threads):
+    weight, _ = weights(300, 1088)
+    x, grad = torch.randn(550, 1088).bfloat16(), torch.randn(550, 300).bfloat16()
+    a, b = torch.randn(20, 1088), torch.randn(300, 20)
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        results.append(torch.ops.qlora.backward(grad, x, *weight, a, b, 0.5, None, True, True, False, True))
+    for other in results[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+
+
+def test_nan_of_one_token_stays_its_own(level):
+    """Also one that shares a tile, forward and backward."""
+    weight, _ = weights(64, 128)
+    x, grad = torch.randn(40, 128).bfloat16(), torch.randn(40, 64).bfloat16()
+    x[5, 3], grad[7, 2] = float("nan"), float("inf")
+    a, b = torch.randn(4, 128), torch.randn(64, 4)
+    y = ops.forward(x, *weight, a, b)
+    d_x = torch.ops.qlora.backward(grad, x, *weight, a, b, 1.0, None, True, False, False, False)[0]
+    assert y[5].isnan().all()
+    assert not d_x[7].isfinite().any()
+    assert y[torch.arange(40) != 5].isfinite().all()
+    assert d_x[torch.arange(40) != 7].isfinite().all()
