@@ -95,10 +95,11 @@ class Linear4bit(nn.Linear):
         lora_x: Tensor | None = None,
     ) -> Tensor:
         """The fused operation on this weight, with an adapter; shapes as in :func:`qlora.ops.forward`."""
-        buffers = self._buffers  # nn.Module finds each attribute by three dictionaries: 3 µs for six of them
+        # nn.Module finds each attribute by three dictionaries: 3 µs for these five.
+        parameters, buffers = self._parameters, self._buffers
         return ops.forward(
             x,
-            self.weight,
+            parameters["weight"],  # type: ignore[arg-type]
             buffers["absmax"],  # type: ignore[arg-type]
             buffers["nested_absmax"],
             buffers["nested_offset"],
@@ -108,7 +109,7 @@ class Linear4bit(nn.Linear):
             lora_a,
             lora_b,
             scaling,
-            self.bias,
+            parameters["bias"],
             lora_x,
         )
 

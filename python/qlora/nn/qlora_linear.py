@@ -212,7 +212,9 @@ class QLoRALinear(nn.Module):
         if not (self.adapters_enabled and self.active_adapter is not None):
             return self._forward_base(x)
         name = self.active_adapter
-        settings, a, b = self.adapters[name], self.lora_a[name], self.lora_b[name]
+        settings = self.adapters[name]
+        modules: Any = self._modules  # as in Linear4bit.run: attributes of a module are slow to find
+        a, b = modules["lora_a"]._parameters[name], modules["lora_b"]._parameters[name]
         dropped = F.dropout(x, settings.dropout) if settings.dropout > 0 and self.training else None
         if isinstance(self.base, Linear4bit) and not self.cache_dequantized:
             return self.base.run(x, a, b, settings.scaling, dropped)
