@@ -28,14 +28,16 @@ std::vector<std::string> runnable_isas() {
   return names;
 }
 
-std::string active_isa() {
+const qlora::cpu::KernelTable& active_kernels() {
   const char* bad_value = nullptr;
   const qlora::cpu::KernelTable* table = qlora::cpu::active_table(&bad_value);
   if (table == nullptr)
     throw std::invalid_argument(std::string(qlora::cpu::kIsaVariable) + "='" + (bad_value ? bad_value : "") +
-                                "' is unknown: use scalar, avx2, avx512 or amx");
-  return table->isa;
+                                "' is unknown: use " + qlora::cpu::kIsaChoices);
+  return *table;
 }
+
+std::string active_isa() { return active_kernels().isa; }
 
 std::vector<float> levels(const std::string& quant_type) {
   for (const qlora::QuantTypeName& entry : qlora::kQuantTypes) {
@@ -54,12 +56,12 @@ qlora::DType token_dtype(const std::string& dtype) {
 }
 
 py::tuple explain_forward(int64_t m, int64_t k, const std::string& dtype) {
-  const char* bad_value = nullptr;
-  const qlora::cpu::KernelTable* table = qlora::cpu::active_table(&bad_value);
   const qlora::DType type = token_dtype(dtype);
-  const bool has_tiles = table != nullptr && table->matmul16 != nullptr && type == qlora::DType::kBFloat16;
+  const bool has_tiles = active_kernels().has_tiles(type);
   const auto kernel = qlora::cpu::select_forward(m, k, has_tiles);
-  return py::make_tuple(qlora::cpu::kernel_name(kernel), qlora::cpu::why_not_faster(kernel, type));
+  const auto gradients = has_tiles ? qlora::cpu::ForwardKernel::kTiles : qlora::cpu::ForwardKernel::kGemm;
+  return py::make_tuple(qlora::cpu::kernel_name(kernel), qlora::cpu::why_not_faster(kernel, type),
+                        qlora::cpu::kernel_name(gradients));
 }
 
 // What select.h decides for one product on one GPU, as the keys of a dictionary.
@@ -121,7 +123,7 @@ PYBIND11_MODULE(_C, m) {
       },
       "The 256 values of the unsigned 8-bit dynamic map, ascending.");
   m.def("explain_forward", &explain_forward, py::arg("m"), py::arg("k"), py::arg("dtype"),
-        "(kernel, why not a faster one) for m tokens of a dtype and k input features.");
+        "(kernel, why not a faster one, kernel of the gradients) for m tokens of a dtype and k input features.");
   m.def("cuda_select", &cuda_select, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("dtype"), py::arg("block_size"),
         py::arg("arch"), py::arg("sm_count"), py::arg("shared_bytes_per_block"),
         "The kernels and tiles for one product on one GPU, and why not faster ones; needs no GPU.");

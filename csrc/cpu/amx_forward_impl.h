@@ -7,12 +7,11 @@
 namespace qlora::cpu {
 namespace {
 
-int64_t panel_tiles(int64_t tiles, int64_t most) {
-  const int64_t wanted = ceil_div(ceil_div(tiles, kFewItems), 2) * 2;
-  return wanted < 2 ? 2 : wanted < most ? wanted : most;
-}
 constexpr int64_t kForwardPanelTiles = 8;
-int64_t forward_panel_tiles(const Forward16Params& p) { return panel_tiles(tiles_of(p.weight.n), kForwardPanelTiles); }
+int64_t forward_panel_tiles(const Forward16Params& p) {
+  const int64_t wanted = ceil_div(ceil_div(tiles_of(p.weight.n), kFewItems), 2) * 2;
+  return wanted < 2 ? 2 : min_i64(wanted, kForwardPanelTiles);
+}
 int64_t forward_items(const Forward16Params& p) {
   return ceil_div(tiles_of(p.weight.n), forward_panel_tiles(p)) * ceil_div(tiles_of(p.m), kBlockTokenTiles);
 }
@@ -32,8 +31,8 @@ int64_t forward_scratch(const Forward16Params& p) {
 void decode_segments(const PackedWeight& w, int64_t row0, int64_t rows, float* row_scales, float* segments) {
   const int64_t count = row_segments(w), used = w.k / 64;
   for (int64_t i = 0; i < rows; ++i, segments += count) {
-    if (w.block_shift ==
-        6) {  // a block is a segment; what is written behind the last one is the next row's, or row_scales
+    if (w.block_shift == 6) {
+      // A block is a segment; what is written behind the last one is the next row's, or row_scales.
       decode_row_scales<VecAvx512>(w, row0 + i, segments);
     } else {
       decode_row_scales<VecAvx512>(w, row0 + i, row_scales);

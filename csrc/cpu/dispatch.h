@@ -7,6 +7,7 @@
 namespace qlora::cpu {
 
 inline constexpr const char* kIsaVariable = "QLORA_CPU_ISA";
+inline constexpr const char* kIsaChoices = "scalar, avx2, avx512 or amx";  // for messages
 
 // The variable is read at every call, so that one process can compare levels. `bad_value` receives the variable's text
 // if it names no level; the result is then null. A cap above the machine's level is no error: it caps nothing.

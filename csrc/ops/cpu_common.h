@@ -21,8 +21,8 @@ namespace qlora::ops {
 inline const cpu::KernelTable& active_kernels() {
   const char* bad_value = nullptr;
   const cpu::KernelTable* table = cpu::active_table(&bad_value);
-  STD_TORCH_CHECK(table != nullptr, cpu::kIsaVariable, "='", bad_value ? bad_value : "",
-                  "' is unknown: use scalar, avx2, avx512 or amx");
+  STD_TORCH_CHECK(table != nullptr, cpu::kIsaVariable, "='", bad_value ? bad_value : "", "' is unknown: use ",
+                  cpu::kIsaChoices);
   return *table;
 }
 

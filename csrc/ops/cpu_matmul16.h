@@ -8,8 +8,7 @@ namespace qlora::ops {
 
 // Whether the kernels in use take these tokens.
 inline bool takes_tiles(const cpu::KernelTable& kernels, const Matrix& tokens, const Tensor& like) {
-  return kernels.matmul16 != nullptr && tokens.dtype == DType::kBFloat16 &&
-         like.scalar_type() == ScalarType::BFloat16 && tokens.rows > 0;
+  return kernels.has_tiles(tokens.dtype) && like.scalar_type() == ScalarType::BFloat16 && tokens.rows > 0;
 }
 
 inline Tensor tile_buffer(int64_t bytes) { return empty_cpu({bytes}, ScalarType::Byte); }

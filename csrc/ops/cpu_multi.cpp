@@ -95,8 +95,7 @@ Tensor forward_multi(Tensor x, Tensor packed, Tensor absmax, OptionalTensor nest
   const Adapters adapters = check_adapters(lora_a, lora_b, scaling, adapter_of_row, base);
   check_adapter_of_row(adapters);
   const std::optional<Matrix> bias_row = check_bias(bias, n, x);
-  const bool has_tiles = takes_tiles(kernels, tokens, x);
-  const cpu::ForwardKernel kernel = cpu::select_forward(tokens.rows, k, has_tiles);
+  const cpu::ForwardKernel kernel = cpu::select_forward(tokens.rows, k, takes_tiles(kernels, tokens, x));
   if (kernel == cpu::ForwardKernel::kDecodeWords || kernel == cpu::ForwardKernel::kDecodeSpans) {
     const TokenFloats floats(kernels, tokens, kernel == cpu::ForwardKernel::kDecodeWords);
     const Tensor t = empty_cpu({tokens.rows, adapters.r}, ScalarType::Float);
@@ -112,7 +111,7 @@ Tensor forward_multi(Tensor x, Tensor packed, Tensor absmax, OptionalTensor nest
   }
   const std::vector<int64_t> in_use = adapters_in_use(adapters, tokens.rows);
   for (const int64_t i : in_use) check_isolated(adapters, adapters.b_of(i), i, "lora_b");
-  if (has_tiles) {
+  if (kernel == cpu::ForwardKernel::kTiles) {
     std::optional<LowRankTiles> term;
     if (!in_use.empty())
       term = LowRankTiles{factor_of_a(adapters.a, adapters.r), adapters.b.data, n * adapters.r,

@@ -80,14 +80,12 @@ def explain(x: Tensor, weight: QuantizedWeight) -> Explanation:
         return _explain_cuda(x, weight, tokens)
     if x.device.type != "cpu":
         raise ValueError(f"x is on {x.device}: there are kernels for the CPU and for CUDA")
-    kernel, reason = _C.explain_forward(tokens, weight.shape[1], str(x.dtype).removeprefix("torch."))
+    kernel, reason, other = _C.explain_forward(tokens, weight.shape[1], str(x.dtype).removeprefix("torch."))
     reasons = [reason] if reason else []
     isa, best = _C.active_isa(), _C.runnable_isas()[-1]
     if isa != best:
         reasons.append(f"QLORA_CPU_ISA caps this machine's {best}")
-    tiles = isa == "amx" and x.dtype == torch.bfloat16
     products = "bfloat16 products of W rounded once" if kernel == "tiles" else "float32 products"
-    other = "tiles" if tiles else "gemm"
     return Explanation(
         "cpu", isa, kernel, f"{products}, float32 sums, rounded once", "; ".join(reasons), other, "", other, "", other
     )

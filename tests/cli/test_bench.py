@@ -82,11 +82,13 @@ def test_a_peer_that_is_unknown(capsys):
     assert "numpy is unknown: use torch, bitsandbytes or none" in capsys.readouterr().err
 
 
-def test_step_of_a_small_model(quick, monkeypatch, capsys):
+def test_step_of_a_small_model(quick, monkeypatch, tmp_path):
     monkeypatch.setattr(
         "qlora.bench.step.SMOLLM2",
         {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1,
          "num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": True},
     )  # fmt: skip
-    assert main(["bench", "step", *SMALL]) == 0
-    assert "step" in capsys.readouterr().out
+    assert main(["bench", "step", *SMALL, "--json", str(tmp_path / "b.json")]) == 0
+    (result,) = json.loads((tmp_path / "b.json").read_text())["results"]
+    assert (result["name"], result["extents"]["m"]) == ("step", 512)
+    assert set(result["seconds"]) == {"qlora", "torch"}

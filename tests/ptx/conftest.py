@@ -24,13 +24,9 @@ def pytest_collection_modifyitems(items):
             items.remove(item)
 
 
-def _runs(config) -> list:
-    return [(arch, seed) for arch in executor.ARCHS for seed in (1, 2, 3)] if FULL else [None]
-
-
 def pytest_generate_tests(metafunc):
     if "device" in metafunc.fixturenames:
-        runs = _runs(metafunc.config)
+        runs = [(arch, seed) for arch in executor.ARCHS for seed in (1, 2, 3)] if FULL else [None]
         metafunc.parametrize("device", runs, indirect=True, ids=["-".join(map(str, r)) if r else "ptx" for r in runs])
 
 

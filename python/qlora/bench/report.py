@@ -1,5 +1,6 @@
 """What a run of the benchmark leaves: a table, a JSON file, and a roofline."""
 
+import io
 import json
 import statistics
 from dataclasses import asdict, dataclass
@@ -111,7 +112,7 @@ def write_roofline(path: Path, machine: dict[str, str], limits: Limits, results:
     axes.legend()
     axes.grid(alpha=0.3, which="both")
     figure.tight_layout()
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png", dpi=120)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
     plt.close(figure)
-    temporary.replace(path)
+    atomic_write(path, image.getvalue())

@@ -75,9 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     def measure(work: w.Work) -> None:
         results.append(Result.of(work, alternate(work.contenders, device, work.copies, arguments.repeats), limits))
 
-    for n, k in arguments.shape:
-        if set(wanted) <= {"step"}:
-            break
+    for n, k in arguments.shape if set(wanted) != {"step"} else ():
         weights = w.Weights(n, k, dtype, device, arguments.compare, arguments.rank)
         for name, items in (
             ("forward", w.forward_works(weights, arguments.m)),
