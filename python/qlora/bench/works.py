@@ -1,5 +1,6 @@
 """The pieces of work that contenders do: products, their gradients, quantization, batches of adapters."""
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -36,10 +37,10 @@ def require_bitsandbytes():
     return bitsandbytes
 
 
-def _copies(n: int, k: int, device: torch.device) -> int:
-    """So many weights that even their packed form is larger than the last-level cache, within MOST_DENSE_BYTES."""
+def _copies(read_bytes: int, dense_bytes: int, device: torch.device) -> int:
+    """So many weights that what is read of them is larger than the last-level cache, within MOST_DENSE_BYTES."""
     cache = cache_bytes() if device.type == "cpu" else torch.cuda.get_device_properties(device).L2_cache_size
-    return max(2, min(2 * cache // (n * k // 2) + 1, MOST_DENSE_BYTES // (2 * n * k)))
+    return max(2, min(2 * cache // read_bytes + 1, MOST_DENSE_BYTES // dense_bytes))
 
 
 class Weights:
@@ -47,7 +48,7 @@ class Weights:
 
     def __init__(self, n: int, k: int, dtype: torch.dtype, device: torch.device, peers: Sequence[str], rank: int):
         self.n, self.k, self.dtype, self.device, self.rank = n, k, dtype, device, rank
-        self.copies = _copies(n, k, device)
+        self.copies = _copies(n * k // 2, 2 * n * k, device)
         base = torch.randn(n, k, device=device)
         rolled = [base.roll(977 * i) for i in range(min(self.copies, 8))]  # random enough, and soon made
         originals = [rolled[i % len(rolled)] for i in range(self.copies)]
@@ -168,14 +169,17 @@ def multi_works(weights: Weights, tokens: Sequence[int]) -> Iterator[Work]:
 
 def quantize_works(weights: Weights, peers: Sequence[str]) -> Iterator[Work]:
     """float32 to NF4 with double-quantized scales, and back to the tokens' dtype."""
-    source = torch.randn(weights.n, weights.k, device=weights.device)
+    size = 4 * weights.n * weights.k
+    copies = _copies(size, size, weights.device)
+    sources = [torch.randn(weights.n, weights.k, device=weights.device) for _ in range(copies)]
     packed_bytes, extents = weights.ours[0].nbytes, {"m": 0, "n": weights.n, "k": weights.k, "r": 0}
-    down: dict[str, Contender] = {"qlora": lambda _: ops.quantize(source)}
+    down: dict[str, Contender] = {"qlora": lambda i: ops.quantize(sources[i])}
     back: dict[str, Contender] = {"qlora": lambda i: weights.ours[i].dequantize(weights.dtype)}
     if "bitsandbytes" in peers:
         functional = require_bitsandbytes().functional
-        down["bitsandbytes"] = lambda _: functional.quantize_4bit(source, compress_statistics=True, quant_type="nf4")
+        pack = functools.partial(functional.quantize_4bit, compress_statistics=True, quant_type="nf4")
+        down["bitsandbytes"] = lambda i: pack(sources[i])
         back["bitsandbytes"] = lambda i: functional.dequantize_4bit(*weights.theirs[i])
-    yield Work("quantize", extents, 0.0, source.nbytes + packed_bytes, down)
+    yield Work("quantize", extents, 0.0, size + packed_bytes, down, copies)
     dense_bytes = weights.n * weights.k * weights.dtype.itemsize
     yield Work("dequantize", extents, 0.0, dense_bytes + packed_bytes, back, weights.copies)
