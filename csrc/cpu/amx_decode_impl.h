@@ -24,16 +24,16 @@ QLORA_INLINE void decode_chunk(const uint8_t* packed, bool whole, __m512 levels,
   const __m512i words = whole ? _mm512_loadu_si512(packed) : _mm512_maskz_loadu_epi64(0x0F, packed);
   const __m512i table =
       round16(_mm512_mul_ps(levels, _mm512_set1_ps(first_scale)), _mm512_mul_ps(levels, _mm512_set1_ps(second_scale)));
-  const __m512i nibble = _mm512_set1_epi16(0x0F);
-  const __m512i half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+  // vpermw reads five bits: four of a nibble, and the half of the table, which is the half of the vector.
+  const __m512i nibbles = _mm512_set1_epi8(0x0F);
+  const __m512i half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi8(0x10), 1);
   constexpr int kAndOr = 0xEA;  // (a & b) | c
-  out[0] =
-      _mm512_permutexvar_epi16(_mm512_ternarylogic_epi32(_mm512_srli_epi16(words, 4), nibble, half, kAndOr), table);
-  out[1] = _mm512_permutexvar_epi16(_mm512_ternarylogic_epi32(words, nibble, half, kAndOr), table);
-  out[2] =
-      _mm512_permutexvar_epi16(_mm512_ternarylogic_epi32(_mm512_srli_epi16(words, 12), nibble, half, kAndOr), table);
-  out[3] =
-      _mm512_permutexvar_epi16(_mm512_ternarylogic_epi32(_mm512_srli_epi16(words, 8), nibble, half, kAndOr), table);
+  const __m512i high = _mm512_ternarylogic_epi32(_mm512_srli_epi16(words, 4), nibbles, half, kAndOr);
+  const __m512i low = _mm512_ternarylogic_epi32(words, nibbles, half, kAndOr);
+  out[0] = _mm512_permutexvar_epi16(high, table);
+  out[1] = _mm512_permutexvar_epi16(low, table);
+  out[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(high, 8), table);
+  out[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(low, 8), table);
 }
 
 // Any weight: the elements of a row from `col` on, in the natural order, zeros behind the row's end.
@@ -46,6 +46,11 @@ void decode_natural(const PackedWeight& w, __m512 table, int64_t row, int64_t co
 
 void prefetch(const uint8_t* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T0);
+}
+
+// Into L2: for what is used later than L1 keeps it.
+void prefetch_far(const uint8_t* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T1);
 }
 
 // Low-rank steps of all adapters together.

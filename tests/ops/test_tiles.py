@@ -37,6 +37,23 @@ def test_forward_and_backward(level, n, k, block):
         assert_within(leaf.grad, expected, bound + output_rounding(expected.abs() + bound, leaf.dtype))
 
 
+@pytest.mark.parametrize("m", [3, 16, 17, 32, 33])
+@pytest.mark.parametrize(("n", "k", "block"), WEIGHTS)
+def test_forward_of_few_tokens(level, m, n, k, block):
+    """Up to 32 tokens the sums stay in registers for the whole reduction: both widths, ragged panels and chunks."""
+    r, s = 20, 0.5
+    weight, dense = weights(n, k, block_size=block)
+    x, bias = torch.randn(m, k).bfloat16(), torch.randn(n)
+    for dtype in (torch.bfloat16, torch.float32):
+        a, b = torch.randn(r, k).to(dtype), torch.randn(n, r).to(dtype)
+        X, A, B = x.double(), a.double(), b.double()
+        products = X.abs() @ dense.T.abs() + s * X.abs() @ A.abs().T @ B.abs().T + bias.abs()
+        bound = accumulation(2 * k + r + 5, products) + operand_rounding(level, x.dtype, products)
+        expected = X @ dense.T + s * X @ A.T @ B.T + bias
+        y = ops.forward(x, *weight, a, b, s, bias)
+        assert_within(y, expected, bound + output_rounding(expected.abs() + bound, x.dtype))
+
+
 def test_backward_is_bitwise_the_same_for_every_thread_count(level, threads):
     weight, _ = weights(300, 1088)
     x, grad = torch.randn(550, 1088).bfloat16(), torch.randn(550, 300).bfloat16()
