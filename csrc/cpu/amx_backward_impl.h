@@ -10,15 +10,17 @@ namespace {
 constexpr int64_t kBackwardPanelChunks = 2;  // of 128 columns
 constexpr int64_t kChunkTiles = 8;           // column tiles of a chunk
 
+TokenBlocks backward_blocks(int64_t m) { return TokenBlocks(m, 32); }  // 512 tokens
+
 int64_t backward_panel_chunks(const Backward16Params& p) {
   return ceil_div(p.weight.k, kChunk) >= kFewItems * kBackwardPanelChunks ? kBackwardPanelChunks : 1;
 }
 int64_t backward_items(const Backward16Params& p) {
-  return ceil_div(ceil_div(p.weight.k, kChunk), backward_panel_chunks(p)) * ceil_div(tiles_of(p.m), kBlockTokenTiles);
+  return ceil_div(ceil_div(p.weight.k, kChunk), backward_panel_chunks(p)) * backward_blocks(p.m).count;
 }
 int64_t backward_scratch(const Backward16Params& p) {
   const int64_t tiles = backward_panel_chunks(p) * kChunkTiles;
-  return tiles * (kChunkSteps + all_low_rank_steps(p) + kBlockTokenTiles) * kTileFloats;
+  return tiles * (kChunkSteps + all_low_rank_steps(p) + backward_blocks(p.m).tiles) * kTileFloats;
 }
 
 // Two rows of 128 columns as row `pair` of eight column tiles, `pitch` bytes apart. By nibble, tile 2s + h holds
@@ -133,6 +135,7 @@ void backward(const Backward16Params& p, int64_t begin, int64_t end, float* scra
   const int64_t pitch = p.row_steps * kTileBytes;
   const int64_t steps = w.packed != nullptr ? all_steps : 0;
   const uint8_t* token_rows = p.rows + (all_steps - steps) * kTileBytes;
+  const int64_t block = backward_blocks(p.m).tiles;
   const int64_t most = backward_panel_chunks(p), chunks = ceil_div(w.k, kChunk), panels = ceil_div(chunks, most);
   auto* panel = reinterpret_cast<uint8_t*>(scratch);
   const int64_t panel_pitch = (kChunkSteps + extra) * kTileBytes;
@@ -142,8 +145,8 @@ void backward(const Backward16Params& p, int64_t begin, int64_t end, float* scra
 
   for (int64_t item = begin; item < end; ++item) {
     const int64_t chunk0 = item % panels * most, count = min_i64(most, chunks - chunk0);
-    const int64_t token0 = item / panels * kBlockTokenTiles;
-    const int64_t tokens = min_i64(kBlockTokenTiles, tiles_of(p.m) - token0);
+    const int64_t token0 = item / panels * block;
+    const int64_t tokens = min_i64(block, tiles_of(p.m) - token0);
     const uint8_t* rows = token_rows + token0 * pitch;
     int64_t s0 = 0;
     do {

@@ -14,8 +14,16 @@ namespace {
 // two of columns then share L1; 512 took 1.2 times as long at m = 512, because each evicted the other
 // (docs/performance.md).
 constexpr int64_t kChunkSteps = 8;
-constexpr int64_t kBlockTokenTiles = 32;  // 512 tokens: their chunk, 256 KiB, and the results of a panel stay in L2
-constexpr int64_t kFewItems = 8;          // narrower panels below that, for all threads to have some
+constexpr int64_t kFewItems = 8;  // narrower panels below that, for all threads to have some
+
+// Blocks of tokens, as equal as pairs of tiles can be: threads share the items out by their number.
+struct TokenBlocks {
+  int64_t count, tiles;  // tiles: of a block, but for the last one
+  TokenBlocks(int64_t m, int64_t most_tiles) {
+    count = ceil_div(tiles_of(m), most_tiles);
+    tiles = count > 0 ? ceil_div(tiles_of(m), 2 * count) * 2 : 0;
+  }
+};
 
 // 128 weights of a row, of which the first 64 may be all that are left: out[s] holds weights 4i + s. A table of the 16
 // levels times the scale, rounded to bfloat16, for each half of the chunk; the rest is moving nibbles.

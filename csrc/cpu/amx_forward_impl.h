@@ -7,22 +7,28 @@
 namespace qlora::cpu {
 namespace {
 
-constexpr int64_t kForwardPanelTiles = 8;
+// 256 tokens: their chunk, 128 KiB, and the results of a panel, 256 KiB, stay in L2.
+constexpr int64_t kForwardTokenTiles = 16, kForwardPanelTiles = 8, kForwardTallTiles = 16;
 constexpr int64_t kRowsAtOnce = 4;
+
+TokenBlocks forward_blocks(int64_t m) { return TokenBlocks(m, kForwardTokenTiles); }
+
+// Every panel reads all tokens again, from the last-level cache if they are many: fewer, taller panels for those.
 int64_t forward_panel_tiles(const Forward16Params& p) {
+  const int64_t most = forward_blocks(p.m).tiles == kForwardTokenTiles ? kForwardTallTiles : kForwardPanelTiles;
   const int64_t wanted = ceil_div(ceil_div(tiles_of(p.weight.n), kFewItems), 2) * 2;
-  return wanted < 2 ? 2 : min_i64(wanted, kForwardPanelTiles);
+  return wanted < 2 ? 2 : min_i64(wanted, most);
 }
 int64_t forward_items(const Forward16Params& p) {
   if (has_few_tokens(p)) return few_items(p);
-  return ceil_div(tiles_of(p.weight.n), forward_panel_tiles(p)) * ceil_div(tiles_of(p.m), kBlockTokenTiles);
+  return ceil_div(tiles_of(p.weight.n), forward_panel_tiles(p)) * forward_blocks(p.m).count;
 }
 
 int64_t forward_scratch(const Forward16Params& p) {
   if (has_few_tokens(p)) return few_scratch(p);
   const int64_t tiles = forward_panel_tiles(p);
   return row_scales_scratch(p.weight, tiles * kTile) +
-         (2 * (kChunkSteps + all_low_rank_steps(p)) + tiles * kBlockTokenTiles) * kTileFloats;
+         (2 * (kChunkSteps + all_low_rank_steps(p)) + tiles * forward_blocks(p.m).tiles) * kTileFloats;
 }
 
 void forward(const Forward16Params& p, int64_t begin, int64_t end, float* scratch) {
@@ -35,13 +41,13 @@ void forward(const Forward16Params& p, int64_t begin, int64_t end, float* scratc
   auto* panel = reinterpret_cast<uint8_t*>(scratch + row_scales_scratch(w, most * kTile));
   const int64_t panel_pitch = (kChunkSteps + extra) * kTileBytes;
   auto* results = reinterpret_cast<float*>(panel + 2 * panel_pitch);
-  const int64_t results_pitch = kBlockTokenTiles * kTileFloats;
+  const int64_t block = forward_blocks(p.m).tiles, results_pitch = block * kTileFloats;
 
   for (int64_t item = begin; item < end; ++item) {
     const int64_t tile0 = item % panels * most, tiles = min_i64(most, tiles_of(w.n) - tile0), row0 = tile0 * kTile;
     const int64_t rows = min_i64(tiles * kTile, w.n - row0);
-    const int64_t token0 = item / panels * kBlockTokenTiles;
-    const int64_t tokens = min_i64(kBlockTokenTiles, tiles_of(p.m) - token0);
+    const int64_t token0 = item / panels * block;
+    const int64_t tokens = min_i64(block, tiles_of(p.m) - token0);
     const uint8_t* columns = p.columns + token0 * pitch;
     decoder.start(row0, rows);
     const uint8_t *next = w.packed + (row0 + rows) * w.k / 2, *next_end = next;

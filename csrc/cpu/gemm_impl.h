@@ -22,7 +22,7 @@ struct Panel {
   static constexpr int64_t kSteps = kTransposed ? 64 : 128;
   static constexpr int64_t kLd = kTransposed ? kRows : kSteps;
 };
-inline constexpr int64_t kColumnTilesPerBlock = 10;  // 480 columns of 128 rows: 245 KiB of accumulators stay in L2
+inline constexpr int64_t kMostTilesPerBlock = 10;  // 480 columns of 128 rows: 245 KiB of accumulators stay in L2
 
 // The stretch [offset, offset + count) of one line of a dense matrix, as float32. `line` is the matrix row.
 template <class V>
@@ -127,20 +127,29 @@ void store_block(const GemmParams& p, int64_t row0, int64_t rows, int64_t col0, 
   }
 }
 
+// Blocks of columns as equal as can be: threads share the items out by their number.
 template <class V>
-inline constexpr int64_t kBlockCols = kColumnTilesPerBlock * V::kLanes * V::kTileVecs;
+struct ColumnBlocks {
+  static constexpr int64_t kTileCols = V::kLanes * V::kTileVecs;
+  static constexpr int64_t kMostCols = kMostTilesPerBlock * kTileCols;
+  int64_t count, cols;  // cols: of a block, in whole tiles
+  explicit ColumnBlocks(int64_t all_cols) {
+    const int64_t tiles = ceil_div(all_cols, kTileCols);
+    count = ceil_div(tiles, kMostTilesPerBlock);
+    cols = count > 0 ? ceil_div(tiles, count) * kTileCols : 0;
+  }
+};
 
 template <class V, bool kTransposed>
 void gemm_items_typed(const GemmParams& p, int64_t begin, int64_t end, float* panel) {
   using P = Panel<kTransposed>;
-  constexpr int64_t kTileCols = V::kLanes * V::kTileVecs;
-  constexpr int64_t kBlockCols = cpu::kBlockCols<V>;
-  const int64_t row_panels = ceil_div(p.rows, P::kRows);
+  constexpr int64_t kTileCols = V::kLanes * V::kTileVecs, kBlockCols = ColumnBlocks<V>::kMostCols;
+  const ColumnBlocks<V> blocks(p.cols);
   float* c = panel + P::kRows * P::kSteps;
 
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t row0 = item % row_panels * P::kRows, rows = min_i64(P::kRows, p.rows - row0);
-    const int64_t col0 = item / row_panels * kBlockCols, cols = min_i64(kBlockCols, p.cols - col0);
+    const int64_t row0 = item / blocks.count * P::kRows, rows = min_i64(P::kRows, p.rows - row0);
+    const int64_t col0 = item % blocks.count * blocks.cols, cols = min_i64(blocks.cols, p.cols - col0);
     bool first = true;
     for (int64_t term = 0; term < p.term_count; ++term) {
       const Term& t = p.terms[term];
@@ -173,14 +182,14 @@ void gemm_items_typed(const GemmParams& p, int64_t begin, int64_t end, float* pa
 template <class V>
 int64_t gemm_items(const GemmParams& p) {
   const int64_t rows = p.transposed ? Panel<true>::kRows : Panel<false>::kRows;
-  return ceil_div(p.rows, rows) * ceil_div(p.cols, kBlockCols<V>);
+  return ceil_div(p.rows, rows) * ColumnBlocks<V>(p.cols).count;
 }
 
 // One panel of the operand and the accumulators of its rows.
 template <class V>
 int64_t gemm_scratch(const GemmParams& p) {
-  if (p.transposed) return Panel<true>::kRows * (Panel<true>::kSteps + kBlockCols<V>);
-  return Panel<false>::kRows * (Panel<false>::kSteps + kBlockCols<V>);
+  if (p.transposed) return Panel<true>::kRows * (Panel<true>::kSteps + ColumnBlocks<V>::kMostCols);
+  return Panel<false>::kRows * (Panel<false>::kSteps + ColumnBlocks<V>::kMostCols);
 }
 
 template <class V>

@@ -26,19 +26,22 @@ inline const cpu::KernelTable& active_kernels() {
   return *table;
 }
 
-// Asks for huge pages behind a large new tensor: 32 MiB in pages of 4 KiB take 8 ms to appear, longer than to be
-// filled.
-inline const Tensor& on_huge_pages(const Tensor& t) {
+// Asks for huge pages behind [begin, end): 32 MiB in pages of 4 KiB take 8 ms to appear, longer than to be filled.
+inline void advise_huge_pages(uintptr_t begin, uintptr_t end) {
 #if defined(__linux__)
-  constexpr uintptr_t kWorthIt = 4 << 20, kPage = 4096;
-  const auto begin = reinterpret_cast<uintptr_t>(t.data_ptr());
-  const uintptr_t end = begin + static_cast<uintptr_t>(t.numel()) * static_cast<uintptr_t>(t.element_size());
-  if (end - begin >= kWorthIt) {
-    const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
-    (void)madvise(reinterpret_cast<void*>(first), (end - first) / kPage * kPage,
-                  MADV_HUGEPAGE);  // advice: may be refused
-  }
+  constexpr uintptr_t kPage = 4096;
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
+  if (end > first)
+    (void)madvise(reinterpret_cast<void*>(first), (end - first) / kPage * kPage, MADV_HUGEPAGE);  // may be refused
 #endif
+}
+
+// The same for a new tensor, if it is large enough to gain by it.
+inline const Tensor& on_huge_pages(const Tensor& t) {
+  constexpr int64_t kWorthIt = 4 << 20;
+  const int64_t bytes = t.numel() * t.element_size();
+  const auto begin = reinterpret_cast<uintptr_t>(t.data_ptr());
+  if (bytes >= kWorthIt) advise_huge_pages(begin, begin + static_cast<uintptr_t>(bytes));
   return t;
 }
 
@@ -78,8 +81,12 @@ inline float* thread_scratch(int64_t floats) {
   if (floats > buffer.floats) {
     std::free(buffer.data);
     buffer.floats = 0;
-    buffer.data = std::aligned_alloc(64, static_cast<size_t>(ceil_div(floats, 16) * 64));
-    STD_TORCH_CHECK(buffer.data != nullptr, "out of memory: ", floats * 4, " bytes of working memory for a kernel");
+    constexpr int64_t kHuge = 2 << 20;  // a panel and its results in one entry of the TLB
+    const int64_t align = floats * 4 > kHuge / 8 ? kHuge : 64, bytes = ceil_div(floats * 4, align) * align;
+    buffer.data = std::aligned_alloc(static_cast<size_t>(align), static_cast<size_t>(bytes));
+    STD_TORCH_CHECK(buffer.data != nullptr, "out of memory: ", bytes, " bytes of working memory for a kernel");
+    const auto begin = reinterpret_cast<uintptr_t>(buffer.data);
+    if (align == kHuge) advise_huge_pages(begin, begin + static_cast<uintptr_t>(bytes));
     buffer.floats = floats;
   }
   return static_cast<float*>(buffer.data);

@@ -102,7 +102,7 @@ inline Tensor sum_of_terms(const cpu::KernelTable& kernels, Operands form, int64
     packed.push_back(pack(kernels, *t.activation, StepsAre::kColumns));
     terms.push_back({dense(*t.matrix), packed.back().data, t.activation->cols});
   }
-  Tensor out = empty_with_last_dim(like, rows, like.scalar_type());
+  const Tensor out = on_huge_pages(empty_with_last_dim(like, rows, like.scalar_type()));
   cpu::GemmParams p;
   p.terms = terms.data();
   p.term_count = static_cast<int64_t>(terms.size());
