@@ -50,9 +50,6 @@ void forward(const Forward16Params& p, int64_t begin, int64_t end, float* scratc
     const int64_t tokens = min_i64(block, tiles_of(p.m) - token0);
     const uint8_t* columns = p.columns + token0 * pitch;
     decoder.start(row0, rows);
-    const uint8_t *next = w.packed + (row0 + rows) * w.k / 2, *next_end = next;
-    if (item + 1 < end) next_end += min_i64(most * kTile, w.n - row0 - rows) * w.k / 2;
-    const int64_t share = kChunkSteps * kStep / 2 * kRowsAtOnce;
 
     int64_t s0 = 0;
     do {  // once without a reduction: the bias and the low-rank term
@@ -61,12 +58,15 @@ void forward(const Forward16Params& p, int64_t begin, int64_t end, float* scratc
       const int64_t sum_steps = now + (is_last ? extra : 0);
       for (int64_t i = 0; i < tiles; i += 2) {  // two tiles of rows: decoded into L1, then multiplied with all tokens
         const int64_t is = min_i64(2, tiles - i);
-        // A few rows at a time, and between them this stage's share of the next panel into L2.
-        for (int64_t row = 0; row < is * kTile; row += kRowsAtOnce) {
-          decoder.decode(i * kTile + row, i * kTile + row + kRowsAtOnce, s0, now, panel + row / kTile * panel_pitch,
-                         panel_pitch);
-          if (next < next_end) prefetch_far(next, min_i64(share, next_end - next));
-          next += share;
+        // A few rows at a time, and between them the same rows' next stretch, or that of the next panel. (The whole
+        // next panel, fetched in the order of memory, would push the tokens out of L2 where k is large.)
+        for (int64_t row = i * kTile; row < (i + is) * kTile; row += kRowsAtOnce) {
+          decoder.decode(row, row + kRowsAtOnce, s0, now, panel + (row / kTile - i) * panel_pitch, panel_pitch);
+          for (int64_t r = row0 + row; r < row0 + min_i64(row + kRowsAtOnce, rows); ++r) {
+            const int64_t ahead =
+                is_last ? min_i64(r + most * kTile, w.n - 1) * w.k : r * w.k + (s0 + kChunkSteps) * kStep;
+            prefetch(w.packed + ahead / 2, kChunkSteps * kStep / 2);
+          }
         }
         for (int64_t local = 0; local < is * kTile && is_last && extra > 0; ++local)
           pack_low_rank_row(p, row0 + i * kTile + local,
