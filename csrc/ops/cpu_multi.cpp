@@ -45,10 +45,11 @@ void check_isolated(const Adapters& adapters, const Matrix& matrix, int64_t adap
   bool alone = true;
   for (int64_t t = 0; t < adapters.adapter_of_row.numel(); ++t) alone = alone && adapters.of_row[t] == adapter;
   if (alone) return;
-  // An exponent of ones; integers, so that the compiler may take many at a time.
+  // An exponent of ones; found in integers of the elements' own width, so that the compiler takes many at a time.
   const auto all_finite = [&](const auto* bits, auto exponent) {
-    int found = 0;
-    for (int64_t i = 0; i < matrix.rows * matrix.cols; ++i) found |= (bits[i] & exponent) == exponent;
+    decltype(exponent) found = 0;
+    for (int64_t i = 0; i < matrix.rows * matrix.cols; ++i)
+      found |= static_cast<decltype(exponent)>((bits[i] & exponent) == exponent);
     return found == 0;
   };
   const bool finite = matrix.dtype == DType::kFloat32
