@@ -1,5 +1,5 @@
-// Up to 32 bfloat16 tokens forward: one pass over the rows of W, two tiles of rows at a time, whose results stay in
-// tile registers for the whole reduction. Included by isa_amx.cpp alone.
+// Up to 32 bfloat16 tokens forward: one pass over the rows of W, four or two tiles of rows at a time, whose results
+// stay in tile registers for the whole reduction. Included by isa_amx.cpp alone.
 //
 // Decoding is work for the vector units and the products are work for the tile unit, so they alternate: while a chunk
 // of the rows is decoded into one half of the panel, the chunk before it is multiplied from the other.

@@ -65,6 +65,7 @@ class RowDecoder {
   }
 
  private:
+  // What nearly all rows take: no condition inside the loop, its constants in registers.
   void decode_whole(int64_t begin, int64_t end, int64_t s0, int64_t now, uint8_t* out, int64_t pitch) const {
     const __m512 levels = levels_;
     const uint8_t* packed = w_.packed + ((row0_ + begin) * w_.k + s0 * kStep) / 2;
