@@ -18,14 +18,15 @@ def accumulation(steps: int, absolute_products: Tensor) -> Tensor:
 
 
 def multiplies_16_bit(device: str, dtype: torch.dtype) -> bool:
-    """Whether operands are rounded to 16 bit on this device: tensor cores of a GPU, and AMX, which knows bfloat16."""
+    """Whether operands are rounded to 16 bit on this device: tensor cores of a GPU, and the levels
+    of a CPU that multiply bfloat16."""
     if device.startswith("cpu"):
-        return device == "cpu-amx" and dtype == torch.bfloat16
+        return device in ("cpu-amx", "cpu-avx512bf16") and dtype == torch.bfloat16
     return dtype != torch.float32
 
 
 def operand_rounding(device: str, dtype: torch.dtype, absolute_products: Tensor) -> Tensor:
-    """Bound for what tensor cores and AMX add in 16 bit: one operand of each product (a level or a weight, an
+    """Bound for what tensor cores and tiles add in 16 bit: one operand of each product (a level or a weight, an
     activation of the low-rank term) is rounded to ``dtype`` once, by at most eps / 2 of itself."""
     if not multiplies_16_bit(device, dtype):
         return torch.zeros_like(absolute_products)
@@ -33,7 +34,7 @@ def operand_rounding(device: str, dtype: torch.dtype, absolute_products: Tensor)
 
 
 def split_rounding(device: str, dtype: torch.dtype, absolute_products: Tensor, small: Tensor) -> Tensor:
-    """Bound for a product of two float32 factors and 16-bit tokens on tensor cores and AMX.
+    """Bound for a product of two float32 factors and 16-bit tokens on tensor cores and tiles.
 
     They take a float32 factor as two parts of ``dtype``, high and low: rounded by eps / 2 of itself each, so their sum
     by (eps / 2)^2. In float16 the low part is also off by half the smallest number, which ``small`` weighs: the

@@ -37,6 +37,7 @@ const qlora::cpu::KernelTable& active_kernels() {
   return *table;
 }
 
+std::string preferred_isa() { return qlora::cpu::isa_name(qlora::cpu::preferred_isa()); }
 std::string active_isa() { return active_kernels().isa; }
 
 std::vector<float> levels(const std::string& quant_type) {
@@ -57,9 +58,9 @@ qlora::DType token_dtype(const std::string& dtype) {
 
 py::tuple explain_forward(int64_t m, int64_t k, const std::string& dtype) {
   const qlora::DType type = token_dtype(dtype);
-  const bool has_tiles = active_kernels().has_tiles(type);
-  const auto kernel = qlora::cpu::select_forward(m, k, has_tiles);
-  const auto gradients = has_tiles ? qlora::cpu::ForwardKernel::kTiles : qlora::cpu::ForwardKernel::kGemm;
+  const qlora::cpu::Matmul16* tiles = active_kernels().tiles_for(type);
+  const auto kernel = qlora::cpu::select_forward(m, k, tiles);
+  const auto gradients = tiles != nullptr ? qlora::cpu::ForwardKernel::kTiles : qlora::cpu::ForwardKernel::kGemm;
   return py::make_tuple(qlora::cpu::kernel_name(kernel), qlora::cpu::why_not_faster(kernel, type),
                         qlora::cpu::kernel_name(gradients));
 }
@@ -109,7 +110,8 @@ py::dict cuda_select(int64_t m, int64_t n, int64_t k, const std::string& dtype, 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Format constants, CPU features and build information; no torch.";
   m.def("runnable_isas", &runnable_isas, "Kernel levels that this machine runs, slowest first.");
-  m.def("active_isa", &active_isa, "The level in use: the best one, capped by QLORA_CPU_ISA.");
+  m.def("preferred_isa", &preferred_isa, "The level that is fastest on this machine.");
+  m.def("active_isa", &active_isa, "The level in use: the preferred one, or what QLORA_CPU_ISA names.");
   m.def("codebook", &levels, py::arg("quant_type"), "The 16 levels of a 4-bit type, by code.");
   m.def(
       "dynamic_map",

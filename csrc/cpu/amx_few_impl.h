@@ -5,7 +5,7 @@
 // of the rows is decoded into one half of the panel, the chunk before it is multiplied from the other.
 #pragma once
 
-#include "cpu/amx_rows_impl.h"
+#include "cpu/tile_rows_impl.h"
 
 namespace qlora::cpu {
 namespace {

@@ -13,7 +13,7 @@
 
 namespace qlora::cpu {
 namespace {
-constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512", "amx"};
+constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512", "avx512bf16", "amx"};
 
 #if defined(__x86_64__)
 // Tiles hold 8 KiB of state: Linux saves them only for a process that has asked for it.
@@ -28,12 +28,14 @@ bool may_use_tiles() {
 
 // CPUID leaf 7: EDX bit 22 is amx-bf16 and bit 24 amx-tile; subleaf 1: EAX bit 5 is avx512-bf16. GCC 12 has no names
 // for the first two in __builtin_cpu_supports.
+bool has_avx512bf16() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 5 & 1u) != 0;
+}
 bool has_bfloat16_tiles() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
-  const bool tiles = (edx >> 22 & 1u) != 0 && (edx >> 24 & 1u) != 0;
-  if (__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) == 0) return false;
-  return tiles && (eax >> 5 & 1u) != 0 && may_use_tiles();
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx >> 22 & 1u) != 0 && (edx >> 24 & 1u) != 0 &&
+         may_use_tiles();
 }
 #endif
 }  // namespace
@@ -55,11 +57,19 @@ Isa detect_isa() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && has_bfloat16_tiles()) return Isa::kAmx;
+  if (avx512 && has_avx512bf16()) return has_bfloat16_tiles() ? Isa::kAmx : Isa::kAvx512Bf16;
   return avx512 ? Isa::kAvx512 : avx2 ? Isa::kAvx2 : Isa::kScalar;
 #else
   return Isa::kScalar;
 #endif
+}
+
+Isa preferred_isa() {
+  const Isa best = detect_isa();
+#if defined(__x86_64__)
+  if (best == Isa::kAvx512Bf16 && !__builtin_cpu_is("amd")) return Isa::kAvx512;
+#endif
+  return best;
 }
 
 }  // namespace qlora::cpu

@@ -8,13 +8,13 @@ namespace qlora::cpu {
 const KernelTable* table_of(Isa isa) {
   static const Isa best = detect_isa();
   if (isa > best) return nullptr;
-  const KernelTable* const tables[kIsaCount] = {kScalarTable, kAvx2Table, kAvx512Table, kAmxTable};
+  const KernelTable* const tables[kIsaCount] = {kScalarTable, kAvx2Table, kAvx512Table, kAvx512Bf16Table, kAmxTable};
   return tables[static_cast<int>(isa)];
 }
 
 const KernelTable* active_table(const char** bad_value) {
-  static const Isa best = detect_isa();
-  Isa isa = best;
+  static const Isa best = detect_isa(), preferred = preferred_isa();
+  Isa isa = preferred;
   const char* cap = std::getenv(kIsaVariable);
   if (cap != nullptr && *cap != '\0') {
     Isa wanted;
@@ -22,7 +22,7 @@ const KernelTable* active_table(const char** bad_value) {
       *bad_value = cap;
       return nullptr;
     }
-    isa = wanted < best ? wanted : best;
+    isa = wanted <= best ? wanted : preferred;
   }
   return table_of(isa);
 }

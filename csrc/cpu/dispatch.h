@@ -1,4 +1,4 @@
-// Which kernel table runs: the best level of the machine, capped by QLORA_CPU_ISA.
+// Which kernel table runs: the level that is fastest on the machine, or the one that QLORA_CPU_ISA names.
 #pragma once
 
 #include "cpu/cpu_features.h"
@@ -7,7 +7,7 @@
 namespace qlora::cpu {
 
 inline constexpr const char* kIsaVariable = "QLORA_CPU_ISA";
-inline constexpr const char* kIsaChoices = "scalar, avx2, avx512 or amx";  // for messages
+inline constexpr const char* kIsaChoices = "scalar, avx2, avx512, avx512bf16 or amx";  // for messages
 
 // The variable is read at every call, so that one process can compare levels. `bad_value` receives the variable's text
 // if it names no level; the result is then null. A cap above the machine's level is no error: it caps nothing.

@@ -132,7 +132,7 @@ struct KernelTable {
   void (*dot)(const DotParams&, int64_t begin_row, int64_t end_row);
   const Matmul16* matmul16;  // null: bfloat16 tokens are multiplied as float32
 
-  bool has_tiles(DType tokens) const { return matmul16 != nullptr && tokens == DType::kBFloat16; }
+  const Matmul16* tiles_for(DType tokens) const { return tokens == DType::kBFloat16 ? matmul16 : nullptr; }
   int64_t words_floats(int64_t k) const { return ceil_div(k, int64_t{8} * lanes) * 8 * lanes; }
   int64_t packed_floats(int64_t cols, int64_t steps) const { return ceil_div(cols, tile_cols) * tile_cols * steps; }
 };
@@ -141,6 +141,7 @@ struct KernelTable {
 extern const KernelTable* const kScalarTable;
 extern const KernelTable* const kAvx2Table;
 extern const KernelTable* const kAvx512Table;
+extern const KernelTable* const kAvx512Bf16Table;
 extern const KernelTable* const kAmxTable;
 
 }  // namespace qlora::cpu

@@ -1,4 +1,4 @@
-// Products of bfloat16 tokens by tile instructions: what an instruction set implements that has them. No torch, no
+// Products of bfloat16 tokens on tiles: what an instruction set implements that multiplies bfloat16. No torch, no
 // threads.
 //
 // A tile holds 16 rows of 64 bytes, 1 KiB. As the left operand (a row tile) a row is 32 elements of the reduction; as
@@ -152,6 +152,7 @@ struct PackTokenFactor16Params {
 };
 
 struct Matmul16 {
+  int64_t decode_tokens;  // up to so many tokens `decode` is as fast, which does not fill tiles of 16
   void (*pack_factor)(const PackFactor16Params&, int64_t begin, int64_t end);
   void (*forward_tokens)(const ForwardTokens16Params&, int64_t begin, int64_t end, float* scratch);
   int64_t (*forward_tokens_scratch)(const ForwardTokens16Params&);  // floats

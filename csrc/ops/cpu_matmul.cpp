@@ -24,11 +24,12 @@ Tensor forward(Tensor x, Tensor packed, Tensor absmax, OptionalTensor nested_abs
   const std::optional<Lora> lora = check_lora(lora_a, lora_b, n, k, scaling, x);
   const std::optional<Matrix> dropped = check_lora_x(lora_x, x, lora);
   const std::optional<Matrix> bias_row = check_bias(bias, n, x);
-  const cpu::ForwardKernel kernel = cpu::select_forward(tokens.rows, k, takes_tiles(kernels, tokens, x));
+  const cpu::Matmul16* tiles = tiles_for(kernels, tokens, x);
+  const cpu::ForwardKernel kernel = cpu::select_forward(tokens.rows, k, tiles);
   if (kernel == cpu::ForwardKernel::kTiles) {
     std::optional<LowRankTiles> term;
     if (lora) term = forward_low_rank(*lora);
-    return forward16(*kernels.matmul16, w, tokens, term, dropped, bias_row, x);
+    return forward16(*tiles, w, tokens, term, dropped, bias_row, x);
   }
   if (kernel != cpu::ForwardKernel::kGemm) {
     const TokenFloats floats(kernels, tokens, kernel == cpu::ForwardKernel::kDecodeWords);
@@ -70,8 +71,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad, Tensor 
 
   Tensor d_x = nothing(), d_lora_a = nothing(), d_lora_b = nothing(), d_lora_x = nothing(), d_bias = nothing();
   const bool low_rank_to_x = needs_x && lora && !dropped;
-  if (takes_tiles(kernels, dy, x)) {
-    const cpu::Matmul16& tiles = *kernels.matmul16;
+  if (const cpu::Matmul16* matmul16 = tiles_for(kernels, dy, x)) {
+    const cpu::Matmul16& tiles = *matmul16;
     const bool needs_v = lora && (low_rank_to_x || needs_lora || (needs_lora_x && dropped));
     const bool needs_rows = needs_x || (needs_lora_x && dropped);
     std::optional<LowRankTiles> term;

@@ -6,9 +6,10 @@
 
 namespace qlora::ops {
 
-// Whether the kernels in use take these tokens.
-inline bool takes_tiles(const cpu::KernelTable& kernels, const Matrix& tokens, const Tensor& like) {
-  return kernels.has_tiles(tokens.dtype) && like.scalar_type() == ScalarType::BFloat16 && tokens.rows > 0;
+// How the kernels in use multiply these tokens on tiles, or null.
+inline const cpu::Matmul16* tiles_for(const cpu::KernelTable& kernels, const Matrix& tokens, const Tensor& like) {
+  const bool fits = like.scalar_type() == ScalarType::BFloat16 && tokens.rows > 0;
+  return fits ? kernels.tiles_for(tokens.dtype) : nullptr;
 }
 
 inline Tensor tile_buffer(int64_t bytes) { return empty_cpu({bytes}, ScalarType::Byte); }

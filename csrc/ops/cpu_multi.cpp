@@ -96,7 +96,8 @@ Tensor forward_multi(Tensor x, Tensor packed, Tensor absmax, OptionalTensor nest
   const Adapters adapters = check_adapters(lora_a, lora_b, scaling, adapter_of_row, base);
   check_adapter_of_row(adapters);
   const std::optional<Matrix> bias_row = check_bias(bias, n, x);
-  const cpu::ForwardKernel kernel = cpu::select_forward(tokens.rows, k, takes_tiles(kernels, tokens, x));
+  const cpu::Matmul16* tiles = tiles_for(kernels, tokens, x);
+  const cpu::ForwardKernel kernel = cpu::select_forward(tokens.rows, k, tiles);
   if (kernel == cpu::ForwardKernel::kDecodeWords || kernel == cpu::ForwardKernel::kDecodeSpans) {
     const TokenFloats floats(kernels, tokens, kernel == cpu::ForwardKernel::kDecodeWords);
     const Tensor t = empty_cpu({tokens.rows, adapters.r}, ScalarType::Float);
@@ -117,7 +118,7 @@ Tensor forward_multi(Tensor x, Tensor packed, Tensor absmax, OptionalTensor nest
     if (!in_use.empty())
       term = LowRankTiles{factor_of_a(adapters.a, adapters.r), adapters.b.data, n * adapters.r,
                           adapters_of_tiles(adapters, in_use)};
-    return forward16(*kernels.matmul16, w, tokens, term, std::nullopt, bias_row, x);
+    return forward16(*tiles, w, tokens, term, std::nullopt, bias_row, x);
   }
   const Columns columns = pack(kernels, tokens, StepsAre::kColumns);
   AdapterTerms terms;
@@ -146,8 +147,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_multi(Tensor grad, Tensor x,
   check_adapter_of_row(adapters);
 
   Tensor d_x = nothing(), d_lora_a = nothing(), d_lora_b = nothing(), d_bias = nothing();
-  if (takes_tiles(kernels, dy, x)) {
-    const cpu::Matmul16& tiles = *kernels.matmul16;
+  if (const cpu::Matmul16* matmul16 = tiles_for(kernels, dy, x)) {
+    const cpu::Matmul16& tiles = *matmul16;
     const std::vector<int64_t> in_use = adapters_in_use(adapters, tokens.rows);
     for (const int64_t i : in_use)
       if (needs_x) check_isolated(adapters, adapters.a_of(i), i, "lora_a");

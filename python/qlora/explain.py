@@ -82,9 +82,9 @@ def explain(x: Tensor, weight: QuantizedWeight) -> Explanation:
         raise ValueError(f"x is on {x.device}: there are kernels for the CPU and for CUDA")
     kernel, reason, other = _C.explain_forward(tokens, weight.shape[1], str(x.dtype).removeprefix("torch."))
     reasons = [reason] if reason else []
-    isa, best = _C.active_isa(), _C.runnable_isas()[-1]
-    if isa != best:
-        reasons.append(f"QLORA_CPU_ISA caps this machine's {best}")
+    isa, preferred = _C.active_isa(), _C.preferred_isa()
+    if isa != preferred:
+        reasons.append(f"QLORA_CPU_ISA chooses {isa}, this machine's fastest level is {preferred}")
     products = "bfloat16 products of W rounded once" if kernel == "tiles" else "float32 products"
     return Explanation(
         "cpu", isa, kernel, f"{products}, float32 sums, rounded once", "; ".join(reasons), other, "", other, "", other

@@ -3,7 +3,14 @@
 import pytest
 import torch
 from cases import BLOCK_SIZES, DTYPES, QUANT_TYPES, SHAPES, name_of, weights
-from tolerances import accumulation, assert_error_at_most, assert_within, operand_rounding, output_rounding
+from tolerances import (
+    accumulation,
+    assert_error_at_most,
+    assert_within,
+    multiplies_16_bit,
+    operand_rounding,
+    output_rounding,
+)
 
 from qlora import ops, reference
 
@@ -71,13 +78,13 @@ def test_ranks(device, m, rank):
 @pytest.mark.parametrize("m", [1, 64])
 def test_error_against_dequantize_then_matmul(device, m, dtype):
     """In 16 bit at most torch's own error: torch rounds W, and most kernels do not. In float32, where only the order of
-    summation differs, at most twice. AMX rounds W as torch does: its error is torch's, but for the order of summation,
-    which moves it by 2^-24 sqrt(k) / 2^-9, about 1e-3 of itself."""
+    summation differs, at most twice. Tiles round W as torch does: their error is torch's, but for the order of
+    summation, which moves it by 2^-24 sqrt(k) / 2^-9, about 1e-3 of itself."""
     k = 1024
     weight, dense = weights(256, k)
     x = torch.randn(m, k).to(dtype)
     y, expected = check(device, x, weight, dense)
-    rounds_w = device == "cpu-amx" and dtype == torch.bfloat16
+    rounds_w = device.startswith("cpu") and multiplies_16_bit(device, dtype)
     factor = 2 if dtype == torch.float32 else 1 + 2.0**-15 * k**0.5 if rounds_w else 1
     assert_error_at_most(factor, y, reference.forward(x, *weight), expected)
 

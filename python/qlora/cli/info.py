@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{library:<14} {_version(library)}")
     print(f"device         {_devices()}")
     print(f"threads        {torch.get_num_threads()}")
-    print(f"isa            {_C.active_isa()} of {', '.join(_C.runnable_isas())} (QLORA_CPU_ISA caps it)")
+    print(f"isa            {_C.active_isa()} of {', '.join(_C.runnable_isas())} (QLORA_CPU_ISA chooses another)")
     weight = qlora.quantize(torch.zeros(8, 4096))
     odd = qlora.quantize(torch.zeros(8, 100))
     for label, x, w in (

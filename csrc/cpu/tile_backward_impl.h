@@ -1,8 +1,8 @@
 // Many bfloat16 tokens backward: tokens are row tiles, two rows of W are paired in column tiles, results [tokens,
-// columns]; and the gradients of the low-rank factors. Included by isa_amx.cpp alone.
+// columns]; and the gradients of the low-rank factors. See tile_table.h.
 #pragma once
 
-#include "cpu/amx_decode_impl.h"
+#include "cpu/tile_decode_impl.h"
 
 namespace qlora::cpu {
 namespace {

@@ -1,8 +1,8 @@
 // Rows of W as row tiles for the forward products, the low-rank steps beside them, and their results as rows of y.
-// Included by isa_amx.cpp alone.
+// See tile_table.h.
 #pragma once
 
-#include "cpu/amx_decode_impl.h"
+#include "cpu/tile_decode_impl.h"
 
 namespace qlora::cpu {
 namespace {

@@ -1,8 +1,8 @@
 // Many bfloat16 tokens forward: rows of W are row tiles, decoded and used at once, results [rows, tokens]; the low-rank
-// term is a few more steps of the same sums. Included by isa_amx.cpp alone.
+// term is a few more steps of the same sums. See tile_table.h.
 #pragma once
 
-#include "cpu/amx_few_impl.h"
+#include "cpu/tile_rows_impl.h"
 
 namespace qlora::cpu {
 namespace {
@@ -20,19 +20,16 @@ int64_t forward_panel_tiles(const Forward16Params& p) {
   return wanted < 2 ? 2 : min_i64(wanted, most);
 }
 int64_t forward_items(const Forward16Params& p) {
-  if (has_few_tokens(p)) return few_items(p);
   return ceil_div(tiles_of(p.weight.n), forward_panel_tiles(p)) * forward_blocks(p.m).count;
 }
 
 int64_t forward_scratch(const Forward16Params& p) {
-  if (has_few_tokens(p)) return few_scratch(p);
   const int64_t tiles = forward_panel_tiles(p);
   return row_scales_scratch(p.weight, tiles * kTile) +
          (2 * (kChunkSteps + all_low_rank_steps(p)) + tiles * forward_blocks(p.m).tiles) * kTileFloats;
 }
 
 void forward(const Forward16Params& p, int64_t begin, int64_t end, float* scratch) {
-  if (has_few_tokens(p)) return forward_few(p, begin, end, scratch);
   const TileScope scope;
   const PackedWeight& w = p.weight;
   const int64_t steps = steps_of(w.k), extra = all_low_rank_steps(p), pitch = token_steps(w.k, extra) * kTileBytes;

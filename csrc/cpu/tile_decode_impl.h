@@ -1,10 +1,10 @@
-// Panels of W as tiles of bfloat16, and how the products on them are blocked. Included by isa_amx.cpp alone.
+// Panels of W as tiles of bfloat16, and how the products on them are blocked. See tile_table.h.
 #pragma once
 
 #include <cstring>
 
-#include "cpu/amx_tokens_impl.h"
 #include "cpu/decode_impl.h"
+#include "cpu/tile_tokens_impl.h"
 #include "cpu/vec_avx512.h"
 
 namespace qlora::cpu {

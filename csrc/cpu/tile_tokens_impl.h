@@ -1,14 +1,15 @@
-// Tokens and low-rank factors as tiles, and the down projections on the way. Included by isa_amx.cpp alone.
+// Tokens and low-rank factors as tiles, and the down projections on the way. See tile_table.h.
 #pragma once
 
 #include <cstring>
 
-#include "cpu/amx.h"
+#include "cpu/tile_products.h"
+#include "cpu/tile_vectors.h"
 
 namespace qlora::cpu {
 namespace {
 
-// 128 elements in the order in which decoded weights come (amx_decode_impl.h): out[s] holds elements 4i + s.
+// 128 elements in the order in which decoded weights come (tile_decode_impl.h): out[s] holds elements 4i + s.
 QLORA_INLINE void nibble_order(const __m512i (&natural)[4], __m512i (&out)[4]) {
   __m512i index = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 60, 56, 52, 48, 44, 40, 36, 32, 28,
                                    24, 20, 16, 12, 8, 4, 0);
