@@ -5,9 +5,11 @@ import their libraries when they are used.
 """
 
 from importlib.metadata import version as _version
+from typing import Any as _Any
 
 from qlora import nn, ops, reference
 from qlora.explain import Explanation, explain
+from qlora.integrations.registration import register_when_imported as _register_when_imported
 from qlora.models.adapters import load_adapter, save_adapter
 from qlora.models.merging import merge_and_unload
 from qlora.models.prepare import PreparedReport, prepare_model
@@ -15,9 +17,22 @@ from qlora.weight import QuantizedWeight, quantize
 
 __version__ = _version("qlora")
 
+_register_when_imported()
+
+
+def __getattr__(name: str) -> _Any:
+    """QLoRAConfig, which is a class of transformers', and is imported when it is used."""
+    if name == "QLoRAConfig":
+        from qlora.integrations.transformers import QLoRAConfig
+
+        return QLoRAConfig
+    raise AttributeError(f"module 'qlora' has no attribute '{name}'")
+
+
 __all__ = [
     "Explanation",
     "PreparedReport",
+    "QLoRAConfig",
     "QuantizedWeight",
     "explain",
     "load_adapter",

@@ -115,7 +115,7 @@ class QuantizedWeight:
         entries = {
             prefix: self.packed.view(-1, 1),
             f"{prefix}.absmax": self.absmax,
-            f"{prefix}.quant_map": torch.tensor(_C.codebook(self.quant_type)),
+            f"{prefix}.quant_map": torch.tensor(_C.codebook(self.quant_type)) + 0.0,  # its table has no -0
         }
         if self.double_quant:
             entries[f"{prefix}.nested_absmax"] = self.nested_absmax
@@ -157,6 +157,16 @@ class QuantizedWeight:
         needed = (torch.Size(shape).numel() + 1) // 2
         if packed.numel() != needed:
             raise ValueError(f"{prefix} has {packed.numel()} bytes: shape {shape} needs {needed}")
+        blocks = -(-torch.Size(shape).numel() // state["blocksize"])
+        statistics = {"absmax": (torch.uint8 if nested else torch.float32, blocks)}
+        if nested:
+            statistics["nested_absmax"] = (torch.float32, -(-blocks // _C.NESTED_BLOCK))
+        for name, (kind, count) in statistics.items():
+            tensor = entries[f"{prefix}.{name}"]
+            if tensor.dtype != kind or tuple(tensor.shape) != (count,):
+                raise ValueError(
+                    f"{prefix}.{name} is {tensor.dtype} {tuple(tensor.shape)}: shape {shape} needs {kind} ({count},)"
+                )
         return cls(
             packed=packed,
             absmax=entries[f"{prefix}.absmax"],

@@ -9,7 +9,18 @@ from torch import Tensor, nn
 from qlora import ops
 from qlora.weight import QuantizedWeight, quantize
 
-_STATISTICS = ("absmax", "nested_absmax", "nested_offset")
+STATISTICS = ("absmax", "nested_absmax", "nested_offset")
+
+
+def restore_dtypes(module: nn.Module, before: dict[str, Tensor | None]) -> None:
+    """Gives buffers that ``_apply`` has cast their values of before, where they are now: statistics move, but are never
+    cast. A rounded scale is another weight."""
+    for name, tensor in before.items():
+        moved = module._buffers[name]
+        assert tensor is not None
+        assert moved is not None
+        if moved.dtype != tensor.dtype:
+            module._buffers[name] = tensor.to(moved.device)
 
 
 class Linear4bit(nn.Linear):
@@ -17,7 +28,8 @@ class Linear4bit(nn.Linear):
 
     ``weight`` is a frozen uint8 parameter, (out, in / 2), or flat where in is odd; the statistics are buffers
     ``absmax``, ``nested_absmax`` and ``nested_offset`` that keep their dtype under ``.to(dtype)`` and ``.half()``.
-    The input's dtype (float32, bfloat16, float16) is the compute dtype.
+    The input's dtype (float32, bfloat16, float16) is the compute dtype, unless ``compute_dtype`` is set: then inputs
+    are cast to it and results back.
 
     Built from random weights like ``nn.Linear``; use :meth:`from_linear` or :meth:`from_weight` for existing ones.
     """
@@ -25,6 +37,7 @@ class Linear4bit(nn.Linear):
     absmax: Tensor
     nested_absmax: Tensor
     nested_offset: Tensor
+    compute_dtype: torch.dtype | None = None
 
     def __init__(
         self,
@@ -39,14 +52,15 @@ class Linear4bit(nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self._adopt(quantize(self.weight, quant_type, block_size, double_quant))
+        self.adopt(quantize(self.weight, quant_type, block_size, double_quant))
         self.requires_grad_(False)
 
-    def _adopt(self, weight: QuantizedWeight) -> None:
+    def adopt(self, weight: QuantizedWeight) -> None:
+        """Takes over the tensors and the format of ``weight`` (out, in), without a copy."""
         n, k = weight.shape
         packed = weight.packed.view(n, k // 2) if k % 2 == 0 else weight.packed
         self.weight = nn.Parameter(packed, requires_grad=False)
-        for name in _STATISTICS:
+        for name in STATISTICS:
             self.register_buffer(name, getattr(weight, name))
         self.quant_type = weight.quant_type
         self.block_size = weight.block_size
@@ -60,7 +74,7 @@ class Linear4bit(nn.Linear):
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.out_features, layer.in_features = weight.shape
-        layer._adopt(weight)
+        layer.adopt(weight)
         parameter = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         layer.register_parameter("bias", parameter)
         return layer
@@ -95,6 +109,9 @@ class Linear4bit(nn.Linear):
         lora_x: Tensor | None = None,
     ) -> Tensor:
         """The fused operation on this weight, with an adapter; shapes as in :func:`qlora.ops.forward`."""
+        if self.compute_dtype is not None and x.dtype != self.compute_dtype:
+            dropped = None if lora_x is None else lora_x.to(self.compute_dtype)
+            return self.run(x.to(self.compute_dtype), lora_a, lora_b, scaling, dropped).to(x.dtype)
         # nn.Module finds each attribute by three dictionaries: 3 µs for these five.
         parameters, buffers = self._parameters, self._buffers
         return ops.forward(
@@ -137,14 +154,9 @@ class Linear4bit(nn.Linear):
             raise ValueError(f"the state dict holds a weight in {theirs}: this layer has {ours}")
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Linear4bit":
-        before = {name: self._buffers[name] for name in _STATISTICS}
+        before = {name: self._buffers[name] for name in STATISTICS}
         super()._apply(fn, recurse)
-        for name, tensor in before.items():  # moved, but never cast: a rounded scale is another weight
-            moved = self._buffers[name]
-            assert tensor is not None
-            assert moved is not None
-            if moved.dtype != tensor.dtype:
-                self._buffers[name] = tensor.to(moved.device)
+        restore_dtypes(self, before)
         return self
 
     def extra_repr(self) -> str:

@@ -1,0 +1,1 @@
+"""At home in other libraries: transformers, PEFT, bitsandbytes. ``import qlora`` imports none of them."""

@@ -1,0 +1,191 @@
+"""Experts4bit: the experts of a mixture, whose weights are 3-D parameters, frozen in 4 bit."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora import ops
+from qlora.nn.linear4bit import STATISTICS, restore_dtypes
+from qlora.weight import QuantizedWeight, quantize
+
+WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
+# What transformers' use_experts_implementation says of such a module.
+_CONTRACT = ("has_gate", "has_bias", "is_transposed")
+
+
+def why_not_experts(module: nn.Module) -> str | None:
+    """Why :class:`Experts4bit` cannot take ``module``, which holds weights of experts; None if it can."""
+    missing = [name for name in (*_CONTRACT, "num_experts", "_apply_gate") if not hasattr(module, name)]
+    if missing:
+        return f"it does not say how its experts are laid out (no attribute {missing[0]})"
+    if getattr(module, "has_post_expert_norm", False):
+        return "it normalizes the output of each expert"
+    for name in expert_weights(module):
+        if getattr(module, name).shape[1 if module.is_transposed else 2] % 2 != 0:
+            return f"the reduction of {name} has an odd length"
+    return None
+
+
+def holds_experts(module: nn.Module) -> bool:
+    """Whether a module holds weights of experts as 3-D parameters."""
+    return bool(expert_weights(module))
+
+
+def expert_weights(module: nn.Module) -> list[str]:
+    """Names of the 3-D weights of a module of experts."""
+    parameters = module._parameters
+    return [name for name in WEIGHTS if getattr(parameters.get(name), "ndim", 0) == 3]
+
+
+def copy_attributes(source: nn.Module, target: nn.Module) -> None:
+    """Gives ``target`` the settings, modules, buffers and parameters of ``source``, but for 4-bit weights."""
+    private = set(vars(nn.Module()))
+    vars(target).update({name: value for name, value in vars(source).items() if name not in private})
+    skipped = getattr(source, "weight_names", expert_weights(source))
+    statistics = {f"{name}_{statistic}" for name in skipped for statistic in STATISTICS}
+    for name, parameter in source._parameters.items():
+        if name not in skipped:
+            target.register_parameter(name, parameter)
+    for name, buffer in source._buffers.items():
+        if name not in statistics:
+            target.register_buffer(name, buffer, name not in source._non_persistent_buffers_set)
+    for name, module in source._modules.items():
+        target.add_module(name, module)
+
+
+class Experts4bit(nn.Module):
+    """Each expert's ``act(gate) * up`` and down projections with their weights in 4 bit.
+
+    Made by :meth:`from_experts` from a module of transformers' experts interface, whose attributes and gate it takes
+    over. A weight ``gate_up_proj`` is a frozen uint8 parameter (experts, out, in / 2), its statistics are buffers
+    ``gate_up_proj_absmax``, ``…_nested_absmax`` and ``…_nested_offset``, one row for each expert, so that an expert is
+    a 4-bit weight of its own. Weights that are stored transposed are quantized along their reduction too.
+    """
+
+    experts_class: Any
+    weight_names: list[str]
+    act_fn: Any
+    quant_type: str
+    block_size: int
+    double_quant: bool
+    original_dtype: torch.dtype
+    num_experts: int
+    has_gate: bool
+    has_bias: bool
+    is_transposed: bool
+
+    @classmethod
+    def from_experts(
+        cls, experts: nn.Module, quant_type: str = "nf4", double_quant: bool = True, block_size: int = 64
+    ) -> "Experts4bit":
+        """Quantizes the weights of ``experts``; its other parameters are shared and frozen. Meta tensors stay meta.
+
+        Raises ValueError for a module that this class cannot stand in for.
+        """
+        reason = why_not_experts(experts)
+        if reason is not None:
+            raise ValueError(f"{type(experts).__name__} cannot be quantized: {reason}")
+        layer = cls()
+        copy_attributes(experts, layer)
+        layer.experts_class = type(experts)
+        layer.quant_type, layer.block_size, layer.double_quant = quant_type, block_size, double_quant
+        layer.weight_names = expert_weights(experts)
+        layer.original_dtype = getattr(experts, layer.weight_names[0]).dtype
+        for name in layer.weight_names:
+            tensors = layer.quantize(getattr(experts, name).detach())
+            setattr(layer, name, nn.Parameter(tensors["weight"], requires_grad=False))
+            for statistic in STATISTICS:
+                layer.register_buffer(f"{name}_{statistic}", tensors[statistic])
+        layer.requires_grad_(False)
+        layer.train(experts.training)
+        return layer
+
+    def quantize(self, dense: Tensor) -> dict[str, Tensor]:
+        """The tensors of ``dense`` (experts, …) in 4 bit: ``weight`` and the statistics, stacked over experts."""
+        parts = [
+            quantize(
+                expert.t().contiguous() if self.is_transposed else expert,
+                self.quant_type,
+                self.block_size,
+                self.double_quant,
+            )
+            for expert in dense
+        ]
+        n, k = parts[0].shape
+        stacked = {name: torch.stack([getattr(part, name) for part in parts]) for name in STATISTICS}
+        return {"weight": torch.stack([part.packed.view(n, k // 2) for part in parts]), **stacked}
+
+    def expert(self, name: str, index: int) -> QuantizedWeight:
+        """The weight of one expert, (out, in), as views."""
+        packed = getattr(self, name)[index]
+        absmax, nested_absmax, nested_offset = (getattr(self, f"{name}_{s}")[index] for s in STATISTICS)
+        return QuantizedWeight(
+            packed.flatten(),
+            absmax,
+            nested_absmax,
+            nested_offset,
+            (packed.shape[0], 2 * packed.shape[1]),
+            self.quant_type,
+            self.block_size,
+            self.original_dtype,
+        )
+
+    def project(self, name: str, index: int, x: Tensor) -> Tensor:
+        """One projection of one expert: x [tokens, in] to [tokens, out], with its bias if there is one."""
+        weight = self.expert(name, index)
+        bias = getattr(self, f"{name}_bias")[index] if self.has_bias else None
+        return ops.forward(x, *weight.tensors, weight.shape, self.quant_type, self.block_size, bias=bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor | None = None,
+        top_k_weights: Tensor | None = None,
+        router_indices: Tensor | None = None,
+        routing_weights: Tensor | None = None,
+    ) -> Tensor:
+        """hidden_states [tokens, in]; top_k_index and top_k_weights [tokens, choices] (some models call them
+        router_indices and routing_weights). An index of num_experts or more is no expert of this process."""
+        index = router_indices if top_k_index is None else top_k_index
+        weights = routing_weights if top_k_weights is None else top_k_weights
+        if index is None or weights is None:
+            raise TypeError("the experts need the routers' indices and weights of each token")
+        out = torch.zeros_like(hidden_states)
+        chosen = index.reshape(-1).clamp(max=self.num_experts)
+        order = chosen.argsort(stable=True)
+        counts = torch.bincount(chosen, minlength=self.num_experts + 1).tolist()
+        for expert, places in enumerate(order.split(counts)[: self.num_experts]):
+            if places.numel() == 0:
+                continue
+            tokens = places // index.shape[-1]
+            hidden = self.project("gate_up_proj" if self.has_gate else "up_proj", expert, hidden_states[tokens])
+            hidden = self.experts_class._apply_gate(self, hidden) if self.has_gate else self.act_fn(hidden)
+            hidden = self.project("down_proj", expert, hidden) * weights.reshape(-1)[places].unsqueeze(-1)
+            out.index_add_(0, tokens, hidden.to(out.dtype))
+        return out
+
+    def dequantize(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A dense weight of all experts, in the layout that it had."""
+        dense = torch.stack([self.expert(name, i).dequantize(dtype) for i in range(self.num_experts)])
+        return dense.transpose(1, 2).contiguous() if self.is_transposed else dense
+
+    def to_experts(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """The module that this one was made from, with dequantized weights in ``dtype`` or what they had before."""
+        dense: nn.Module = self.experts_class.__new__(self.experts_class)
+        nn.Module.__init__(dense)
+        copy_attributes(self, dense)
+        for name in self.weight_names:
+            dense.register_parameter(name, nn.Parameter(self.dequantize(name, dtype), requires_grad=False))
+        dense.train(self.training)
+        return dense
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Experts4bit":
+        names = [f"{name}_{statistic}" for name in self.weight_names for statistic in STATISTICS]
+        before = {name: self._buffers[name] for name in names}
+        super()._apply(fn, recurse)
+        restore_dtypes(self, before)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.num_experts} experts, {self.quant_type}, block_size={self.block_size}"
