@@ -72,8 +72,13 @@ def scales(absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor |
     if nested_absmax is None or nested_absmax.numel() == 0:
         return absmax.float()
     assert nested_offset is not None
-    values = torch.tensor(_C.dynamic_map(), device=absmax.device)[absmax.long()]
-    return values * nested_absmax.repeat_interleave(_C.NESTED_BLOCK)[: absmax.numel()] + nested_offset
+    return nested_scales(absmax, nested_absmax, nested_offset, torch.arange(absmax.numel(), device=absmax.device))
+
+
+def nested_scales(codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor, block: Tensor) -> Tensor:
+    """The float32 scales of some blocks, from their codes and their numbers (of one shape)."""
+    values = torch.tensor(_C.dynamic_map(), device=codes.device)[codes.long()]
+    return values * nested_absmax[block // _C.NESTED_BLOCK] + nested_offset
 
 
 def dequantize(

@@ -1,23 +1,23 @@
-"""Registers our quantizer with transformers when that is imported, so that ``import qlora`` is enough for loading.
+"""Makes transformers know our quantizer and PEFT our LoRA layers when they are imported, so that ``import qlora`` is enough.
 
-transformers finds quantizers in tables that only running code can extend, and importing it takes seconds. So a finder
-waits for the one module that holds the tables, puts two entries in, and is gone. What they stand for is imported when a
-model needs it.
+Both find such things in tables or functions that only running code can extend, and importing them takes seconds. So a
+finder waits for the two modules that hold them, puts our entries in, and imports nothing: what the entries stand for is
+imported when a model needs it.
 """
 
 import sys
+from collections.abc import Callable
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-_TABLE = "transformers.quantizers.auto"
 METHOD = "qlora"
 
 
 class _Config:
-    """Entry of the table of configs."""
+    """Entry of transformers' table of configs."""
 
     @staticmethod
     def from_dict(options: dict[str, Any], **kwargs: Any) -> Any:
@@ -27,15 +27,36 @@ class _Config:
 
 
 def _quantizer(config: Any, **kwargs: Any) -> Any:
-    """Entry of the table of quantizers."""
+    """Entry of transformers' table of quantizers."""
     from qlora.integrations.transformers import QLoRAQuantizer
 
     return QLoRAQuantizer(config, **kwargs)
 
 
-def _register(table: ModuleType) -> None:
+def _register_quantizer(table: ModuleType) -> None:
     table.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = _Config
     table.AUTO_QUANTIZER_MAPPING[METHOD] = _quantizer
+
+
+def _register_lora_layers(model: ModuleType) -> None:
+    """PEFT chooses the LoRA layer for a module in a static method, from a list that it makes itself: ours comes first.
+    (LoraConfig's custom modules are not saved with an adapter, which would then silently run unfused.)"""
+    choose = model.LoraModel._create_new_module
+
+    def create(lora_config: Any, adapter_name: str, target: Any, **kwargs: Any) -> Any:
+        from qlora.integrations.peft import create_module
+
+        return create_module(lora_config, adapter_name, target, **kwargs) or choose(
+            lora_config, adapter_name, target, **kwargs
+        )
+
+    model.LoraModel._create_new_module = staticmethod(create)
+
+
+_AFTER_IMPORT: dict[str, Callable[[ModuleType], None]] = {
+    "transformers.quantizers.auto": _register_quantizer,
+    "peft.tuners.lora.model": _register_lora_layers,
+}
 
 
 class _RegisteringLoader(Loader):
@@ -48,14 +69,17 @@ class _RegisteringLoader(Loader):
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
         module.__spec__.loader = self._loader  # type: ignore[union-attr]
-        _register(module)
+        _AFTER_IMPORT[module.__name__](module)
 
 
 class _Finder(MetaPathFinder):
+    def __init__(self) -> None:
+        self.waiting = set(_AFTER_IMPORT)
+
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != _TABLE:
+        if name not in self.waiting:
             return None
-        sys.meta_path.remove(self)
+        self.waiting.remove(name)  # the real finders are asked below
         spec = find_spec(name)
         if spec is not None and spec.loader is not None:
             spec.loader = _RegisteringLoader(spec.loader)
@@ -63,8 +87,12 @@ class _Finder(MetaPathFinder):
 
 
 def register_when_imported() -> None:
-    """Registers now if transformers' quantizers are loaded, else when they are."""
-    if _TABLE in sys.modules:
-        _register(sys.modules[_TABLE])
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    """Registers with what is imported already, and waits for the rest."""
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        return
+    finder = _Finder()
+    for name in _AFTER_IMPORT:
+        if name in sys.modules:
+            finder.waiting.remove(name)
+            _AFTER_IMPORT[name](sys.modules[name])
+    sys.meta_path.insert(0, finder)

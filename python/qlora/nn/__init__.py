@@ -1,7 +1,9 @@
-"""Layers: a frozen 4-bit linear layer, and the same with trainable low-rank adapters."""
+"""Layers: frozen 4-bit linear layers, embeddings and experts, and the first with trainable low-rank adapters."""
 
+from qlora.nn.embedding4bit import Embedding4bit
 from qlora.nn.experts4bit import Experts4bit
 from qlora.nn.linear4bit import Linear4bit
-from qlora.nn.qlora_linear import MergeReport, QLoRALinear
+from qlora.nn.merging import MergeReport
+from qlora.nn.qlora_linear import QLoRALinear
 
-__all__ = ["Experts4bit", "Linear4bit", "MergeReport", "QLoRALinear"]
+__all__ = ["Embedding4bit", "Experts4bit", "Linear4bit", "MergeReport", "QLoRALinear"]

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qlora import ops
+from qlora.nn import merging
 from qlora.nn.linear4bit import Linear4bit, dense_linear
+from qlora.nn.merging import MergeReport
 from qlora.weight import QuantizedWeight, quantize
 
 
@@ -27,16 +29,6 @@ class AdapterSettings:
     @property
     def scaling(self) -> float:
         return self.alpha / self.rank
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """How far a merged weight is from base + adapter in float32, both relative to the norm of the latter."""
-
-    adapter: str
-    format: str  # "bfloat16", "nf4", …
-    relative_error: float  # of the merged weight, the quantization of the base not counted
-    max_abs_error: float
 
 
 @dataclass(frozen=True)
@@ -251,13 +243,19 @@ class QLoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge(
-        self, name: str | None = None, *, requantize: bool = False, dtype: torch.dtype | None = None
+        self,
+        name: str | None = None,
+        *,
+        requantize: bool = False,
+        dtype: torch.dtype | None = None,
+        search_scales: bool = False,
     ) -> MergeReport:
         """Folds an adapter into the weight that the forward uses; the base itself is kept, so :meth:`unmerge` is exact.
 
         Args:
             name: the adapter, by default the active one.
             requantize: store the merged weight in the base's 4-bit format instead of ``dtype``.
+            search_scales: with ``requantize``, search the scale of each block for the least squared error.
             dtype: of the dense merged weight; by default what the base had before it was quantized.
 
         Returns the error that the merged format adds, measured against the float32 sum.
@@ -265,27 +263,26 @@ class QLoRALinear(nn.Module):
         self._forbid_while_merged("merge")
         if requantize and dtype is not None:
             raise ValueError(f"merge: dtype={dtype} contradicts requantize=True, which stores {self.quant_type}")
+        if search_scales and not requantize:
+            raise ValueError("merge: search_scales=True needs requantize=True, a dense weight has no scales")
         name = name or self.active_adapter
         if name is None:
             raise RuntimeError("merge: no adapter is active, name one")
         self._require(name)
         if isinstance(self.base, Linear4bit):
-            exact = self.base.dequantize(torch.float32)
-            original = self.base.original_dtype
+            weight = self.base.quantized_weight
         else:  # what the forward computes with: the quantized weight, not its full-precision master
             weight = quantize(self.base.weight, self.quant_type, self.block_size, self.double_quant)
-            exact, original = weight.dequantize(torch.float32), weight.dtype
-        exact = exact + self.adapters[name].scaling * (self.lora_b[name].float() @ self.lora_a[name].float())
+        exact = weight.dequantize(torch.float32) + self.adapters[name].scaling * (
+            self.lora_b[name].float() @ self.lora_a[name].float()
+        )
         if requantize:
-            weight = quantize(exact, self.quant_type, self.block_size, self.double_quant)
+            weight, report = merging.requantize(exact, weight, search_scales=search_scales, adapter=name)
             self._merged = _Merged(name, weight)
-            return MergeReport(name, self.quant_type, *weight.error_against(exact))
-        dense = exact.to(dtype or original)
+            return report
+        dense = exact.to(dtype or weight.dtype)
         self._merged = _Merged(name, dense)
-        difference = dense.float() - exact
-        relative = (difference.norm() / exact.norm()).item() if exact.any() else 0.0
-        largest = difference.abs().max().item() if difference.numel() else 0.0
-        return MergeReport(name, str(dense.dtype).removeprefix("torch."), relative, largest)
+        return merging.merge_report(dense, exact, name)
 
     def unmerge(self) -> None:
         """Back to base and adapter, bit for bit as before :meth:`merge`. Raises RuntimeError if nothing is merged."""
