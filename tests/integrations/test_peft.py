@@ -280,8 +280,8 @@ class TestInitializations:
         for name, layer in ours.lora_layers(fused).items():
             weight = weights[name.removeprefix("base_model.model.")]
             left = layer.merged_weight(["default"]) - weight
-            # What is left is the quantization of weight - adapter: at most half the widest gap of NF4 (0.30) of a scale,
-            # and the scale's own code (1/127 of a range below it).
+            # What is left is the quantization of weight - adapter: at most half the widest gap of NF4 (0.30) of a
+            # scale, and the scale's own code (1/127 of a range below it).
             scale = (weight - layer.get_delta_weight("default")).abs().max()
             assert left.abs().max() <= 0.17 * scale
             assert layer.lora_B["default"].weight.abs().max() > 0

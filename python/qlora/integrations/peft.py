@@ -261,6 +261,8 @@ for _name in _DENSE_INITS:
 class LoraEmbedding4bit(PeftEmbedding):
     """PEFT's LoRA layer on a :class:`qlora.nn.Embedding4bit`. Merging gives a dense embedding; unmerging is exact."""
 
+    base_layer: Any
+
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> None:
         self._unmerged: list[Embedding4bit] = []
         if config.use_dora:
@@ -290,10 +292,10 @@ class LoraEmbedding4bit(PeftEmbedding):
             self.merged_adapters.clear()
 
 
-_LAYERS = {Linear4bit: LoraLinear4bit, Embedding4bit: LoraEmbedding4bit}
+_LAYERS: dict[type, Any] = {Linear4bit: LoraLinear4bit, Embedding4bit: LoraEmbedding4bit}
 
 
-def create_module(adapter_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module | None:
+def create_module(adapter_config: Any, adapter_name: str, target: Any, **kwargs: Any) -> nn.Module | None:
     """Our LoRA layer for ``target``, or None if it is none of our layers. PEFT's model calls it first."""
     base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
     if kwargs.get("parameter_name") is not None:

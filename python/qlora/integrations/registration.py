@@ -1,4 +1,4 @@
-"""Makes transformers know our quantizer and PEFT our LoRA layers when they are imported, so that ``import qlora`` is enough.
+"""Tells transformers of our quantizer and PEFT of our LoRA layers when they are imported: ``import qlora`` is enough.
 
 Both find such things in tables or functions that only running code can extend, and importing them takes seconds. So a
 finder waits for the two modules that hold them, puts our entries in, and imports nothing: what the entries stand for is

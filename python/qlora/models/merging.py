@@ -18,17 +18,20 @@ def merge_and_unload(
     """Replaces every :class:`QLoRALinear`, in place, by its merged layer. Without ``requantize`` the whole model is
     dense afterwards: 4-bit layers that have no such adapter are dequantized; with it they stay as they are.
 
-    ``name`` (default: each layer's active adapter), ``requantize``, ``dtype`` and ``search_scales`` as in :meth:`QLoRALinear.merge`.
-    Returns the added error of each merged layer by name. Raises ValueError, before anything changes, if no layer has
-    the adapter.
+    ``name`` (default: each layer's active adapter), ``requantize``, ``dtype`` and ``search_scales`` as in
+    :meth:`QLoRALinear.merge`. Returns the added error of each merged layer by name. Raises ValueError, before anything
+    changes, if no layer has the adapter.
     """
     layers = qlora_layers(model)
     adapter_of = {n: name or layer.active_adapter for n, layer in layers.items()}
     merged = {n for n, layer in layers.items() if adapter_of[n] in layer.adapters}
     if not merged:
         raise ValueError(f"{type(model).__name__} has no QLoRALinear with the adapter {name!r}: nothing to merge")
-    options = {"requantize": requantize, "dtype": dtype, "search_scales": search_scales}
-    reports = {n: layers[n].merge(adapter_of[n], **options) for n in layers if n in merged}
+    reports = {
+        n: layer.merge(adapter_of[n], requantize=requantize, dtype=dtype, search_scales=search_scales)
+        for n, layer in layers.items()
+        if n in merged
+    }
     for n, layer in layers.items():
         replace_module(model, layer, layer.merged_linear() if n in merged else layer.base)
     if not requantize:
