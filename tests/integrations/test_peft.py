@@ -390,3 +390,32 @@ def test_offloaded_activations_and_checkpointing(checkpoint):
     assert_same_step(fused, plain)
     for name, grad in adapter_gradients(fused).items():
         assert torch.equal(grad, expected[name])
+
+
+class TestPrepareModel:
+    """What prepare_model_for_kbit_training is for, without its casts."""
+
+    def test_before_get_peft_model(self, checkpoint):
+        model = quantized(checkpoint, dtype=torch.bfloat16)
+        dtypes = {name: p.dtype for name, p in model.named_parameters()}
+        report = qlora.prepare_model(model, rank=None, gradient_checkpointing=True)
+        assert len(report.quantized) == 2 * 7
+        assert report.trainable_params == 0
+        assert {name: p.dtype for name, p in model.named_parameters()} == dtypes
+        assert model.is_gradient_checkpointing
+        fused = randomize(get_peft_model(model, LoraConfig(target_modules="all-linear", r=4)))
+        fused.train()
+        fused(input_ids=BATCH, labels=BATCH).loss.backward()
+        missing = [name for name, p in fused.named_parameters() if p.requires_grad and p.grad is None]
+        assert not missing, "a checkpointed block whose input requires no grad has no gradients"
+
+    def test_with_adapters_of_ours(self, checkpoint):
+        model = quantized(checkpoint)
+        before = model(TOKENS).logits
+        report = qlora.prepare_model(model, rank=4, target_modules=["q_proj", "v_proj"])
+        assert torch.equal(model(TOKENS).logits, before)
+        assert report.trainable_params == 2 * 4 * ((64 + 64) + (64 + 32))
+        assert isinstance(model.model.layers[0].mlp.up_proj, Linear4bit)
+        assert type(model.lm_head) is torch.nn.Linear
+        with pytest.raises(ValueError, match="skipped"):
+            qlora.prepare_model(model, rank=4, skip_modules=["k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])

@@ -71,6 +71,12 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
 
 
+def _is_inside(model: nn.Module, name: str) -> bool:
+    """Whether a layer is part of an adapted one, ours or PEFT's."""
+    parent = model.get_submodule(name.rpartition(".")[0])
+    return isinstance(parent, QLoRALinear) or hasattr(parent, "get_base_layer")
+
+
 def _check_options(
     model: nn.Module, rank: int | None, dropout: float, quant_type: str, block_size: int, checkpointing: bool
 ) -> None:
@@ -118,6 +124,9 @@ def prepare_model(
     Does what PEFT's ``prepare_model_for_kbit_training`` is for, without its casts: the base is frozen, no parameter
     changes its dtype, and with ``gradient_checkpointing`` the embedding's output requires grad.
 
+    A model that was loaded in 4 bit (``QLoRAConfig``) keeps its layers: they get adapters, or with rank=None nothing but
+    the rest of the preparation. Its 3-D experts stay without adapters.
+
     Layer by layer: a dense weight is freed before the next one is quantized. A model on the meta device takes its
     weights from ``weights``, one tensor at a time, so that the peak stays near the size of the result.
 
@@ -139,8 +148,10 @@ def prepare_model(
             "the model is itself a linear layer, which cannot be replaced in place: use QLoRALinear(model, rank)"
         )
     linear_names = [
-        name for name, m in model.named_modules() if isinstance(m, nn.Linear) and not isinstance(m, Linear4bit)
+        name for name, m in model.named_modules() if isinstance(m, nn.Linear) and not _is_inside(model, name)
     ]
+    # A model that holds 4-bit layers was quantized when it was loaded: what is dense there is meant to be.
+    packed = {name for name in linear_names if isinstance(model.get_submodule(name), Linear4bit)}
     if not linear_names:
         raise ValueError(f"{type(model).__name__} has no nn.Linear to quantize")
     for label, patterns in (("target_modules", target_modules or ()), ("skip_modules", skip_modules)):
@@ -154,6 +165,8 @@ def prepare_model(
         kept = shared
     # nn.MultiheadAttention multiplies with the weight of this subclass itself, without calling the layer.
     kept |= {n for n in linear_names if isinstance(model.get_submodule(n), NonDynamicallyQuantizableLinear)}
+    if packed:
+        kept = set(linear_names) - packed
     skipped = [n for n in linear_names if n in kept or _matches(n, skip_modules)]
     chosen = [n for n in linear_names if n not in set(skipped)]
     if not chosen:
@@ -173,6 +186,10 @@ def prepare_model(
             if linear.bias is not None:
                 linear.bias.data = linear.bias.data.clone()  # the new layer keeps it: it must not stay mapped
         layer: nn.Module
+        if isinstance(linear, Linear4bit) and (
+            rank is None or (target_modules is not None and not _matches(name, target_modules))
+        ):
+            return
         if rank is None or (target_modules is not None and not _matches(name, target_modules)):
             layer = Linear4bit.from_linear(linear, quant_type, double_quant, block_size)
         else:
