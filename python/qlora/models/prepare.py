@@ -40,7 +40,7 @@ def tensor_bytes(model: nn.Module) -> int:
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Puts ``new`` wherever ``model`` holds ``old``, under every name that it has."""
-    for parent in model.modules():
+    for parent in list(model.modules()):  # a list: `new` may hold `old` itself
         for leaf, child in parent._modules.items():
             if child is old:
                 parent._modules[leaf] = new
@@ -124,8 +124,8 @@ def prepare_model(
     Does what PEFT's ``prepare_model_for_kbit_training`` is for, without its casts: the base is frozen, no parameter
     changes its dtype, and with ``gradient_checkpointing`` the embedding's output requires grad.
 
-    A model that was loaded in 4 bit (``QLoRAConfig``) keeps its layers: they get adapters, or with rank=None nothing but
-    the rest of the preparation. Its 3-D experts stay without adapters.
+    A model that was loaded in 4 bit (``QLoRAConfig``) keeps its layers: they get adapters, or with rank=None nothing
+    but the rest of the preparation. Its 3-D experts stay without adapters.
 
     Layer by layer: a dense weight is freed before the next one is quantized. A model on the meta device takes its
     weights from ``weights``, one tensor at a time, so that the peak stays near the size of the result.
