@@ -7,7 +7,7 @@ import their libraries when they are used.
 from importlib.metadata import version as _version
 from typing import Any as _Any
 
-from qlora import nn, ops, reference
+from qlora import nn, ops, optim, reference
 from qlora.explain import Explanation, explain
 from qlora.integrations.registration import register_when_imported as _register_when_imported
 from qlora.models.adapters import load_adapter, save_adapter
@@ -39,6 +39,7 @@ __all__ = [
     "merge_and_unload",
     "nn",
     "ops",
+    "optim",
     "prepare_model",
     "quantize",
     "reference",
