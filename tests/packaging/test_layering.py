@@ -33,6 +33,7 @@ LAYERS = (
     "explain",
     "nn",
     "optim",
+    "distributed",
     "models",
     "integrations",
     "training",

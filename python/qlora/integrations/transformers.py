@@ -16,6 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qlora.distributed import refuse_fsdp1
 from qlora.integrations.registration import METHOD
 from qlora.models.prepare import replace_module
 from qlora.nn import Experts4bit, Linear4bit
@@ -210,6 +211,9 @@ class QLoRAQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         return self.state_to_save, {}
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        refuse_fsdp1()
 
     def update_device_map(self, device_map: Any) -> Any:
         return device_map

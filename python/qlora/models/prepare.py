@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from qlora.distributed import refuse_fsdp1
 from qlora.models.weights import WeightSource, is_meta
 from qlora.nn import Linear4bit, QLoRALinear
 from qlora.nn.qlora_linear import check_adapter
@@ -143,6 +144,7 @@ def prepare_model(
     Raises ValueError if no layer matches, a name in target_modules or skip_modules matches nothing, or the model is on
     the meta device without ``weights``; KeyError naming parameters that ``weights`` lacks.
     """
+    refuse_fsdp1()
     if isinstance(model, nn.Linear):
         raise ValueError(
             "the model is itself a linear layer, which cannot be replaced in place: use QLoRALinear(model, rank)"

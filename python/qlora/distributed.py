@@ -1,0 +1,33 @@
+"""Training on several processes: what DDP should not send around, and what FSDP1 cannot do.
+
+FSDP2 (``torch.distributed.fsdp.fully_shard``) needs nothing of this: it shards the packed weights as they are.
+"""
+
+import os
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def ignore_frozen(model: nn.Module) -> list[str]:
+    """Tells DistributedDataParallel to leave frozen parameters and buffers alone, and returns their names.
+
+    Every process has loaded the same ones; without this DDP broadcasts all packed weights when it is made, and all
+    statistics before each forward. Call it on the module that is given to DistributedDataParallel.
+    """
+    names = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    names += [name for name, _ in model.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+    return names
+
+
+def refuse_fsdp1() -> None:
+    """Raises ValueError if this process was launched by accelerate for the first FSDP, which flattens parameters of one
+    dtype and cannot take packed ones."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes") and (
+        os.environ.get("FSDP_VERSION", "1") == "1"
+    ):
+        raise ValueError(
+            "FSDP1 flattens parameters and cannot take 4-bit weights, which are integers: set fsdp_version: 2"
+            " (accelerate launch --fsdp_version 2)"
+        )

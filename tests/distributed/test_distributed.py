@@ -1,0 +1,90 @@
+"""DDP and FSDP2 on 2 and 3 processes of the CPU, against one process."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from integrations.models import save_dense
+from torch import nn
+
+import qlora
+
+WORKER = Path(__file__).with_name("worker.py")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_dense("llama", tmp_path_factory.mktemp("distributed"))
+
+
+@pytest.fixture(scope="module")
+def launch(checkpoint, tmp_path_factory):
+    results = tmp_path_factory.mktemp("results")
+    done = {}
+
+    def run(mode, processes, steps=4, **folders):
+        key = (mode, processes, steps, tuple(sorted(folders.items())))
+        if key not in done:
+            path = results / f"{len(done)}.pt"
+            options = [text for name, folder in folders.items() for text in (f"--{name}", str(folder))]
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+            command += [str(WORKER), str(checkpoint), str(path), mode, str(steps), *options]
+            finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+            assert finished.returncode == 0, finished.stderr[-4000:]
+            done[key] = torch.load(path, weights_only=True)
+        return done[key]
+
+    return run
+
+
+def assert_same(one, other, rtol=1e-4):
+    torch.testing.assert_close(one["losses"], other["losses"], rtol=rtol, atol=0)
+    assert one["state"].keys() == other["state"].keys()
+    for name, tensor in one["state"].items():
+        if tensor.is_floating_point() and "lora_" in name:
+            # Gradients are means over processes of means over tokens, in another order; AdamW magnifies that where
+            # gradients are tiny.
+            torch.testing.assert_close(tensor, other["state"][name], rtol=rtol, atol=1e-4)
+        else:
+            assert torch.equal(tensor, other["state"][name]), name
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_equals_one_process(launch, mode, processes):
+    """Three processes cut 64 and 32 rows unevenly."""
+    single = launch("single", 1)
+    assert single["losses"][-1] < single["losses"][0]
+    assert_same(single, launch(mode, processes))
+
+
+def test_mixed_precision_leaves_statistics_and_weights_alone(launch):
+    """MixedPrecisionPolicy casts float parameters to bfloat16 for the forward; packed weights and scales are none."""
+    single, mixed = launch("single", 1), launch("fsdp2-bf16", 2)
+    torch.testing.assert_close(mixed["losses"], single["losses"], rtol=0.02, atol=0)
+    for name, tensor in single["state"].items():
+        if "lora_" not in name:
+            assert torch.equal(tensor, mixed["state"][name]), name
+
+
+def test_resume_on_another_number_of_processes(launch, tmp_path):
+    whole = launch("single", 1, steps=4)
+    launch("fsdp2", 2, steps=2, save=tmp_path / "sharded")
+    assert len(list((tmp_path / "sharded").glob("*.distcp"))) == 2
+    resumed = launch("fsdp2", 3, steps=2, resume=tmp_path / "sharded")
+    torch.testing.assert_close(resumed["losses"], whole["losses"][2:], rtol=1e-4, atol=0)
+    assert_same({**whole, "losses": whole["losses"][2:]}, resumed)
+
+
+def test_fsdp1_is_refused(monkeypatch, checkpoint):
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="fsdp_version: 2"):
+        qlora.prepare_model(nn.Sequential(nn.Linear(64, 64)))
+    with pytest.raises(ValueError, match="fsdp_version: 2"):
+        AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=qlora.QLoRAConfig())
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    qlora.prepare_model(nn.Sequential(nn.Linear(64, 64)))
