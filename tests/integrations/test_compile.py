@@ -24,17 +24,17 @@ def checkpoint(tmp_path_factory):
     return save_dense("llama", tmp_path_factory.mktemp("compile"))
 
 
-def with_peft(checkpoint):
+def with_peft(checkpoint, checkpointing=False):
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint, quantization_config=qlora.QLoRAConfig(), dtype=torch.float32
     )
-    qlora.prepare_model(model, rank=None)
+    qlora.prepare_model(model, rank=None, gradient_checkpointing=checkpointing)
     return get_peft_model(model, LoraConfig(target_modules="all-linear", r=4, init_lora_weights="orthogonal"))
 
 
-def with_our_layers(checkpoint):
+def with_our_layers(checkpoint, checkpointing=False):
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    qlora.prepare_model(model, rank=4)
+    qlora.prepare_model(model, rank=4, gradient_checkpointing=checkpointing)
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_b" in name:
@@ -53,11 +53,8 @@ def step(model, batch):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_training_step_in_one_graph(checkpoint, build, checkpointing):
     torch.manual_seed(0)
-    model = build(checkpoint)
+    model = build(checkpoint, checkpointing)
     model.train()
-    if checkpointing:
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     expected = [step(model, batch) for batch in BATCHES]
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)

@@ -94,13 +94,19 @@ def _enable_checkpointing(model: nn.Module) -> None:
     checkpointed block needs an input that does, and with a frozen base nothing upstream has one."""
     name = next(name for name in _CHECKPOINTING_SWITCHES if callable(getattr(model, name, None)))
     getattr(model, name)(**{name.replace("_enable", "_kwargs"): {"use_reentrant": False}})
-    enable = getattr(model, "enable_input_require_grads", None)
-    if callable(enable):
-        enable()
-        return
-    first = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
+    get_embedding = getattr(model, "get_input_embeddings", None)
+    first = get_embedding() if callable(get_embedding) else None
+    if first is None:
+        first = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
     if first is not None:
-        first.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+        first.register_forward_hook(_require_grad)
+
+
+def _require_grad(module: nn.Module, inputs: object, output: Tensor) -> None:
+    # Not inside torch.compile, which cannot return such a tensor from a graph; non-reentrant checkpointing, the kind
+    # that is switched on here, has gradients without it.
+    if not torch.compiler.is_compiling():
+        output.requires_grad_(True)
 
 
 def prepare_model(
