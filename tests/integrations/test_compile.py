@@ -29,7 +29,9 @@ def with_peft(checkpoint, checkpointing=False):
         checkpoint, quantization_config=qlora.QLoRAConfig(), dtype=torch.float32
     )
     qlora.prepare_model(model, rank=None, gradient_checkpointing=checkpointing)
-    return get_peft_model(model, LoraConfig(target_modules="all-linear", r=4, init_lora_weights="orthogonal"))
+    model = get_peft_model(model, LoraConfig(target_modules="all-linear", r=4, init_lora_weights="orthogonal"))
+    model.disable_input_require_grads()  # PEFT puts transformers' hook back, which no graph can hold
+    return model
 
 
 def with_our_layers(checkpoint, checkpointing=False):

@@ -30,6 +30,9 @@ def load(checkpoint):
     )
 
 
+TEXTS = [{"text": "the light stays on keeper log sea"}, {"text": "harbor storm wind"}] * 6
+
+
 def arguments(kind, folder, **options):
     defaults = {
         "output_dir": str(folder),
@@ -79,9 +82,7 @@ def test_trainer_with_the_paged_optimizer_resumes(checkpoint, tmp_path, bits):
 
 
 def test_sft_trainer(checkpoint, tmp_path):
-    data = datasets.Dataset.from_list(
-        [{"text": "the light stays on keeper log sea"}, {"text": "harbor storm wind"}] * 6
-    )
+    data = datasets.Dataset.from_list(TEXTS)
     model = load(checkpoint)
     trainer = trl.SFTTrainer(
         model,
@@ -99,9 +100,7 @@ def test_sft_trainer(checkpoint, tmp_path):
 
 
 def test_sft_resumes(checkpoint, tmp_path):
-    data = datasets.Dataset.from_list(
-        [{"text": "the light stays on keeper log sea"}, {"text": "harbor storm wind"}] * 6
-    )
+    data = datasets.Dataset.from_list(TEXTS)
 
     def trainer():
         torch.manual_seed(1)

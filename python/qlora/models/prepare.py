@@ -94,6 +94,9 @@ def _enable_checkpointing(model: nn.Module) -> None:
     checkpointed block needs an input that does, and with a frozen base nothing upstream has one."""
     name = next(name for name in _CHECKPOINTING_SWITCHES if callable(getattr(model, name, None)))
     getattr(model, name)(**{name.replace("_enable", "_kwargs"): {"use_reentrant": False}})
+    disable = getattr(model, "disable_input_require_grads", None)
+    if callable(disable):
+        disable()  # transformers' own hook, which torch.compile cannot take into a graph
     get_embedding = getattr(model, "get_input_embeddings", None)
     first = get_embedding() if callable(get_embedding) else None
     if first is None:
