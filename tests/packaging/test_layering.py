@@ -36,6 +36,7 @@ LAYERS = (
     "distributed",
     "models",
     "integrations",
+    "planning",
     "training",
     "bench",
     "cli",

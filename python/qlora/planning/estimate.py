@@ -1,0 +1,149 @@
+"""The memory of a training step by kind, and each device's share of it."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora import _C
+from qlora.models.prepare import head_and_shared_names, replace_module, tensor_bytes
+from qlora.nn import Linear4bit, QLoRALinear
+from qlora.nn.experts4bit import holds_experts
+from qlora.planning.simulate import peak_of_a_step
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is trained, and how. Bytes follow from it and the model's config alone."""
+
+    rank: int = 16
+    batch: int = 1  # sequences on each device
+    sequence: int = 512  # tokens of each
+    checkpointing: bool = True  # activations of a block are computed again in the backward
+    optimizer_bits: int = 32
+    paged: bool = False  # optimizer state lies outside the device's memory
+    quant_type: str = "nf4"
+    double_quant: bool = True
+    block_size: int = 64
+    dtype: str = "bfloat16"  # of activations and of what stays dense
+    adapter_dtype: str = "float32"
+    devices: int = 1  # that share parameters by FSDP2
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "batch", "sequence", "devices"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.optimizer_bits not in (32, 8):
+            raise ValueError(f"optimizer_bits={self.optimizer_bits} must be 32 or 8")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on one device."""
+
+    settings: Settings
+    packed: int  # 4-bit codes
+    statistics: int  # their scales
+    dense: int  # embeddings, head, norms
+    adapters: int
+    gradients: int
+    optimizer: int
+    activations: int  # of forward and backward at their worst moment, gradients not counted
+    workspace: int  # of a kernel for one layer; with several devices also its gathered parameters
+
+    @property
+    def resident(self) -> int:
+        """What has to fit the device's memory."""
+        parts = self.packed + self.statistics + self.dense + self.adapters + self.gradients
+        optimizer = 0 if self.settings.paged else self.optimizer
+        return parts + optimizer + self.activations + self.workspace
+
+    def parts(self) -> dict[str, int]:
+        """Bytes by kind, in the order in which they are drawn."""
+        fields = asdict(self)
+        del fields["settings"]
+        return fields
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype='{name}' must be float32, bfloat16 or float16")
+    return dtype
+
+
+def build(config: Any, settings: Settings) -> nn.Module:
+    """The prepared model on the meta device, as ``prepare_model`` would leave it."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=_dtype(settings.dtype))
+    kept = head_and_shared_names(model)
+    for name, module in list(model.named_modules()):
+        if holds_experts(module):
+            raise ValueError(f"{name} holds experts: what they keep depends on the data, so it cannot be planned")
+        if type(module) is nn.Linear and name not in kept:
+            base = Linear4bit.from_linear(module, settings.quant_type, settings.double_quant, settings.block_size)
+            layer = QLoRALinear(base, settings.rank, adapter_dtype=_dtype(settings.adapter_dtype))
+            replace_module(model, module, layer)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
+    if settings.checkpointing:
+        switch = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        switch({"use_reentrant": False})
+    return model.train()
+
+
+def _optimizer_bytes(model: nn.Module, bits: int) -> int:
+    total = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            if bits == 8 and parameter.numel() >= 4096:  # PagedAdamW's min_8bit_size
+                total += 2 * parameter.numel() + 8 * -(-parameter.numel() // _C.MOMENT_BLOCK)
+            else:
+                total += 8 * parameter.numel()
+    return total
+
+
+def estimate(config: Any, settings: Settings) -> Estimate:
+    """Bytes of a training step of that model with these settings on each device.
+
+    Raises ValueError for models whose memory depends on the data (experts).
+    """
+    model = build(config, settings)
+    bases = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    packed = sum(base.weight.nbytes for base in bases)
+    statistics = sum(sum(buffer.nbytes for buffer in base.buffers(recurse=False)) for base in bases)
+    adapters = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    parameters = tensor_bytes(model)
+    dense = parameters - packed - statistics - adapters
+    optimizer = _optimizer_bytes(model, settings.optimizer_bits)
+    tokens = settings.batch * settings.sequence
+    widest = max(max(base.in_features, base.out_features) for base in bases)
+    workspace = tokens * widest * _dtype(settings.dtype).itemsize  # the tokens as a kernel packs them
+    block = max((sum(p.nbytes for p in child.parameters()) for child in _blocks(model)), default=0)
+    activations = max(0, peak_of_a_step(model, settings.batch, settings.sequence) - parameters - adapters)
+    n = settings.devices
+    if n > 1:  # the block that runs and the next one are whole
+        workspace += 2 * block
+    return Estimate(
+        settings,
+        packed=-(-packed // n),
+        statistics=statistics,
+        dense=-(-dense // n),
+        adapters=-(-adapters // n),
+        gradients=-(-adapters // n),
+        optimizer=-(-optimizer // n),
+        activations=activations,
+        workspace=workspace,
+    )
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a model: the children of its longest list of modules."""
+    longest: list[nn.Module] = []
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) > len(longest):
+            longest = list(module)
+    return longest
