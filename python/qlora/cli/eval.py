@@ -1,0 +1,67 @@
+"""``qlora eval``: perplexity over a text file, in one or several weight formats."""
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+HELP = "measure perplexity over a text file, in one or several weight formats"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="folder or Hugging Face id, dense weights")
+    parser.add_argument("--text", required=True, type=Path, help="UTF-8 text file")
+    parser.add_argument("--adapter", type=Path, help="adapter folder, from qlora finetune or PEFT")
+    parser.add_argument(
+        "--format", nargs="+", default=["nf4-dq"], help="fp32, bf16, and nf4, fp4, int4, each also with -dq"
+    )
+    parser.add_argument("--context", type=int, default=512, help="tokens of a window (default: 512)")
+    parser.add_argument("--stride", type=int, help="tokens that windows advance by (default: half the context)")
+    parser.add_argument("--max-tokens", type=int, help="score the beginning of the text only")
+    parser.add_argument("--compute-dtype", choices=("bf16", "fp32"), default="bf16", help="of 4-bit formats")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+
+
+def _show(progress: Any, task: Any, done: int, total: int) -> None:
+    progress.update(task, completed=done, total=total)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from qlora.models.loading import require_train_extra
+
+    require_train_extra()
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from qlora.training.evaluate import FORMATS, load_in_format, perplexity, tokens_of
+    from qlora.training.settings import COMPUTE_DTYPES
+
+    for name in arguments.format:
+        if name not in FORMATS:
+            raise ValueError(f"--format '{name}' is unknown: use one of {', '.join(FORMATS)}")
+    try:
+        text = arguments.text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{arguments.text} is not UTF-8: {error}") from error
+    ids = tokens_of(arguments.model, text)[: arguments.max_tokens]
+    results = {}
+    with Progress(transient=True) as progress:
+        for name in arguments.format:
+            task = progress.add_task(name, total=len(ids))
+            model = load_in_format(arguments.model, name, COMPUTE_DTYPES[arguments.compute_dtype], arguments.adapter)
+            show = partial(_show, progress, task)
+            results[name] = perplexity(model, ids, arguments.context, arguments.stride, show)
+            del model
+    table = Table(title=f"{arguments.text.name}: {len(ids) - 1} tokens scored", title_justify="left")
+    for column in ("weights", "nats per token", "perplexity"):
+        table.add_column(column, justify="left" if column == "weights" else "right")
+    for name, result in results.items():
+        table.add_row(name, f"{result.nats_per_token:.4f}", f"{result.perplexity:.3f}")
+    Console().print(table)
+    if arguments.json:
+        figures = {n: {"nats_per_token": r.nats_per_token, "perplexity": r.perplexity} for n, r in results.items()}
+        record = {"tokens": len(ids) - 1, "context": arguments.context, "formats": figures}
+        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+    return 0

@@ -1,0 +1,99 @@
+"""Perplexity of a causal language model over a text, in several weight formats."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora.models.loading import load_tokenizer, resolve_model
+
+# Weight formats by name: a dtype of dense weights, or options of QLoRAConfig.
+DENSE_FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PACKED_FORMATS: dict[str, dict[str, Any]] = {
+    f"{quant_type}{suffix}": {"quant_type": quant_type, "double_quant": bool(suffix)}
+    for quant_type in ("nf4", "fp4", "int4")
+    for suffix in ("", "-dq")
+}
+FORMATS = (*DENSE_FORMATS, *PACKED_FORMATS)
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Mean negative log likelihood of the scored tokens, in nats, and what follows from it."""
+
+    nats_per_token: float
+    tokens: int  # scored
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nats_per_token)
+
+
+def load_in_format(model: str | Path, name: str, dtype: torch.dtype, adapter: str | Path | None = None) -> Any:
+    """The model in one of FORMATS, in eval mode; 4-bit formats compute in ``dtype``.
+
+    Raises ValueError for an unknown format; ImportError if an adapter is given and PEFT is missing.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from qlora.integrations.transformers import QLoRAConfig
+
+    folder = resolve_model(model)
+    if name in DENSE_FORMATS:
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=DENSE_FORMATS[name])
+    elif name in PACKED_FORMATS:
+        config = QLoRAConfig(**PACKED_FORMATS[name])
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=config)
+    else:
+        raise ValueError(f"format '{name}' is unknown: use one of {', '.join(FORMATS)}")
+    if adapter is not None:
+        try:
+            from peft import PeftModel
+        except ImportError as error:
+            raise ImportError("peft is missing: pip install 'qlora[peft]'") from error
+        loaded = PeftModel.from_pretrained(loaded, adapter)
+    return loaded.eval()
+
+
+def tokens_of(model: str | Path, text: str) -> torch.Tensor:
+    """The text as token ids [n]."""
+    tokenizer = load_tokenizer(resolve_model(model))
+    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+@torch.no_grad()
+def perplexity(
+    model: Any,
+    ids: torch.Tensor,
+    context: int = 512,
+    stride: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Perplexity:
+    """Scores each token of ``ids`` [n] but the first once, given up to ``context - 1`` tokens before it.
+
+    Windows of ``context`` tokens advance by ``stride`` (default: half of it), so a token has at least
+    ``context - stride`` tokens before it, but for the first window. Raises ValueError for fewer than two tokens, and
+    for a context or stride that does not fit.
+    """
+    stride = context // 2 if stride is None else stride
+    if context < 2 or not 1 <= stride < context:
+        raise ValueError(f"context={context} must be at least 2, and stride={stride} in 1 … {context - 1}")
+    if len(ids) < 2:
+        raise ValueError(f"the text has {len(ids)} tokens: at least two are needed, the first is given")
+    total, scored, end = 0.0, 1, 0  # tokens before `scored` have their score
+    start = 0
+    while scored < len(ids):
+        end = min(start + context, len(ids))
+        window = ids[start:end].unsqueeze(0)
+        logits = model(input_ids=window, use_cache=False).logits[0, :-1].float()
+        first = scored - start  # of the window's tokens to score
+        new = torch.nn.functional.cross_entropy(logits[first - 1 :], window[0, first:], reduction="sum")
+        total += new.double().item()
+        scored = end
+        start += stride
+        if on_progress is not None:
+            on_progress(scored, len(ids))
+    return Perplexity(total / (len(ids) - 1), len(ids) - 1)
