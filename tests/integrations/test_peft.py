@@ -419,3 +419,60 @@ class TestPrepareModel:
         assert type(model.lm_head) is torch.nn.Linear
         with pytest.raises(ValueError, match="skipped"):
             qlora.prepare_model(model, rank=4, skip_modules=["k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+
+
+class TestExperts:
+    """LoRA on 3-D experts: PEFT's target_parameters."""
+
+    CONFIG = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "target_modules": ["q_proj"], "r": 3}
+
+    @pytest.fixture(params=["mixtral", "gpt_oss"])
+    def models(self, request, tmp_path):
+        folder = save_dense(request.param, tmp_path)
+        fused = randomize(get_peft_model(quantized(folder), LoraConfig(**self.CONFIG)))
+        plain = randomize(get_peft_model(dequantized(folder), LoraConfig(**self.CONFIG)))
+        return fused, plain
+
+    def test_a_training_step_equals_plain_peft(self, models):
+        fused, plain = models
+        wrapped = [m for m in fused.modules() if isinstance(m, ours.LoraExperts4bit)]
+        assert len(wrapped) == 2 * 2
+        assert_same_step(fused, plain)
+        assert all(not m.get_base_layer().low_rank for m in wrapped), "an adapter is left behind"
+
+    def test_files_and_several_adapters(self, models, tmp_path):
+        fused, plain = models
+        plain.save_pretrained(tmp_path / "plain")
+        state = peft.utils.load_peft_weights(tmp_path / "plain")
+        assert {n: t.shape for n, t in state.items()} == {
+            n: t.shape for n, t in peft.get_peft_model_state_dict(fused).items()
+        }
+        for model in models:
+            model.add_adapter("second", LoraConfig(**(self.CONFIG | {"lora_alpha": 2})))
+            randomize(model, 9)
+            model.base_model.set_adapter(["default", "second"])
+        assert_same_step(fused, plain)
+        with fused.disable_adapter(), plain.disable_adapter():
+            torch.testing.assert_close(fused(input_ids=BATCH).logits, plain(input_ids=BATCH).logits, **TOLERANCE)
+
+    def test_merging(self, models):
+        fused, _ = models
+        expected = fused.eval()(input_ids=BATCH).logits
+        with pytest.raises(ValueError, match="merge_and_unload"):
+            fused.merge_adapter()
+        fused.unmerge_adapter()
+        dense, _ = ours.merge_and_unload(fused)
+        assert not [m for m in dense.modules() if "4bit" in type(m).__name__]
+        torch.testing.assert_close(dense(input_ids=BATCH).logits, expected, rtol=1e-3, atol=1e-4)
+
+    def test_merging_back_into_4_bit(self, models):
+        fused, _ = models
+        expected = fused.eval()(input_ids=BATCH).logits
+        merged, _ = ours.merge_and_unload(fused, requantize=True)
+        assert [m for m in merged.modules() if type(m).__name__ == "Experts4bit"]
+        # Requantizing random weights: a coarse bound, that of the format.
+        assert (merged(input_ids=BATCH).logits - expected).norm() < 0.5 * expected.norm()
+
+    def test_parameters_of_linear_layers_are_named(self, checkpoint):
+        with pytest.raises(ValueError, match="target_modules instead"):
+            get_peft_model(quantized(checkpoint), LoraConfig(target_parameters=["q_proj.weight"], target_modules=[]))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import Embedding as PeftEmbedding
 from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from peft.tuners.lora.variants import ALoraLinearVariant, DoraLinearVariant
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 
 from qlora import ops
 from qlora.models.weights import WeightSource
-from qlora.nn import Embedding4bit, Linear4bit, MergeReport
+from qlora.nn import Embedding4bit, Experts4bit, Linear4bit, MergeReport
 from qlora.nn.linear4bit import dense_linear
 from qlora.nn.merging import merge_report, requantize
 
@@ -292,6 +293,85 @@ class LoraEmbedding4bit(PeftEmbedding):
             self.merged_adapters.clear()
 
 
+class ParamWrapper(PeftParamWrapper):
+    """PEFT's LoRA on one 3-D weight of :class:`qlora.nn.Experts4bit` (``target_parameters``), an adapter for each
+    expert, fused with the expert's projection; PEFT itself would add a dense delta of all experts at each call. PEFT
+    finds its wrappers by the name of their class, so this one has the same."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> None:
+        self.merge_into: dict[str, Any] = {}
+        super().__init__(base_layer, adapter_name, config=config, **kwargs)
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        experts = self.get_base_layer()
+        self.num_experts, n, half_k = self.get_param().shape
+        self._param_ndim = 3
+        return (2 * half_k, n) if experts.is_transposed else (n, 2 * half_k)  # as the dense weight lies; see PEFT
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor, float]:
+        """lora_a [experts, r, in] and lora_b [experts, out, r] of an adapter, and its scaling."""
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        a = a.reshape(self.num_experts, -1, a.shape[-1])
+        return a, b.reshape(b.shape[0], -1, self.num_experts).permute(2, 0, 1), self.scaling[name]
+
+    @contextmanager
+    def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
+        active = [name for name in active_adapters if name in self.lora_A]
+        if not active:
+            yield
+            return
+        every = [self.factors(name) for name in active]
+        if len(every) == 1:
+            together = every[0]
+        else:  # adapters side by side are one of their ranks together
+            a = torch.cat([scaling * a for a, _, scaling in every], dim=1)
+            together = (a, torch.cat([b for _, b, _ in every], dim=2), 1.0)
+        low_rank = self.get_base_layer().low_rank
+        a, b, scaling = together
+        low_rank[self.parameter_name] = (a.contiguous(), b.contiguous(), scaling)
+        try:
+            yield
+        finally:
+            del low_rank[self.parameter_name]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise ValueError(
+            f"{self.parameter_name}: an adapter on experts in 4 bit is merged by merge_and_unload() only, which makes"
+            " new ones"
+        )
+
+    @torch.no_grad()
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        experts = self.get_base_layer()
+        if not merge:
+            return experts
+        wrappers, layer = [], self
+        while isinstance(layer, LoraExperts4bit):  # one for each weight, nested
+            wrappers.append(layer)
+            layer = layer.base_layer
+        dense = experts.to_experts(torch.float32)
+        for wrapper in wrappers:
+            for name in adapter_names or wrapper.active_adapters:
+                if name in wrapper.lora_A:
+                    a, b, scaling = wrapper.factors(name)
+                    delta = scaling * b.float() @ a.float()
+                    weight = getattr(dense, wrapper.parameter_name)
+                    weight += delta.transpose(1, 2) if experts.is_transposed else delta
+                    if safe_merge and not weight.isfinite().all():
+                        raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        if self.merge_into.get("requantize"):
+            merged = type(experts).from_experts(dense, experts.quant_type, experts.double_quant, experts.block_size)
+            merged.original_dtype = experts.original_dtype
+            return merged
+        for name in experts.weight_names:
+            weight = getattr(dense, name)
+            weight.data = weight.data.to(self.merge_into.get("dtype") or experts.original_dtype)
+        return dense
+
+
+LoraExperts4bit = ParamWrapper
 _LAYERS: dict[type, Any] = {Linear4bit: LoraLinear4bit, Embedding4bit: LoraEmbedding4bit}
 
 
@@ -299,6 +379,12 @@ def create_module(adapter_config: Any, adapter_name: str, target: Any, **kwargs:
     """Our LoRA layer for ``target``, or None if it is none of our layers. PEFT's model calls it first."""
     base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
     if kwargs.get("parameter_name") is not None:
+        if isinstance(base, Experts4bit):
+            return LoraExperts4bit(target, adapter_name, adapter_config, **kwargs)
+        if isinstance(base, tuple(_LAYERS)):
+            raise ValueError(
+                f"target_parameters: name the layer of '{kwargs['target_name']}' in target_modules instead"
+            )
         return None
     for kind, layer in _LAYERS.items():
         if isinstance(base, kind):
@@ -337,7 +423,8 @@ def merge_and_unload(
     if requantize and dtype is not None:
         raise ValueError(f"dtype={dtype} contradicts requantize=True, which stores 4 bit")
     layers = lora_layers(model)
-    for layer in layers.values():
+    experts: list[Any] = [module for module in model.modules() if isinstance(module, LoraExperts4bit)]
+    for layer in [*experts, *layers.values()]:
         layer.merge_into = {"requantize": requantize, "search_scales": search_scales, "dtype": dtype}
     merged = model.merge_and_unload(safe_merge=safe_merge, adapter_names=adapter_names)
     reports = {name: layer.merge_report for name, layer in layers.items() if layer.merge_report is not None}

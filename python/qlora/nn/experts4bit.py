@@ -41,6 +41,7 @@ def expert_weights(module: nn.Module) -> list[str]:
 def copy_attributes(source: nn.Module, target: nn.Module) -> None:
     """Gives ``target`` the settings, modules, buffers and parameters of ``source``, but for 4-bit weights."""
     private = set(vars(nn.Module()))
+    private.add("low_rank")
     vars(target).update({name: value for name, value in vars(source).items() if name not in private})
     skipped = getattr(source, "weight_names", expert_weights(source))
     statistics = {f"{name}_{statistic}" for name in skipped for statistic in STATISTICS}
@@ -70,6 +71,8 @@ class Experts4bit(nn.Module):
     block_size: int
     double_quant: bool
     original_dtype: torch.dtype
+    # By weight: lora_a [experts, r, in], lora_b [experts, out, r], scaling; set while an adapter is active.
+    low_rank: dict[str, tuple[Tensor, Tensor, float]]
     num_experts: int
     has_gate: bool
     has_bias: bool
@@ -88,6 +91,7 @@ class Experts4bit(nn.Module):
             raise ValueError(f"{type(experts).__name__} cannot be quantized: {reason}")
         layer = cls()
         copy_attributes(experts, layer)
+        layer.low_rank = {}
         layer.experts_class = type(experts)
         layer.quant_type, layer.block_size, layer.double_quant = quant_type, block_size, double_quant
         layer.weight_names = expert_weights(experts)
@@ -132,10 +136,13 @@ class Experts4bit(nn.Module):
         )
 
     def project(self, name: str, index: int, x: Tensor) -> Tensor:
-        """One projection of one expert: x [tokens, in] to [tokens, out], with its bias if there is one."""
+        """One projection of one expert, its adapter included: x [tokens, in] to [tokens, out]."""
         weight = self.expert(name, index)
         bias = getattr(self, f"{name}_bias")[index] if self.has_bias else None
-        return ops.forward(x, *weight.tensors, weight.shape, self.quant_type, self.block_size, bias=bias)
+        a, b, scaling = self.low_rank.get(name, (None, None, 1.0))
+        if a is not None and b is not None:
+            a, b = a[index], b[index]
+        return ops.forward(x, *weight.tensors, weight.shape, self.quant_type, self.block_size, a, b, scaling, bias=bias)
 
     def forward(
         self,
