@@ -7,7 +7,7 @@ import their libraries when they are used.
 from importlib.metadata import version as _version
 from typing import Any as _Any
 
-from qlora import distributed, nn, ops, optim, reference
+from qlora import distributed, integrations, nn, ops, optim, reference
 from qlora.explain import Explanation, explain
 from qlora.integrations.registration import register_when_imported as _register_when_imported
 from qlora.models.adapters import load_adapter, save_adapter
@@ -36,6 +36,7 @@ __all__ = [
     "QuantizedWeight",
     "distributed",
     "explain",
+    "integrations",
     "load_adapter",
     "merge_and_unload",
     "nn",

@@ -1,0 +1,45 @@
+"""The examples run, on a tiny model where they take one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from integrations.models import save_dense
+from toys import save_llama
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run(*command):
+    result = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def test_every_example_is_run_here():
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {"textbook_walk.py", "finetune_trl.py", "train_fsdp2.py"}
+
+
+def test_textbook_walk():
+    assert "largest difference" in run(EXAMPLES / "textbook_walk.py")
+
+
+@pytest.mark.parametrize("quantizer", ["qlora", "bitsandbytes", "accelerated"])
+def test_finetune_trl(tmp_path, quantizer):
+    save_llama(tmp_path / "model")
+    options = ("--model", tmp_path / "model", "--steps", 10, "--limit", 16, "--output", tmp_path / "adapter")
+    out = run(EXAMPLES / "finetune_trl.py", *options, "--quantizer", quantizer)
+    first, last = out.split("loss ")[-1].split(",")[0].split(" -> ")
+    assert float(last) < float(first)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_train_fsdp2(tmp_path):
+    model = save_dense("llama", tmp_path / "model")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    out = run(*launcher, EXAMPLES / "train_fsdp2.py", "--model", model, "--save", tmp_path / "saved")
+    losses = [float(line.rsplit(" ", 1)[1]) for line in out.splitlines() if line.startswith("step")]
+    assert len(losses) == 5
+    assert losses[-1] < losses[0]
+    assert len(list((tmp_path / "saved").glob("*.distcp"))) == 2
