@@ -264,7 +264,7 @@ def test_merge_and_unload_to_16_bit_and_to_4_bit(checkpoint, tmp_path):
         again = AutoModelForCausalLM.from_pretrained(tmp_path / f"search-{search}")
         assert torch.equal(again(input_ids=BATCH).logits, model(input_ids=BATCH).logits)
     assert all(errors[True][name] <= error for name, error in errors[False].items())
-    # Measured on Gaussian weights: 3 to 6 % less; a search that finds nothing would be a broken one.
+    # Measured on Gaussian weights: 6 to 7 % less; a search that finds nothing would be a broken one.
     assert sum(errors[True].values()) < 0.98 * sum(errors[False].values())
     with pytest.raises(ValueError, match="search_scales"):
         ours.merge_and_unload(fused, search_scales=True)
