@@ -1,4 +1,4 @@
-"""The same user code on different 4-bit layers: training steps through transformers + PEFT, and bitsandbytes' own calls.
+"""The same user code on different 4-bit layers: steps through transformers + PEFT, and bitsandbytes' own calls.
 
 Run: python benchmarks/ecosystem.py [step] [calls] [--repeats 5] (needs qlora[bench]). Contenders take turns in one
 process; medians, and ratios of rounds with half the distance of their quartiles.

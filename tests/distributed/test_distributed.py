@@ -88,3 +88,43 @@ def test_fsdp1_is_refused(monkeypatch, checkpoint):
         AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=qlora.QLoRAConfig())
     monkeypatch.setenv("FSDP_VERSION", "2")
     qlora.prepare_model(nn.Sequential(nn.Linear(64, 64)))
+
+
+TRAINER = """
+import sys
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+import qlora
+
+torch.manual_seed(0)
+data = [{"input_ids": row, "labels": row} for row in torch.randint(5, 95, (12, 10)).tolist()]
+model = AutoModelForCausalLM.from_pretrained(
+    sys.argv[1], quantization_config=qlora.QLoRAConfig(), dtype=torch.float32
+)
+model = get_peft_model(model, LoraConfig(target_modules="all-linear", r=4))
+qlora.distributed.ignore_frozen(model)
+arguments = TrainingArguments(
+    output_dir=sys.argv[2], max_steps=4, per_device_train_batch_size=2, learning_rate=1e-2, save_strategy="no",
+    report_to="none", use_cpu=True, disable_tqdm=True,
+)
+optimizer = (qlora.optim.PagedAdamW, {"lr": 1e-2})
+trainer = Trainer(model, arguments, train_dataset=data, optimizer_cls_and_kwargs=optimizer)
+trainer.train()
+rank = torch.distributed.get_rank()
+torch.save({n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, f"{sys.argv[2]}/{rank}.pt")
+"""
+
+
+def test_trainer_through_accelerate_on_two_processes(checkpoint, tmp_path):
+    """DDP as accelerate sets it up: both processes end with the same adapters, which have learnt."""
+    script = tmp_path / "train.py"
+    script.write_text(TRAINER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(script), str(checkpoint), str(tmp_path)]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    assert any(tensor.abs().max() > 0 for name, tensor in one.items() if "lora_B" in name)

@@ -1,5 +1,8 @@
 """Trainer, SFTTrainer and DPOTrainer on our model: only the quantization_config is ours, the rest is theirs."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from integrations.models import TOKENS
@@ -132,3 +135,51 @@ def test_dpo_trainer(checkpoint, tmp_path):
     history = [entry for entry in trainer.state.log_history if "rewards/margins" in entry]
     assert history[-1]["rewards/margins"] > history[0]["rewards/margins"]
     assert losses(trainer)[-1] < losses(trainer)[0]
+
+
+KILLED = """
+import os, sys
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+import qlora
+
+checkpoint, folder, kill_at, resume = sys.argv[1:]
+
+class Killed(Trainer):
+    def _save_optimizer_and_scheduler(self, output_dir):
+        if self.state.global_step == int(kill_at):
+            os._exit(9)  # the adapter of this checkpoint is written, its optimizer and state are not
+        super()._save_optimizer_and_scheduler(output_dir)
+
+torch.manual_seed(0)
+data = [{"input_ids": row, "labels": row} for row in torch.randint(5, 25, (12, 10)).tolist()]
+torch.manual_seed(1)
+model = AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=qlora.QLoRAConfig(), dtype=torch.float32)
+model = get_peft_model(model, LoraConfig(target_modules="all-linear", r=4, lora_alpha=8))
+arguments = TrainingArguments(
+    output_dir=folder, max_steps=6, per_device_train_batch_size=2, learning_rate=1e-2, logging_steps=1, save_steps=2,
+    report_to="none", use_cpu=True, seed=3, disable_tqdm=True,
+)
+optimizer = (qlora.optim.PagedAdamW, {"lr": 1e-2, "bits": 8, "min_8bit_size": 0})
+trainer = Killed(model, arguments, train_dataset=data, optimizer_cls_and_kwargs=optimizer)
+trainer.train(resume_from_checkpoint=resume or None)
+print([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+"""
+
+
+def test_a_process_killed_in_the_middle_of_a_save(checkpoint, tmp_path):
+    """The checkpoint before it loads, and the run goes on as if nothing had happened."""
+
+    def run(folder, kill_at=-1, resume=""):
+        command = [sys.executable, "-c", KILLED, str(checkpoint), str(tmp_path / folder), str(kill_at), str(resume)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    whole = run("whole")
+    assert whole.returncode == 0, whole.stderr
+    killed = run("killed", kill_at=4)
+    assert killed.returncode == 9
+    assert (tmp_path / "killed" / "checkpoint-4" / "adapter_model.safetensors").exists()
+    resumed = run("killed", resume=tmp_path / "killed" / "checkpoint-2")
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stdout.splitlines()[-1] == whole.stdout.splitlines()[-1]
