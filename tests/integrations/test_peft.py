@@ -212,6 +212,21 @@ def test_files_are_plain_pefts(checkpoint, tmp_path, use_dora):
     torch.testing.assert_close(elsewhere(input_ids=BATCH).logits, fused(input_ids=BATCH).logits, **TOLERANCE)
 
 
+def test_load_adapter_without_peft(checkpoint, tmp_path):
+    """PEFT's file into a model that was loaded in 4 bit: layers of ours appear where the file has adapters."""
+    fused, _ = pair(checkpoint, target_modules=["q_proj", "down_proj"])
+    fused.eval().save_pretrained(tmp_path)
+    model = quantized(checkpoint)
+    qlora.load_adapter(model, tmp_path, name="mine")
+    assert len([m for m in model.modules() if isinstance(m, qlora.nn.QLoRALinear)]) == 2 * 2
+    torch.testing.assert_close(model(input_ids=BATCH).logits, fused(input_ids=BATCH).logits, **TOLERANCE)
+    qlora.save_adapter(model, tmp_path / "again", name="mine")
+    loaded = PeftModel.from_pretrained(quantized(checkpoint), tmp_path / "again")
+    torch.testing.assert_close(loaded(input_ids=BATCH).logits, fused(input_ids=BATCH).logits, **TOLERANCE)
+    with pytest.raises(ValueError, match="belongs to another model"):
+        qlora.load_adapter(torch.nn.Sequential(Linear4bit(64, 64)), tmp_path)
+
+
 def test_peft_is_fused_whichever_is_imported_first(checkpoint, tmp_path):
     code = """
 import sys

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from qlora.models.files import atomic_write_all
-from qlora.models.prepare import qlora_layers
+from qlora.models.prepare import bare_layers, qlora_layers, replace_module
 from qlora.models.weights import open_safetensors
+from qlora.nn import Linear4bit, QLoRALinear
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -124,7 +125,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> None:
     """Loads an adapter written by :func:`save_adapter` or by PEFT into the layers of ``model`` and makes it active.
 
-    An adapter ``name`` that exists is replaced. Nothing is changed unless every key and shape fits.
+    4-bit layers without adapters (of a model that was loaded with QLoRAConfig) become QLoRALinear where the file has
+    one for them. An adapter ``name`` that exists is replaced. Nothing is changed unless every key and shape fits.
     Raises ValueError naming the keys if the file belongs to another model, or naming the file if it is damaged.
     """
     folder = Path(folder)
@@ -135,13 +137,15 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     with open_safetensors(path) as handle:
         tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118  (not a dict)
     layers = qlora_layers(model)
-    expected = {key: layer_name for layer_name in layers for key in _keys_of(layer_name)}
+    bare = bare_layers(model)
+    every: dict[str, QLoRALinear | Linear4bit] = {**layers, **bare}
+    expected = {key: layer_name for layer_name in every for key in _keys_of(layer_name)}
     foreign = sorted(set(tensors) - set(expected))
     missing = sorted(key for key in expected if key not in tensors)
     if foreign:
         raise ValueError(
             f"{path} belongs to another model: {len(foreign)} keys have no layer here, e.g. {foreign[:3]};"
-            f" the layers of this model are named e.g. {sorted(layers)[:2]}"
+            f" the layers of this model are named e.g. {sorted(every)[:2]}"
         )
     adapted = {expected[key] for key in tensors}
     half = [key for key in missing if expected[key] in adapted]
@@ -151,8 +155,8 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
         raise ValueError(f"{path} holds no adapter")
     for layer_name in adapted:
         a, b = (tensors[key] for key in _keys_of(layer_name))
-        layer = layers[layer_name]
-        shapes = ((a.shape[0], layer.in_features), (layer.out_features, a.shape[0]))
+        target = every[layer_name]
+        shapes = ((a.shape[0], target.in_features), (target.out_features, a.shape[0]))
         if (tuple(a.shape), tuple(b.shape)) != shapes or a.shape[0] < 1:
             raise ValueError(
                 f"{path}: {layer_name} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}: needs {shapes}"
@@ -162,6 +166,12 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     if merged:
         raise RuntimeError(f"load_adapter: {merged[0]} is merged, call unmerge() first")
 
+    for layer_name in adapted & bare.keys():
+        layer = QLoRALinear(bare[layer_name], rank=1)
+        layer.delete_adapter("default")
+        layer.train(bare[layer_name].training)
+        replace_module(model, bare[layer_name], layer)
+        layers[layer_name] = layer
     for layer_name, layer in layers.items():
         if name in layer.adapters:
             layer.delete_adapter(name)

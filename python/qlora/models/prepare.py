@@ -247,6 +247,11 @@ def _with_progress(names: Sequence[str], label: str, show: bool) -> Iterator[str
     yield from track(names, description=label)
 
 
+def bare_layers(model: nn.Module) -> dict[str, Linear4bit]:
+    """All 4-bit layers of a model without adapters, ours or PEFT's, by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, Linear4bit) and not _is_inside(model, n)}
+
+
 def qlora_layers(model: nn.Module) -> dict[str, QLoRALinear]:
     """All adapted layers of a model by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, QLoRALinear)}
