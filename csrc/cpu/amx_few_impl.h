@@ -38,6 +38,11 @@ int64_t few_scratch(const Forward16Params& p) {
          (2 * kPanelTiles + rows / kTile * all_low_rank_steps(p) + kResults) * kTileFloats;
 }
 
+// Into L2: for what is used later than L1 keeps it.
+void prefetch_far(const uint8_t* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T1);
+}
+
 // One step of the tiles of rows with kCols tiles of tokens: results in tile registers 0 … 3.
 template <int kCols>
 QLORA_INLINE void few_step(const uint8_t* rows, int64_t row_pitch, const uint8_t* columns, int64_t column_pitch) {

@@ -56,11 +56,6 @@ void prefetch(const uint8_t* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T0);
 }
 
-// Into L2: for what is used later than L1 keeps it.
-void prefetch_far(const uint8_t* p, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T1);
-}
-
 // Low-rank steps of all adapters together.
 template <class Params>
 int64_t all_low_rank_steps(const Params& p) {

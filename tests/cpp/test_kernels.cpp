@@ -162,7 +162,7 @@ void test_forward(const KernelTable& kernels) {
       std::vector<float> y(static_cast<size_t>(m * n));
       if (m <= kDecodeTokens) {
         std::vector<float> plain(static_cast<size_t>(m * k)), words(static_cast<size_t>(m * kernels.words_floats(k)));
-        const bool use_words = select_forward(m, k, false) == ForwardKernel::kDecodeWords;
+        const bool use_words = select_forward(m, k, nullptr) == ForwardKernel::kDecodeWords;
         kernels.pack_words({x.data(), DType::kFloat32, k, plain.data(), use_words ? words.data() : nullptr}, 0, m);
         DecodeParams p{};
         p.weight = w;
