@@ -169,6 +169,22 @@ class TestAccelerate:
             layer.train()
             assert torch.equal(layer(x), y)
 
+    def test_who_asks_twice_undoes_twice_in_any_order(self, layer):
+        layer, dtype = layer
+        x = torch.randn(4, 256, dtype=dtype, requires_grad=True)
+        before = layer(x)
+        first, second = ours.accelerate(), ours.accelerate()
+        on_ours = layer(x)
+        first.undo()
+        assert torch.equal(layer(x), on_ours)
+        assert not torch.equal(on_ours, before) or dtype == torch.bfloat16
+        second.undo()
+        assert torch.equal(layer(x), before)
+        second.undo()  # once too often does nothing
+        with ours.accelerate():
+            assert torch.equal(layer(x), on_ours)
+        assert torch.equal(layer(x), before)
+
     @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
     def test_functions(self, quant_type, dtype):

@@ -125,6 +125,19 @@ def test_a_bfloat16_base_with_float32_adapters(checkpoint):
     assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in adapter_gradients(fused).values())
 
 
+def test_dora_computes_in_the_compute_dtype(checkpoint):
+    """A DoRA adapter that changes nothing yet computes what plain LoRA does, in the dtype that the config names."""
+    config = qlora.QLoRAConfig(compute_dtype="bfloat16")
+
+    def logits(use_dora):
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=config, dtype=torch.float32)
+        return get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=4, use_dora=use_dora))(TOKENS).logits
+
+    with_dora, plain = logits(True), logits(False)
+    # result + scale * fused - plain: three roundings of bfloat16 numbers instead of one.
+    torch.testing.assert_close(with_dora, plain, rtol=0.02, atol=0.02)
+
+
 class TestSeveralAdapters:
     @pytest.fixture
     def models(self, checkpoint):

@@ -231,9 +231,15 @@ def _keep_weights(weight: Tensor, state: Any, *args: Any, **kwargs: Any) -> tupl
 
 
 class Acceleration:
-    """What :func:`accelerate` has changed; :meth:`undo` takes it back. Also a context manager."""
+    """What :func:`accelerate` has changed; :meth:`undo` takes it back. Also a context manager.
+
+    There is one of them: who asks for it while it is on shares it, and the last ``undo`` takes it back.
+    """
+
+    active: "Acceleration | None" = None
 
     def __init__(self) -> None:
+        self._users = 0
         from bitsandbytes.autograd import _functions
         from bitsandbytes.nn import modules
 
@@ -251,7 +257,11 @@ class Acceleration:
         modules._convert_weight_packed_for_cpu = _keep_weights
 
     def undo(self) -> None:
-        """bitsandbytes runs on its own kernels again. Weights are as they were."""
+        """bitsandbytes runs on its own kernels again, once all who asked are done. Weights are as they were."""
+        self._users -= 1
+        if self._users > 0:
+            return
+        Acceleration.active = None
         for module, name, value in self._replaced:
             setattr(module, name, value)
         self._replaced = []
@@ -283,4 +293,7 @@ def accelerate() -> Acceleration:
 
     Returns a handle whose ``undo()`` restores bitsandbytes. Raises ImportError if bitsandbytes is not installed.
     """
-    return Acceleration()
+    if Acceleration.active is None:
+        Acceleration.active = Acceleration()
+    Acceleration.active._users += 1
+    return Acceleration.active

@@ -98,8 +98,7 @@ class LoraLinear4bit(PeftLinear):
 
     def base_product(self, x: Tensor) -> Tensor:
         """x Wᵀ without the bias, W as it is in 4 bit."""
-        w = self.quantized.quantized_weight
-        return ops.forward(x, *w.tensors, w.shape, w.quant_type, w.block_size)
+        return self.quantized.run(x, with_bias=False)
 
     def base_row_squares(self) -> Tensor:
         """The squared norm of each row of W [out], float32; computed once."""
@@ -110,10 +109,7 @@ class LoraLinear4bit(PeftLinear):
     def run_adapter(self, x: Tensor, name: str, bias: bool = True, lora_x: Tensor | None = None) -> Tensor:
         """Base and one adapter in one operation."""
         a, b, scaling = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
-        if bias:
-            return self.get_base_layer().run(x, a, b, scaling, lora_x)
-        w = self.quantized.quantized_weight
-        return ops.forward(x, *w.tensors, w.shape, w.quant_type, w.block_size, a, b, scaling)
+        return self.quantized.run(x, a, b, scaling, lora_x, bias)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters or self.merged or kwargs:

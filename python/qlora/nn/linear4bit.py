@@ -107,11 +107,12 @@ class Linear4bit(nn.Linear):
         lora_b: Tensor | None = None,
         scaling: float = 1.0,
         lora_x: Tensor | None = None,
+        with_bias: bool = True,
     ) -> Tensor:
         """The fused operation on this weight, with an adapter; shapes as in :func:`qlora.ops.forward`."""
         if self.compute_dtype is not None and x.dtype != self.compute_dtype:
             dropped = None if lora_x is None else lora_x.to(self.compute_dtype)
-            return self.run(x.to(self.compute_dtype), lora_a, lora_b, scaling, dropped).to(x.dtype)
+            return self.run(x.to(self.compute_dtype), lora_a, lora_b, scaling, dropped, with_bias).to(x.dtype)
         # nn.Module finds each attribute by three dictionaries: 3 µs for these five.
         parameters, buffers = self._parameters, self._buffers
         return ops.forward(
@@ -126,7 +127,7 @@ class Linear4bit(nn.Linear):
             lora_a,
             lora_b,
             scaling,
-            parameters["bias"],
+            parameters["bias"] if with_bias else None,
             lora_x,
         )
 
