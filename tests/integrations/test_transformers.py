@@ -219,6 +219,12 @@ def test_damaged_checkpoints_are_refused(tmp_path):
     edit(folder, lambda state: state.update({f"{layer}.absmax": state[f"{layer}.absmax"][:-1].clone()}))
     with pytest.raises(RuntimeError, match="(?i)mismatch"):
         load(folder)
+    folder = saved("extra")  # statistics of double quantization that the config does not have
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["double_quant"] = False
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RuntimeError, match="(?i)mismatch"):
+        load(folder)
     folder = saved("format")  # the config of another format than the file's
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["quant_type"] = "fp4"
