@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    FalconConfig,
     GPT2Config,
     GptOssConfig,
     LlamaConfig,
@@ -28,6 +29,9 @@ CONFIGS = {
     "llama": LlamaConfig(**_SIZES, attention_bias=True),
     "gpt2": GPT2Config(  # Conv1D: weights are stored as (in, out); the head shares the embedding
         n_embd=64, n_layer=2, n_head=4, vocab_size=100, bos_token_id=1, eos_token_id=2
+    ),
+    "falcon": FalconConfig(  # a subclass of nn.Linear of its own; queries, keys and values in one weight
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=100, bos_token_id=1, eos_token_id=2
     ),
     "mixtral": MixtralConfig(**_SIZES, num_local_experts=4),
     "qwen3_moe": Qwen3MoeConfig(

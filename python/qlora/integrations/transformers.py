@@ -25,6 +25,7 @@ from qlora.nn.linear4bit import STATISTICS, dense_linear
 from qlora.ops import check_format
 from qlora.weight import QuantizedWeight, quantize
 
+_PLAIN_SUBCLASSES = ("FalconLinear",)  # of nn.Linear, whose forward is nothing but x Wᵀ + b
 _EXTRA_STATE = "_extra_state"
 # Of a bitsandbytes checkpoint: a weight and what belongs to it.
 _BNB_NAMES = (
@@ -247,7 +248,7 @@ class QLoRAQuantizer(HfQuantizer):
                     module, options.quant_type, options.double_quant, options.block_size
                 )
             elif isinstance(module, nn.Linear | Conv1D):
-                is_plain = type(module) in (nn.Linear, Conv1D)
+                is_plain = type(module) in (nn.Linear, Conv1D) or type(module).__name__ in _PLAIN_SUBCLASSES
                 self._check(None if is_plain else "it is a linear layer with a forward of its own", name, module)
                 linear = dense_linear(module.weight.t(), module.bias) if isinstance(module, Conv1D) else module
                 layer = Linear4bit.from_linear(linear, options.quant_type, options.double_quant, options.block_size)
