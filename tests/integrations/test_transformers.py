@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import qlora
 from qlora.integrations.transformers import quantized_layers
 from qlora.nn import Experts4bit, Linear4bit
-from qlora.nn.linear4bit import STATISTICS
+from qlora.nn.packed import STATISTICS
 
 ARCHITECTURES = ["llama", "gpt2", "falcon", "mixtral", "qwen3_moe", "gpt_oss"]
 

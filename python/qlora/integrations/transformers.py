@@ -21,7 +21,8 @@ from qlora.integrations.registration import METHOD
 from qlora.models.prepare import replace_module
 from qlora.nn import Experts4bit, Linear4bit
 from qlora.nn.experts4bit import holds_experts, why_not_experts
-from qlora.nn.linear4bit import STATISTICS, dense_linear
+from qlora.nn.linear4bit import dense_linear
+from qlora.nn.packed import STATISTICS
 from qlora.ops import check_format
 from qlora.weight import QuantizedWeight, quantize
 

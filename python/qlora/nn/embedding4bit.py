@@ -1,36 +1,26 @@
 """Embedding4bit: an ``nn.Embedding`` whose table is frozen in 4 bit."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from qlora import ops, reference
-from qlora.nn.linear4bit import STATISTICS, restore_dtypes
+from qlora.nn.packed import PackedMatrix
 from qlora.weight import QuantizedWeight, quantize
 
 
-class Embedding4bit(nn.Embedding):
-    """Rows of a table in 4 bit; only those that are asked for are decoded.
+class Embedding4bit(PackedMatrix, nn.Embedding):
+    """A table in 4 bit of which only the rows that are asked for are decoded.
 
     ``weight`` is a frozen uint8 parameter (rows, width / 2), the statistics are buffers as in ``Linear4bit``. Results
     are of ``original_dtype``. The width is a multiple of the block size, so that a row is whole blocks.
     """
 
-    absmax: Tensor
-    nested_absmax: Tensor
-    nested_offset: Tensor
-
     def adopt(self, weight: QuantizedWeight) -> None:
         """Takes over the tensors and the format of ``weight`` (rows, width), without a copy."""
-        rows, width = weight.shape
+        width = weight.shape[1]
         if width % weight.block_size:
             raise ValueError(f"the width {width} of an embedding must be a multiple of block_size={weight.block_size}")
-        self.weight = nn.Parameter(weight.packed.view(rows, width // 2), requires_grad=False)
-        for name in STATISTICS:
-            self.register_buffer(name, getattr(weight, name))
-        self.quant_type, self.block_size = weight.quant_type, weight.block_size
-        self.original_dtype = weight.dtype
+        super().adopt(weight)
 
     @classmethod
     def from_embedding(
@@ -47,23 +37,8 @@ class Embedding4bit(nn.Embedding):
         layer.adopt(quantize(embedding.weight, quant_type, block_size, double_quant))
         return layer.train(embedding.training)
 
-    @property
-    def quantized_weight(self) -> QuantizedWeight:
-        """The table and its statistics, as views."""
-        return QuantizedWeight(
-            self.weight.detach().flatten(),
-            self.absmax,
-            self.nested_absmax,
-            self.nested_offset,
-            (self.num_embeddings, self.embedding_dim),
-            self.quant_type,
-            self.block_size,
-            self.original_dtype,
-        )
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The whole table as a dense (rows, width) tensor."""
-        return self.quantized_weight.dequantize(dtype)
+    def matrix_shape(self) -> tuple[int, int]:
+        return self.num_embeddings, self.embedding_dim
 
     def forward(self, ids: Tensor) -> Tensor:
         rows = ids.flatten()
@@ -83,12 +58,6 @@ class Embedding4bit(nn.Embedding):
             self.original_dtype,
         )
         return decoded.view(*ids.shape, self.embedding_dim)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "Embedding4bit":
-        before = {name: self._buffers[name] for name in STATISTICS}
-        super()._apply(fn, recurse)
-        restore_dtypes(self, before)
-        return self
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.quant_type}, block_size={self.block_size}"

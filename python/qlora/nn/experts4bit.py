@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora import ops
-from qlora.nn.linear4bit import STATISTICS, restore_dtypes
+from qlora.nn.packed import STATISTICS, restore_dtypes
 from qlora.weight import QuantizedWeight, quantize
 
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")

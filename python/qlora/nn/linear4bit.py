@@ -1,29 +1,16 @@
 """Linear4bit: an ``nn.Linear`` whose weight is frozen in 4 bit."""
 
 import json
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qlora import ops
+from qlora.nn.packed import PackedMatrix
 from qlora.weight import QuantizedWeight, quantize
 
-STATISTICS = ("absmax", "nested_absmax", "nested_offset")
 
-
-def restore_dtypes(module: nn.Module, before: dict[str, Tensor | None]) -> None:
-    """Gives buffers that ``_apply`` has cast their values of before, where they are now: statistics move, but are never
-    cast. A rounded scale is another weight."""
-    for name, tensor in before.items():
-        moved = module._buffers[name]
-        assert tensor is not None
-        assert moved is not None
-        if moved.dtype != tensor.dtype:
-            module._buffers[name] = tensor.to(moved.device)
-
-
-class Linear4bit(nn.Linear):
+class Linear4bit(PackedMatrix, nn.Linear):
     """``y = x Wᵀ + bias`` with W in 4 bit, never dequantized as a whole.
 
     ``weight`` is a frozen uint8 parameter, (out, in / 2), or flat where in is odd; the statistics are buffers
@@ -34,9 +21,6 @@ class Linear4bit(nn.Linear):
     Built from random weights like ``nn.Linear``; use :meth:`from_linear` or :meth:`from_weight` for existing ones.
     """
 
-    absmax: Tensor
-    nested_absmax: Tensor
-    nested_offset: Tensor
     compute_dtype: torch.dtype | None = None
 
     def __init__(
@@ -54,17 +38,6 @@ class Linear4bit(nn.Linear):
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.adopt(quantize(self.weight, quant_type, block_size, double_quant))
         self.requires_grad_(False)
-
-    def adopt(self, weight: QuantizedWeight) -> None:
-        """Takes over the tensors and the format of ``weight`` (out, in), without a copy."""
-        n, k = weight.shape
-        packed = weight.packed.view(n, k // 2) if k % 2 == 0 else weight.packed
-        self.weight = nn.Parameter(packed, requires_grad=False)
-        for name in STATISTICS:
-            self.register_buffer(name, getattr(weight, name))
-        self.quant_type = weight.quant_type
-        self.block_size = weight.block_size
-        self.original_dtype = weight.dtype
 
     @classmethod
     def from_weight(cls, weight: QuantizedWeight, bias: Tensor | None = None) -> "Linear4bit":
@@ -86,19 +59,8 @@ class Linear4bit(nn.Linear):
         """Quantizes the weight of ``linear``; its bias is shared and frozen."""
         return cls.from_weight(quantize(linear.weight, quant_type, block_size, double_quant), linear.bias)
 
-    @property
-    def quantized_weight(self) -> QuantizedWeight:
-        """The weight and its statistics, as views."""
-        return QuantizedWeight(
-            self.weight.detach().flatten(),
-            self.absmax,
-            self.nested_absmax,
-            self.nested_offset,
-            (self.out_features, self.in_features),
-            self.quant_type,
-            self.block_size,
-            self.original_dtype,
-        )
+    def matrix_shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
 
     def run(
         self,
@@ -134,10 +96,6 @@ class Linear4bit(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return self.run(x)
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight as a dense (out, in) tensor."""
-        return self.quantized_weight.dequantize(dtype)
-
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """A frozen dense layer with the dequantized weight, in ``dtype`` or what the weight had before."""
         return dense_linear(self.dequantize(dtype), self.bias)
@@ -153,12 +111,6 @@ class Linear4bit(nn.Linear):
         ours = {"quant_type": self.quant_type, "block_size": self.block_size}
         if theirs != ours:
             raise ValueError(f"the state dict holds a weight in {theirs}: this layer has {ours}")
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "Linear4bit":
-        before = {name: self._buffers[name] for name in STATISTICS}
-        super()._apply(fn, recurse)
-        restore_dtypes(self, before)
-        return self
 
     def extra_repr(self) -> str:
         nested = ", double_quant" if self.nested_absmax.numel() else ""
