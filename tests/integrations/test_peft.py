@@ -138,6 +138,20 @@ def test_dora_computes_in_the_compute_dtype(checkpoint):
     torch.testing.assert_close(with_dora, plain, rtol=0.02, atol=0.02)
 
 
+def test_dora_after_the_base_was_replaced(checkpoint):
+    fused, plain = pair(checkpoint, use_dora=True)
+    fused(input_ids=BATCH)  # norms of the first base are known now
+    layers = ours.lora_layers(fused)
+    for name, layer in layers.items():
+        other = qlora.quantize(layer.quantized.dequantize(torch.float32).flip(1))
+        state = layer.state_dict()
+        state.update({"base_layer.weight": other.packed.view_as(layer.quantized.weight)})
+        state.update({f"base_layer.{key}": getattr(other, key) for key in ("absmax", "nested_absmax", "nested_offset")})
+        layer.load_state_dict(state)
+        plain.get_submodule(name).base_layer.weight.data = other.dequantize()
+    torch.testing.assert_close(fused(input_ids=BATCH).logits, plain(input_ids=BATCH).logits, **TOLERANCE)
+
+
 class TestSeveralAdapters:
     @pytest.fixture
     def models(self, checkpoint):

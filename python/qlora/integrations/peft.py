@@ -106,6 +106,10 @@ class LoraLinear4bit(PeftLinear):
             self._row_squares = self.quantized.dequantize(torch.float32).square().sum(1)
         return self._row_squares
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._row_squares = None  # the base may be another one now
+        super()._load_from_state_dict(*args, **kwargs)
+
     def run_adapter(self, x: Tensor, name: str, bias: bool = True, lora_x: Tensor | None = None) -> Tensor:
         """Base and one adapter in one operation."""
         a, b, scaling = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
