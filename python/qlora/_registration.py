@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from qlora import _C, _load  # noqa: F401  (_load loads the operators)
 
@@ -287,9 +288,18 @@ class _Forward(torch.autograd.Function):
         return _backward_forward(ctx, *grads)
 
 
+def refuse_forward_mode(*inputs: Any) -> None:
+    """Raises NotImplementedError if an input carries a tangent: torch would drop it without a word."""
+    if forward_ad._current_level < 0:
+        return
+    if any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in inputs):
+        raise NotImplementedError("qlora has no forward-mode derivatives (jvp, forward AD): use reverse mode")
+
+
 def forward(*inputs: Any) -> Tensor:
     """All 13 arguments of ``torch.ops.qlora.forward``, by position; the same result."""
     x = inputs[0]
+    refuse_forward_mode(*inputs)
     if (
         torch.compiler.is_compiling()
         or type(x) not in _PLAIN

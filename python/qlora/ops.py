@@ -132,6 +132,7 @@ def forward_affine(
     are numbers, or float32 tensors of one shape: ``[]``, ``[out]`` (per output channel), or ``[groups, out]`` or
     ``[groups, 1]`` (per group of in / groups input rows). zero_point is added after scaling.
     """
+    _registration.refuse_forward_mode(x, scale, zero_point, B, A)
     if isinstance(scale, Tensor) != isinstance(zero_point, Tensor):
         raise TypeError("scale and zero_point must both be numbers or both be tensors")
     if isinstance(scale, Tensor):
@@ -160,6 +161,7 @@ def forward_multi(
     one for each row of x (the product of its leading dimensions), -1 for the base alone. Differentiable in x, lora_a,
     lora_b and bias, once.
     """
+    _registration.refuse_forward_mode(x, lora_a, lora_b, scaling, bias)
     return torch.ops.qlora.forward.multi(
         x,
         packed,

@@ -13,15 +13,23 @@ from torch import Tensor
 from qlora import _C
 
 
+_DYNAMIC_MAP = tuple(_C.dynamic_map())  # read here, since torch.compile cannot call into the module
+
+
+def table(values: Sequence[float], like: Tensor) -> Tensor:
+    """A table of the format as float32 on the device of ``like``, whatever the defaults of the process are."""
+    return torch.tensor(values, dtype=torch.float32, device=like.device)
+
+
 def _nf4_codes(x: Tensor) -> Tensor:
-    levels = torch.tensor(_C.codebook("nf4"))
+    levels = table(_C.codebook("nf4"), x)
     thresholds = (levels[1:] + levels[:-1]) / 2
     return torch.bucketize(x, thresholds, right=False)  # number of thresholds strictly below x
 
 
 def _fp4_codes(x: Tensor) -> Tensor:
-    rank = torch.bucketize(x.abs(), torch.tensor(_C.FP4_THRESHOLDS), right=False)
-    return torch.tensor(_C.FP4_CODE_OF_RANK)[rank] + torch.where(x < 0, 8, 0)
+    rank = torch.bucketize(x.abs(), table(_C.FP4_THRESHOLDS, x), right=False)
+    return torch.tensor(_C.FP4_CODE_OF_RANK, dtype=torch.int64, device=x.device)[rank] + torch.where(x < 0, 8, 0)
 
 
 def _int4_codes(x: Tensor) -> Tensor:
@@ -53,15 +61,15 @@ def quantize(
     codes = _CODES[quant_type](x).flatten()[: flat.numel()].to(torch.uint8)
     codes = torch.nn.functional.pad(codes, (0, codes.numel() % 2)).view(-1, 2)
     packed = codes[:, 0] << 4 | codes[:, 1]
-    none = torch.empty(0)
+    none = absmax.new_empty(0)
     if not double_quant:
         return packed, absmax, none, none
-    offset = absmax.double().mean().float() if absmax.numel() else torch.zeros(())
+    offset = absmax.double().mean().float() if absmax.numel() else absmax.new_zeros(())
     centred = _blocks(absmax - offset, _C.NESTED_BLOCK)
     valid = _blocks(torch.ones_like(absmax), _C.NESTED_BLOCK).bool()
     nested_absmax = torch.where(valid, centred.abs(), 0.0).amax(1)
     x = torch.where(nested_absmax[:, None] > 0, centred * (1.0 / nested_absmax)[:, None], 0.0)
-    levels = torch.tensor(_C.dynamic_map())
+    levels = table(_C.dynamic_map(), x)
     thresholds = (levels[1:] + levels[:-1]) / 2
     scale_codes = torch.bucketize(x, thresholds, right=False).flatten()[: absmax.numel()].to(torch.uint8)
     return packed, scale_codes, nested_absmax, offset.view(1)
@@ -77,7 +85,7 @@ def scales(absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor |
 
 def nested_scales(codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor, block: Tensor) -> Tensor:
     """The float32 scales of some blocks, from their codes and their numbers (of one shape)."""
-    values = torch.tensor(_C.dynamic_map(), device=codes.device)[codes.long()]
+    values = table(_DYNAMIC_MAP, codes)[codes.long()]
     return values * nested_absmax[block // _C.NESTED_BLOCK] + nested_offset
 
 
@@ -94,7 +102,7 @@ def dequantize(
     flat = packed.flatten()
     numel = torch.Size(shape).numel()
     codes = torch.stack((flat >> 4, flat & 0xF), dim=1).flatten()[:numel]
-    levels = torch.tensor(_C.codebook(quant_type), device=packed.device)[codes.long()]
+    levels = table(_C.codebook(quant_type), packed)[codes.long()]
     scale = scales(absmax.flatten(), nested_absmax, nested_offset).repeat_interleave(block_size)[:numel]
     return (levels * scale).to(dtype).view(*shape)
 
@@ -113,7 +121,7 @@ def quantization_error(
     )
     exact = weight.double()
     difference = (dense - exact).abs()
-    largest = difference.max() if difference.numel() else torch.zeros((), dtype=torch.float64)
+    largest = difference.max() if difference.numel() else torch.zeros((), dtype=torch.float64, device=difference.device)
     return torch.stack((difference.square().sum(), exact.square().sum(), largest))
 
 
@@ -162,7 +170,7 @@ def forward_multi(
     outputs = [forward(rows, *weight, bias=bias)]  # index -1 + 1: the base alone
     for a, b, s in zip(lora_a, lora_b, scaling.tolist(), strict=True):
         outputs.append(forward(rows, *weight, a, b, s, bias))
-    y = torch.stack(outputs)[adapter_of_row + 1, torch.arange(len(rows))]
+    y = torch.stack(outputs)[adapter_of_row + 1, torch.arange(len(rows), device=x.device)]
     return y.view(*x.shape[:-1], shape[0])
 
 
@@ -199,7 +207,7 @@ def adamw(
     """In the dtype of the moments: float64 moments give a float64 step."""
 
     def number(value: float) -> Tensor:
-        return torch.tensor(value, dtype=exp_avg.dtype)
+        return torch.tensor(value, dtype=exp_avg.dtype, device=exp_avg.device)
 
     g, p = grad.to(exp_avg.dtype), param.detach().to(exp_avg.dtype)
     exp_avg += number(1 - beta1) * (g - exp_avg)
@@ -212,17 +220,17 @@ def adamw(
 
 
 def _moments(codes: Tensor, absmax: Tensor, values: list[float]) -> Tensor:
-    return torch.tensor(values)[codes.long()] * absmax.repeat_interleave(_C.MOMENT_BLOCK)[: codes.numel()]
+    return table(values, absmax)[codes.long()] * absmax.repeat_interleave(_C.MOMENT_BLOCK)[: codes.numel()]
 
 
 def _store_moments(moments: Tensor, codes: Tensor, absmax: Tensor, values: list[float]) -> None:
-    table = torch.tensor(values)
+    levels = table(values, absmax)
     pad = -moments.numel() % _C.MOMENT_BLOCK
     blocks = torch.nn.functional.pad(moments, (0, pad)).view(-1, _C.MOMENT_BLOCK)
     absmax.copy_(blocks.abs().amax(1))
     reciprocal = 1 / absmax
     scaled = torch.where(reciprocal.isfinite()[:, None], blocks * reciprocal[:, None], blocks / absmax[:, None])
-    nearest = torch.bucketize(scaled.nan_to_num(), (table[1:] + table[:-1]) / 2)
+    nearest = torch.bucketize(scaled.nan_to_num(), (levels[1:] + levels[:-1]) / 2)
     codes.copy_(nearest.flatten()[: codes.numel()].to(torch.uint8))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora import _C, ops
+from qlora import _C, ops, reference
 
 _BNB_STATE = "quant_state.bitsandbytes__"
 
@@ -115,17 +115,17 @@ class QuantizedWeight:
         entries = {
             prefix: self.packed.view(-1, 1),
             f"{prefix}.absmax": self.absmax,
-            f"{prefix}.quant_map": torch.tensor(_C.codebook(self.quant_type)) + 0.0,  # its table has no -0
+            f"{prefix}.quant_map": reference.table(_C.codebook(self.quant_type), self.packed) + 0.0,  # its table has no -0
         }
         if self.double_quant:
             entries[f"{prefix}.nested_absmax"] = self.nested_absmax
-            entries[f"{prefix}.nested_quant_map"] = torch.tensor(_C.dynamic_map())
+            entries[f"{prefix}.nested_quant_map"] = reference.table(_C.dynamic_map(), self.packed)
             state["nested_blocksize"] = _C.NESTED_BLOCK
             state["nested_dtype"] = "float32"
             state["nested_offset"] = self.nested_offset.item()
         entries[f"{prefix}.{_BNB_STATE}{self.quant_type}"] = torch.frombuffer(
             bytearray(json.dumps(state).encode()), dtype=torch.uint8
-        )
+        ).to(self.device)
         return entries
 
     @classmethod
@@ -145,12 +145,13 @@ class QuantizedWeight:
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype={state['dtype']!r} is no torch dtype")
         ops.check_format(state["quant_type"], state["blocksize"])
+        entries = dict(entries)
         maps = {"quant_map": _C.codebook(state["quant_type"])} | (
             {"nested_quant_map": _C.dynamic_map()} if nested else {}
         )
         for name, values in maps.items():
             theirs = entries.get(f"{prefix}.{name}")
-            if theirs is not None and not torch.equal(theirs.float().cpu(), torch.tensor(values)):
+            if theirs is not None and not torch.equal(theirs.float(), reference.table(values, theirs)):
                 raise ValueError(f"{prefix}.{name} is another table than {state['quant_type']}'s: it cannot be read")
         shape = tuple(int(extent) for extent in state["shape"])
         packed = entries[prefix].contiguous().view(torch.uint8).flatten()  # quant_storage may be any dtype
@@ -163,15 +164,19 @@ class QuantizedWeight:
             statistics["nested_absmax"] = (torch.float32, -(-blocks // _C.NESTED_BLOCK))
         for name, (kind, count) in statistics.items():
             tensor = entries[f"{prefix}.{name}"]
+            if kind.is_floating_point and tensor.is_floating_point():  # other tools store them in 16 bit
+                tensor = entries[f"{prefix}.{name}"] = tensor.float()
             if tensor.dtype != kind or tuple(tensor.shape) != (count,):
                 raise ValueError(
                     f"{prefix}.{name} is {tensor.dtype} {tuple(tensor.shape)}: shape {shape} needs {kind} ({count},)"
                 )
+        absmax = entries[f"{prefix}.absmax"]
+        none = absmax.new_empty(0, dtype=torch.float32)
         return cls(
             packed=packed,
-            absmax=entries[f"{prefix}.absmax"],
-            nested_absmax=entries[f"{prefix}.nested_absmax"] if nested else torch.empty(0),
-            nested_offset=torch.tensor([state["nested_offset"]]) if nested else torch.empty(0),
+            absmax=absmax,
+            nested_absmax=entries[f"{prefix}.nested_absmax"] if nested else none,
+            nested_offset=reference.table([state["nested_offset"]], absmax) if nested else none,
             shape=shape,
             quant_type=state["quant_type"],
             block_size=state["blocksize"],
@@ -188,11 +193,13 @@ def quantize(
 ) -> QuantizedWeight:
     """Quantizes ``weight`` (float32, bfloat16 or float16, any shape) to 4 bit.
 
-    Arguments and errors as :func:`qlora.ops.quantize`.
+    Arguments and errors as :func:`qlora.ops.quantize`. The result is for training too where this is called under
+    torch.inference_mode.
     """
-    packed, absmax, nested_absmax, nested_offset = ops.quantize(
-        weight.detach(), quant_type, block_size, double_quant, check_finite
-    )
+    with torch.inference_mode(False):
+        packed, absmax, nested_absmax, nested_offset = ops.quantize(
+            weight.detach(), quant_type, block_size, double_quant, check_finite
+        )
     return QuantizedWeight(
         packed, absmax, nested_absmax, nested_offset, tuple(weight.shape), quant_type, block_size, weight.dtype
     )

@@ -288,7 +288,7 @@ def test_merge_and_unmerge(checkpoint, options):
 def test_merge_and_unload_to_16_bit_and_to_4_bit(checkpoint, tmp_path):
     fused, _ = pair(checkpoint)
     expected = fused.eval()(input_ids=BATCH).logits
-    dense, reports = ours.merge_and_unload(fused, dtype=torch.bfloat16)
+    dense, reports = qlora.merge_and_unload(fused, dtype=torch.bfloat16)
     assert not [m for m in dense.modules() if isinstance(m, Linear4bit)]
     assert len(reports) == 2 * 7
     assert all(report.format == "bfloat16" and 0 < report.relative_error < 2.0**-8 for report in reports.values())
@@ -299,7 +299,7 @@ def test_merge_and_unload_to_16_bit_and_to_4_bit(checkpoint, tmp_path):
     errors = {}
     for search in (False, True):
         fused, _ = pair(checkpoint)
-        model, reports = ours.merge_and_unload(fused, requantize=True, search_scales=search)
+        model, reports = qlora.merge_and_unload(fused, requantize=True, search_scales=search)
         assert len([m for m in model.modules() if isinstance(m, Linear4bit)]) == 2 * 7
         errors[search] = {name: report.relative_error for name, report in reports.items()}
         model.save_pretrained(tmp_path / f"search-{search}")
@@ -309,7 +309,7 @@ def test_merge_and_unload_to_16_bit_and_to_4_bit(checkpoint, tmp_path):
     # Measured on Gaussian weights: 6 to 7 % less; a search that finds nothing would be a broken one.
     assert sum(errors[True].values()) < 0.98 * sum(errors[False].values())
     with pytest.raises(ValueError, match="search_scales"):
-        ours.merge_and_unload(fused, search_scales=True)
+        qlora.merge_and_unload(fused, search_scales=True)
 
 
 class TestInitializations:
@@ -321,7 +321,7 @@ class TestInitializations:
         fused = get_peft_model(model, config)
         for name, layer in ours.lora_layers(fused).items():
             weight = weights[name.removeprefix("base_model.model.")]
-            left = layer.merged_weight(["default"]) - weight
+            left = layer.exact_weight(["default"]) - weight
             # What is left is the quantization of weight - adapter: at most half the widest gap of NF4 (0.30) of a
             # scale, and the scale's own code (1/127 of a range below it).
             scale = (weight - layer.get_delta_weight("default")).abs().max()
@@ -503,14 +503,14 @@ class TestExperts:
         with pytest.raises(ValueError, match="merge_and_unload"):
             fused.merge_adapter()
         fused.unmerge_adapter()
-        dense, _ = ours.merge_and_unload(fused)
+        dense, _ = qlora.merge_and_unload(fused)
         assert not [m for m in dense.modules() if "4bit" in type(m).__name__]
         torch.testing.assert_close(dense(input_ids=BATCH).logits, expected, rtol=1e-3, atol=1e-4)
 
     def test_merging_back_into_4_bit(self, models):
         fused, _ = models
         expected = fused.eval()(input_ids=BATCH).logits
-        merged, _ = ours.merge_and_unload(fused, requantize=True)
+        merged, _ = qlora.merge_and_unload(fused, requantize=True)
         assert [m for m in merged.modules() if type(m).__name__ == "Experts4bit"]
         # Requantizing random weights: a coarse bound, that of the format.
         assert (merged(input_ids=BATCH).logits - expected).norm() < 0.5 * expected.norm()

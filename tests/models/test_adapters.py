@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from toys import TiedModel, save_llama
 
 import qlora
-from qlora.models import files
+from qlora.storage import files
 from qlora.models.prepare import qlora_layers
 from qlora.nn import Linear4bit
 
@@ -220,7 +220,7 @@ def test_layers_without_the_adapter_are_made_dense_too(tmp_path):
     model = prepared()
     qlora.load_adapter(model, tmp_path)
     before = model(IDS)
-    reports = qlora.merge_and_unload(model, dtype=torch.float32)
+    _, reports = qlora.merge_and_unload(model, dtype=torch.float32)
     assert sorted(reports) == ["blocks.0.up", "blocks.1.up"]
     assert type(model.blocks[0].down) is torch.nn.Linear
     assert torch.allclose(model(IDS), before, rtol=1e-4, atol=1e-4)
@@ -247,7 +247,7 @@ def test_merge_and_unload_replaces_every_layer(requantize):
         for layer in qlora_layers(model).values():
             layer.lora_b["default"] *= 0.05
     before = model(IDS)
-    reports = qlora.merge_and_unload(model, requantize=requantize)
+    _, reports = qlora.merge_and_unload(model, requantize=requantize)
     assert sorted(reports) == ["blocks.0.down", "blocks.0.up", "blocks.1.down", "blocks.1.up"]
     assert not qlora_layers(model)
     similarity = torch.nn.functional.cosine_similarity(model(IDS).flatten(), before.flatten(), dim=0)

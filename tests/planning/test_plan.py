@@ -10,7 +10,7 @@ from torch.profiler import profile
 
 import qlora
 from qlora.cli import main
-from qlora.models.prepare import tensor_bytes
+from qlora.nn.replacing import tensor_bytes
 from qlora.optim import PagedAdamW
 from qlora.planning.estimate import Settings, estimate
 from qlora.planning.presets import PRESETS, config_of

@@ -9,7 +9,7 @@ from typing import Any
 
 from qlora.bench.measure import Limits, median_ratio
 from qlora.bench.works import Work
-from qlora.models.files import atomic_write
+from qlora.storage.files import atomic_write
 
 NOISY = 0.10  # a spread above this asks for another run
 

@@ -8,7 +8,8 @@ from torch import nn
 
 from qlora.bench.measure import Contender
 from qlora.bench.works import Work, require_bitsandbytes
-from qlora.models.prepare import head_and_shared_names, prepare_model
+from qlora.models.prepare import prepare_model
+from qlora.nn.replacing import head_names, shared_names
 
 # SmolLM2-135M; the weights are random, which costs the same time.
 SMOLLM2 = {
@@ -31,7 +32,7 @@ def _with_peft(model: nn.Module, rank: int) -> nn.Module:
 def _with_bitsandbytes(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """Every linear layer but the head as bitsandbytes holds it, NF4 with double quantization."""
     bnb = require_bitsandbytes()
-    left_alone = head_and_shared_names(model)
+    left_alone = head_names(model) | shared_names(model)
     for name, module in list(model.named_modules()):
         for leaf, child in list(module.named_children()):
             if type(child) is not nn.Linear or (f"{name}.{leaf}" if name else leaf) in left_alone:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora import _C, ops
+from qlora import _C, ops, reference
 from qlora._load import has_cuda_ops
 
 _METHOD = "bitsandbytes"
@@ -127,13 +127,19 @@ def _bytes(packed: Tensor) -> Tensor:
     return packed.contiguous().view(torch.uint8).flatten()
 
 
+def _scales(
+    absmax: Tensor, nested: Tensor | None = None, offset: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The three statistics as our operators take them: other tools store those that are no codes in 16 bit."""
+    if nested is None or offset is None:
+        return absmax.float(), None, None
+    return absmax, nested.float(), offset.float().reshape(1)
+
+
 def _check_map(code: Tensor) -> None:
     """Raises ValueError if the scales' codes are not bitsandbytes' own dynamic map, the only one that we know."""
-    if not torch.equal(code.cpu(), _DYNAMIC_MAP):
+    if not torch.equal(code.float(), reference.table(_C.dynamic_map(), code)):
         raise ValueError("absmax_code is not the dynamic map of 8 bit: these scales cannot be decoded")
-
-
-_DYNAMIC_MAP = torch.tensor(_C.dynamic_map())
 
 
 def _quantize_4bit(dense: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -144,7 +150,7 @@ def _quantize_4bit(dense: Tensor, blocksize: int, quant_type: str, quant_storage
 def _dequantize_4bit(
     packed: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: list[int], dtype: torch.dtype
 ) -> Tensor:
-    return ops.dequantize(_bytes(packed), absmax.float(), None, None, shape, quant_type, blocksize, dtype)
+    return ops.dequantize(_bytes(packed), *_scales(absmax), shape, quant_type, blocksize, dtype)
 
 
 def _dequantize_4bit_out(
@@ -171,13 +177,13 @@ def _gemm_4bit(
     absmax_code: Tensor | None = None,
     absmax_offset: Tensor | None = None,
 ) -> Tensor:
-    scales: tuple[Tensor, Tensor | None, Tensor | None] = (absmax, None, None)
+    scales = _scales(absmax)
     if absmax_8bit is not None:
         assert absmax_code is not None
         assert absmax_offset is not None
         if absmax_code.device.type == "cpu":  # elsewhere looking at it would wait for the device
             _check_map(absmax_code)
-        scales = (absmax_8bit, absmax, absmax_offset.reshape(1))
+        scales = _scales(absmax_8bit, absmax, absmax_offset)
     return ops.forward(x, _bytes(packed), *scales, shape, quant_type, blocksize, bias=bias)
 
 
@@ -212,13 +218,13 @@ class _FusedMatMul4Bit:
 
     @staticmethod
     def apply(x: Tensor, packed: Tensor, out: Tensor | None, bias: Tensor | None, state: Any) -> Tensor:
-        scales: tuple[Tensor, Tensor | None, Tensor | None] = (state.absmax, None, None)
+        scales = _scales(state.absmax)
         if state.nested:
             if state.state2.blocksize != _C.NESTED_BLOCK:
                 raise NotImplementedError(
                     f"nested blocks of {state.state2.blocksize} scales; {_C.NESTED_BLOCK} are known"
                 )
-            scales = (state.absmax, state.state2.absmax, state.offset.reshape(1))
+            scales = _scales(state.absmax, state.state2.absmax, state.offset)
         y = ops.forward(
             x, _bytes(packed.detach()), *scales, list(state.shape), state.quant_type, state.blocksize, bias=bias
         )

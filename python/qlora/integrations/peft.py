@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from qlora.integrations.peft_layers import LoraEmbedding4bit, LoraExperts4bit, LoraLinear4bit
-from qlora.models.weights import WeightSource
 from qlora.nn import Embedding4bit, Experts4bit, Linear4bit, MergeReport
+from qlora.nn.merging import MergeInto
 from qlora.nn.merging import requantize as to_format
+from qlora.storage.weights import WeightSource
 
 _LAYERS: dict[type, Any] = {Linear4bit: LoraLinear4bit, Embedding4bit: LoraEmbedding4bit}
 
@@ -45,36 +46,21 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLinear4bit]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear4bit)}
 
 
-def merge_and_unload(
-    model: Any,
-    *,
-    requantize: bool = False,
-    search_scales: bool = False,
-    dtype: torch.dtype | None = None,
-    adapter_names: list[str] | None = None,
-    safe_merge: bool = False,
+def merge_peft(
+    model: Any, into: MergeInto, adapter_names: list[str] | None, safe_merge: bool
 ) -> tuple[nn.Module, dict[str, MergeReport]]:
-    """``model.merge_and_unload()`` of a PeftModel, with a choice of what becomes of 4-bit layers.
-
-    Args:
-        requantize: merged layers are 4-bit layers again; else dense ones in ``dtype`` (default: what they had before
-            they were quantized), and 4-bit layers without an adapter are dequantized too.
-        search_scales: with ``requantize``, the scale of each block is searched for the least squared error.
-
-    Returns the model, and the error that was added to each merged layer by its name.
-    """
-    if search_scales and not requantize:
-        raise ValueError("search_scales=True needs requantize=True: a dense weight has no scales")
-    if requantize and dtype is not None:
-        raise ValueError(f"dtype={dtype} contradicts requantize=True, which stores 4 bit")
+    """``model.merge_and_unload()`` of a PeftModel, its 4-bit layers as ``into`` says; what
+    :func:`qlora.merge_and_unload` calls. Raises ValueError if no layer has such an adapter."""
+    names = set(adapter_names or model.active_adapters)
+    if not any(names & set(getattr(module, "scaling", ())) for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} has no layer with an adapter of {sorted(names)}: nothing to merge")
     layers = lora_layers(model)
     experts: list[Any] = [module for module in model.modules() if isinstance(module, LoraExperts4bit)]
     for layer in [*experts, *layers.values()]:
-        layer.merge_into = {"requantize": requantize, "search_scales": search_scales, "dtype": dtype}
+        layer.merge_into = into
     merged = model.merge_and_unload(safe_merge=safe_merge, adapter_names=adapter_names)
-    reports = {name: layer.merge_report for name, layer in layers.items() if layer.merge_report is not None}
-    if not requantize and getattr(merged, "hf_quantizer", None) is not None:
-        merged = merged.dequantize(dtype)
+    prefix = "base_model.model."
+    reports = {n.removeprefix(prefix): r for n, r in ((n, m.merge_report) for n, m in layers.items()) if r is not None}
     return merged, reports
 
 

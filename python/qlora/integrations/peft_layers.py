@@ -16,7 +16,9 @@ from torch.nn import functional as F
 from qlora import ops
 from qlora.nn import Embedding4bit, Linear4bit, MergeReport
 from qlora.nn.linear4bit import dense_linear
-from qlora.nn.merging import merge_report, requantize
+from qlora.nn.merging import MergeInto, low_rank_delta, merged_weight, requantize
+from qlora.nn.replacing import has_hooks
+from qlora.weight import QuantizedWeight
 
 _DENSE_INITS = ("pissa_init", "olora_init", "corda_init", "orthogonal_init", "lora_ga_init")
 
@@ -70,7 +72,7 @@ class LoraLinear4bit(PeftLinear):
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> None:
         self._row_squares: Tensor | None = None
         self._unmerged: list[Linear4bit] = []  # the base while something is merged; not a submodule
-        self.merge_into: dict[str, Any] = {}  # options of qlora.nn.merging.requantize, or {"dtype": …}
+        self.merge_into = MergeInto()
         self.merge_report: MergeReport | None = None
         super().__init__(base_layer, adapter_name, config, **kwargs)
         self.fan_in_fan_out = False
@@ -117,6 +119,8 @@ class LoraLinear4bit(PeftLinear):
             return self.base_layer(x)
         if any(name in self.lora_variant or self.lora_bias[name] for name in active):
             return super().forward(x, *args, **kwargs)
+        if has_hooks(self.base_layer, *(part[name] for part in self._parts() for name in active)):
+            return super().forward(x, *args, **kwargs)  # calls every part
         first = active[0]
         y = self.run_adapter(x, first, lora_x=self._dropped(x, first))
         for name in active[1:]:  # the base is read once
@@ -125,6 +129,9 @@ class LoraLinear4bit(PeftLinear):
             low_rank = b(a((x if dropped is None else dropped).to(a.weight.dtype)))
             y = y + (low_rank * self.scaling[name]).to(y.dtype)
         return y
+
+    def _parts(self) -> tuple[nn.ModuleDict, ...]:
+        return self.lora_A, self.lora_B, self.lora_dropout
 
     def _dropped(self, x: Tensor, name: str) -> Tensor | None:
         dropout = self.lora_dropout[name]
@@ -135,6 +142,7 @@ class LoraLinear4bit(PeftLinear):
         if not used:
             return self.base_layer(x)
         special = any(name in self.lora_variant or self.lora_bias[name] for name in used)
+        special = special or has_hooks(self.base_layer, *(part[name] for part in self._parts() for name in used))
         if special or any(self._dropped(x[:0], name) is not None for name in used):
             return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         rank = max(self.r[name] for name in used)
@@ -183,11 +191,11 @@ class LoraLinear4bit(PeftLinear):
     # ---- merging ----
 
     @torch.no_grad()
-    def merged_weight(self, names: Sequence[str]) -> Tensor:
+    def exact_weight(self, names: Sequence[str]) -> Tensor:
         """Base and adapters, one after the other, as one float32 weight."""
         weight = self.quantized.dequantize(torch.float32)
         for name in names:
-            delta = self.lora_B[name].weight.float() @ self.lora_A[name].weight.float() * self.scaling[name]
+            delta = low_rank_delta(self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
             if isinstance(self.lora_variant.get(name), Dora4bitVariant):
                 scale = Dora4bitVariant.scale_of(self, name).float().unsqueeze(1)
                 weight = weight + (scale - 1) * self.quantized.dequantize(torch.float32) + scale * delta
@@ -205,7 +213,7 @@ class LoraLinear4bit(PeftLinear):
             return
         base = self.quantized
         all_names = [*self.merged_adapters, *names]
-        exact = self.merged_weight(all_names)
+        exact = self.exact_weight(all_names)
         if safe_merge and not exact.isfinite().all():
             raise ValueError(f"NaNs detected in the merged weights. The adapters {names} seem to be broken")
         bias = base.bias
@@ -214,19 +222,10 @@ class LoraLinear4bit(PeftLinear):
                 if bias is None:
                     raise RuntimeError("Impossible to merge LoRA with `lora_bias=True` because the base has no bias.")
                 bias = bias + self.lora_B[name].bias * self.scaling[name]
-        layer: nn.Linear
-        if self.merge_into.get("requantize"):
-            weight, self.merge_report = requantize(
-                exact, base.quantized_weight, search_scales=self.merge_into.get("search_scales", False)
-            )
-            layer = Linear4bit.from_weight(weight, bias)
-            layer.compute_dtype = base.compute_dtype
-        else:
-            dense = exact.to(self.merge_into.get("dtype") or base.original_dtype)
-            self.merge_report = merge_report(dense, exact)
-            layer = dense_linear(dense, bias)
+        weight, self.merge_report = merged_weight(exact, base.quantized_weight, self.merge_into, "+".join(all_names))
+        packed = isinstance(weight, QuantizedWeight)
         self._unmerged = [base]
-        self.base_layer = layer.train(base.training)
+        self.base_layer = base.in_format(weight, bias) if packed else base.dense_twin(weight, bias)
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
@@ -275,9 +274,7 @@ class LoraEmbedding4bit(PeftEmbedding):
         if safe_merge and not weight.isfinite().all():
             raise ValueError(f"NaNs detected in the merged weights. The adapters {names} seem to be broken")
         self._unmerged = [base]
-        self.base_layer = nn.Embedding.from_pretrained(
-            weight.to(base.original_dtype), freeze=True, padding_idx=base.padding_idx
-        )
+        self.base_layer = base.dense_twin(weight.to(base.original_dtype))
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
@@ -293,7 +290,7 @@ class ParamWrapper(PeftParamWrapper):
     finds its wrappers by the name of their class, so this one has the same."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> None:
-        self.merge_into: dict[str, Any] = {}
+        self.merge_into = MergeInto()
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
@@ -350,18 +347,18 @@ class ParamWrapper(PeftParamWrapper):
             for name in adapter_names or wrapper.active_adapters:
                 if name in wrapper.lora_A:
                     a, b, scaling = wrapper.factors(name)
-                    delta = scaling * b.float() @ a.float()
+                    delta = low_rank_delta(a, b, scaling)
                     weight = getattr(dense, wrapper.parameter_name)
                     weight += delta.transpose(1, 2) if experts.is_transposed else delta
                     if safe_merge and not weight.isfinite().all():
                         raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-        if self.merge_into.get("requantize"):
+        if self.merge_into.requantize:
             merged = type(experts).from_experts(dense, experts.quant_type, experts.double_quant, experts.block_size)
             merged.original_dtype = experts.original_dtype
             return merged
         for name in experts.weight_names:
             weight = getattr(dense, name)
-            weight.data = weight.data.to(self.merge_into.get("dtype") or experts.original_dtype)
+            weight.data = weight.data.to(self.merge_into.dtype or experts.original_dtype)
         return dense
 
 

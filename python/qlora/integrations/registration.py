@@ -1,8 +1,8 @@
 """Tells transformers of our quantizer and PEFT of our LoRA layers when they are imported: ``import qlora`` is enough.
 
 Both find such things in tables or functions that only running code can extend, and importing them takes seconds. So a
-finder waits for the two modules that hold them, puts our entries in, and imports nothing: what the entries stand for is
-imported when a model needs it.
+finder waits for the modules that hold them, puts our entries in, and imports nothing: what the entries stand for is
+imported when a model needs it. What counts and averages parameters learns of packed ones in the same way.
 """
 
 import sys
@@ -53,9 +53,22 @@ def _register_lora_layers(model: ModuleType) -> None:
     model.LoraModel._create_new_module = staticmethod(create)
 
 
+def _counting(name: str) -> Callable[[ModuleType], None]:
+    def change(module: ModuleType) -> None:
+        from qlora.integrations import counting
+
+        getattr(counting, name)(module)
+
+    return change
+
+
 _AFTER_IMPORT: dict[str, Callable[[ModuleType], None]] = {
     "transformers.quantizers.auto": _register_quantizer,
+    "transformers.modeling_utils": _counting("count_for_transformers"),
     "peft.tuners.lora.model": _register_lora_layers,
+    "peft.peft_model": _counting("count_for_peft"),
+    "torch.utils.flop_counter": _counting("count_operations"),
+    "torch.optim.swa_utils": _counting("average_floats_only"),
 }
 
 

@@ -4,6 +4,8 @@ transformers has no entry points for quantizers: ``import qlora`` registers this
 (:mod:`qlora.integrations.registration`).
 """
 
+import logging
+import re
 from collections.abc import Iterator
 from copy import copy
 from typing import Any
@@ -18,15 +20,17 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlora.distributed import refuse_fsdp1
 from qlora.integrations.registration import METHOD
-from qlora.models.prepare import replace_module
-from qlora.nn import Experts4bit, Linear4bit
+from qlora.nn import Embedding4bit, Experts4bit, Linear4bit
+from qlora.nn.borrowing import borrowed
 from qlora.nn.experts4bit import holds_experts, why_not_experts
 from qlora.nn.linear4bit import dense_linear
 from qlora.nn.packed import STATISTICS
+from qlora.nn.replacing import head_names, replace_module, why_not_plain
 from qlora.ops import check_format
 from qlora.weight import QuantizedWeight, quantize
 
-_PLAIN_SUBCLASSES = ("FalconLinear",)  # of nn.Linear, whose forward is nothing but x Wᵀ + b
+logger = logging.getLogger(__name__)
+
 _EXTRA_STATE = "_extra_state"
 # Of a bitsandbytes checkpoint: a weight and what belongs to it.
 _BNB_NAMES = (
@@ -72,6 +76,8 @@ class QLoRAConfig(QuantizationConfigMixin):
         self.quant_method = METHOD
         self.quant_type, self.double_quant, self.block_size = quant_type, double_quant, block_size
         self.compute_dtype = _dtype_name(compute_dtype)
+        if isinstance(skip_modules, str):
+            raise ValueError(f"skip_modules='{skip_modules}' must be a list of names: ['{skip_modules}']")
         self.skip_modules = None if skip_modules is None else list(skip_modules)
         self.checkpoint_format = checkpoint_format
 
@@ -105,7 +111,7 @@ class Quantize(ConversionOps):
                 result[name] = tensors["weight"]
                 result |= {f"{name}_{statistic}": tensors[statistic] for statistic in STATISTICS}
                 continue
-            if self.hf_quantizer.is_transposed(module):
+            if module.dense_class is Conv1D:  # the checkpoint holds its weight as (in, out)
                 dense = dense.t().contiguous()
             options = self.hf_quantizer.quantization_config
             weight = quantize(dense, options.quant_type, options.block_size, options.double_quant)
@@ -183,7 +189,8 @@ class QLoRAQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: QLoRAConfig, **kwargs: Any) -> None:
         super().__init__(copy(quantization_config), **kwargs)  # the caller's own may load other models
-        self._transposed: set[int] = set()
+        self.quantized_names: set[str] = set()
+        self.has_adapters = False  # prepare_model has put trainable adapters into the model
         self.state_to_save: dict[str, Tensor] | None = None  # instead of the model's, for another format
         if self._reads_bitsandbytes:
             self.serialized_names = {"weight": list(_BNB_NAMES)}
@@ -191,10 +198,6 @@ class QLoRAQuantizer(HfQuantizer):
     @property
     def _reads_bitsandbytes(self) -> bool:
         return self.pre_quantized and self.quantization_config.checkpoint_format == "bitsandbytes"
-
-    def is_transposed(self, module: nn.Module) -> bool:
-        """Whether the checkpoint holds this layer's weight as (in, out), as GPT-2's Conv1D does."""
-        return id(module) in self._transposed
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         # Asked also of weights that are in 4 bit already: then shapes have to fit.
@@ -212,7 +215,25 @@ class QLoRAQuantizer(HfQuantizer):
         return {"deserialize": DeserializeBitsandbytes} if self._reads_bitsandbytes else {}
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        # Asked when a model is saved, before its config is written.
+        if self.state_to_save is None:
+            self._check_what_is_saved(model)
         return self.state_to_save, {}
+
+    def _check_what_is_saved(self, model: Any) -> None:
+        """The config goes with a model that still is in 4 bit; one that another library has made dense loses it.
+
+        Raises ValueError for a model of which a part has become dense: its files could not be read back."""
+        now = {name for name, _ in quantized_layers(model)}
+        if not now:
+            self.remove_quantization_config(model)
+        elif now != self.quantized_names:
+            changed = sorted(now ^ self.quantized_names)
+            raise ValueError(
+                f"save_pretrained: {len(changed)} layers are no longer what the config says, e.g. {changed[:3]}: a model"
+                " in 4 bit in parts cannot be read back. Merge adapters by qlora.merge_and_unload(model), which makes"
+                " all layers dense or, with requantize=True, none"
+            )
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         refuse_fsdp1()
@@ -228,6 +249,10 @@ class QLoRAQuantizer(HfQuantizer):
         return True
 
     @property
+    def is_qat_trainable(self) -> bool:
+        return self.has_adapters  # Trainer refuses models in 4 bit that are not PEFT's, unless this holds
+
+    @property
     def is_compileable(self) -> bool:
         return True
 
@@ -239,9 +264,13 @@ class QLoRAQuantizer(HfQuantizer):
             model._keep_in_fp32_modules,
             add_default_skips=not self._reads_bitsandbytes,
         )
+        self._tell_unknown_names(model)
+        left_dense = self._left_dense(model, skip)
         quantized = 0
         for name, module in list(model.named_modules()):
             if isinstance(module, Linear4bit | Experts4bit) or not should_convert_module(name, skip):
+                continue
+            if name in left_dense:
                 continue
             if holds_experts(module):
                 self._check(why_not_experts(module), name, module)
@@ -249,13 +278,11 @@ class QLoRAQuantizer(HfQuantizer):
                     module, options.quant_type, options.double_quant, options.block_size
                 )
             elif isinstance(module, nn.Linear | Conv1D):
-                is_plain = type(module) in (nn.Linear, Conv1D) or type(module).__name__ in _PLAIN_SUBCLASSES
-                self._check(None if is_plain else "it is a linear layer with a forward of its own", name, module)
+                kind: type[nn.Module] = Conv1D if isinstance(module, Conv1D) else nn.Linear
+                self._check(why_not_plain(module, kind), name, module)
                 linear = dense_linear(module.weight.t(), module.bias) if isinstance(module, Conv1D) else module
                 layer = Linear4bit.from_linear(linear, options.quant_type, options.double_quant, options.block_size)
-                layer.compute_dtype = options.torch_compute_dtype
-                if isinstance(module, Conv1D):
-                    self._transposed.add(id(layer))
+                layer.compute_dtype, layer.dense_class = options.torch_compute_dtype, kind
             else:
                 continue
             vars(layer)["_is_hf_initialized"] = True  # what is missing is an error, not for filling
@@ -264,6 +291,32 @@ class QLoRAQuantizer(HfQuantizer):
         if quantized == 0:
             raise ValueError(f"{type(model).__name__} has no layer to quantize; skipped are {sorted(skip)}")
         return model
+
+    def _tell_unknown_names(self, model: Any) -> None:
+        names = [name for name, _ in model.named_modules()]
+        for wanted in self.quantization_config.skip_modules or ():
+            if all(should_convert_module(name, [wanted]) for name in names):
+                logger.warning("skip_modules: '%s' matches no module of %s", wanted, type(model).__name__)
+
+    def _left_dense(self, model: Any, skip: list[str]) -> set[str]:
+        """Names of layers that stay dense though nobody has said so: heads, and weights that other code reads."""
+        candidates = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear | Conv1D) and should_convert_module(name, skip)
+        ]
+        readers = borrowed(model, candidates)
+        if self._reads_bitsandbytes:  # its checkpoint says what is in 4 bit
+            for name, reader in readers.items():
+                self._check(f"the code of {reader} reads its weight", name, model.get_submodule(name))
+            return set()
+        if readers:
+            logger.warning(
+                "left dense, for model code reads their weights: %s",
+                ", ".join(f"{name} (by {reader})" for name, reader in list(readers.items())[:5])
+                + (f" and {len(readers) - 5} more" if len(readers) > 5 else ""),
+            )
+        return set(readers) | head_names(model)
 
     def _check(self, reason: str | None, name: str, module: nn.Module) -> None:
         if reason is not None:
@@ -282,11 +335,12 @@ class QLoRAQuantizer(HfQuantizer):
         if missing:
             raise ValueError(f"the checkpoint lacks {len(missing)} tensors of 4-bit layers, e.g. {missing[:3]}")
         self.quantization_config.checkpoint_format = "qlora"
-        # Fused experts are saved as they are: their packed rows are no longer what a converter would split.
-        experts = [name for name, module in quantized_layers(model) if isinstance(module, Experts4bit)]
+        self.quantized_names = {name for name, _ in quantized_layers(model)}
+        # Layers in 4 bit are saved under the model's own names: packed rows are not what a converter splits or joins.
+        packed = [tensor for name, module in quantized_layers(model) for tensor, _ in _own_tensors(name, module)]
         conversions = getattr(model, "_weight_conversions", None)
         if conversions:
-            model._weight_conversions = [conversion for conversion in conversions if not _concerns(conversion, experts)]
+            model._weight_conversions = [conversion for conversion in conversions if not _concerns(conversion, packed)]
         for _, module in quantized_layers(model):
             module.requires_grad_(False)
         return model
@@ -294,10 +348,19 @@ class QLoRAQuantizer(HfQuantizer):
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> nn.Module:
         # The config of a saved model has it as a string.
         wanted: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        for _, module in list(quantized_layers(model)):
-            dense = module.to_experts(wanted) if isinstance(module, Experts4bit) else module.to_linear(wanted)
-            replace_module(model, module, dense)
+        make_dense(model, wanted)
         return model
+
+
+def make_dense(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Puts dense layers in the place of all 4-bit ones, in ``dtype`` or what they had before."""
+    for module in list(model.modules()):
+        if isinstance(module, Experts4bit):
+            replace_module(model, module, module.to_experts(dtype))
+        elif isinstance(module, Linear4bit):
+            replace_module(model, module, module.to_linear(dtype))
+        elif isinstance(module, Embedding4bit):
+            replace_module(model, module, module.to_embedding(dtype))
 
 
 def quantized_layers(model: Any) -> Iterator[tuple[str, Linear4bit | Experts4bit]]:
@@ -316,8 +379,8 @@ def _own_tensors(name: str, module: Linear4bit | Experts4bit) -> Iterator[tuple[
             yield f"{name}.{leaf}", getattr(module, leaf)
 
 
-def _concerns(conversion: Any, experts: list[str]) -> bool:
-    """Whether a weight conversion makes a parameter of modules of experts that are in 4 bit now."""
+def _concerns(conversion: Any, packed: list[str]) -> bool:
+    """Whether a weight conversion makes one of the tensors ``packed`` out of others, by splitting, say."""
     if isinstance(conversion, Quantize | DeserializeBitsandbytes):
         return True
     operations = getattr(conversion, "operations", None)
@@ -325,5 +388,7 @@ def _concerns(conversion: Any, experts: list[str]) -> bool:
         return False
     if any(isinstance(operation, DeserializeBitsandbytes) for operation in operations):
         return True
-    targets = [pattern.rpartition(".")[2] for pattern in conversion.target_patterns]
-    return bool(experts) and any(target in ("gate_up_proj", "up_proj", "down_proj") for target in targets)
+    # Patterns of whole parts of a name, "mlp.experts.gate_up_proj"; a star is a number, r"\1" is
+    # something of the source.
+    patterns = [target.replace(r"\1", ".*").replace("*.", r"\d+\.") for target in conversion.target_patterns]
+    return any(re.search(rf"(^|\.){pattern}(\.|$)", name) for pattern in patterns for name in packed)

@@ -8,13 +8,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora.models.files import atomic_write_all
-from qlora.models.prepare import bare_layers, qlora_layers, replace_module
-from qlora.models.weights import open_safetensors
+from qlora.storage.files import atomic_write_all
+from qlora.models.prepare import bare_layers, qlora_layers
 from qlora.nn import Linear4bit, QLoRALinear
+from qlora.nn.replacing import replace_module
+from qlora.storage.weights import open_safetensors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+# Options of PEFT that load_adapter follows, or that say nothing about what the adapter computes.
+_SUPPORTED = (
+    *("peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights"),
+    *("base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "peft_version", "runtime_config"),
+    *("corda_config", "eva_config", "loftq_config", "lora_ga_config", "ensure_weight_tying", "megatron_core", "qalora_group_size"),
+)
+_NOTHING = (None, False, "none", [], {}, "")  # values of other options that ask for nothing
+# Initializations that leave the base as it is.
+_ADDITIVE_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 _PREFIX = "base_model.model."  # PEFT's wrapper modules
 
 
@@ -35,19 +46,51 @@ def _from_pattern(patterns: dict[str, Any], layer_name: str, default: Any) -> An
     return default
 
 
+def bare_model(model: nn.Module) -> nn.Module:
+    """The model inside wrappers: torch.compile, (Distributed)DataParallel, AveragedModel.
+
+    Raises ValueError if a part of it is compiled on its own, for then the names of its layers are not the model's.
+    """
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # type: ignore[assignment]
+        elif isinstance(model, wrappers):
+            model = model.module  # type: ignore[assignment]
+        else:
+            break
+    inner = next((name for name, _ in model.named_modules() if "_orig_mod" in name), None)
+    if inner is not None:
+        raise ValueError(f"{inner}: a part of the model is compiled on its own: use module.compile() in place instead")
+    return model
+
+
 def save_adapter(model: nn.Module, folder: str | Path, name: str = "default", base_model: str | None = None) -> Path:
     """Writes one adapter of every :class:`QLoRALinear` of ``model`` to ``folder``; PEFT reads it.
 
     Both files are on disk before either is renamed: a full disk leaves the old ones, and so does a crash, but for one
     in the instant between the two renames. ``base_model`` is recorded as
     ``base_model_name_or_path``. Layers of different rank or alpha go into PEFT's ``rank_pattern`` and
-    ``alpha_pattern``. Raises ValueError if no layer has an adapter of that name.
+    ``alpha_pattern``.
+
+    A wrapper (torch.compile, DistributedDataParallel, an average of weights) is looked through: names are the model's.
+    Raises ValueError if no layer has an adapter of that name, and naming parameters that were trained besides the
+    adapters, which this file cannot hold.
     """
     from safetensors.torch import save
 
+    model = bare_model(model)
     layers = {n: layer for n, layer in qlora_layers(model).items() if name in layer.adapters}
     if not layers:
         raise ValueError(f"no layer has an adapter named '{name}'")
+    ours = {id(p) for layer in qlora_layers(model).values() for p in (*layer.lora_a.values(), *layer.lora_b.values())}
+    others = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in ours]
+    if others:
+        raise ValueError(
+            f"save_adapter: {len(others)} parameters that are no adapters require grad, e.g. {others[:3]}, and would be"
+            " lost. Freeze them (requires_grad_(False)) if they were not trained; to train them use PEFT's"
+            " LoraConfig(modules_to_save=[...]) instead of prepare_model's adapters"
+        )
     tensors = {}
     for layer_name, layer in layers.items():
         key_a, key_b = _keys_of(layer_name)
@@ -57,7 +100,7 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default", ba
     first = next(iter(settings.values()))
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if hasattr(model, "generate") else None,
+        "task_type": "CAUSAL_LM" if re.search(r"(ForCausalLM|LMHeadModel)$", type(model).__name__) else None,
         "base_model_name_or_path": base_model or getattr(getattr(model, "config", None), "_name_or_path", None),
         "r": first.rank,
         "lora_alpha": first.alpha,
@@ -95,9 +138,18 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} must hold a JSON object, not {type(config).__name__}")
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type={config.get('peft_type')!r}, only LORA adapters can be loaded")
-    for option in ("use_dora", "fan_in_fan_out"):
-        if config.get(option):
-            raise ValueError(f"{path}: {option}=true is not supported")
+    for option, value in config.items():
+        if option not in _SUPPORTED and value not in _NOTHING:
+            raise ValueError(
+                f"{path}: {option}={value!r} is not supported by qlora.load_adapter: load this adapter by PEFT,"
+                " PeftModel.from_pretrained, on a model that was loaded with qlora.QLoRAConfig"
+            )
+    if config.get("init_lora_weights") not in _ADDITIVE_INITS:
+        raise ValueError(
+            f"{path}: init_lora_weights={config['init_lora_weights']!r} means that the adapter belongs to a base that"
+            " its initialization has changed, not to the model on disk: load it by PEFT, or convert it there"
+            " (save_pretrained(path_initial_model_for_weight_conversion=...))"
+        )
     if not isinstance(config.get("r"), int) or config["r"] < 1:
         raise ValueError(f"{path}: r={config.get('r')!r} must be an integer of at least 1")
     config.setdefault("lora_alpha", config["r"])
@@ -126,7 +178,7 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     """Loads an adapter written by :func:`save_adapter` or by PEFT into the layers of ``model`` and makes it active.
 
     4-bit layers without adapters (of a model that was loaded with QLoRAConfig) become QLoRALinear where the file has
-    one for them. An adapter ``name`` that exists is replaced. Nothing is changed unless every key and shape fits.
+    one for them, and everything else of the model is frozen. An adapter ``name`` that exists is replaced. Nothing is changed unless every key and shape fits.
     Raises ValueError naming the keys if the file belongs to another model, or naming the file if it is damaged.
     """
     folder = Path(folder)
@@ -134,6 +186,7 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     path = folder / WEIGHTS_FILE
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
+    model = bare_model(model)
     with open_safetensors(path) as handle:
         tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118  (not a dict)
     layers = qlora_layers(model)
@@ -166,6 +219,8 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     if merged:
         raise RuntimeError(f"load_adapter: {merged[0]} is merged, call unmerge() first")
 
+    if adapted & bare.keys():
+        model.requires_grad_(False)  # as prepare_model: what trains is the adapter
     for layer_name in adapted & bare.keys():
         layer = QLoRALinear(bare[layer_name], rank=1)
         layer.delete_adapter("default")

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from qlora.models.adapters import CONFIG_FILE, load_adapter, read_adapter_config
-from qlora.models.files import atomic_write
+from qlora.storage.files import atomic_write
 from qlora.models.prepare import PreparedReport, prepare_model
-from qlora.models.weights import WeightSource
+from qlora.storage.weights import WeightSource
 
 logger = logging.getLogger(__name__)
 

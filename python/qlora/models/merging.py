@@ -1,41 +1,83 @@
-"""Folding the adapters of a whole model into its weights."""
+"""Folding the adapters of a whole model into its weights, ours and PEFT's."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from qlora.models.prepare import qlora_layers, replace_module
-from qlora.nn import Linear4bit, MergeReport
+from qlora.models.prepare import allow_saving, qlora_layers
+from qlora.nn import MergeReport
+from qlora.nn.merging import MergeInto
+from qlora.nn.replacing import replace_module
+
+
+class Merged(NamedTuple):
+    """What :func:`merge_and_unload` returns."""
+
+    model: nn.Module
+    reports: dict[str, MergeReport]  # by the layer's name in ``model``: the error that its merged form adds
 
 
 def merge_and_unload(
     model: nn.Module,
-    name: str | None = None,
+    name: str | Sequence[str] | None = None,
     *,
     requantize: bool = False,
     dtype: torch.dtype | None = None,
     search_scales: bool = False,
-) -> dict[str, MergeReport]:
-    """Replaces every :class:`QLoRALinear`, in place, by its merged layer. Without ``requantize`` the whole model is
-    dense afterwards: 4-bit layers that have no such adapter are dequantized; with it they stay as they are.
+    safe_merge: bool = False,
+) -> Merged:
+    """The model without adapters, each folded into its layer: of :func:`qlora.prepare_model`, or a PeftModel.
 
-    ``name`` (default: each layer's active adapter), ``requantize``, ``dtype`` and ``search_scales`` as in
-    :meth:`QLoRALinear.merge`. Returns the added error of each merged layer by name. Raises ValueError, before anything
+    Without ``requantize`` the whole model is dense afterwards, also its 4-bit layers that have no such adapter,
+    embeddings and experts included; it is saved and loaded as a dense model. With it merged layers are in 4 bit again.
+
+    Args:
+        name: the adapter; default: each layer's active one. A PeftModel takes several.
+        requantize, dtype, search_scales: see :class:`qlora.nn.merging.MergeInto`.
+        safe_merge: of a PeftModel: an adapter that makes a weight nan or inf is an error.
+
+    Works in place, but for a PeftModel, which wraps the model that is returned. Raises ValueError, before anything
     changes, if no layer has the adapter.
     """
+    from qlora.integrations.transformers import make_dense
+
+    into = MergeInto(requantize, dtype, search_scales)
+    if hasattr(model, "peft_config"):
+        from qlora.integrations.peft import merge_peft
+
+        names = [name] if isinstance(name, str) else None if name is None else list(name)
+        merged, reports = merge_peft(model, into, names, safe_merge)
+    else:
+        if safe_merge or not (name is None or isinstance(name, str)):
+            raise ValueError("safe_merge and several adapters are for PEFT's models: this one has none of PEFT")
+        merged, reports = model, _merge_prepared(model, into, name)
+        if not requantize:
+            allow_saving(model)
+    quantizer: Any = getattr(merged, "hf_quantizer", None)
+    if not requantize:
+        make_dense(merged, dtype)
+        if quantizer is not None:
+            quantizer.remove_quantization_config(merged)
+    elif quantizer is not None:
+        quantizer.has_adapters = False
+        allow_saving(merged)
+    return Merged(merged, reports)
+
+
+def _merge_prepared(model: nn.Module, into: MergeInto, name: str | None) -> dict[str, MergeReport]:
     layers = qlora_layers(model)
     adapter_of = {n: name or layer.active_adapter for n, layer in layers.items()}
     merged = {n for n, layer in layers.items() if adapter_of[n] in layer.adapters}
     if not merged:
         raise ValueError(f"{type(model).__name__} has no QLoRALinear with the adapter {name!r}: nothing to merge")
-    reports = {
-        n: layer.merge(adapter_of[n], requantize=requantize, dtype=dtype, search_scales=search_scales)
-        for n, layer in layers.items()
-        if n in merged
+    options: dict[str, Any] = {
+        "requantize": into.requantize,
+        "dtype": into.dtype,
+        "search_scales": into.search_scales,
     }
+    reports = {n: layer.merge(adapter_of[n], **options) for n, layer in layers.items() if n in merged}
     for n, layer in layers.items():
         replace_module(model, layer, layer.merged_linear() if n in merged else layer.base)
-    if not requantize:
-        for module in list(model.modules()):
-            if isinstance(module, Linear4bit):
-                replace_module(model, module, module.to_linear(dtype))
     return reports

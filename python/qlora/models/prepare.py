@@ -7,17 +7,18 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from qlora.distributed import refuse_fsdp1
-from qlora.models.weights import WeightSource, is_meta
-from qlora.nn import Linear4bit, QLoRALinear
+from qlora.nn import Experts4bit, Linear4bit, QLoRALinear
+from qlora.nn.borrowing import borrowed
+from qlora.nn.experts4bit import holds_experts, why_not_experts
 from qlora.nn.qlora_linear import check_adapter
+from qlora.nn.replacing import head_names, replace_module, shared_names, tensor_bytes, why_not_plain
 from qlora.ops import check_format
+from qlora.storage.weights import WeightSource, is_meta
 
 logger = logging.getLogger(__name__)
 
-_HEAD_NAMES = ("lm_head", "embed_out", "output_projection")
 # transformers 6 and later, and before.
 _CHECKPOINTING_SWITCHES = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
 
@@ -27,44 +28,10 @@ class PreparedReport:
     """What :func:`prepare_model` did."""
 
     quantized: tuple[str, ...]  # names of the layers that are 4-bit now
-    skipped: tuple[str, ...]  # names of linear layers left alone
+    skipped: tuple[str, ...]  # names of linear layers, and of modules of experts, left alone
     bytes_before: int  # parameters and buffers of the model as it came (of its dense form on the meta device)
     bytes_after: int
     trainable_params: int
-
-
-def tensor_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers, shared ones counted once."""
-    seen = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}
-    return sum(seen.values())
-
-
-def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Puts ``new`` wherever ``model`` holds ``old``, under every name that it has."""
-    for parent in list(model.modules()):  # a list: `new` may hold `old` itself
-        for leaf, child in parent._modules.items():
-            if child is old:
-                parent._modules[leaf] = new
-                if isinstance(parent, nn.TransformerEncoderLayer):
-                    parent.activation_relu_or_gelu = 0  # its fast path reads the children's weights itself
-
-
-def head_and_shared_names(model: nn.Module) -> set[str]:
-    """Names of linear layers that are the output head, or share their weight with another module."""
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter):
-            owners.setdefault(id(weight), []).append(name)
-    shared = {name for names in owners.values() if len(names) > 1 for name in names}
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
-    return {
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and (module is head or name in shared or name.rpartition(".")[2] in _HEAD_NAMES)
-    }
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -112,6 +79,41 @@ def _require_grad(module: nn.Module, inputs: object, output: Tensor) -> None:
         output.requires_grad_(True)
 
 
+def forbid_saving(model: nn.Module) -> None:
+    """Makes ``save_pretrained`` of a transformers model an error: what it would write no ``from_pretrained`` reads."""
+    if callable(getattr(type(model), "save_pretrained", None)):
+        model.save_pretrained = _refuse_to_save  # type: ignore[assignment]  # of this instance
+
+
+def allow_saving(model: nn.Module) -> None:
+    """Takes :func:`forbid_saving` back."""
+    vars(model).pop("save_pretrained", None)
+
+
+def _refuse_to_save(*args: object, **kwargs: object) -> None:
+    raise ValueError(
+        "save_pretrained: prepare_model has put 4-bit layers and adapters into this model, and no from_pretrained could"
+        " read what it would write. Save the adapter by qlora.save_adapter(model, folder), or merge it first by"
+        " qlora.merge_and_unload(model). To save a model in 4 bit load it with quantization_config=qlora.QLoRAConfig();"
+        " checkpoints of a Trainer need PEFT's adapters (get_peft_model) or save_strategy='no'"
+    )
+
+
+def _left_alone(model: nn.Module, names: Sequence[str], quantize_head: bool) -> dict[str, str]:
+    """Linear layers that stay as they are, with the reason."""
+    heads = {} if quantize_head else dict.fromkeys(head_names(model), "the output head")
+    shared = dict.fromkeys(shared_names(model), "its weight is shared with another module")
+    readers = {name: f"the code of {reader} reads its weight" for name, reader in borrowed(model, names).items()}
+    own = {}
+    for name in names:
+        module = model.get_submodule(name)
+        reason = None if isinstance(module, Linear4bit) else why_not_plain(module, nn.Linear)
+        if reason is not None:
+            own[name] = reason
+    return {**readers, **own, **heads, **shared}
+
+
+@torch.inference_mode(False)
 def prepare_model(
     model: nn.Module,
     rank: int | None = 16,
@@ -135,7 +137,11 @@ def prepare_model(
     changes its dtype, and with ``gradient_checkpointing`` the embedding's output requires grad.
 
     A model that was loaded in 4 bit (``QLoRAConfig``) keeps its layers: they get adapters, or with rank=None nothing
-    but the rest of the preparation. Its 3-D experts stay without adapters.
+    but the rest of the preparation. 3-D experts are put into 4 bit and stay without adapters.
+
+    Left dense, and listed in the report: the output head and heads of other tasks, layers that share their weight,
+    layers that compute more than nn.Linear (a forward of their own, a parametrization, hooks), layers whose weight the
+    model's code reads, and experts of another layout than transformers' interface. The log says why.
 
     Layer by layer: a dense weight is freed before the next one is quantized. A model on the meta device takes its
     weights from ``weights``, one tensor at a time, so that the peak stays near the size of the result.
@@ -146,7 +152,7 @@ def prepare_model(
         target_modules: names (whole, or last components) of the layers that get an adapter; default: all linear layers.
             Linear layers outside are quantized without an adapter.
         skip_modules: names of layers to leave alone.
-        quantize_head: include the output head; shared embeddings are still skipped.
+        quantize_head: include heads; shared embeddings are still skipped.
         weights: a safetensors file, a folder of them, or a mapping from parameter names; for models on the meta device.
         progress: show a bar (needs rich).
 
@@ -166,22 +172,32 @@ def prepare_model(
     if not linear_names:
         raise ValueError(f"{type(model).__name__} has no nn.Linear to quantize")
     for label, patterns in (("target_modules", target_modules or ()), ("skip_modules", skip_modules)):
+        if isinstance(patterns, str):
+            raise ValueError(f"{label}='{patterns}' must be a list of names: ['{patterns}']")
         for pattern in patterns:
             if not any(_matches(name, [pattern]) for name in linear_names):
                 raise ValueError(f"{label}: '{pattern}' matches no linear layer, e.g. '{linear_names[0]}'")
     _check_options(model, rank, dropout, quant_type, block_size, gradient_checkpointing)
-    kept = head_and_shared_names(model)
-    if quantize_head:
-        shared = {n for n in kept if any(p is model.get_submodule(n).weight for p in _other_weights(model, n))}
-        kept = shared
-    # nn.MultiheadAttention multiplies with the weight of this subclass itself, without calling the layer.
-    kept |= {n for n in linear_names if isinstance(model.get_submodule(n), NonDynamicallyQuantizableLinear)}
+    reasons = _left_alone(model, linear_names, quantize_head)
     if packed:
-        kept = set(linear_names) - packed
-    skipped = [n for n in linear_names if n in kept or _matches(n, skip_modules)]
-    chosen = [n for n in linear_names if n not in set(skipped)]
+        reasons = dict.fromkeys(set(linear_names) - packed, "the model came with other layers in 4 bit")
+    reasons |= {n: "it is in skip_modules" for n in linear_names if _matches(n, skip_modules)}
+    skipped = [n for n in linear_names if n in reasons]
+    chosen = [n for n in linear_names if n not in reasons]
     if not chosen:
-        raise ValueError(f"all linear layers were skipped: {skipped}")
+        raise ValueError(f"all linear layers were skipped: {reasons}")
+    wanted = [n for n in skipped if target_modules is not None and _matches(n, target_modules)]
+    if wanted:
+        raise ValueError(f"target_modules: {wanted[0]} cannot have an adapter: {reasons[wanted[0]]}")
+    experts = []
+    for name, module in model.named_modules():
+        if holds_experts(module) and not isinstance(module, Experts4bit):
+            reason = "the model came with other layers in 4 bit" if packed else why_not_experts(module)
+            if reason is None:
+                experts.append(name)
+            else:
+                skipped.append(name)
+                reasons[name] = reason
 
     source = WeightSource(weights) if weights is not None else None
     if source is None and any(is_meta(t) for t in model.parameters()):
@@ -191,6 +207,13 @@ def prepare_model(
 
     def replace(name: str) -> None:
         linear = model.get_submodule(name)
+        if name in experts:
+            if source is not None:
+                source.fill(linear, name, copy=False)
+            replace_module(
+                model, linear, Experts4bit.from_experts(linear, quant_type, double_quant, block_size)
+            )
+            return
         assert isinstance(linear, nn.Linear)
         if source is not None:
             source.fill(linear, name, copy=False)
@@ -217,7 +240,7 @@ def prepare_model(
         layer.train(linear.training)
         replace_module(model, linear, layer)
 
-    for name in _with_progress(chosen, "Quantizing", progress):
+    for name in _with_progress([*chosen, *experts], "Quantizing", progress):
         try:
             replace(name)
         except RuntimeError as error:  # a nan or inf: say in which layer
@@ -227,15 +250,13 @@ def prepare_model(
     if gradient_checkpointing:
         _enable_checkpointing(model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    logger.info("quantized %d layers, skipped %s", len(chosen), skipped)
-    return PreparedReport(tuple(chosen), tuple(skipped), bytes_before, tensor_bytes(model), trainable)
-
-
-def _other_weights(model: nn.Module, name: str) -> Iterator[nn.Parameter]:
-    for other, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if other != name and isinstance(weight, nn.Parameter):
-            yield weight
+    logger.info("quantized %d layers, left %s", len(chosen) + len(experts), reasons)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None or rank is not None:
+        forbid_saving(model)
+    if quantizer is not None and rank is not None:
+        quantizer.has_adapters = True
+    return PreparedReport((*chosen, *experts), tuple(skipped), bytes_before, tensor_bytes(model), trainable)
 
 
 def _with_progress(names: Sequence[str], label: str, show: bool) -> Iterator[str]:

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from qlora import ops, reference
 from qlora.nn.packed import PackedMatrix
+from qlora.nn.replacing import require_plain
 from qlora.weight import QuantizedWeight, quantize
 
 
@@ -23,10 +24,16 @@ class Embedding4bit(PackedMatrix, nn.Embedding):
         super().adopt(weight)
 
     @classmethod
+    @torch.inference_mode(False)
     def from_embedding(
         cls, embedding: nn.Embedding, quant_type: str = "nf4", double_quant: bool = True, block_size: int = 64
     ) -> "Embedding4bit":
-        """Quantizes the table of ``embedding``. Raises ValueError if it renormalizes its rows (max_norm)."""
+        """Quantizes the table of ``embedding``.
+
+        Raises ValueError if it renormalizes its rows (max_norm), or computes more than nn.Embedding: a subclass with a
+        forward of its own (a scale, say), a parametrization, hooks.
+        """
+        require_plain(embedding, nn.Embedding)
         if embedding.max_norm is not None:
             raise ValueError(f"max_norm={embedding.max_norm} changes the table at each call: it cannot be in 4 bit")
         layer = cls.__new__(cls)
@@ -43,12 +50,13 @@ class Embedding4bit(PackedMatrix, nn.Embedding):
     def forward(self, ids: Tensor) -> Tensor:
         rows = ids.flatten()
         blocks = self.embedding_dim // self.block_size
-        block_of_row = rows.unsqueeze(1) * blocks + torch.arange(blocks, device=rows.device)
-        scales = self.absmax[block_of_row]
+        # torch.embedding, for indexing would take ids below zero from the end.
+        scales = torch.embedding(self.absmax.view(-1, blocks), rows)
         if self.nested_absmax.numel():
+            block_of_row = rows.unsqueeze(1) * blocks + torch.arange(blocks, device=rows.device, dtype=torch.int64)
             scales = reference.nested_scales(scales, self.nested_absmax, self.nested_offset, block_of_row)
         decoded = ops.dequantize(
-            self.weight[rows].flatten(),
+            torch.embedding(self.weight, rows).flatten(),
             scales.flatten(),
             None,
             None,
@@ -58,6 +66,17 @@ class Embedding4bit(PackedMatrix, nn.Embedding):
             self.original_dtype,
         )
         return decoded.view(*ids.shape, self.embedding_dim)
+
+    def to_embedding(self, dtype: torch.dtype | None = None) -> nn.Embedding:
+        """A frozen dense embedding with the dequantized table, in ``dtype`` or what it had before."""
+        return self.dense_twin(self.dequantize(dtype))
+
+    def dense_twin(self, table: Tensor) -> nn.Embedding:
+        """A frozen dense embedding around ``table`` (rows, width), with the settings of this one."""
+        dense = nn.Embedding.from_pretrained(
+            table, freeze=True, padding_idx=self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq
+        )
+        return dense.train(self.training)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.quant_type}, block_size={self.block_size}"

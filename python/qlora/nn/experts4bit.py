@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from qlora import ops
 from qlora.nn.packed import STATISTICS, restore_dtypes
+from qlora.nn.replacing import has_hooks
 from qlora.weight import QuantizedWeight, quantize
 
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
@@ -19,6 +20,8 @@ def why_not_experts(module: nn.Module) -> str | None:
     missing = [name for name in (*_CONTRACT, "num_experts", "_apply_gate") if not hasattr(module, name)]
     if missing:
         return f"it does not say how its experts are laid out (no attribute {missing[0]})"
+    if has_hooks(module):
+        return "it has hooks, or a forward of the instance, that would be lost: remove them first"
     if getattr(module, "has_post_expert_norm", False):
         return "it normalizes the output of each expert"
     for name in expert_weights(module):
@@ -79,6 +82,7 @@ class Experts4bit(nn.Module):
     is_transposed: bool
 
     @classmethod
+    @torch.inference_mode(False)
     def from_experts(
         cls, experts: nn.Module, quant_type: str = "nf4", double_quant: bool = True, block_size: int = 64
     ) -> "Experts4bit":
@@ -193,6 +197,11 @@ class Experts4bit(nn.Module):
         super()._apply(fn, recurse)
         restore_dtypes(self, before)
         return self
+
+    @property
+    def hidden_numel(self) -> int:
+        """How many weights more than elements of its parameters there are."""
+        return sum(getattr(self, name).numel() for name in self.weight_names)
 
     def extra_repr(self) -> str:
         return f"{self.num_experts} experts, {self.quant_type}, block_size={self.block_size}"

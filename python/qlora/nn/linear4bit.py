@@ -1,12 +1,14 @@
 """Linear4bit: an ``nn.Linear`` whose weight is frozen in 4 bit."""
 
 import json
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qlora import ops
 from qlora.nn.packed import PackedMatrix
+from qlora.nn.replacing import require_plain
 from qlora.weight import QuantizedWeight, quantize
 
 
@@ -22,6 +24,7 @@ class Linear4bit(PackedMatrix, nn.Linear):
     """
 
     compute_dtype: torch.dtype | None = None
+    dense_class: type[nn.Module] = nn.Linear  # what it was and becomes again: nn.Linear, or transformers' Conv1D
 
     def __init__(
         self,
@@ -40,6 +43,7 @@ class Linear4bit(PackedMatrix, nn.Linear):
         self.requires_grad_(False)
 
     @classmethod
+    @torch.inference_mode(False)
     def from_weight(cls, weight: QuantizedWeight, bias: Tensor | None = None) -> "Linear4bit":
         """Takes over the tensors of ``weight`` (n, k) and ``bias`` [n], without a copy."""
         if len(weight.shape) != 2:
@@ -56,8 +60,14 @@ class Linear4bit(PackedMatrix, nn.Linear):
     def from_linear(
         cls, linear: nn.Linear, quant_type: str = "nf4", double_quant: bool = True, block_size: int = 64
     ) -> "Linear4bit":
-        """Quantizes the weight of ``linear``; its bias is shared and frozen."""
-        return cls.from_weight(quantize(linear.weight, quant_type, block_size, double_quant), linear.bias)
+        """Quantizes the weight of ``linear``; its bias is shared and frozen.
+
+        Raises ValueError for a layer that computes more than nn.Linear: a subclass with a forward of its own, a
+        parametrization, hooks.
+        """
+        require_plain(linear, nn.Linear)
+        layer = cls.from_weight(quantize(linear.weight, quant_type, block_size, double_quant), linear.bias)
+        return layer.train(linear.training)
 
     def matrix_shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
@@ -96,9 +106,27 @@ class Linear4bit(PackedMatrix, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return self.run(x)
 
-    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
-        """A frozen dense layer with the dequantized weight, in ``dtype`` or what the weight had before."""
-        return dense_linear(self.dequantize(dtype), self.bias)
+    def to_linear(self, dtype: torch.dtype | None = None) -> Any:
+        """A frozen dense layer of ``dense_class`` with the dequantized weight, in ``dtype`` or what the weight had
+        before."""
+        return self.dense_twin(self.dequantize(dtype), self.bias)
+
+    def dense_twin(self, weight: Tensor, bias: Tensor | None) -> Any:
+        """A frozen dense layer of ``dense_class`` around ``weight`` (out, in) and ``bias``; its weight lies as that
+        class has it."""
+        if self.dense_class is nn.Linear:
+            return dense_linear(weight, bias).train(self.training)
+        with torch.device("meta"):
+            layer = self.dense_class(self.out_features, self.in_features)  # Conv1D(nf, nx)
+        layer.weight = nn.Parameter(weight.t().contiguous(), requires_grad=False)
+        layer.bias = nn.Parameter(weight.new_zeros(self.out_features) if bias is None else bias.detach())
+        return layer.requires_grad_(False).train(self.training)
+
+    def in_format(self, weight: QuantizedWeight, bias: Tensor | None) -> "Linear4bit":
+        """A layer with another weight and the settings of this one."""
+        layer = Linear4bit.from_weight(weight, bias)
+        layer.compute_dtype, layer.dense_class = self.compute_dtype, self.dense_class
+        return layer.train(self.training)
 
     def get_extra_state(self) -> Tensor:
         """What the tensors do not say: quant type and block size, as the bytes of a JSON object."""

@@ -1,4 +1,5 @@
-"""Putting a changed weight back into 4 bit, and the error that it costs."""
+"""The arithmetic of adapters that every layer shares: what an adapter adds to a weight, putting the sum back into a
+layer, dense or in 4 bit, and the error that this costs."""
 
 from dataclasses import dataclass, replace
 
@@ -21,6 +22,44 @@ class MergeReport:
     format: str  # "bfloat16", "nf4", …
     relative_error: float  # of the merged weight, the quantization of the base not counted
     max_abs_error: float
+
+
+@dataclass(frozen=True)
+class MergeInto:
+    """What a merged weight becomes.
+
+    Args:
+        requantize: the 4-bit format of the base; else a dense weight.
+        dtype: of the dense weight; None: what the base had before it was quantized.
+        search_scales: with ``requantize``, search the scale of each block for the least squared error.
+
+    Raises ValueError for options that contradict each other.
+    """
+
+    requantize: bool = False
+    dtype: torch.dtype | None = None
+    search_scales: bool = False
+
+    def __post_init__(self) -> None:
+        if self.requantize and self.dtype is not None:
+            raise ValueError(f"dtype={self.dtype} contradicts requantize=True, which stores 4 bit")
+        if self.search_scales and not self.requantize:
+            raise ValueError("search_scales=True needs requantize=True: a dense weight has no scales")
+
+
+def low_rank_delta(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """What an adapter adds to a weight: ``scaling * b @ a`` in float32, (…, out, in) of a (…, r, in), b (…, out, r)."""
+    return scaling * (b.float() @ a.float())
+
+
+def merged_weight(
+    exact: Tensor, like: QuantizedWeight, into: MergeInto, adapter: str = ""
+) -> tuple[Tensor | QuantizedWeight, MergeReport]:
+    """``exact`` (float32) in the form that ``into`` says, and the error of that; ``like`` is the base's weight."""
+    if into.requantize:
+        return requantize(exact, like, search_scales=into.search_scales, adapter=adapter)
+    dense = exact.to(into.dtype or like.dtype)
+    return dense, merge_report(dense, exact, adapter)
 
 
 def merge_report(dense: Tensor, exact: Tensor, adapter: str = "") -> MergeReport:
@@ -50,7 +89,7 @@ def _search(exact: Tensor, weight: QuantizedWeight) -> QuantizedWeight:
     flat = torch.nn.functional.pad(exact.flatten(), (0, -exact.numel() % weight.block_size))
     blocks = flat.view(-1, weight.block_size)
     largest = blocks.abs().amax(1)
-    levels, order = torch.tensor(_C.codebook(weight.quant_type), device=exact.device).sort(stable=True)
+    levels, order = reference.table(_C.codebook(weight.quant_type), exact).sort(stable=True)
     middles = (levels[1:] + levels[:-1]) / 2
 
     def codes(scale: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What every layer shares whose one weight is a matrix in 4 bit: its tensors, and that no cast touches them."""
+"""PackedMatrix: base class of layers with one 4-bit matrix. It holds the tensors, which no cast touches."""
 
 from typing import Any
 
@@ -63,6 +63,12 @@ class PackedMatrix(nn.Module):
             self.block_size,
             self.original_dtype,
         )
+
+    @property
+    def hidden_numel(self) -> int:
+        """How many weights more than elements of ``weight`` there are: what a count of parameters leaves out."""
+        rows, columns = self.matrix_shape()
+        return rows * columns - self.weight.numel()
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The whole matrix, dense."""

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qlora import ops
-from qlora.nn import merging
 from qlora.nn.linear4bit import Linear4bit, dense_linear
-from qlora.nn.merging import MergeReport
+from qlora.nn.merging import MergeInto, MergeReport, low_rank_delta, merged_weight
+from qlora.nn.replacing import has_hooks, loaded, require_plain
 from qlora.weight import QuantizedWeight, quantize
 
 
@@ -89,6 +89,8 @@ class QLoRALinear(nn.Module):
         super().__init__()
         if not isinstance(base, nn.Linear):
             raise TypeError(f"base is a {type(base).__name__}: QLoRALinear adapts nn.Linear and Linear4bit")
+        if not isinstance(base, Linear4bit):
+            require_plain(base, nn.Linear)
         if cache_dequantized and not freeze_base:
             raise ValueError("cache_dequantized=True needs freeze_base=True: a trained base changes at every step")
         self.in_features, self.out_features = base.in_features, base.out_features
@@ -121,6 +123,7 @@ class QLoRALinear(nn.Module):
 
     # ---- adapters ----
 
+    @torch.inference_mode(False)
     def add_adapter(self, name: str, rank: int, alpha: float | None = None, dropout: float = 0.0) -> None:
         """Adds an adapter that changes nothing yet (A random, B zero: Hu et al. 2021) and makes it the active one."""
         check_adapter(rank, dropout)
@@ -206,12 +209,14 @@ class QLoRALinear(nn.Module):
         name = self.active_adapter
         settings = self.adapters[name]
         modules: Any = self._modules  # as in Linear4bit.run: attributes of a module are slow to find
-        a, b = modules["lora_a"]._parameters[name], modules["lora_b"]._parameters[name]
+        base, lora_a, lora_b = modules["base"], modules["lora_a"], modules["lora_b"]
         dropped = F.dropout(x, settings.dropout) if settings.dropout > 0 and self.training else None
-        if isinstance(self.base, Linear4bit) and not self.cache_dequantized:
-            return self.base.run(x, a, b, settings.scaling, dropped)
-        low_rank = F.linear(F.linear((x if dropped is None else dropped).to(a.dtype), a), b)
-        return self._forward_base(x) + (settings.scaling * low_rank).to(x.dtype)
+        if isinstance(base, Linear4bit) and not self.cache_dequantized and not has_hooks(base, lora_a, lora_b):
+            return base.run(x, lora_a._parameters[name], lora_b._parameters[name], settings.scaling, dropped)
+        with loaded(lora_a, lora_b):
+            a, b = lora_a[name], lora_b[name]
+            low_rank = F.linear(F.linear((x if dropped is None else dropped).to(a.dtype), a), b)
+            return self._forward_base(x) + (settings.scaling * low_rank).to(x.dtype)
 
     def _forward_base(self, x: Tensor) -> Tensor:
         if not isinstance(self.base, Linear4bit):
@@ -233,7 +238,11 @@ class QLoRALinear(nn.Module):
         bias = self.base.bias
         if isinstance(weight, Tensor):
             return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        return ops.forward(x, *weight.tensors, weight.shape, weight.quant_type, weight.block_size, bias=bias)
+        compute = getattr(self.base, "compute_dtype", None) or x.dtype
+        y = ops.forward(
+            x.to(compute), *weight.tensors, weight.shape, weight.quant_type, weight.block_size, bias=bias
+        )
+        return y.to(x.dtype)
 
     # ---- merging ----
 
@@ -261,10 +270,7 @@ class QLoRALinear(nn.Module):
         Returns the error that the merged format adds, measured against the float32 sum.
         """
         self._forbid_while_merged("merge")
-        if requantize and dtype is not None:
-            raise ValueError(f"merge: dtype={dtype} contradicts requantize=True, which stores {self.quant_type}")
-        if search_scales and not requantize:
-            raise ValueError("merge: search_scales=True needs requantize=True, a dense weight has no scales")
+        into = MergeInto(requantize, dtype, search_scales)
         name = name or self.active_adapter
         if name is None:
             raise RuntimeError("merge: no adapter is active, name one")
@@ -273,16 +279,10 @@ class QLoRALinear(nn.Module):
             weight = self.base.quantized_weight
         else:  # what the forward computes with: the quantized weight, not its full-precision master
             weight = quantize(self.base.weight, self.quant_type, self.block_size, self.double_quant)
-        exact = weight.dequantize(torch.float32) + self.adapters[name].scaling * (
-            self.lora_b[name].float() @ self.lora_a[name].float()
-        )
-        if requantize:
-            weight, report = merging.requantize(exact, weight, search_scales=search_scales, adapter=name)
-            self._merged = _Merged(name, weight)
-            return report
-        dense = exact.to(dtype or weight.dtype)
-        self._merged = _Merged(name, dense)
-        return merging.merge_report(dense, exact, name)
+        delta = low_rank_delta(self.lora_a[name], self.lora_b[name], self.adapters[name].scaling)
+        merged, report = merged_weight(weight.dequantize(torch.float32) + delta, weight, into, name)
+        self._merged = _Merged(name, merged)
+        return report
 
     def unmerge(self) -> None:
         """Back to base and adapter, bit for bit as before :meth:`merge`. Raises RuntimeError if nothing is merged."""
@@ -294,11 +294,13 @@ class QLoRALinear(nn.Module):
         """The merged layer on its own: ``Linear4bit`` if requantized, else a dense ``nn.Linear``."""
         if self._merged is None:
             raise RuntimeError("merged_linear: call merge() first")
-        weight = self._merged.weight
-        bias = self.base.bias
+        weight, base = self._merged.weight, self.base
+        if isinstance(base, Linear4bit):
+            packed = isinstance(weight, QuantizedWeight)
+            return base.in_format(weight, base.bias) if packed else base.dense_twin(weight, base.bias)
         if isinstance(weight, QuantizedWeight):
-            return Linear4bit.from_weight(weight, bias)
-        return dense_linear(weight, bias)
+            return Linear4bit.from_weight(weight, base.bias).train(base.training)
+        return dense_linear(weight, base.bias).train(base.training)
 
     # ---- state ----
 

@@ -77,7 +77,7 @@ class PagedAdamW(Optimizer):
     def _new_state(self, param: Tensor) -> dict[str, Tensor]:
         local = _local(param)
         pages, shape = self._pages_of(local.device), tuple(local.shape)
-        state = {"step": torch.tensor(0.0)}
+        state = {"step": torch.tensor(0.0, dtype=torch.float32, device="cpu")}  # as torch.optim.AdamW
         if self._is_8bit(param):
             if _is_distributed(param):
                 raise ValueError("bits=8: blocks of 256 moments cannot be spread over processes, use bits=32")

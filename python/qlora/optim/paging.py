@@ -49,7 +49,7 @@ class MappedFiles:
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         count = math.prod(shape)
         if count == 0:
-            return torch.zeros(shape, dtype=dtype)
+            return torch.zeros(shape, dtype=dtype, device="cpu")
         descriptor, path = tempfile.mkstemp(dir=self._folder, prefix="qlora-state-")
         try:
             # Reserved now: a full disk is an error here, not a signal in the middle of a step.

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from qlora import _C
-from qlora.models.prepare import head_and_shared_names, replace_module, tensor_bytes
 from qlora.nn import Linear4bit, QLoRALinear
 from qlora.nn.experts4bit import holds_experts
+from qlora.nn.replacing import head_names, replace_module, shared_names, tensor_bytes
 from qlora.planning.simulate import peak_of_a_step
 
 
@@ -79,7 +79,7 @@ def build(config: Any, settings: Settings) -> nn.Module:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=_dtype(settings.dtype))
-    kept = head_and_shared_names(model)
+    kept = head_names(model) | shared_names(model)
     for name, module in list(model.named_modules()):
         if holds_experts(module):
             raise ValueError(f"{name} holds experts: what they keep depends on the data, so it cannot be planned")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.models.adapters import save_adapter
-from qlora.models.files import atomic_write
+from qlora.storage.files import atomic_write
 from qlora.models.loading import (
     load_quantized,
     load_tokenizer,

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from qlora.models.files import atomic_write
+from qlora.storage.files import atomic_write
 from qlora.models.prepare import qlora_layers
 from qlora.nn import Linear4bit
 

@@ -33,6 +33,22 @@ def _shard_names(index: Path) -> set[str]:
     return names
 
 
+def _model_files(folder: Path) -> list[Path]:
+    """The files of a folder that transformers would read: shards that an index names, or model.safetensors. What else
+    lies there (an older copy, an adapter) is not the model's."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        return sorted({folder / name for name in _shard_names(index)})
+    single = folder / "model.safetensors"
+    if not single.exists():
+        others = sorted(path.name for path in folder.glob("*.safetensors"))
+        raise FileNotFoundError(
+            f"{folder} holds neither model.safetensors nor {index.name}"
+            + (f", but {others[:3]}: pass the path of a file itself" if others else "")
+        )
+    return [single]
+
+
 class WeightSource:
     """Tensors by parameter name, from a mapping, a safetensors file, or a folder of shards."""
 
@@ -45,12 +61,7 @@ class WeightSource:
             return
         path = Path(weights)
         if path.is_dir():
-            files = sorted(path.glob("*.safetensors"))
-            index = path / "model.safetensors.index.json"
-            if index.exists():
-                files = sorted({path / name for name in _shard_names(index)})
-            if not files:
-                raise FileNotFoundError(f"{path} holds no .safetensors file")
+            files = _model_files(path)
         else:
             files = [path]
         for file in files:

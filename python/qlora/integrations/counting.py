@@ -1,0 +1,127 @@
+"""What other libraries count and average: parameters behind packed weights, operations of our operators, and averages
+of models that leave packed weights as they are.
+
+:mod:`qlora.integrations.registration` calls each function when the module that it changes has been imported.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import wraps
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora.nn import Experts4bit
+from qlora.nn.packed import PackedMatrix
+
+
+def hidden_parameters(model: nn.Module) -> int:
+    """How many weights of a model a count of elements leaves out, two weights being one byte."""
+    return sum(m.hidden_numel for m in model.modules() if isinstance(m, PackedMatrix | Experts4bit))
+
+
+# ---- parameters ----
+
+
+def count_for_peft(module: ModuleType) -> None:
+    """``PeftModel.get_nb_trainable_parameters`` gives the numbers of the dense model."""
+    count = module.PeftModel.get_nb_trainable_parameters
+
+    @wraps(count)
+    def counted(self: Any) -> tuple[int, int]:
+        trainable, total = count(self)
+        return trainable, total + hidden_parameters(self)
+
+    module.PeftModel.get_nb_trainable_parameters = counted
+
+
+def count_for_transformers(module: ModuleType) -> None:
+    """``PreTrainedModel.num_parameters`` gives the number of the dense model."""
+    count = module.ModuleUtilsMixin.num_parameters
+
+    @wraps(count)
+    def counted(self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        hidden = 0 if only_trainable else hidden_parameters(self)
+        return count(self, only_trainable, exclude_embeddings) + hidden
+
+    module.ModuleUtilsMixin.num_parameters = counted
+
+
+# ---- operations ----
+
+
+def _low_rank(m: int, n: int, k: int, lora_a: Any) -> int:
+    """Operations of the two thin products; lora_a is a shape [.., r, k] or None."""
+    return 0 if lora_a is None else 2 * m * lora_a[-2] * (n + k)
+
+
+def _tokens(x: Any) -> int:
+    return torch.Size(x[:-1]).numel()
+
+
+def _forward_flops(x: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    if len(args) < 6:  # the affine form: x, quantized_W [k, n], scale, zero_point, B [k, r], A [r, n], alpha
+        k, n = weight
+        return 2 * _tokens(x) * (n * k + args[2][1] * (n + k))
+    n, k = args[3]
+    lora_a = args[6] if len(args) > 6 else kwargs.get("lora_a")
+    return 2 * _tokens(x) * n * k + _low_rank(_tokens(x), n, k, lora_a)
+
+
+def _thin_products(m: int, n: int, k: int, rank: int, needs_x: bool, needs_lora: bool) -> int:
+    """Of a backward: dy B for either; times A for dx; x Aᵀ, dyᵀ (x Aᵀ) and (dy B)ᵀ x for the factors."""
+    shared = n if needs_x or needs_lora else 0
+    return 2 * m * rank * (shared + k * needs_x + (n + 2 * k) * needs_lora)
+
+
+def _backward_flops(grad: Any, x: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    m = _tokens(x)
+    if len(args) < 8:  # the affine form: scale, zero_point, B, A, alpha, needs_x, needs_lora
+        k, n = weight
+        return 2 * m * n * k * args[5] + _thin_products(m, n, k, args[2][1], args[5], args[6])
+    n, k = args[3]
+    lora_a = args[6]
+    rank = 0 if lora_a is None else lora_a[-2]
+    return 2 * m * n * k * args[10] + _thin_products(m, n, k, rank, args[10], args[11])
+
+
+def count_operations(module: ModuleType) -> None:
+    """torch's FlopCounterMode counts our operators: those of the products, 2 · tokens · in · out and the thin ones."""
+    module.register_flop_formula(torch.ops.qlora.forward)(_forward_flops)
+    module.register_flop_formula(torch.ops.qlora.backward)(_backward_flops)
+
+
+# ---- averages ----
+
+
+def average_floats_only(module: ModuleType) -> None:
+    """``AveragedModel`` averages what is a number. Packed weights, which are frozen, stay as they are: an average of
+    their bytes, rounded, is another weight."""
+    update: Callable[[Any, nn.Module], None] = module.AveragedModel.update_parameters
+
+    @wraps(update)
+    def updated(self: Any, model: nn.Module) -> None:
+        if not any(isinstance(m, PackedMatrix | Experts4bit) for m in self.module.modules()):
+            update(self, model)
+            return
+
+        def floats(tensors: Iterator[Tensor]) -> Iterator[Tensor]:
+            return (t for t in tensors if t.is_floating_point())
+
+        def view(of: nn.Module) -> Any:
+            buffers = (lambda: floats(of.buffers())) if self.use_buffers else of.buffers
+            return SimpleNamespace(parameters=lambda: floats(of.parameters()), buffers=buffers)
+
+        averaged = view(self.module)
+        stand_in = SimpleNamespace(
+            module=averaged,
+            parameters=averaged.parameters,
+            use_buffers=self.use_buffers,
+            n_averaged=self.n_averaged,
+            avg_fn=self.avg_fn,
+            multi_avg_fn=self.multi_avg_fn,
+        )
+        update(stand_in, view(model))
+
+    module.AveragedModel.update_parameters = updated

@@ -1,0 +1,72 @@
+"""Finds layers whose weight other code reads, by the source of the model: such a weight must stay dense.
+
+A packed weight has another dtype and another shape. Code that multiplies with it, or casts activations to its dtype,
+fails in the first forward or, worse, computes something else.
+"""
+
+import ast
+import inspect
+import sys
+from collections.abc import Iterable, Iterator
+from functools import cache
+
+from torch import nn
+
+# Methods that run when a model is made, before its layers are in 4 bit, or tell the world where it is.
+_BEFORE = ("__init__", "init_weights", "_init_weights", "reset_parameters", "_reset_parameters", "device", "dtype")
+# Bloom reads them for tensor parallelism of its pretraining alone (slow_but_exact with pretraining_tp > 1).
+_EXEMPT = ("BloomAttention", "BloomMLP")
+_HARMLESS = ("device", "is_cuda")  # what may be asked of a packed weight
+
+
+@cache
+def _classes(module: str) -> dict[str, ast.ClassDef]:
+    """The classes of a module by name, as syntax trees; nothing if its source is not at hand."""
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (KeyError, OSError, TypeError, SyntaxError):
+        return {}
+    return {node.name: node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+
+
+@cache
+def _reads(cls: type) -> frozenset[str]:
+    """Dotted names of the modules below an instance of ``cls`` whose ``weight`` its methods read."""
+    found: set[str] = set()
+    for parent in cls.__mro__:
+        if parent is nn.Module:
+            break
+        source = _classes(parent.__module__).get(parent.__name__)
+        for function in ast.walk(source) if source is not None else ():
+            if isinstance(function, ast.FunctionDef) and function.name not in _BEFORE:
+                found |= set(_weights_read(function))
+    return frozenset(found)
+
+
+def _weights_read(function: ast.FunctionDef) -> Iterator[str]:
+    harmless = {
+        id(node.value) for node in ast.walk(function) if isinstance(node, ast.Attribute) and node.attr in _HARMLESS
+    }
+    for node in ast.walk(function):
+        if not (isinstance(node, ast.Attribute) and node.attr == "weight") or id(node) in harmless:
+            continue
+        names, owner = [], node.value
+        while isinstance(owner, ast.Attribute):
+            names.append(owner.attr)
+            owner = owner.value
+        if names and isinstance(owner, ast.Name) and owner.id == "self":
+            yield ".".join(reversed(names))
+
+
+def borrowed(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Those of the layers ``names`` whose weight the code of a module above them reads, with the class that does."""
+    result = {}
+    for name in names:
+        parts = name.split(".")
+        for depth in range(len(parts)):
+            cls = type(model.get_submodule(".".join(parts[:depth])))
+            if cls.__name__ in _EXEMPT or cls.__module__.startswith("torch.nn."):  # torch's own: see replace_module
+                continue
+            if ".".join(parts[depth:]) in _reads(cls):
+                result[name] = cls.__name__
+    return result
