@@ -139,10 +139,10 @@ PYBIND11_MODULE(_C, m) {
   m.attr("NESTED_BLOCK") = qlora::kNestedBlock;
   m.attr("MOMENT_BLOCK") = qlora::kMomentBlock;
   m.attr("DECODE_TOKENS") = qlora::cpu::kDecodeTokens;
-#ifdef QLORA_NEWEST_ARCH
-  m.attr("CUDA_NEWEST_ARCH") = QLORA_NEWEST_ARCH;
+#ifdef QLORA_CUDA_ARCHS
+  m.attr("CUDA_ARCHS") = py::make_tuple(QLORA_CUDA_ARCHS);  // ascending; of the last one there is PTX too
 #else
-  m.attr("CUDA_NEWEST_ARCH") = 0;  // this build has no CUDA operators
+  m.attr("CUDA_ARCHS") = py::tuple();  // this build has no CUDA operators
 #endif
   m.attr("COMPILER") = QLORA_COMPILER;
   m.attr("BUILD_TORCH") = QLORA_BUILD_TORCH;

@@ -21,6 +21,15 @@ def ignore_frozen(model: nn.Module) -> list[str]:
     return names
 
 
+def largest_list(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a model: the children of its longest list of modules."""
+    longest: list[nn.Module] = []
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) > len(longest):
+            longest = list(module)
+    return longest
+
+
 def refuse_fsdp1() -> None:
     """Raises ValueError if this process was launched by accelerate for the first FSDP, which flattens parameters of one
     dtype and cannot take packed ones."""

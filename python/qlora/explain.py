@@ -44,7 +44,7 @@ def _explain_cuda(x: Tensor, weight: QuantizedWeight, tokens: int) -> Explanatio
         k,
         str(x.dtype).removeprefix("torch."),
         weight.block_size,
-        min(10 * gpu.major + gpu.minor, _C.CUDA_NEWEST_ARCH),  # a newer GPU runs the newest code that was compiled
+        min(10 * gpu.major + gpu.minor, _C.CUDA_ARCHS[-1]),  # a newer GPU runs the newest code that was compiled
         gpu.multi_processor_count,
         gpu.shared_memory_per_block_optin,
     )

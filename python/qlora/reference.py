@@ -12,7 +12,6 @@ from torch import Tensor
 
 from qlora import _C
 
-
 _DYNAMIC_MAP = tuple(_C.dynamic_map())  # read here, since torch.compile cannot call into the module
 
 

@@ -115,7 +115,8 @@ class QuantizedWeight:
         entries = {
             prefix: self.packed.view(-1, 1),
             f"{prefix}.absmax": self.absmax,
-            f"{prefix}.quant_map": reference.table(_C.codebook(self.quant_type), self.packed) + 0.0,  # its table has no -0
+            f"{prefix}.quant_map": reference.table(_C.codebook(self.quant_type), self.packed)
+            + 0.0,  # its table has no -0
         }
         if self.double_quant:
             entries[f"{prefix}.nested_absmax"] = self.nested_absmax

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from toys import TiedModel, save_llama
 
 import qlora
-from qlora.storage import files
 from qlora.models.prepare import qlora_layers
 from qlora.nn import Linear4bit
+from qlora.storage import files
 
 
 def prepared(rank=4, seed=0, **options):

@@ -31,6 +31,7 @@ LAYERS = (
     "reference",
     "weight",
     "explain",
+    "devices",
     "nn",
     "optim",
     "distributed",

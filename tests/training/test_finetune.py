@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from toys import save_llama
 from transformers import TrainerCallback
 
-import qlora
 from qlora.models.loading import chat_reply, load_for_inference
 from qlora.training import finetune as module
 from qlora.training.finetune import FinetuneSettings, Interrupted, finetune
@@ -138,7 +137,7 @@ def test_a_resume_notices_that_the_data_changed(settings, tmp_path):
     data.write_bytes(module.Path(settings.data).read_bytes())
     settings = dataclasses.replace(settings, data=str(data), max_steps=2)
     finetune(settings)
-    data.write_bytes(data.read_bytes() + b'\n{"text": "more"}\n')
+    data.write_bytes(data.read_bytes() + b'\n{"prompt": "more", "completion": "light"}\n')
     with pytest.raises(ValueError, match="data_sha256"):
         finetune(settings, resume=True)
 
@@ -215,11 +214,11 @@ def test_bad_data_stops_the_job_before_anything_is_written(settings, tmp_path):
     [
         ({"rank": 0}, "rank=0 must be at least 1"),
         ({"dropout": 1.0}, r"dropout=1.0 must be in \[0, 1\)"),
-        ({"compute_dtype": "int8"}, "compute_dtype='int8' must be one of bf16, fp32"),
+        ({"compute_dtype": "int8"}, "compute_dtype='int8' must be one of auto, bf16, fp16, fp32"),
         ({"max_length": 4}, "max_length=4 cuts off every completion"),
         ({"quant_type": "nf3"}, "quant_type='nf3' is unknown"),
         ({"block_size": 65}, "block_size=65"),
-        ({"target_modules": ("nowhere",)}, "'nowhere' matches no linear layer"),
+        ({"target_modules": ("nowhere",)}, "'nowhere'.* not found"),
         ({"model": "./no/such/model"}, "is not a model folder"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0 must be positive"),
     ],
@@ -227,36 +226,3 @@ def test_bad_data_stops_the_job_before_anything_is_written(settings, tmp_path):
 def test_bad_settings_name_value_and_rule(settings, change, message):
     with pytest.raises((ValueError, RuntimeError, FileNotFoundError), match=message):
         finetune(dataclasses.replace(settings, **change))
-
-
-def test_a_dense_model_that_cannot_stream_says_so(model_folder, tmp_path, caplog):
-    """A folder without safetensors names is loaded densely, never in silence."""
-    import shutil
-
-    from safetensors.torch import save_file
-
-    from qlora.models.loading import load_quantized
-
-    folder = tmp_path / "prefixed"
-    shutil.copytree(model_folder, folder)
-    state = load_file(folder / "model.safetensors")
-    save_file({k.removeprefix("model."): v for k, v in state.items()}, folder / "model.safetensors", {"format": "pt"})
-    streamed, _ = load_quantized(module.Path(model_folder), torch.float32, progress=False, rank=2)
-    dense, _ = load_quantized(folder, torch.float32, progress=False, rank=2)
-    assert "loading the dense model first" in caplog.text
-    ids = torch.arange(8)[None]
-    assert torch.equal(streamed(ids).logits, dense(ids).logits)
-
-
-def test_the_streamed_model_is_the_dense_one_prepared(model_folder):
-    from transformers import AutoModelForCausalLM
-
-    from qlora.models.loading import load_quantized
-
-    streamed, report = load_quantized(module.Path(model_folder), torch.float32, progress=False, rank=2)
-    dense = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-    same = qlora.prepare_model(dense, rank=2)
-    ids = torch.arange(8)[None]
-    assert torch.equal(streamed(ids).logits, dense(ids).logits)
-    assert report.quantized == same.quantized
-    assert report.skipped == ("lm_head",)

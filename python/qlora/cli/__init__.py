@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         print(f"qlora: {error}" if str(error) else "qlora: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, OSError, ImportError, KeyError) as error:
+    except (ValueError, OSError, ImportError, KeyError, MemoryError) as error:
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
         print(f"qlora {arguments.command}: {text}", file=sys.stderr)
         return 1

@@ -1,10 +1,11 @@
 """``qlora demo``: fine-tunes SmolLM2-135M in 4 bit on a data set with a style of its own, and shows the difference."""
 
 import argparse
-import resource
 import shutil
 import time
 from pathlib import Path
+
+from qlora.cli import choices
 
 HELP = "fine-tune SmolLM2-135M on a small data set and compare before and after"
 
@@ -20,6 +21,7 @@ PROMPTS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"), help="replaced if it holds an older demo")
     parser.add_argument("--epochs", type=float, default=2.0)
+    choices.add_arguments(parser)
 
 
 def _replace_older_demo(output: Path) -> None:
@@ -42,8 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
     from qlora.models.loading import chat_reply, load_for_inference
     from qlora.models.smollm2 import smollm2_folder
     from qlora.training.finetune import finetune
-    from qlora.training.report import MIB
-    from qlora.training.settings import COMPUTE_DTYPES, FinetuneSettings
+    from qlora.training.report import MIB, peak_memory
+    from qlora.training.settings import FinetuneSettings
 
     begin = time.perf_counter()
     console = Console()
@@ -53,7 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
     _replace_older_demo(arguments.output)
 
     console.rule("2/4 Before: three prompts in 4 bit, no adapter")
-    model, tokenizer = load_for_inference(folder, None, COMPUTE_DTYPES["bf16"])
+    device, dtype = choices.chosen(arguments)
+    model, tokenizer = load_for_inference(folder, None, dtype, device)
     before = [chat_reply(model, tokenizer, prompt) for prompt in PROMPTS]
     del model
 
@@ -67,14 +70,16 @@ def run(arguments: argparse.Namespace) -> int:
             learning_rate=1e-3,
             warmup_steps=5,
             eval_steps=25,
+            device=arguments.device,
+            compute_dtype=arguments.compute_dtype,
         )
     )
     after = [chat_reply(result.model, result.tokenizer, prompt) for prompt in PROMPTS]
 
     console.rule("4/4 Result")
     sizes = Table("weights", "MiB", title="Bytes")
-    sizes.add_row("whole model, 16 bit", f"{result.prepared.bytes_before / MIB:.1f}")
-    sizes.add_row("whole model, linear layers in 4 bit, adapters included", f"{result.prepared.bytes_after / MIB:.1f}")
+    sizes.add_row(f"whole model in {str(dtype).removeprefix('torch.')}", f"{result.bytes_dense / MIB:.1f}")
+    sizes.add_row("whole model, linear layers in 4 bit", f"{result.bytes_now / MIB:.1f}")
     console.print(sizes)
     loss = Table("evaluation loss (nats per token, mean over batches)", "", title="24 records never trained on")
     loss.add_row("before", f"{result.eval_loss_before:.3f}")
@@ -84,9 +89,9 @@ def run(arguments: argparse.Namespace) -> int:
     for row in zip(PROMPTS, before, after, strict=True):
         answers.add_row(*row)
     console.print(answers)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     console.print(
-        f"{time.perf_counter() - begin:.0f} s, peak memory {peak:.0f} MiB; report: {arguments.output}/run/report.png"
+        f"{time.perf_counter() - begin:.0f} s on {device} in {str(dtype).removeprefix('torch.')}, peak memory"
+        f" {peak_memory(device) / MIB:.0f} MiB; report: {arguments.output}/run/report.png"
     )
     console.print(
         f"Try it: qlora generate --model {folder} --adapter {result.adapter} --prompt 'What is a black hole?'"

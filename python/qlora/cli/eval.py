@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qlora.cli import choices
+
 HELP = "measure perplexity over a text file, in one or several weight formats"
 
 
@@ -19,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, default=512, help="tokens of a window (default: 512)")
     parser.add_argument("--stride", type=int, help="tokens that windows advance by (default: half the context)")
     parser.add_argument("--max-tokens", type=int, help="score the beginning of the text only")
-    parser.add_argument("--compute-dtype", choices=("bf16", "fp32"), default="bf16", help="of 4-bit formats")
+    choices.add_arguments(parser)
     parser.add_argument("--json", type=Path, help="file for the figures")
 
 
@@ -36,7 +38,6 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.table import Table
 
     from qlora.training.evaluate import FORMATS, load_in_format, perplexity, tokens_of
-    from qlora.training.settings import COMPUTE_DTYPES
 
     for name in arguments.format:
         if name not in FORMATS:
@@ -46,11 +47,12 @@ def run(arguments: argparse.Namespace) -> int:
     except UnicodeDecodeError as error:
         raise ValueError(f"{arguments.text} is not UTF-8: {error}") from error
     ids = tokens_of(arguments.model, text)[: arguments.max_tokens]
+    device, dtype = choices.chosen(arguments)
     results = {}
     with Progress(transient=True) as progress:
         for name in arguments.format:
             task = progress.add_task(name, total=len(ids))
-            model = load_in_format(arguments.model, name, COMPUTE_DTYPES[arguments.compute_dtype], arguments.adapter)
+            model = load_in_format(arguments.model, name, dtype, arguments.adapter, device)
             show = partial(_show, progress, task)
             results[name] = perplexity(model, ids, arguments.context, arguments.stride, show)
             del model

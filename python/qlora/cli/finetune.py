@@ -1,6 +1,7 @@
 """``qlora finetune``: a model, a file of records, an output folder."""
 
 import argparse
+import os
 from dataclasses import fields
 from typing import Any
 
@@ -15,11 +16,14 @@ _OPTIONS = {
     "dropout": "on the adapters' input",
     "quant_type": "nf4, fp4 or int4",
     "block_size": "weights per scale",
-    "compute_dtype": "bf16 or fp32",
+    "device": "auto (a GPU that has our operators, else the CPU), cpu, cuda or cuda:N",
+    "compute_dtype": "auto (what the device multiplies fast), bf16, fp16 or fp32",
+    "optimizer": "adamw, adamw-8bit, paged-adamw or paged-adamw-8bit",
+    "page_dir": "folder on a disk for paged state of a run on the CPU",
     "epochs": "passes over the data",
     "max_steps": "overrides --epochs",
-    "batch_size": "rows per step",
-    "gradient_accumulation": "steps per optimizer step",
+    "batch_size": "rows in a forward",
+    "gradient_accumulation": "forwards in a step; several processes share the rows of a step",
     "max_length": "tokens per row",
     "learning_rate": "peak learning rate",
     "warmup_steps": "linear warm-up",
@@ -32,21 +36,35 @@ _OPTIONS = {
     "keep_checkpoints": "how many are kept",
     "seed": "of everything random",
 }
-_OPTIONAL_TYPES: dict[str, type] = {"eval_data": str, "alpha": float}
+_OPTIONAL_TYPES: dict[str, type] = {"eval_data": str, "alpha": float, "page_dir": str}
+_SWITCHES = {
+    "no_double_quant": "keep float32 scales",
+    "no_packing": "one record per row, padded",
+    "gradient_checkpointing": "recompute activations: less memory",
+    "skip_bad": "count malformed records instead of stopping",
+    "dora": "weight-decomposed adapters (DoRA)",
+    "fsdp": "with several processes: shard the model by FSDP2 instead of keeping it whole on each (DDP)",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from qlora.training.settings import FinetuneSettings
 
     parser.add_argument("--model", help="folder or Hugging Face id (required unless --resume)")
-    parser.add_argument("--data", help="JSON lines: messages, prompt/completion, or text (required unless --resume)")
+    parser.add_argument(
+        "--data",
+        help=".jsonl, .json, .csv, .parquet, or a data set of the Hub, OWNER/NAME[:SPLIT]: messages, prompt/completion,"
+        " text, Alpaca or ShareGPT records (required unless --resume)",
+    )
     parser.add_argument("--output", required=True, help="folder for checkpoints, adapter and report; must not exist")
     parser.add_argument("--resume", action="store_true", help="continue the run in --output with its own settings")
     parser.add_argument("--target-modules", nargs="+", help="layers with an adapter (default: all linear layers)")
-    parser.add_argument("--no-double-quant", action="store_true", help="keep float32 scales")
-    parser.add_argument("--no-packing", action="store_true", help="one record per row, padded")
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations: less memory")
-    parser.add_argument("--skip-bad", action="store_true", help="count malformed records instead of stopping")
+    parser.add_argument("--modules-to-save", nargs="+", help="layers that are trained whole and saved with the adapter")
+    for name, text in _SWITCHES.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
+    parser.add_argument(
+        "--show-example", action="store_true", help="print the first record, what is learnt in colour, and stop"
+    )
     defaults = {field.name: field.default for field in fields(FinetuneSettings)}
     for name, text in _OPTIONS.items():
         default: Any = defaults[name]
@@ -62,12 +80,12 @@ def _typed(arguments: argparse.Namespace) -> dict[str, Any]:
     for name in ("model", "data"):
         if getattr(arguments, name) is not None:
             typed[name] = getattr(arguments, name)
-    if arguments.target_modules:
-        typed["target_modules"] = tuple(arguments.target_modules)
-    switches = {"double_quant": False, "packing": False, "gradient_checkpointing": True, "skip_bad": True}
-    for name, value in switches.items():
-        if getattr(arguments, name if value else f"no_{name}"):
-            typed[name] = value
+    for name in ("target_modules", "modules_to_save"):
+        if getattr(arguments, name):
+            typed[name] = tuple(getattr(arguments, name))
+    for name in _SWITCHES:
+        if getattr(arguments, name):
+            typed[name.removeprefix("no_")] = not name.startswith("no_")
     return typed
 
 
@@ -91,7 +109,11 @@ def run(arguments: argparse.Namespace) -> int:
         if missing:
             raise ValueError(f"--{missing[0]} is required unless --resume is given")
         settings = FinetuneSettings(output=arguments.output, **typed)
-    result = finetune(settings, resume=arguments.resume)
+    if arguments.show_example:
+        return show_example(settings)
+    result = finetune(settings, resume=arguments.resume, on_start=print)
+    if int(os.environ.get("RANK", "0")) > 0:
+        return 0  # the first process speaks for all
     records = result.records
     print(f"{records.train} records trained on, {records.evaluation} held out")
     for count, what in (
@@ -104,4 +126,28 @@ def run(arguments: argparse.Namespace) -> int:
     if result.eval_loss_before is not None:
         print(f"evaluation loss {result.eval_loss_before:.3f} -> {result.eval_loss_after:.3f} in {result.steps} steps")
     print(f"adapter: {result.adapter}\nreport:  {settings.output}/report.png")
+    return 0
+
+
+def show_example(settings: Any) -> int:
+    """Prints the first record as tokens, what is learnt in colour. Nothing is loaded but the tokenizer."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from qlora.models.loading import load_tokenizer, require_train_extra, resolve_model
+    from qlora.training.data import IGNORED, read_records, tokenize
+
+    require_train_extra()
+    tokenizer = load_tokenizer(resolve_model(settings.model))
+    record = read_records(settings.data, settings.skip_bad)[0][0]
+    example = tokenize(record.content, tokenizer)
+    text = Text()
+    for token, label in zip(example.input_ids, example.labels, strict=True):
+        text.append(tokenizer.decode([token]), style="dim" if label == IGNORED else "bold green")
+    learnt = sum(label != IGNORED for label in example.labels)
+    console = Console()
+    console.print(text)
+    console.print(
+        f"{record.place}: {learnt} of {len(example.labels)} tokens are learnt, in colour; nothing was trained"
+    )
     return 0

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from qlora.cli import choices
+
 HELP = "answer prompts with a 4-bit model and an adapter"
 
 
@@ -12,21 +14,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", action="append", required=True, help="may be repeated")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    parser.add_argument("--compute-dtype", choices=("bf16", "fp32"), default="bf16")
+    choices.add_arguments(parser)
     parser.add_argument("--seed", type=int, default=0)
 
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.temperature < 0:
         raise ValueError(f"temperature={arguments.temperature} must not be negative")
-    from qlora.models.loading import chat_reply, load_for_inference, require_train_extra
-    from qlora.training.settings import COMPUTE_DTYPES
+    from qlora.models.loading import chat_reply, load_for_inference, require_train_extra, resolve_model
 
     require_train_extra()
     import torch
 
     torch.manual_seed(arguments.seed)
-    model, tokenizer = load_for_inference(arguments.model, arguments.adapter, COMPUTE_DTYPES[arguments.compute_dtype])
+    resolve_model(arguments.model)
+    device, dtype = choices.chosen(arguments)
+    model, tokenizer = load_for_inference(arguments.model, arguments.adapter, dtype, device)
     sampling = {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature > 0 else {}
     for prompt in arguments.prompt:
         print(chat_reply(model, tokenizer, prompt, arguments.max_new_tokens, **sampling))

@@ -42,6 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     import qlora
     from qlora import _C
+    from qlora.devices import choose_device, choose_dtype
 
     build = f"built with {_C.COMPILER}, torch {_C.BUILD_TORCH}; needs torch >= {_C.TORCH_TARGET}"
     print(f"qlora          {qlora.__version__} ({build})")
@@ -49,6 +50,11 @@ def run(arguments: argparse.Namespace) -> int:
     for library in _LIBRARIES:
         print(f"{library:<14} {_version(library)}")
     print(f"device         {_devices()}")
+    device = choose_device()
+    dtype = choose_dtype("auto", device.value)
+    print(
+        f"auto           {device.value} ({device.reason}), {str(dtype.value).removeprefix('torch.')} ({dtype.reason})"
+    )
     print(f"threads        {torch.get_num_threads()}")
     print(f"isa            {_C.active_isa()} of {', '.join(_C.runnable_isas())} (QLORA_CPU_ISA chooses another)")
     weight = qlora.quantize(torch.zeros(8, 4096))

@@ -4,6 +4,7 @@ import argparse
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 HELP = "fold an adapter into its base; writes a dense model folder that transformers reads"
 
@@ -12,6 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="folder or Hugging Face id of the base")
     parser.add_argument("--adapter", type=Path, required=True, help="adapter folder, from qlora finetune or PEFT")
     parser.add_argument("--output", type=Path, required=True, help="folder for the merged model; must not exist")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -20,13 +22,16 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     import qlora
+    from qlora.devices import choose_device
     from qlora.models.loading import load_for_inference, require_train_extra
 
     require_train_extra()
     from safetensors import SafetensorError
 
-    model, tokenizer = load_for_inference(arguments.model, arguments.adapter, torch.bfloat16)
-    reports = qlora.merge_and_unload(model, dtype=torch.bfloat16)
+    device = choose_device(arguments.device).value
+    adapted, tokenizer = load_for_inference(arguments.model, arguments.adapter, torch.bfloat16, device)
+    merged = qlora.merge_and_unload(adapted, dtype=torch.bfloat16)
+    model: Any = merged.model
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{arguments.output.name}.", dir=arguments.output.parent))
     try:  # the folder appears whole or not at all
@@ -38,7 +43,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise OSError(f"saving {arguments.output} failed, nothing was written: {error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    worst = max(reports.values(), key=lambda report: report.relative_error)
-    print(f"{len(reports)} layers merged to bfloat16, rounding adds at most {worst.relative_error:.1e} (relative)")
+    worst = max(merged.reports.values(), key=lambda report: report.relative_error)
+    print(
+        f"{len(merged.reports)} layers merged to bfloat16, rounding adds at most {worst.relative_error:.1e} (relative)"
+    )
     print(f"model: {arguments.output}")
     return 0

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from qlora.integrations.peft_layers import LoraEmbedding4bit, LoraExperts4bit, LoraLinear4bit
@@ -52,7 +53,8 @@ def merge_peft(
     """``model.merge_and_unload()`` of a PeftModel, its 4-bit layers as ``into`` says; what
     :func:`qlora.merge_and_unload` calls. Raises ValueError if no layer has such an adapter."""
     names = set(adapter_names or model.active_adapters)
-    if not any(names & set(getattr(module, "scaling", ())) for module in model.modules()):
+    layers_of_peft = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    if not any(names & set(layer._get_available_adapters()) for layer in layers_of_peft):
         raise ValueError(f"{type(model).__name__} has no layer with an adapter of {sorted(names)}: nothing to merge")
     layers = lora_layers(model)
     experts: list[Any] = [module for module in model.modules() if isinstance(module, LoraExperts4bit)]

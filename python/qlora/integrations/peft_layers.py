@@ -18,7 +18,6 @@ from qlora.nn import Embedding4bit, Linear4bit, MergeReport
 from qlora.nn.linear4bit import dense_linear
 from qlora.nn.merging import MergeInto, low_rank_delta, merged_weight, requantize
 from qlora.nn.replacing import has_hooks
-from qlora.weight import QuantizedWeight
 
 _DENSE_INITS = ("pissa_init", "olora_init", "corda_init", "orthogonal_init", "lora_ga_init")
 
@@ -223,9 +222,8 @@ class LoraLinear4bit(PeftLinear):
                     raise RuntimeError("Impossible to merge LoRA with `lora_bias=True` because the base has no bias.")
                 bias = bias + self.lora_B[name].bias * self.scaling[name]
         weight, self.merge_report = merged_weight(exact, base.quantized_weight, self.merge_into, "+".join(all_names))
-        packed = isinstance(weight, QuantizedWeight)
         self._unmerged = [base]
-        self.base_layer = base.in_format(weight, bias) if packed else base.dense_twin(weight, bias)
+        self.base_layer = base.twin(weight, bias)
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:

@@ -26,7 +26,7 @@ from qlora.nn.experts4bit import holds_experts, why_not_experts
 from qlora.nn.linear4bit import dense_linear
 from qlora.nn.packed import STATISTICS
 from qlora.nn.replacing import head_names, replace_module, why_not_plain
-from qlora.ops import check_format
+from qlora.ops import FLOAT_DTYPES, check_format
 from qlora.weight import QuantizedWeight, quantize
 
 logger = logging.getLogger(__name__)
@@ -104,6 +104,7 @@ class Quantize(ConversionOps):
         result: dict[str, Tensor] = {}
         for name, value in input_dict.items():
             dense = value[0] if isinstance(value, list) else value
+            dense = dense if dense.dtype in FLOAT_DTYPES else dense.float()
             module, leaf = get_module_from_name(model, name)
             prefix = name.removesuffix(leaf)
             if isinstance(module, Experts4bit):
@@ -230,8 +231,8 @@ class QLoRAQuantizer(HfQuantizer):
         elif now != self.quantized_names:
             changed = sorted(now ^ self.quantized_names)
             raise ValueError(
-                f"save_pretrained: {len(changed)} layers are no longer what the config says, e.g. {changed[:3]}: a model"
-                " in 4 bit in parts cannot be read back. Merge adapters by qlora.merge_and_unload(model), which makes"
+                f"save_pretrained: {len(changed)} layers are no longer what the config says, e.g. {changed[:3]}: a"
+                " model in 4 bit in parts cannot be read back. Merge adapters by qlora.merge_and_unload(model), which makes"
                 " all layers dense or, with requantize=True, none"
             )
 
@@ -290,7 +291,20 @@ class QLoRAQuantizer(HfQuantizer):
             quantized += 1
         if quantized == 0:
             raise ValueError(f"{type(model).__name__} has no layer to quantize; skipped are {sorted(skip)}")
+        if not self.pre_quantized:
+            self._quantize_what_the_file_holds(model)
         return model
+
+    def _quantize_what_the_file_holds(self, model: Any) -> None:
+        """Weights are quantized from the checkpoint's dtype, not from the model's: so an adapter that was trained in
+        one compute dtype meets the same base in another."""
+        plan_of = model._get_dtype_plan
+        names = [
+            f"{name}.{weight}"
+            for name, module in quantized_layers(model)
+            for weight in (module.weight_names if isinstance(module, Experts4bit) else ["weight"])
+        ]
+        model._get_dtype_plan = lambda dtype: {**plan_of(dtype), **dict.fromkeys(names)}  # None: no cast
 
     def _tell_unknown_names(self, model: Any) -> None:
         names = [name for name, _ in model.named_modules()]
@@ -334,6 +348,7 @@ class QLoRAQuantizer(HfQuantizer):
         ]
         if missing:
             raise ValueError(f"the checkpoint lacks {len(missing)} tensors of 4-bit layers, e.g. {missing[:3]}")
+        vars(model).pop("_get_dtype_plan", None)
         self.quantization_config.checkpoint_format = "qlora"
         self.quantized_names = {name for name, _ in quantized_layers(model)}
         # Layers in 4 bit are saved under the model's own names: packed rows are not what a converter splits or joins.

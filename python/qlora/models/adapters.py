@@ -3,15 +3,15 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from qlora.storage.files import atomic_write_all
 from qlora.models.prepare import bare_layers, qlora_layers
 from qlora.nn import Linear4bit, QLoRALinear
 from qlora.nn.replacing import replace_module
+from qlora.storage.files import atomic_write_all
 from qlora.storage.weights import open_safetensors
 
 CONFIG_FILE = "adapter_config.json"
@@ -21,9 +21,17 @@ _SUPPORTED = (
     *("peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights"),
     *("base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "peft_version", "runtime_config"),
-    *("corda_config", "eva_config", "loftq_config", "lora_ga_config", "ensure_weight_tying", "megatron_core", "qalora_group_size"),
+    *(
+        "corda_config",
+        "eva_config",
+        "loftq_config",
+        "lora_ga_config",
+        "ensure_weight_tying",
+        "megatron_core",
+        "qalora_group_size",
+    ),
 )
-_NOTHING = (None, False, "none", [], {}, "")  # values of other options that ask for nothing
+_NOTHING: tuple[Any, ...] = (None, False, "none", [], {}, "")  # values of other options that ask for nothing
 # Initializations that leave the base as it is.
 _ADDITIVE_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 _PREFIX = "base_model.model."  # PEFT's wrapper modules
@@ -54,9 +62,9 @@ def bare_model(model: nn.Module) -> nn.Module:
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
     while True:
         if hasattr(model, "_orig_mod"):
-            model = model._orig_mod  # type: ignore[assignment]
+            model = cast(nn.Module, model._orig_mod)
         elif isinstance(model, wrappers):
-            model = model.module  # type: ignore[assignment]
+            model = cast(nn.Module, model.module)
         else:
             break
     inner = next((name for name, _ in model.named_modules() if "_orig_mod" in name), None)
@@ -178,7 +186,8 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     """Loads an adapter written by :func:`save_adapter` or by PEFT into the layers of ``model`` and makes it active.
 
     4-bit layers without adapters (of a model that was loaded with QLoRAConfig) become QLoRALinear where the file has
-    one for them, and everything else of the model is frozen. An adapter ``name`` that exists is replaced. Nothing is changed unless every key and shape fits.
+    one for them, and everything else of the model is frozen. An adapter ``name`` that exists is replaced. Nothing is
+    changed unless every key and shape fits. A wrapper is looked through as by :func:`save_adapter`.
     Raises ValueError naming the keys if the file belongs to another model, or naming the file if it is damaged.
     """
     folder = Path(folder)

@@ -1,27 +1,31 @@
-"""Causal language models by path or Hugging Face id, straight into 4 bit: one dense tensor in memory at a time."""
+"""Causal language models by path or Hugging Face id, loaded in 4 bit by transformers, with adapters by PEFT: the one
+way in of every command.
+"""
 
 import json
 import logging
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qlora.models.adapters import CONFIG_FILE, load_adapter, read_adapter_config
-from qlora.storage.files import atomic_write
-from qlora.models.prepare import PreparedReport, prepare_model
-from qlora.storage.weights import WeightSource
+from qlora.storage.files import atomic_write, atomic_write_all
+from qlora.storage.fingerprint import checkpoint_fingerprint
 
 logger = logging.getLogger(__name__)
 
-QUANTIZATION_FILE = "qlora_config.json"  # beside PEFT's two files: how the base was quantized
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+BASE_FILE = "qlora_config.json"  # beside PEFT's two files: how the base was quantized, and its fingerprint
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+_FORMAT = {"quant_type": str, "block_size": int, "double_quant": bool}
 
 
 def require_train_extra() -> None:
     """Raises ImportError saying what to install, unless the libraries for training are here."""
     try:
         import accelerate  # noqa: F401
+        import peft  # noqa: F401
         import rich  # noqa: F401
         import safetensors  # noqa: F401
         import transformers  # noqa: F401
@@ -44,84 +48,240 @@ def resolve_model(model: str | Path) -> Path:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder; without a padding token, the end-of-sequence token pads."""
+    """The tokenizer of a model folder; without a padding token, the end-of-sequence token pads.
+
+    Raises ValueError if it has neither.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"the tokenizer in {folder} has neither a padding nor an end-of-sequence token: set one of them, e.g."
+                ' tokenizer.add_special_tokens({"eos_token": "</s>"}), and save it there'
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def load_quantized(
-    folder: Path, dtype: torch.dtype, *, progress: bool = True, **prepare_options: Any
-) -> tuple[Any, PreparedReport]:
-    """A causal language model with 4-bit linear layers and adapters; ``dtype`` is the compute dtype.
+    folder: str | Path,
+    dtype: torch.dtype,
+    *,
+    device: torch.device | str = "cpu",
+    quant_type: str = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    rank: int | None = None,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    target_modules: tuple[str, ...] | list[str] | None = None,
+    progress: bool = True,
+    **lora_options: Any,
+) -> tuple[Any, dict[str, int]]:
+    """A causal language model with 4-bit layers on ``device``, and the bytes of its weights dense and as they are now.
 
-    Streams from safetensors where the file's names are the model's; otherwise loads the dense model first and says so.
-    ``prepare_options`` go to :func:`qlora.prepare_model`.
+    transformers reads one tensor at a time, moves it to the device, and quantizes it there: the peak is that of the
+    4-bit model and the largest tensor. ``dtype`` is that of activations and of what stays dense. A checkpoint that is
+    in 4 bit already, ours or bitsandbytes', keeps its own format.
+
+    With ``rank`` the model is a PeftModel with trainable LoRA on ``target_modules`` (default: all linear layers but the
+    head); ``lora_options`` go to PEFT's LoraConfig. Raises ValueError naming the value and the rule.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
+    from qlora.integrations import bitsandbytes
+    from qlora.integrations.transformers import QLoRAConfig
+
+    folder = Path(folder)
     config = AutoConfig.from_pretrained(folder)
-    if getattr(config, "quantization_config", None):
-        raise ValueError(f"{folder} is quantized already: qlora finetune starts from a 16- or 32-bit model")
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    names = {name for name, _ in model.named_parameters()}
-    if any(folder.glob("*.safetensors")) and names <= WeightSource(folder).names | _tied_names(model):
-        model.tie_weights()
-        report = prepare_model(model, weights=folder, progress=progress, **prepare_options)
-        if (folder / "generation_config.json").exists():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-    else:
-        logger.warning("%s: no safetensors with the model's own names, loading the dense model first", folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        report = prepare_model(model, progress=progress, **prepare_options)
-    model.config._name_or_path = str(folder)
-    return model, report
+    options: dict[str, Any] = {}
+    stored = getattr(config, "quantization_config", None)
+    if bitsandbytes.is_checkpoint(folder):
+        config = bitsandbytes.checkpoint_config(folder)
+    elif stored is None:
+        options["quantization_config"] = QLoRAConfig(quant_type, double_quant, block_size)
+    elif stored.get("quant_method") != "qlora":
+        raise ValueError(f"{folder} is quantized by '{stored.get('quant_method')}': a 16- or 32-bit model is needed")
+    bars = transformers_logging.is_progress_bar_enabled()
+    if not progress:
+        transformers_logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, device_map={"": torch.device(device)}, **options
+        )
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+    sizes = model_bytes(model, dtype)
+    if rank is None:
+        return model.requires_grad_(False), sizes
+    return add_lora(model, rank, alpha, dropout, target_modules, **lora_options), sizes
 
 
-def _tied_names(model: Any) -> set[str]:
-    tied = getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ()
-    return set(tied)
+def model_bytes(model: Any, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of a model's weights: ``dense`` if all were in ``dtype``, and ``now``."""
+    from qlora.integrations.counting import hidden_parameters
+    from qlora.nn.replacing import tensor_bytes
+
+    count = sum(p.numel() for p in model.parameters()) + hidden_parameters(model)
+    return {"dense": count * dtype.itemsize, "now": tensor_bytes(model)}
 
 
-def save_quantization(folder: Path, options: dict[str, Any]) -> None:
-    """Records how the base under an adapter was quantized."""
-    kept = {key: options[key] for key in ("quant_type", "block_size", "double_quant")}
-    atomic_write(folder / QUANTIZATION_FILE, json.dumps(kept, indent=2).encode())
+def add_lora(
+    model: Any,
+    rank: int,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    target_modules: tuple[str, ...] | list[str] | None = None,
+    **options: Any,
+) -> Any:
+    """A PeftModel with a trainable adapter; ``alpha`` None: ``rank``. Raises ValueError if no layer has such a name."""
+    from peft import LoraConfig, get_peft_model
+
+    from qlora.nn.qlora_linear import check_adapter
+
+    check_adapter(rank, dropout)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank if alpha is None else alpha,
+        lora_dropout=dropout,
+        target_modules="all-linear" if target_modules is None else list(target_modules),
+        task_type="CAUSAL_LM",
+        **options,
+    )
+    return get_peft_model(model, config)
 
 
-def _read_quantization(adapter: Path) -> dict[str, Any]:
-    """What :func:`save_quantization` wrote; nothing for an adapter from elsewhere."""
-    path = adapter / QUANTIZATION_FILE
+# ---- adapters on disk ----
+
+
+def save_base_facts(adapter: Path, options: dict[str, Any], base: Path) -> None:
+    """Records beside an adapter how its base was quantized, and the base's fingerprint."""
+    facts = {key: options[key] for key in _FORMAT} | {"base_fingerprint": checkpoint_fingerprint(base)}
+    atomic_write(adapter / BASE_FILE, json.dumps(facts, indent=2).encode())
+
+
+def _read_base_facts(adapter: Path) -> dict[str, Any]:
+    """What :func:`save_base_facts` wrote; nothing for an adapter from elsewhere."""
+    path = adapter / BASE_FILE
     if not path.exists():
         return {}
-    kinds = {"quant_type": str, "block_size": int, "double_quant": bool}
+    kinds = {**_FORMAT, "base_fingerprint": str}
     try:
         stored = json.loads(path.read_text())
-        if set(stored) != set(kinds) or any(type(stored[name]) is not kind for name, kind in kinds.items()):
-            raise ValueError(f"it must hold exactly {sorted(kinds)}")
-    except (ValueError, TypeError) as error:
+        if any(type(stored[name]) is not kind for name, kind in _FORMAT.items()) or not set(stored) <= set(kinds):
+            raise ValueError(f"it must hold {sorted(_FORMAT)}")
+    except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     return stored
 
 
-def load_for_inference(model: str | Path, adapter: Path | None, dtype: torch.dtype, **options: Any) -> tuple[Any, Any]:
-    """(model, tokenizer) for generation: 4-bit base as the adapter knew it, adapter active."""
+def check_adapter_folder(adapter: Path, base: Path) -> dict[str, Any]:
+    """How the base of an adapter was quantized, once it is sure that ``base`` is that base.
+
+    Raises FileNotFoundError or ValueError naming the file and the rule: a folder that is none, an adapter that is not
+    PEFT's LoRA, or of another task or another base.
+    """
+    path = adapter / ADAPTER_CONFIG_FILE
+    if not path.exists():
+        raise FileNotFoundError(f"{adapter} has no {ADAPTER_CONFIG_FILE}: it is not an adapter folder")
+    try:
+        config = json.loads(path.read_text())
+        kind, task = config.get("peft_type"), config.get("task_type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is not JSON of an adapter: {error}") from error
+    if kind != "LORA":
+        raise ValueError(f"{path}: peft_type={kind!r}, only LORA adapters can be loaded")
+    if task not in (None, "CAUSAL_LM"):
+        raise ValueError(f"{path}: task_type={task!r}, this adapter is no one of a causal language model")
+    facts = _read_base_facts(adapter)
+    known = facts.pop("base_fingerprint", None)
+    if known is not None and known != checkpoint_fingerprint(base):
+        raise ValueError(f"{adapter} was trained on another base than {base}: the weight files there are others")
+    return facts
+
+
+def load_adapter_into(model: Any, adapter: Path) -> Any:
+    """A PeftModel with the adapter of a folder, for inference, on the device of ``model``.
+
+    Raises ValueError if its tensors are not those of this model, by name and shape, or its file is damaged.
+    """
+    from peft import PeftConfig, PeftModel
+    from safetensors import SafetensorError
+
+    try:
+        config = PeftConfig.from_pretrained(adapter)
+        config.inference_mode = True
+        adapted = PeftModel(model, config)
+        device = str(next(model.parameters()).device)
+        result = adapted.load_adapter(adapter, "default", torch_device=device)
+    except (SafetensorError, EOFError) as error:
+        raise ValueError(f"{adapter} is not readable (truncated or damaged): {error}") from error
+    except (RuntimeError, TypeError) as error:  # shapes that differ; options that this PEFT does not know
+        raise ValueError(f"{adapter} does not fit this model: {error}") from error
+    wrong = {"has no tensor for": result.missing_keys, "has tensors for no layer of": result.unexpected_keys}
+    for what, keys in wrong.items():
+        if keys:
+            raise ValueError(f"{adapter} {what} this model: {len(keys)}, e.g. {sorted(keys)[:2]}")
+    return adapted.eval()
+
+
+def save_lora(model: Any, folder: Path, is_writer: bool = True) -> None:
+    """Writes the adapter of a PeftModel as PEFT does; parameters that FSDP2 has sharded are gathered, so that all
+    processes call it, of which one writes. Files that exist are replaced together, once all are on disk."""
+    state = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            value = parameter.detach()
+            value = value.full_tensor() if hasattr(value, "full_tensor") else value
+            if is_writer:
+                state[name] = value.cpu()
+    if not is_writer:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as staging:
+        model.save_pretrained(staging, state_dict=state, save_embedding_layers=False)
+        atomic_write_all({folder / path.name: path.read_bytes() for path in Path(staging).iterdir()})
+
+
+def restore_lora(model: Any, folder: Path) -> None:
+    """Reads what :func:`save_lora` wrote into the existing parameters of a PeftModel.
+
+    Raises ValueError if the file holds another adapter, or is damaged.
+    """
+    from peft import load_peft_weights, set_peft_model_state_dict
+    from safetensors import SafetensorError
+
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    try:
+        tensors = load_peft_weights(str(folder), device="cpu")
+        result = set_peft_model_state_dict(model, tensors)
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise ValueError(f"{folder} holds no adapter of this model, or a damaged one: {error}") from error
+    lost = [*(set(result.missing_keys) & trained), *result.unexpected_keys]
+    if lost:
+        raise ValueError(f"{folder} holds another adapter: {len(lost)} names differ, e.g. {sorted(lost)[:2]}")
+
+
+def load_for_inference(
+    model: str | Path,
+    adapter: str | Path | None,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> tuple[Any, Any]:
+    """(model, tokenizer) for generation: 4-bit base as the adapter knew it, adapter active. ``options`` as in
+    :func:`load_quantized`."""
     folder = resolve_model(model)
-    options.setdefault("rank", None)
     if adapter is not None:
-        if not (adapter / CONFIG_FILE).exists():
-            raise FileNotFoundError(f"{adapter} has no {CONFIG_FILE}: it is not an adapter folder")
-        options["rank"] = read_adapter_config(adapter)["r"]
-        options = {**_read_quantization(adapter), **options}
+        options = {**check_adapter_folder(Path(adapter), folder), **options}
     tokenizer = load_tokenizer(folder)
-    loaded, _ = load_quantized(folder, dtype, progress=False, **options)
+    loaded, _ = load_quantized(folder, dtype, device=device, progress=False, **options)
     if adapter is not None:
-        load_adapter(loaded, adapter)
+        loaded = load_adapter_into(loaded, Path(adapter))
     return loaded.eval(), tokenizer
 
 
@@ -133,7 +293,10 @@ def chat_reply(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 64
         )
     else:
         text = prompt
-    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
+    encoded = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
+    device = next(model.parameters()).device
+    # Only what every causal model takes: some tokenizers add token types.
+    inputs = {name: encoded[name].to(device) for name in ("input_ids", "attention_mask") if name in encoded}
     if inputs["input_ids"].shape[1] == 0:
         raise ValueError(f"prompt={prompt!r} gives no token to begin with")
     sampling.setdefault("do_sample", False)

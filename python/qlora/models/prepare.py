@@ -210,9 +210,7 @@ def prepare_model(
         if name in experts:
             if source is not None:
                 source.fill(linear, name, copy=False)
-            replace_module(
-                model, linear, Experts4bit.from_experts(linear, quant_type, double_quant, block_size)
-            )
+            replace_module(model, linear, Experts4bit.from_experts(linear, quant_type, double_quant, block_size))
             return
         assert isinstance(linear, nn.Linear)
         if source is not None:

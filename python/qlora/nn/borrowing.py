@@ -9,6 +9,7 @@ import inspect
 import sys
 from collections.abc import Iterable, Iterator
 from functools import cache
+from typing import Any
 
 from torch import nn
 
@@ -64,7 +65,7 @@ def borrowed(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     for name in names:
         parts = name.split(".")
         for depth in range(len(parts)):
-            cls = type(model.get_submodule(".".join(parts[:depth])))
+            cls: Any = type(model.get_submodule(".".join(parts[:depth])))
             if cls.__name__ in _EXEMPT or cls.__module__.startswith("torch.nn."):  # torch's own: see replace_module
                 continue
             if ".".join(parts[depth:]) in _reads(cls):

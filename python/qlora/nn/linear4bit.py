@@ -122,8 +122,10 @@ class Linear4bit(PackedMatrix, nn.Linear):
         layer.bias = nn.Parameter(weight.new_zeros(self.out_features) if bias is None else bias.detach())
         return layer.requires_grad_(False).train(self.training)
 
-    def in_format(self, weight: QuantizedWeight, bias: Tensor | None) -> "Linear4bit":
-        """A layer with another weight and the settings of this one."""
+    def twin(self, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Any:
+        """A layer with another weight and the settings of this one: in 4 bit, or for a Tensor the dense twin."""
+        if isinstance(weight, Tensor):
+            return self.dense_twin(weight, bias)
         layer = Linear4bit.from_weight(weight, bias)
         layer.compute_dtype, layer.dense_class = self.compute_dtype, self.dense_class
         return layer.train(self.training)

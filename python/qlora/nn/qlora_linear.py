@@ -239,9 +239,7 @@ class QLoRALinear(nn.Module):
         if isinstance(weight, Tensor):
             return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         compute = getattr(self.base, "compute_dtype", None) or x.dtype
-        y = ops.forward(
-            x.to(compute), *weight.tensors, weight.shape, weight.quant_type, weight.block_size, bias=bias
-        )
+        y = ops.forward(x.to(compute), *weight.tensors, weight.shape, weight.quant_type, weight.block_size, bias=bias)
         return y.to(x.dtype)
 
     # ---- merging ----
@@ -296,8 +294,7 @@ class QLoRALinear(nn.Module):
             raise RuntimeError("merged_linear: call merge() first")
         weight, base = self._merged.weight, self.base
         if isinstance(base, Linear4bit):
-            packed = isinstance(weight, QuantizedWeight)
-            return base.in_format(weight, base.bias) if packed else base.dense_twin(weight, base.bias)
+            return base.twin(weight, base.bias)
         if isinstance(weight, QuantizedWeight):
             return Linear4bit.from_weight(weight, base.bias).train(base.training)
         return dense_linear(weight, base.bias).train(base.training)

@@ -40,8 +40,9 @@ def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
     """Why a 4-bit layer cannot take the place of ``module``: it computes more than ``kind``, a class of torch's (or
     transformers' Conv1D), does with its parameters. None if it can."""
     name = type(module).__name__
-    if getattr(module, "parametrizations", None):
-        return f"the parametrization of its {', '.join(module.parametrizations)} makes another weight at each call"
+    parametrized: Any = getattr(module, "parametrizations", None)
+    if parametrized:
+        return f"the parametrization of its {', '.join(parametrized)} makes another weight at each call"
     if type(module).forward is not kind.forward and name not in _PLAIN_SUBCLASSES:
         return f"{name} has a forward of its own"
     if isinstance(module, NonDynamicallyQuantizableLinear):

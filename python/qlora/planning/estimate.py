@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from qlora import _C
+from qlora.distributed import largest_list
 from qlora.nn import Linear4bit, QLoRALinear
 from qlora.nn.experts4bit import holds_experts
 from qlora.nn.replacing import head_names, replace_module, shared_names, tensor_bytes
@@ -122,7 +123,7 @@ def estimate(config: Any, settings: Settings) -> Estimate:
     tokens = settings.batch * settings.sequence
     widest = max(max(base.in_features, base.out_features) for base in bases)
     workspace = tokens * widest * _dtype(settings.dtype).itemsize  # the tokens as a kernel packs them
-    block = max((sum(p.nbytes for p in child.parameters()) for child in _blocks(model)), default=0)
+    block = max((sum(p.nbytes for p in child.parameters()) for child in largest_list(model)), default=0)
     activations = max(0, peak_of_a_step(model, settings.batch, settings.sequence) - parameters - adapters)
     n = settings.devices
     if n > 1:  # the block that runs and the next one are whole
@@ -138,12 +139,3 @@ def estimate(config: Any, settings: Settings) -> Estimate:
         activations=activations,
         workspace=workspace,
     )
-
-
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a model: the children of its longest list of modules."""
-    longest: list[nn.Module] = []
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) > len(longest):
-            longest = list(module)
-    return longest

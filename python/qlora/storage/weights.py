@@ -60,10 +60,7 @@ class WeightSource:
             self.names = set(weights)
             return
         path = Path(weights)
-        if path.is_dir():
-            files = _model_files(path)
-        else:
-            files = [path]
+        files = _model_files(path) if path.is_dir() else [path]
         for file in files:
             with open_safetensors(file) as handle:
                 for name in handle.keys():  # noqa: SIM118  (not a dict)

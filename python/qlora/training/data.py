@@ -1,29 +1,20 @@
-"""Training records: reading and checking JSON lines, turning them into token sequences, packing and padding."""
+"""From records to batches: token sequences with labels, packed or padded rows."""
 
 import bisect
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from qlora.training.chunked_loss import learnt_positions
+from qlora.training.records import BadRecord, Record, digest, read_records
+from qlora.training.settings import FinetuneSettings
 
 IGNORED = -100  # label of a token that is not learnt, as in torch's cross_entropy
-_ROLES = ("system", "user", "assistant", "tool")
-
-
-class BadRecord(ValueError):
-    """A record that cannot be used; the message names file, line and rule."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """One checked record and where it stands: ``path:line``."""
-
-    content: dict[str, Any]
-    place: str
 
 
 @dataclass(frozen=True)
@@ -32,63 +23,7 @@ class Example:
 
     input_ids: list[int]
     labels: list[int]
-
-
-def _check(record: Any) -> None:
-    """Raises ValueError with the rule that ``record`` breaks."""
-    if not isinstance(record, dict):
-        raise ValueError(f"a record is a JSON object, not {type(record).__name__}")
-    kinds = [kind for kind in ("messages", "prompt", "text") if kind in record]
-    if len(kinds) != 1:
-        raise ValueError(
-            f"keys {sorted(record)}: a record has either 'messages', or 'prompt' and 'completion', or 'text'"
-        )
-    if kinds[0] == "messages":
-        messages = record["messages"]
-        if not isinstance(messages, list) or not messages:
-            raise ValueError("'messages' must be a list that is not empty")
-        for message in messages:
-            if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-                raise ValueError("each message needs a 'role' and a string 'content'")
-            message["content"].encode()  # a lone surrogate is no text: UnicodeEncodeError is a ValueError
-            if message.get("role") not in _ROLES:
-                raise ValueError(f"role {message.get('role')!r} is none of {', '.join(_ROLES)}")
-        if not any(message["role"] == "assistant" for message in messages):
-            raise ValueError("no message has the role 'assistant': there is nothing to learn")
-        return
-    for key in ("prompt", "completion") if kinds[0] == "prompt" else ("text",):
-        if not isinstance(record.get(key), str) or not record[key]:
-            raise ValueError(f"'{key}' must be a string that is not empty")
-        record[key].encode()
-
-
-def read_records(path: str | Path, skip_bad: bool = False) -> tuple[list[Record], int]:
-    """The records of a JSON-lines file and the number of bad ones left out.
-
-    Raises BadRecord naming file and line at the first bad record unless ``skip_bad``; FileNotFoundError; and BadRecord
-    if no record is left. Blank lines are no records.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    records, bad = [], 0
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            place = f"{path}:{number}"
-            try:
-                content = json.loads(line.decode("utf-8"))
-                _check(content)
-            except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors are ValueErrors too
-                if not skip_bad:
-                    raise BadRecord(f"{place}: {error}") from error
-                bad += 1
-                continue
-            records.append(Record(content, place))
-    if not records:
-        raise BadRecord(f"{path} holds no usable record ({bad} bad ones)")
-    return records, bad
+    place: str = ""  # of the record
 
 
 @dataclass(frozen=True)
@@ -118,6 +53,7 @@ def tokenize_all(records: Sequence[Record], tokenizer: Any, max_length: int, ski
         if len(example.input_ids) > max_length:
             cut += 1
             example = Example(example.input_ids[:max_length], example.labels[:max_length])
+        example = replace(example, place=record.place)
         if all(label == IGNORED for label in example.labels[1:]):
             dropped += 1
             continue
@@ -138,29 +74,38 @@ def tokenize(record: dict[str, Any], tokenizer: Any) -> Example:
             {"role": "user", "content": record["prompt"]},
             {"role": "assistant", "content": record["completion"]},
         ]
-        text, spans = _render(messages, tokenizer)
+        text, spans = _render(messages, tokenizer, "\n" if "messages" in record else "")
     # A chat template writes its own special tokens; plain text gets those of the tokenizer, and an end.
     templated = spans is not None and bool(tokenizer.chat_template)
+    if not tokenizer.is_fast:
+        raise ValueError(f"{type(tokenizer).__name__} gives no offsets of its tokens in the text: a fast one is needed")
     encoded = tokenizer(text, add_special_tokens=not templated, return_offsets_mapping=True)
     input_ids = list(encoded["input_ids"])
     if spans is None:
         labels = list(input_ids)
     else:
+        # By its end alone: where a token begins, tokenizers leave out white space (of a token that is nothing else, all
+        # of it). A token across a boundary is learnt with the answer that it begins.
         labels = [
-            token if any(begin <= start and end <= stop and end > start for begin, stop in spans) else IGNORED
-            for token, (start, end) in zip(input_ids, encoded["offset_mapping"], strict=True)
+            token if any(begin < end <= stop for begin, stop in spans) else IGNORED
+            for token, (_, end) in zip(input_ids, encoded["offset_mapping"], strict=True)
         ]
-    if not templated and tokenizer.eos_token_id is not None and input_ids[-1:] != [tokenizer.eos_token_id]:
-        input_ids.append(tokenizer.eos_token_id)
-        labels.append(tokenizer.eos_token_id)
+    if not templated and tokenizer.eos_token_id is not None:
+        if input_ids[-1:] != [tokenizer.eos_token_id]:
+            input_ids.append(tokenizer.eos_token_id)
+            labels.append(tokenizer.eos_token_id)
+        labels[-1] = tokenizer.eos_token_id
     return Example(input_ids, labels)
 
 
-def _render(messages: Sequence[dict[str, str]], tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a conversation and the character spans of the assistant's turns."""
+def _render(messages: Sequence[dict[str, str]], tokenizer: Any, between: str = "") -> tuple[str, list[tuple[int, int]]]:
+    """The text of a conversation and the character spans of the assistant's turns; without a chat template the turns
+    follow each other with ``between`` between them."""
     if not tokenizer.chat_template:
         text, spans = "", []
         for message in messages:
+            if text and between:
+                text += between
             begin = len(text)
             text += message["content"]
             if message["role"] == "assistant":
@@ -223,10 +168,10 @@ class Collator:
         self.pad_token_id = pad_token_id
         self.packed = packed
 
-    def __call__(self, rows: Sequence[Sequence[Example]]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[Sequence[Example]]) -> dict[str, Any]:
         width = max(sum(len(example.input_ids) for example in row) for row in rows)
-        ids = torch.full((len(rows), width), self.pad_token_id)
-        labels = torch.full((len(rows), width), IGNORED)
+        ids = torch.full((len(rows), width), self.pad_token_id, dtype=torch.long)
+        labels = torch.full((len(rows), width), IGNORED, dtype=torch.long)
         positions = torch.zeros((len(rows), width), dtype=torch.long)
         mask = torch.zeros((len(rows), width), dtype=torch.long)
         for i, row in enumerate(rows):
@@ -240,7 +185,12 @@ class Collator:
                 mask[i, at:end] = 1
                 at = end
             positions[i, at:] = torch.arange(width - at)  # the padding is an example of its own
-        batch = {"input_ids": ids, "labels": labels}
+        batch: dict[str, Any] = {
+            "input_ids": ids,
+            "labels": labels,
+            "loss_positions": learnt_positions(labels, IGNORED),
+        }
+        batch["records"] = [example.place for row in rows for example in row]
         return batch | ({"position_ids": positions} if self.packed else {"attention_mask": mask})
 
 
@@ -254,10 +204,91 @@ def packs_without_leaks(model: Any) -> bool:
     second = Example([7, 8, 9, 10], [7, 8, 9, 10])
     logits = []
     try:
+        device = next(model.parameters()).device
         for token in (3, 4):
             batch = collate([[Example([token] * 5, [token] * 5), second]])
-            del batch["labels"]
-            logits.append(model(**batch).logits[:, 5:])
+            batch = {name: batch[name].to(device) for name in ("input_ids", "position_ids")}
+            logits.append(model(**batch, use_cache=False).logits[:, 5:])
     finally:
         model.train(was_training)
     return torch.equal(*logits)
+
+
+# ---- the whole way ----
+
+
+@dataclass(frozen=True)
+class RecordCounts:
+    """How many records the run used, and how many it did not or only in part."""
+
+    train: int
+    evaluation: int
+    bad: int  # malformed, left out with skip_bad
+    cut: int  # longer than max_length, their end left out
+    dropped: int  # no completion within max_length
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a run trains and evaluates on."""
+
+    train: list[Example]
+    evaluation: list[Example]
+    counts: RecordCounts
+    digests: dict[str, str | None]  # of the records, by the setting that names them
+
+
+def load_examples(settings: FinetuneSettings, tokenizer: Any) -> Examples:
+    """Reads, splits (drawn with the seed) and tokenizes the data of a run.
+
+    Raises BadRecord naming file and line, and ValueError if nothing to train on or, though asked for, to evaluate on is
+    left.
+    """
+    records, bad = read_records(settings.data, settings.skip_bad)
+    digests: dict[str, str | None] = {"data_sha256": digest(records), "eval_data_sha256": None}
+    if settings.eval_data is not None:
+        held_out, bad_held_out = read_records(settings.eval_data, settings.skip_bad)
+        digests["eval_data_sha256"] = digest(held_out)
+        bad += bad_held_out
+    else:
+        random.Random(settings.seed).shuffle(records)
+        count = max(1, round(len(records) * settings.eval_fraction)) if settings.eval_fraction > 0 else 0
+        held_out, records = records[:count], records[count:]
+    if not records:
+        raise ValueError(f"eval_fraction={settings.eval_fraction} leaves no record to train on")
+    train = tokenize_all(records, tokenizer, settings.max_length, settings.skip_bad)
+    evaluation = tokenize_all(held_out, tokenizer, settings.max_length, settings.skip_bad)
+    for group, wanted in ((train, True), (evaluation, bool(held_out))):
+        if wanted and not group.examples:
+            raise ValueError(f"max_length={settings.max_length} cuts off every completion: nothing is left to learn")
+    counts = RecordCounts(
+        train=len(train.examples),
+        evaluation=len(evaluation.examples),
+        bad=bad + train.bad + evaluation.bad,
+        cut=train.cut + evaluation.cut,
+        dropped=train.dropped + evaluation.dropped,
+    )
+    return Examples(train.examples, evaluation.examples, counts, digests)
+
+
+def stop_tokens(tokenizer: Any, folder: Path) -> set[int]:
+    """Ids of the tokens that end generation, by the tokenizer and by generation_config.json in the model's folder."""
+    ids = {tokenizer.eos_token_id}
+    file = folder / "generation_config.json"
+    if file.exists():
+        stored = json.loads(file.read_text()).get("eos_token_id")
+        ids |= set(stored if isinstance(stored, list) else [stored])
+    return ids - {None}
+
+
+def learnt_ends(examples: Iterable[Example], stop_ids: set[int]) -> bool:
+    """Whether some answer ends in a token that ends generation, so that a model learns to stop."""
+    return any(label in stop_ids for example in examples for label in example.labels)
+
+
+def about_the_first(example: Example, tokenizer: Any) -> str:
+    """In one line, which part of an example is learnt."""
+    learnt = [label for label in example.labels if label != IGNORED]
+    text = tokenizer.decode(learnt)
+    shown = text if len(text) <= 80 else f"{text[:50]} … {text[-25:]}"
+    return f"first record ({example.place}): {len(learnt)} of {len(example.labels)} tokens are learnt: {shown!r}"

@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 
-from qlora.models.loading import load_tokenizer, resolve_model
+from qlora.models.loading import (
+    check_adapter_folder,
+    load_adapter_into,
+    load_quantized,
+    load_tokenizer,
+    resolve_model,
+)
+from qlora.training.chunked_loss import chunked_loss, why_not_chunked
 
 # Weight formats by name: a dtype of dense weights, or options of QLoRAConfig.
 DENSE_FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -32,36 +39,38 @@ class Perplexity:
         return math.exp(self.nats_per_token)
 
 
-def load_in_format(model: str | Path, name: str, dtype: torch.dtype, adapter: str | Path | None = None) -> Any:
-    """The model in one of FORMATS, in eval mode; 4-bit formats compute in ``dtype``.
+def load_in_format(
+    model: str | Path,
+    name: str,
+    dtype: torch.dtype,
+    adapter: str | Path | None = None,
+    device: torch.device | str = "cpu",
+) -> Any:
+    """The model in one of FORMATS on ``device``, in eval mode; 4-bit formats compute in ``dtype``.
 
-    Raises ValueError for an unknown format; ImportError if an adapter is given and PEFT is missing.
+    Raises ValueError for an unknown format, and for an adapter that does not fit.
     """
     from transformers import AutoModelForCausalLM
 
-    from qlora.integrations.transformers import QLoRAConfig
-
     folder = resolve_model(model)
     if name in DENSE_FORMATS:
-        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=DENSE_FORMATS[name])
+        place = {"": torch.device(device)}
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=DENSE_FORMATS[name], device_map=place)
     elif name in PACKED_FORMATS:
-        config = QLoRAConfig(**PACKED_FORMATS[name])
-        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=config)
+        loaded, _ = load_quantized(folder, dtype, device=device, progress=False, **PACKED_FORMATS[name])
     else:
         raise ValueError(f"format '{name}' is unknown: use one of {', '.join(FORMATS)}")
     if adapter is not None:
-        try:
-            from peft import PeftModel
-        except ImportError as error:
-            raise ImportError("peft is missing: pip install 'qlora[peft]'") from error
-        loaded = PeftModel.from_pretrained(loaded, adapter)
+        check_adapter_folder(Path(adapter), folder)
+        loaded = load_adapter_into(loaded, Path(adapter))
     return loaded.eval()
 
 
 def tokens_of(model: str | Path, text: str) -> torch.Tensor:
     """The text as token ids [n]."""
     tokenizer = load_tokenizer(resolve_model(model))
-    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64, device="cpu")
 
 
 @torch.no_grad()
@@ -83,14 +92,21 @@ def perplexity(
         raise ValueError(f"context={context} must be at least 2, and stride={stride} in 1 … {context - 1}")
     if len(ids) < 2:
         raise ValueError(f"the text has {len(ids)} tokens: at least two are needed, the first is given")
+    device = next(model.parameters()).device
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    in_chunks = why_not_chunked(base) is None
     total, scored, end = 0.0, 1, 0  # tokens before `scored` have their score
     start = 0
     while scored < len(ids):
         end = min(start + context, len(ids))
-        window = ids[start:end].unsqueeze(0)
-        logits = model(input_ids=window, use_cache=False).logits[0, :-1].float()
+        window = ids[start:end].unsqueeze(0).to(device)
         first = scored - start  # of the window's tokens to score
-        new = torch.nn.functional.cross_entropy(logits[first - 1 :], window[0, first:], reduction="sum")
+        if in_chunks:
+            positions = torch.arange(first, end - start, device=device)
+            new = chunked_loss(base, window, positions, 1, input_ids=window)
+        else:
+            logits = model(input_ids=window, use_cache=False).logits[0, :-1].float()
+            new = torch.nn.functional.cross_entropy(logits[first - 1 :], window[0, first:], reduction="sum")
         total += new.double().item()
         scored = end
         start += stride

@@ -1,39 +1,50 @@
 """The main job: a model, a file of records, an output folder; a fine-tuned adapter and a report at the end."""
 
-import hashlib
 import json
-import random
-from collections.abc import Sequence
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from qlora.models.adapters import save_adapter
-from qlora.storage.files import atomic_write
+import torch
+
+from qlora.devices import DTYPES, Choice, choose_device, choose_dtype
 from qlora.models.loading import (
     load_quantized,
     load_tokenizer,
     require_train_extra,
     resolve_model,
-    save_quantization,
+    restore_lora,
+    save_base_facts,
+    save_lora,
 )
-from qlora.models.prepare import PreparedReport
-from qlora.training.data import Collator, Example, Sequences, pack, packs_without_leaks, read_records, tokenize_all
-from qlora.training.settings import COMPUTE_DTYPES, FinetuneSettings
+from qlora.optim import PagedAdamW
+from qlora.storage.files import atomic_write
+from qlora.storage.fingerprint import checkpoint_fingerprint
+from qlora.training.data import (
+    Collator,
+    Example,
+    Examples,
+    RecordCounts,
+    Sequences,
+    about_the_first,
+    learnt_ends,
+    load_examples,
+    pack,
+    packs_without_leaks,
+    stop_tokens,
+)
+from qlora.training.settings import FinetuneSettings
+
+logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "settings.json"
 ADAPTER_FOLDER = "adapter"
-
-
-@dataclass(frozen=True)
-class RecordCounts:
-    """How many records the run used, and how many it did not or only in part."""
-
-    train: int
-    evaluation: int
-    bad: int  # malformed, left out with skip_bad
-    cut: int  # longer than max_length, their end left out
-    dropped: int  # no completion within max_length
+# Of the settings, what may differ between a run and its resumption.
+_FREE_SETTINGS = ("output", "device", "page_dir", "fsdp")
 
 
 @dataclass(frozen=True)
@@ -43,11 +54,14 @@ class FinetuneResult:
     adapter: Path
     model: Any
     tokenizer: Any
-    prepared: PreparedReport
+    bytes_dense: int  # of the model in 16 bit or in the compute dtype, without adapters
+    bytes_now: int
     eval_loss_before: float | None
     eval_loss_after: float | None
     steps: int
     records: RecordCounts
+    device: Choice[torch.device]
+    dtype: Choice[torch.dtype]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -59,30 +73,30 @@ class Interrupted(KeyboardInterrupt):
         self.checkpoint = checkpoint
 
 
-def _sha256(path: str | None) -> str | None:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else None
-
-
-def _identity(settings: FinetuneSettings) -> dict[str, Any]:
+def _identity(settings: FinetuneSettings, dtype: torch.dtype, base: Path, digests: dict[str, Any]) -> dict[str, Any]:
     """What has to stay the same between a run and its resumption."""
-    identity = asdict(settings) | {
-        "data_sha256": _sha256(settings.data),
-        "eval_data_sha256": _sha256(settings.eval_data),
-    }
-    del identity["output"]
+    names = {value: name for name, value in DTYPES.items()}
+    identity = (
+        asdict(settings) | digests | {"compute_dtype": names[dtype], "base_fingerprint": checkpoint_fingerprint(base)}
+    )
+    for name in _FREE_SETTINGS:
+        del identity[name]
     return json.loads(json.dumps(identity))  # tuples become lists, as in the file
 
 
-def _check_output(settings: FinetuneSettings, resume: bool) -> None:
-    """Raises unless a new run may write to the output folder, or the run in it may be resumed with these settings."""
-    output = Path(settings.output)
-    if not resume:
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise FileExistsError(
-                f"{output} exists and is not empty: choose another output, or continue that run with --resume"
-            )
-        return
-    before, now = _read_settings(output), _identity(settings)
+def _check_output(output: Path, resume: bool) -> None:
+    """Raises unless a new run may write to the output folder, or there is one in it to resume."""
+    if resume:
+        _read_settings(output)
+    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(
+            f"{output} exists and is not empty: choose another output, or continue that run with --resume"
+        )
+
+
+def _check_same_run(output: Path, now: dict[str, Any]) -> None:
+    """Raises ValueError naming what differs from the run that was started in ``output``."""
+    before = _read_settings(output)
     changed = [f"{name}: {before.get(name)!r} -> {now[name]!r}" for name in now if before.get(name) != now[name]]
     if changed:
         details = ", ".join(changed)
@@ -105,158 +119,313 @@ def settings_of_run(output: str | Path) -> FinetuneSettings:
     """The settings that a run in ``output`` was started with."""
     known = {field.name for field in fields(FinetuneSettings)}
     values = {name: value for name, value in _read_settings(Path(output)).items() if name in known}
-    if values.get("target_modules") is not None:
-        values["target_modules"] = tuple(values["target_modules"])
+    for name in ("target_modules", "modules_to_save"):
+        if values.get(name) is not None:
+            values[name] = tuple(values[name])
     return FinetuneSettings(**{**values, "output": str(output)})
 
 
-def load_examples(settings: FinetuneSettings, tokenizer: Any) -> tuple[list[Example], list[Example], RecordCounts]:
-    """(training, evaluation, counts); the split is drawn with the seed.
+@dataclass(frozen=True)
+class _Processes:
+    """The processes that torchrun has started, or the only one."""
 
-    Raises BadRecord naming file and line, and ValueError if nothing to train on or, though asked for, to evaluate on is
-    left.
-    """
-    records, bad = read_records(settings.data, settings.skip_bad)
-    if settings.eval_data is not None:
-        held_out, bad_held_out = read_records(settings.eval_data, settings.skip_bad)
-        bad += bad_held_out
-    else:
-        random.Random(settings.seed).shuffle(records)
-        count = max(1, round(len(records) * settings.eval_fraction)) if settings.eval_fraction > 0 else 0
-        held_out, records = records[:count], records[count:]
-    if not records:
-        raise ValueError(f"eval_fraction={settings.eval_fraction} leaves no record to train on")
-    train = tokenize_all(records, tokenizer, settings.max_length, settings.skip_bad)
-    evaluation = tokenize_all(held_out, tokenizer, settings.max_length, settings.skip_bad)
-    for group, wanted in ((train, True), (evaluation, bool(held_out))):
-        if wanted and not group.examples:
-            raise ValueError(f"max_length={settings.max_length} cuts off every completion: nothing is left to learn")
-    counts = RecordCounts(
-        train=len(train.examples),
-        evaluation=len(evaluation.examples),
-        bad=bad + train.bad + evaluation.bad,
-        cut=train.cut + evaluation.cut,
-        dropped=train.dropped + evaluation.dropped,
-    )
-    return train.examples, evaluation.examples, counts
+    world: int
+    rank: int
+    local_rank: int
+
+    @classmethod
+    def of_environment(cls) -> "_Processes":
+        return cls(*(int(os.environ.get(name, default)) for name, default in _VARIABLES))
+
+    @property
+    def is_writer(self) -> bool:
+        return self.rank == 0
 
 
-def finetune(settings: FinetuneSettings, *, resume: bool = False, callbacks: Sequence[Any] = ()) -> FinetuneResult:
-    """Runs the job. ``callbacks`` are additional transformers TrainerCallbacks.
+_VARIABLES = (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
 
-    With ``resume`` continues from the newest complete checkpoint in the output folder (or from the start if there is
-    none); the result equals that of an uninterrupted run. Raises Interrupted after a Ctrl-C, with a checkpoint saved.
-    """
-    require_train_extra()
-    settings.check()
-    from transformers import TrainingArguments, set_seed
 
-    from qlora.training.report import memory_by_kind, write_report
-    from qlora.training.trainer import AdapterTrainer, SaveOnInterrupt, checkpoints
+def _arguments(
+    settings: FinetuneSettings, device: torch.device, dtype: torch.dtype, evaluates: bool, world: int
+) -> Any:
+    """transformers' TrainingArguments for a run; this starts the process group of several processes."""
+    from transformers import TrainingArguments
 
-    output = Path(settings.output)
-    folder = resolve_model(settings.model)
-    tokenizer = load_tokenizer(folder)
-    _check_output(settings, resume)
-    # Before anything is loaded or written: errors in the data are the commonest.
-    train, held_out, counts = load_examples(settings, tokenizer)
-    set_seed(settings.seed)
-    quantization: dict[str, Any] = {
-        "quant_type": settings.quant_type,
-        "block_size": settings.block_size,
-        "double_quant": settings.double_quant,
-    }
-    model, prepared = load_quantized(
-        folder,
-        COMPUTE_DTYPES[settings.compute_dtype],
-        rank=settings.rank,
-        alpha=settings.alpha,
-        dropout=settings.dropout,
-        target_modules=settings.target_modules,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        **quantization,
-    )
-    model.config.use_cache = False
-    model.config.pad_token_id = tokenizer.pad_token_id
+    from qlora.training.trainer import share_of
 
-    if settings.packing and not packs_without_leaks(model):
-        raise ValueError(
-            f"{type(model).__name__} lets packed records see each other (it ignores position_ids): use --no-packing"
-        )
-
-    def rows(examples: list[Example]) -> Sequences:
-        return pack(examples, settings.max_length) if settings.packing else Sequences([[e] for e in examples])
-
-    evaluation = rows(held_out) if held_out else None
+    if settings.fsdp and world == 1:
+        raise ValueError("fsdp needs several processes: launch by torchrun --nproc-per-node N -m qlora finetune …")
+    rows, forwards = share_of(settings.batch_size, settings.gradient_accumulation, world)
+    on_cpu = device.type == "cpu"
     arguments = TrainingArguments(
-        output_dir=str(output),
+        output_dir=settings.output,
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
+        per_device_train_batch_size=rows,
+        per_device_eval_batch_size=rows,
+        gradient_accumulation_steps=forwards,
         learning_rate=settings.learning_rate,
         warmup_steps=settings.warmup_steps,
         lr_scheduler_type=settings.lr_scheduler,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         logging_steps=settings.logging_steps,
+        logging_nan_inf_filter=False,  # AdapterTrainer stops at the first one
         save_steps=settings.save_steps,
-        eval_strategy="steps" if evaluation else "no",
+        eval_strategy="steps" if evaluates else "no",
         eval_steps=settings.eval_steps,
         prediction_loss_only=True,
         seed=settings.seed,
-        use_cpu=True,  # this build has kernels for the CPU only
-        dataloader_pin_memory=False,
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if on_cpu and world > 1 else None,
+        fp16=dtype == torch.float16,  # with a gradient scaler
+        activation_checkpointing=settings.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        dataloader_pin_memory=not on_cpu,
         remove_unused_columns=False,
+        include_num_input_tokens_seen="all",
         report_to="none",
     )
-    output.mkdir(parents=True, exist_ok=True)
-    if not resume:
-        atomic_write(output / SETTINGS_FILE, json.dumps(_identity(settings), indent=2).encode())
-    interrupt = SaveOnInterrupt()
-    trainer = AdapterTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=rows(train),
-        eval_dataset=evaluation,
-        data_collator=Collator(tokenizer.pad_token_id, settings.packing),
-        callbacks=[*callbacks, interrupt],
-        keep_checkpoints=settings.keep_checkpoints,
-    )
-    newest = checkpoints(output)[-1] if resume and checkpoints(output) else None
-    before_file = output / "eval_before.json"
+    if not on_cpu and world == 1:
+        _ = arguments.device
+        arguments._n_gpu = 1  # this one, not DataParallel over all that torch sees
+    return arguments
+
+
+def finetune(
+    settings: FinetuneSettings,
+    *,
+    resume: bool = False,
+    callbacks: Sequence[Any] = (),
+    on_start: Callable[[str], None] = logger.info,
+) -> FinetuneResult:
+    """Runs the job. ``callbacks`` are additional transformers TrainerCallbacks; ``on_start`` is given a few lines about
+    the device, the dtype and the data, by the process that writes.
+
+    With ``resume`` continues from the newest complete checkpoint in the output folder (or from the start if there is
+    none); the result equals that of an uninterrupted run. Raises Interrupted after a Ctrl-C, with a checkpoint saved,
+    and MemoryError with what would shrink the run. Launched by torchrun, each process calls it; the first one writes.
+    """
+    require_train_extra()
+    settings.check()
+    output, processes = Path(settings.output), _Processes.of_environment()
+    if processes.world > 1 and torch.cuda.is_available() and settings.device != "cpu":
+        torch.cuda.set_device(processes.local_rank)
+    device = choose_device(settings.device)
+    dtype = choose_dtype(settings.compute_dtype, device.value)
+    folder = resolve_model(settings.model)
+    tokenizer = load_tokenizer(folder)
+    _check_output(output, resume)
+    # Before anything is loaded or written: errors in the data are the commonest.
+    examples = load_examples(settings, tokenizer)
+    identity = _identity(settings, dtype.value, folder, examples.digests)
+    if resume:
+        _check_same_run(output, identity)
+    arguments = _arguments(settings, device.value, dtype.value, bool(examples.evaluation), processes.world)
+    if processes.is_writer:
+        on_start(f"device: {device.value}, {device.reason}")
+        on_start(f"compute dtype: {str(dtype.value).removeprefix('torch.')}, {dtype.reason}")
+        on_start(about_the_first(examples.train[0], tokenizer))
+        if not learnt_ends(examples.train, stop_tokens(tokenizer, folder)):
+            on_start(
+                "No record's answer ends in a token that ends generation: the model will not learn to stop. Look at"
+                " --show-example, and at the end of turn in the chat template"
+            )
     try:
-        if newest is not None and before_file.exists():
-            before = json.loads(before_file.read_text())
-        else:
-            before = trainer.evaluate()["eval_loss"] if evaluation else None
-            atomic_write(before_file, json.dumps(before).encode())
+        return _Run(settings, output, device, dtype, folder, tokenizer, examples, arguments).execute(
+            identity, resume, callbacks
+        )
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        text = str(error)
+        if isinstance(error, RuntimeError) and "memory" not in text:
+            raise
+        raise MemoryError(f"out of memory ({text.splitlines()[0]}). {_what_shrinks(settings, folder)}") from error
+
+
+def _what_shrinks(settings: FinetuneSettings, folder: Path) -> str:
+    options = [
+        *(["--gradient-checkpointing"] if not settings.gradient_checkpointing else []),
+        *(
+            [f"--batch-size {settings.batch_size // 2} (with twice the --gradient-accumulation)"]
+            if settings.batch_size > 1
+            else []
+        ),
+        f"--max-length below {settings.max_length}",
+        *(["--optimizer paged-adamw-8bit"] if settings.optimizer != "paged-adamw-8bit" else []),
+        f"--rank below {settings.rank}",
+    ]
+    checkpointing = "on" if settings.gradient_checkpointing else "off"
+    return (
+        f"What shrinks a run: {', '.join(options)}. What it needs: qlora plan {folder} --rank {settings.rank} --batch"
+        f" {settings.batch_size} --seq {settings.max_length} --checkpointing {checkpointing}"
+    )
+
+
+class _Run:
+    """One run, once its data and its settings are known to be good."""
+
+    def __init__(
+        self,
+        settings: FinetuneSettings,
+        output: Path,
+        device: Choice[torch.device],
+        dtype: Choice[torch.dtype],
+        folder: Path,
+        tokenizer: Any,
+        examples: Examples,
+        arguments: Any,
+    ) -> None:
+        self.settings, self.output, self.device, self.dtype = settings, output, device, dtype
+        self.folder, self.tokenizer, self.examples, self.arguments = folder, tokenizer, examples, arguments
+        self.format: dict[str, Any] = {
+            name: getattr(settings, name) for name in ("quant_type", "block_size", "double_quant")
+        }
+
+    def execute(self, identity: dict[str, Any], resume: bool, callbacks: Sequence[Any]) -> FinetuneResult:
+        from transformers import set_seed
+
+        from qlora.training.trainer import SaveOnInterrupt, checkpoints
+
+        settings, output, is_writer = self.settings, self.output, self.arguments.should_save
+        set_seed(settings.seed)
+        started = time.perf_counter()
+        model, sizes = self._load()
+        self.why_whole_logits = self._probe(model)
+        newest = checkpoints(output)[-1] if resume and checkpoints(output) else None
+        if newest is not None:
+            restore_lora(model, newest)
+        if is_writer:
+            output.mkdir(parents=True, exist_ok=True)
+            if not resume:
+                atomic_write(output / SETTINGS_FILE, json.dumps(identity, indent=2).encode())
+        interrupt = SaveOnInterrupt()
+        trainer = self._trainer(model, [*callbacks, interrupt])
+        try:
+            before = self._loss_before(trainer, newest is not None)
             set_seed(settings.seed)  # the first step of a run does not depend on the evaluation before it
-        with interrupt:
-            trainer.train(resume_from_checkpoint=str(newest) if newest else None)
-        if interrupt.interrupted:
-            raise KeyboardInterrupt
-        after = trainer.evaluate()["eval_loss"] if evaluation else None
-    except KeyboardInterrupt:
-        saved = checkpoints(output)
-        raise Interrupted(output, saved[-1] if saved else None) from None
-    adapter = save_adapter(model, output / ADAPTER_FOLDER, base_model=settings.model)
-    save_quantization(adapter, quantization)
-    history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
-    if before is not None:
-        history.insert(0, {"step": 0, "eval_loss": before})
-    figures = {
-        "model": settings.model,
-        "eval_loss_before": before,
-        "eval_loss_after": after,
-        "steps": trainer.state.global_step,
-        "records": asdict(counts),
-        "bytes_before": prepared.bytes_before,
-        "bytes_after": prepared.bytes_after,
-        "trainable_params": prepared.trainable_params,
-        "memory_bytes": memory_by_kind(model),
-    }
-    write_report(output, figures, history)
-    model.config.use_cache = True
-    return FinetuneResult(adapter, model.eval(), tokenizer, prepared, before, after, trainer.state.global_step, counts)
+            with interrupt:
+                trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+            if interrupt.interrupted:
+                raise KeyboardInterrupt
+            after = trainer.evaluate()["eval_loss"] if self.examples.evaluation else None
+        except KeyboardInterrupt:
+            saved = checkpoints(output)
+            raise Interrupted(output, saved[-1] if saved else None) from None
+        adapter = output / ADAPTER_FOLDER
+        save_lora(model, adapter, is_writer)
+        if is_writer:
+            save_base_facts(adapter, self.format, self.folder)
+            self._report(trainer, model, sizes, before, after, time.perf_counter() - started)
+        model.config.use_cache = True
+        base = model.get_base_model()
+        vars(base).pop("forward", None)  # the loss in chunks was for training
+        return FinetuneResult(
+            adapter,
+            model.eval(),
+            self.tokenizer,
+            sizes["dense"],
+            sizes["now"],
+            before,
+            after,
+            trainer.state.global_step,
+            self.examples.counts,
+            self.device,
+            self.dtype,
+        )
+
+    def _load(self) -> tuple[Any, dict[str, int]]:
+        settings = self.settings
+        model, sizes = load_quantized(
+            self.folder,
+            self.dtype.value,
+            device=self.device.value,
+            rank=settings.rank,
+            alpha=settings.alpha,
+            dropout=settings.dropout,
+            target_modules=settings.target_modules,
+            use_dora=settings.dora,
+            modules_to_save=None if settings.modules_to_save is None else list(settings.modules_to_save),
+            progress=self.arguments.should_save,
+            **self.format,
+        )
+        model.config.use_cache = False
+        model.config.pad_token_id = self.tokenizer.pad_token_id
+        return model, sizes
+
+    def _probe(self, model: Any) -> str | None:
+        """Refuses a model in which packed records see each other; returns why the loss is not computed in chunks."""
+        from qlora.training.chunked_loss import why_not_chunked
+
+        if self.settings.packing and not packs_without_leaks(model):
+            raise ValueError(
+                f"{type(model.get_base_model()).__name__} lets packed records see each other (it ignores"
+                " position_ids): use --no-packing"
+            )
+        return why_not_chunked(model.get_base_model())
+
+    def _rows(self, examples: list[Example]) -> Sequences:
+        return pack(examples, self.settings.max_length) if self.settings.packing else Sequences([[e] for e in examples])
+
+    def _trainer(self, model: Any, callbacks: list[Any]) -> Any:
+        from qlora.training.trainer import AdapterTrainer, shard
+
+        settings = self.settings
+        if settings.fsdp:
+            shard(model, self.device.value)
+        evaluation = self._rows(self.examples.evaluation) if self.examples.evaluation else None
+        optimizer = {
+            "lr": settings.learning_rate,
+            "weight_decay": settings.weight_decay,
+            "bits": 8 if settings.optimizer.endswith("8bit") else 32,
+            "paged": settings.optimizer.startswith("paged"),
+            "page_dir": settings.page_dir,
+        }
+        return AdapterTrainer(
+            model=model,
+            args=self.arguments,
+            train_dataset=self._rows(self.examples.train),
+            eval_dataset=evaluation,
+            data_collator=Collator(self.tokenizer.pad_token_id, settings.packing),
+            callbacks=callbacks,
+            optimizer_cls_and_kwargs=(PagedAdamW, optimizer),
+            keep_checkpoints=settings.keep_checkpoints,
+            chunked=self.why_whole_logits is None,
+            fsdp=settings.fsdp,
+        )
+
+    def _loss_before(self, trainer: Any, is_resumed: bool) -> float | None:
+        file = self.output / "eval_before.json"
+        if is_resumed and file.exists():
+            return json.loads(file.read_text())
+        before = trainer.evaluate()["eval_loss"] if self.examples.evaluation else None
+        if self.arguments.should_save:
+            atomic_write(file, json.dumps(before).encode())
+        return before
+
+    def _report(
+        self, trainer: Any, model: Any, sizes: dict[str, int], before: float | None, after: float | None, seconds: float
+    ) -> None:
+        from qlora.training.report import memory_by_kind, peak_memory, write_report
+
+        history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
+        if before is not None:
+            history.insert(0, {"step": 0, "eval_loss": before})
+        figures = {
+            "model": self.settings.model,
+            "device": f"{self.device.value} ({self.device.reason})",
+            "compute_dtype": f"{str(self.dtype.value).removeprefix('torch.')} ({self.dtype.reason})",
+            "loss": f"whole logits: {self.why_whole_logits}" if self.why_whole_logits else "in chunks of the tokens",
+            "optimizer": self.settings.optimizer,
+            "processes": self.arguments.world_size,
+            "eval_loss_before": before,
+            "eval_loss_after": after,
+            "steps": trainer.state.global_step,
+            "seconds": seconds,
+            "records": asdict(self.examples.counts),
+            "bytes_dense": sizes["dense"],
+            "bytes_now": sizes["now"],
+            "trainable_params": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "memory_bytes": memory_by_kind(model, self.settings.optimizer),
+            "peak_memory_bytes": peak_memory(self.device.value),
+        }
+        write_report(self.output, figures, history)

@@ -1,69 +1,131 @@
-"""What a run leaves for people: report.json with the figures, report.png with the loss curve and the memory."""
+"""What a run leaves for people: report.json with the figures, report.png with loss, learning rate, speed and memory."""
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from qlora.nn import Experts4bit
+from qlora.nn.packed import STATISTICS, PackedMatrix
+from qlora.nn.replacing import tensor_bytes
 from qlora.storage.files import atomic_write
-from qlora.models.prepare import qlora_layers
-from qlora.nn import Linear4bit
 
 MIB = 2**20
+_BLUE, _RED, _GREY = "#4477aa", "#cc3311", "#999999"
 
 
-def memory_by_kind(model: nn.Module) -> dict[str, int]:
-    """Bytes of the model by what they are for; AdamW's two float32 states are counted with the trainable parameters."""
+def memory_by_kind(model: nn.Module, optimizer: str = "adamw") -> dict[str, int]:
+    """Bytes of the model by what they are for; gradients and AdamW's state as they are once training has begun."""
     packed = statistics = dense_equivalent = 0
     for module in model.modules():
-        if isinstance(module, Linear4bit):
-            packed += module.weight.nbytes
-            statistics += sum(t.nbytes for t in module.quantized_weight.tensors[1:])
-            dense_equivalent += 2 * module.in_features * module.out_features
-    adapters = sum(
-        p.nbytes for layer in qlora_layers(model).values() for p in (*layer.lora_a.values(), *layer.lora_b.values())
-    )
-    total = sum({id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}.values())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        if isinstance(module, PackedMatrix | Experts4bit):
+            own = sum(p.nbytes for p in module.parameters(recurse=False) if p.dtype == torch.uint8)
+            packed += own
+            dense_equivalent += 4 * own  # two weights a byte, two bytes a weight
+            statistics += sum(b.nbytes for n, b in module.named_buffers(recurse=False) if n.endswith(STATISTICS))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    adapters = sum(p.nbytes for p in trained)
+    count = sum(p.numel() for p in trained)
     return {
         "linear_layers_16bit": dense_equivalent,
         "linear_layers_4bit": packed,
         "scales": statistics,
-        "embeddings_and_rest": total - packed - statistics - adapters,
+        "embeddings_and_rest": tensor_bytes(model) - packed - statistics - adapters,
         "adapters": adapters,
-        "gradients": 4 * trainable,
-        "adamw_states": 8 * trainable,
+        "gradients": adapters,
+        "adamw_states": (2 if optimizer.endswith("8bit") else 8) * count,
     }
 
 
+def peak_memory(device: torch.device) -> int:
+    """The most bytes so far: of torch's allocator on a GPU, of the process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def write_report(folder: Path, figures: dict[str, Any], history: list[dict[str, Any]]) -> None:
-    """Writes report.json and report.png. ``history`` is the Trainer's log."""
+    """Writes report.json and report.png. ``history`` is the Trainer's log, with seconds and tokens since the start."""
     atomic_write(folder / "report.json", json.dumps({**figures, "history": history}, indent=2).encode())
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
-    train = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    evaluation = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
-    if train:
-        left.plot(*zip(*train, strict=True), label="training", color="#4477aa")
-    if evaluation:
-        left.plot(*zip(*evaluation, strict=True), "o-", label="evaluation", color="#cc3311")
-    left.set(xlabel="step", ylabel="loss (nats per token)", title="Loss")
-    left.legend()
-    left.grid(alpha=0.3)
-    memory = figures["memory_bytes"]
-    right.barh([kind.replace("_", " ") for kind in memory], [size / MIB for size in memory.values()], color="#4477aa")
-    for row, size in enumerate(memory.values()):
-        right.text(size / MIB, row, f" {size / MIB:.1f}", va="center")
-    right.invert_yaxis()
-    right.margins(x=0.15)
-    right.set(xlabel="MiB", title="Memory by kind")
+    figure, axes = plt.subplots(2, 2, figsize=(13, 8.5))
+    (loss, memory), (rate, speed) = axes
+    _draw_loss(loss, history)
+    _draw_memory(memory, figures)
+    _draw_points(rate, [(e["step"], e["learning_rate"]) for e in history if "learning_rate" in e], "learning rate")
+    _draw_points(speed, tokens_per_second(history), "tokens / s")
+    figure.suptitle(_title(figures), fontsize=11)
     figure.tight_layout()
     temporary = folder / ".report.png"
     figure.savefig(temporary, format="png", dpi=120)
     plt.close(figure)
     temporary.replace(folder / "report.png")
+
+
+def tokens_per_second(history: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    """(step, tokens a second since the entry before) of the log's entries with a training loss."""
+    entries = [e for e in history if "loss" in e and "num_input_tokens_seen" in e and "seconds" in e]
+    before, result = {"num_input_tokens_seen": 0, "seconds": 0.0}, []
+    for entry in entries:
+        seconds = entry["seconds"] - before["seconds"]
+        tokens = entry["num_input_tokens_seen"] - before["num_input_tokens_seen"]
+        if seconds > 0 and tokens > 0:  # a resumed run counts seconds from its own start
+            result.append((entry["step"], tokens / seconds))
+        before = entry
+    return result
+
+
+def _title(figures: dict[str, Any]) -> str:
+    lines = [Path(str(figures.get("model", ""))).name]
+    for key in ("device", "compute_dtype", "optimizer", "loss"):
+        if key in figures:
+            lines.append(f"{key.replace('_', ' ')}: {figures[key]}")
+    return f"{lines[0]}\n{' · '.join(lines[1:3])}\n{' · '.join(lines[3:])}"
+
+
+def _draw_loss(axes: Any, history: list[dict[str, Any]]) -> None:
+    for key, label, color in (("loss", "training", _BLUE), ("eval_loss", "evaluation", _RED)):
+        points = [(entry["step"], entry[key]) for entry in history if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), "o-", markersize=4, label=label, color=color)
+            if key == "eval_loss":
+                for step, value in (points[0], points[-1]):
+                    axes.annotate(f"{value:.3f}", (step, value), textcoords="offset points", xytext=(4, 6), color=color)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title="Loss")
+    if axes.has_data():
+        axes.legend()
+    axes.grid(alpha=0.3)
+
+
+def _draw_points(axes: Any, points: list[tuple[int, float]], label: str) -> None:
+    if points:
+        axes.plot(*zip(*points, strict=True), "o-", markersize=3, color=_BLUE)
+    else:
+        axes.text(0.5, 0.5, "not logged", ha="center", va="center", transform=axes.transAxes, color=_GREY)
+    axes.set(xlabel="step", ylabel=label, title=label.capitalize())
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+
+
+def _draw_memory(axes: Any, figures: dict[str, Any]) -> None:
+    sizes = {kind.replace("_", " "): size for kind, size in figures["memory_bytes"].items()}
+    for key, label in (("planned_memory_bytes", "planned in all"), ("peak_memory_bytes", "measured peak")):
+        if figures.get(key):
+            sizes[label] = figures[key]
+    colors = [
+        _GREY if kind.endswith("16bit") else _RED if kind.startswith(("planned", "measured")) else _BLUE
+        for kind in sizes
+    ]
+    axes.barh(list(sizes), [size / MIB for size in sizes.values()], color=colors)
+    for row, size in enumerate(sizes.values()):
+        axes.text(size / MIB, row, f" {size / MIB:.1f}", va="center")
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.set(xlabel="MiB", title="Memory by kind")

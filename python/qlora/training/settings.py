@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 
-import torch
-
+from qlora.devices import AUTO, DTYPES
 from qlora.ops import check_format
 
-COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+OPTIMIZERS = ("adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit")
 
 
 @dataclass(frozen=True)
@@ -25,11 +24,17 @@ class FinetuneSettings:
     quant_type: str = "nf4"
     block_size: int = 64
     double_quant: bool = True
-    compute_dtype: str = "bf16"
+    dora: bool = False  # weight-decomposed adapters (Liu et al. 2024)
+    modules_to_save: tuple[str, ...] | None = None  # layers that are trained whole, and saved with the adapter
+    device: str = AUTO  # auto, cpu, cuda, cuda:N
+    compute_dtype: str = AUTO  # auto, bf16, fp16, fp32; a resumed run keeps what it was started with
+    optimizer: str = "adamw"
+    page_dir: str | None = None  # for paged state on the CPU
+    fsdp: bool = False  # with several processes: shard the model instead of keeping it whole on each
     epochs: float = 3.0
     max_steps: int = -1  # > 0 overrides epochs
-    batch_size: int = 1  # rows per step
-    gradient_accumulation: int = 1
+    batch_size: int = 1  # rows in a forward
+    gradient_accumulation: int = 1  # forwards in a step; several processes share the rows of a step
     max_length: int = 512  # tokens per row
     packing: bool = True
     learning_rate: float = 2e-4
@@ -51,7 +56,8 @@ class FinetuneSettings:
             ("rank", self.rank >= 1, "at least 1"),
             ("dropout", 0 <= self.dropout < 1, "in [0, 1)"),
             ("eval_fraction", 0 <= self.eval_fraction < 1, "in [0, 1)"),
-            ("compute_dtype", self.compute_dtype in COMPUTE_DTYPES, f"one of {', '.join(COMPUTE_DTYPES)}"),
+            ("compute_dtype", self.compute_dtype in (AUTO, *DTYPES), f"one of {AUTO}, {', '.join(DTYPES)}"),
+            ("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
             ("gradient_accumulation", self.gradient_accumulation >= 1, "at least 1"),
             ("max_length", self.max_length >= 2, "at least 2"),
@@ -60,6 +66,16 @@ class FinetuneSettings:
             ("eval_steps", self.eval_steps >= 1, "at least 1"),
             ("keep_checkpoints", self.keep_checkpoints >= 1, "at least 1"),
             ("epochs", self.epochs > 0, "positive"),
+            (
+                "page_dir",
+                self.page_dir is None or self.optimizer.startswith("paged"),
+                "left out without a paged optimizer",
+            ),
+            (
+                "fsdp",
+                not (self.fsdp and self.optimizer.endswith("8bit")),
+                "left out with 8-bit state, whose blocks FSDP2 would cut",
+            ),
         ]
         check_format(self.quant_type, self.block_size)
         for name, holds, rule in rules:

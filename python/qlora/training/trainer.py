@@ -1,19 +1,27 @@
-"""transformers' Trainer with adapter checkpoints that are complete or absent, and a Ctrl-C that saves."""
+"""transformers' Trainer with checkpoints of PEFT adapters that are complete or absent, the chunked loss, FSDP2 on every
+device, and an interruption that saves on all processes."""
 
+import math
 import os
 import shutil
 import signal
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from qlora.models.adapters import load_adapter, save_adapter
-from qlora.models.prepare import qlora_layers
+from qlora.distributed import ignore_frozen, largest_list
+from qlora.models.loading import save_lora
+from qlora.training.chunked_loss import ChunkedLoss
 
 _STATE_FILE = "trainer_state.json"  # written last by the Trainer: its presence means a complete checkpoint
+_OPTIMIZER_FILE = "optimizer.pt"
 _STAGING = ".saving"
 
 
@@ -23,14 +31,82 @@ def checkpoints(output: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
 
 
-class AdapterTrainer(Trainer):
-    """Saves and loads only adapters. A checkpoint is written in a staging folder and renamed when it is complete, so a
-    crash or a full disk in the middle leaves the previous one as the newest."""
+class NoFiniteLoss(ValueError):
+    """The loss has become nan or inf; the message says at which step and what the step learnt from."""
 
-    def __init__(self, *args: Any, keep_checkpoints: int = 2, **kwargs: Any) -> None:
+
+class AdapterTrainer(Trainer):
+    """Trains and saves a PeftModel's adapter.
+
+    A checkpoint is written in a staging folder and renamed when it is complete, so a crash or a full disk in the middle
+    leaves the previous one as the newest. Everything random is in it: a resumed run equals the uninterrupted one.
+
+    Args:
+        chunked: compute the loss in chunks (batches carry ``loss_positions``); else by the model itself.
+        fsdp: the model has been sharded by :func:`shard`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        keep_checkpoints: int = 2,
+        chunked: bool = True,
+        fsdp: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._keep = keep_checkpoints
+        self._started = time.perf_counter()
         self._staging: Path | None = None
+        self._fsdp = fsdp
+        # Trainer's name for a model that is sharded already: it is not wrapped in DDP.
+        self.is_distributed_loading_by_transformers = fsdp
+        ignore_frozen(self._model)
+        if chunked:
+            ChunkedLoss(self._model.get_base_model()).install()
+        self._chunked = chunked
+
+    @property
+    def _model(self) -> Any:
+        assert self.model is not None
+        return self.model
+
+    @property
+    def _is_writer(self) -> bool:
+        return bool(self.args.should_save)
+
+    # ---- a step ----
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._started = time.perf_counter()
+        return super().train(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log({**logs, "seconds": round(time.perf_counter() - self._started, 3)}, start_time)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        records = inputs.pop("records", ())
+        if not self._chunked:
+            inputs.pop("loss_positions", None)
+        result = super().compute_loss(model, inputs, *args, **kwargs)
+        loss = result[0] if isinstance(result, tuple) else result
+        self._forbid_nan(loss, records)
+        return result
+
+    def _forbid_nan(self, loss: Tensor, records: Sequence[str]) -> None:
+        """Raises NoFiniteLoss, on all processes together."""
+        finite = loss.detach().isfinite().to(torch.int32)
+        if dist.is_initialized():
+            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        if finite.item() == 0:
+            saved = checkpoints(Path(str(self.args.output_dir)))
+            raise NoFiniteLoss(
+                f"the loss is {loss.detach().float().item()} in step {self.state.global_step + 1}, on the records"
+                f" {', '.join(records[:5])}{' …' if len(records) > 5 else ''}. The newest checkpoint is"
+                f" {saved[-1] if saved else 'none'}: look at these records, or lower --learning-rate"
+            )
+
+    # ---- checkpoints ----
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging else super()._get_output_dir(trial)
@@ -39,12 +115,16 @@ class AdapterTrainer(Trainer):
         output = Path(super()._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self._staging = output / _STAGING
-        shutil.rmtree(self._staging, ignore_errors=True)
+        if self._is_writer:
+            shutil.rmtree(self._staging, ignore_errors=True)
+        _barrier()
         try:
             super()._save_checkpoint(model, trial)
-            _flush_to_disk(self._staging / name)
-            shutil.rmtree(output / name, ignore_errors=True)
-            (self._staging / name).replace(output / name)
+            _barrier()  # each process writes its own random state
+            if self._is_writer:
+                _flush_to_disk(self._staging / name)
+                shutil.rmtree(output / name, ignore_errors=True)
+                (self._staging / name).replace(output / name)
         except RuntimeError as error:  # torch.save reports a full disk as one
             kept = checkpoints(output)
             raise OSError(
@@ -52,30 +132,64 @@ class AdapterTrainer(Trainer):
                 f" {kept[-1] if kept else 'none'}: make room and continue with --resume"
             ) from error
         finally:
-            shutil.rmtree(self._staging, ignore_errors=True)
+            if self._is_writer:
+                shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
-        for old in checkpoints(output)[: -self._keep]:
-            shutil.rmtree(old)
+        if self._is_writer:
+            for old in checkpoints(output)[: -self._keep]:
+                shutil.rmtree(old)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        save_adapter(self._model, output_dir or str(self.args.output_dir))
+        save_lora(self._model, Path(output_dir or str(self.args.output_dir)), self._is_writer)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._fsdp:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+        state = get_optimizer_state_dict(
+            self._model, _bare(self.optimizer), options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+        )
+        if self._is_writer:
+            torch.save(state, Path(output_dir) / _OPTIMIZER_FILE)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self._fsdp or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+        folder = Path(checkpoint)
+        state = torch.load(folder / _OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+        options = StateDictOptions(full_state_dict=True)
+        set_optimizer_state_dict(self._model, _bare(self.optimizer), state, options=options)
+        self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        # Into the existing parameters: the optimizer holds references to them.
-        before = {name: (layer.lora_a["default"], layer.lora_b["default"]) for name, layer in self._layers()}
-        load_adapter(self._model, resume_from_checkpoint)
-        for name, layer in self._layers():
-            for holder, parameter in zip((layer.lora_a, layer.lora_b), before[name], strict=True):
-                parameter.data.copy_(holder["default"].data)
-                holder["default"] = parameter
+        pass  # the adapter is loaded before the model is sharded or wrapped: qlora.models.loading.restore_lora
 
-    @property
-    def _model(self) -> nn.Module:
-        assert self.model is not None
-        return self.model
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        # The random state of a process that the checkpoint does not know, with another number of processes, is the
+        # first one's, moved on by its number.
+        if checkpoint is not None:
+            world, rank = self.args.world_size, self.args.process_index
+            name = "rng_state.pth" if world <= 1 else f"rng_state_{rank}.pth"
+            if not (Path(checkpoint) / name).exists():
+                torch.manual_seed(self.args.seed + self.state.global_step * max(1, world) + rank)
+                return
+        super()._load_rng_state(checkpoint)
 
-    def _layers(self) -> Any:
-        return qlora_layers(self._model).items()
+
+def _bare(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer inside accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def _flush_to_disk(folder: Path) -> None:
@@ -85,19 +199,54 @@ def _flush_to_disk(folder: Path) -> None:
                 os.fsync(file.fileno())
 
 
+# ---- several processes ----
+
+
+def shard(model: Any, device: torch.device) -> None:
+    """Shards a PeftModel over all processes by FSDP2, block by block."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in largest_list(model):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def share_of(batch_size: int, accumulation: int, world: int) -> tuple[int, int]:
+    """(rows in a forward, forwards in a step) of each of ``world`` processes, so that a step sees as many rows as with
+    one process. Raises ValueError if the rows of a step cannot be shared."""
+    rows = batch_size * accumulation
+    if rows % world:
+        raise ValueError(
+            f"batch_size={batch_size} times gradient_accumulation={accumulation} are {rows} rows a step, which"
+            f" {world} processes cannot share: it must be a multiple of {world}"
+        )
+    mine = rows // world
+    size = math.gcd(mine, batch_size) if batch_size <= mine else mine
+    return size, mine // size
+
+
+# ---- interruptions ----
+
+
 class SaveOnInterrupt(TrainerCallback):
-    """The first Ctrl-C finishes the step, saves a checkpoint and stops; the second one stops at once."""
+    """The first Ctrl-C (or SIGTERM) finishes the step, saves a checkpoint and stops, on all processes, whichever got
+    it; the second one stops at once."""
+
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
         self.interrupted = False
-        self._previous: Any = None
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "SaveOnInterrupt":
-        self._previous = signal.signal(signal.SIGINT, self._on_signal)
+        self._previous = {number: signal.signal(number, self._on_signal) for number in self._SIGNALS}
         return self
 
     def __exit__(self, *unused: Any) -> None:
-        signal.signal(signal.SIGINT, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self.interrupted:
@@ -106,6 +255,10 @@ class SaveOnInterrupt(TrainerCallback):
         print("\nInterrupted: finishing this step, then saving a checkpoint (again Ctrl-C: stop now).", flush=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if dist.is_initialized():
+            flag = torch.tensor([self.interrupted], dtype=torch.int32, device=args.device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            self.interrupted = bool(flag.item())
         if self.interrupted:
             control.should_save = True
             control.should_training_stop = True

@@ -1,0 +1,104 @@
+"""Which device and which dtype a job computes on, and why: pure choices that say their reason."""
+
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+
+from qlora import _C
+from qlora._load import has_cuda_ops
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+AUTO = "auto"
+OLDEST_GPU = (7, 5)  # compute capability of the oldest GPUs that our kernels know
+# Instruction sets with bfloat16 products, for our kernels and for torch's.
+_BFLOAT16_ISAS = ("avx512bf16", "amx")
+
+
+T = TypeVar("T", torch.device, torch.dtype)
+
+
+@dataclass(frozen=True)
+class Choice(Generic[T]):
+    """A device or a dtype, and the reason for it in words."""
+
+    value: T
+    reason: str
+
+
+def why_not_gpu(index: int | None = None) -> str | None:
+    """Why our operators cannot run on a GPU (of that index); None if they can."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} has no CUDA"
+    if not has_cuda_ops():
+        return "this build of qlora has no CUDA operators (see QLORA_CUDA in the README)"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    count = torch.cuda.device_count()
+    if index is not None and index >= count:
+        return f"there are {count} GPUs, numbered from 0"
+    major, minor = torch.cuda.get_device_capability(index)
+    return why_not_arch(major, minor)
+
+
+def why_not_arch(major: int, minor: int, archs: tuple[int, ...] | None = None) -> str | None:
+    """Why no compiled code (for ``archs``, by default this build's) runs on a GPU of compute capability major.minor."""
+    archs = _C.CUDA_ARCHS if archs is None else archs
+    name, arch = f"sm_{major}{minor}", 10 * major + minor
+    if (major, minor) < OLDEST_GPU:
+        return f"the GPU is {name}: the kernels need sm_{OLDEST_GPU[0]}{OLDEST_GPU[1]} or newer"
+    # Machine code runs on its own major version from its minor version on; PTX of the newest on all that are newer.
+    if not any(known // 10 == major and known <= arch for known in archs) and arch < max(archs, default=0):
+        return f"the GPU is {name}: this build has code for {', '.join(f'sm_{known}' for known in archs)} only"
+    return None
+
+
+def choose_device(name: str = AUTO) -> Choice[torch.device]:
+    """auto, cpu, cuda or cuda:N to a device. auto takes a GPU that has our operators, else the CPU.
+
+    Raises ValueError for another name, and for a GPU that is not there or that our operators do not run on.
+    """
+    if name == "cpu":
+        return Choice(torch.device("cpu"), "as named")
+    kind, _, number = name.partition(":")
+    if name != AUTO and (kind != "cuda" or (number != "" and not number.isdigit()) or name.endswith(":")):
+        raise ValueError(f"device='{name}' is unknown: use auto, cpu, cuda or cuda:N")
+    index = int(number) if number else None
+    problem = why_not_gpu(index)
+    if problem is not None:
+        if name == AUTO:
+            return Choice(torch.device("cpu"), problem)
+        raise ValueError(f"device='{name}' cannot be used: {problem}")
+    device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
+    return Choice(device, f"{torch.cuda.get_device_name(device)}, which has our operators")
+
+
+def choose_dtype(name: str, device: torch.device, capability: tuple[int, int] | None = None) -> Choice[torch.dtype]:
+    """auto, bf16, fp16 or fp32 to a compute dtype. auto is what the device multiplies fast.
+
+    ``capability`` of a GPU is asked of torch unless it is given. Raises ValueError for another name, and for fp16 on a
+    CPU: training in it needs a gradient scaler that only GPUs have, and a CPU that is fast in fp16 is so in bf16.
+    """
+    if name not in (AUTO, *DTYPES):
+        raise ValueError(f"compute_dtype='{name}' must be one of {AUTO}, {', '.join(DTYPES)}")
+    if device.type == "cuda":
+        if name != AUTO:
+            return Choice(DTYPES[name], "as named")
+        if (capability or torch.cuda.get_device_capability(device)) >= (8, 0):
+            return Choice(torch.bfloat16, "the GPU has bf16 tensor cores")
+        return Choice(torch.float16, "the GPU is older than sm_80, which brought bf16 tensor cores")
+    if name == "fp16":
+        raise ValueError("compute_dtype='fp16' is for GPUs: on a CPU use bf16 or fp32 (auto takes the faster one)")
+    if name != AUTO:
+        return Choice(DTYPES[name], "as named")
+    if (reason := why_slow_in_bfloat16()) is None:
+        return Choice(torch.bfloat16, f"the CPU multiplies bf16 ({_C.active_isa()})")
+    return Choice(torch.float32, reason)
+
+
+def why_slow_in_bfloat16() -> str | None:
+    """Why this CPU should not compute in bfloat16; None if it multiplies bfloat16 itself."""
+    isa = _C.active_isa()
+    if isa in _BFLOAT16_ISAS:
+        return None
+    return f"the CPU ({isa}) has no bf16 products: torch's took 7 times as long in a training step there"

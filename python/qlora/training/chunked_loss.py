@@ -1,0 +1,145 @@
+"""The loss of a causal language model without its logits as a whole: the head runs on some hundred tokens at a time.
+
+[tokens, vocabulary] logits in float32 and their gradient are the largest tensors of a training step (Llama-3 at 8,192
+tokens: 4.2 GB each). Here ``torch.utils.checkpoint`` computes a chunk of them in the forward and once more in the
+backward. The chunks go through the model's own forward, with the backbone standing still, so that whatever a model
+does to its logits (softcapping, scales, a transform before the head) is done. docs/finetuning.md compares this with the
+chunked losses of TRL and torch.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+CHUNK = 256  # tokens: 131 MB of float32 logits for 128,256 words
+
+
+@contextmanager
+def _backbone_returns(backbone: nn.Module, output: Any) -> Iterator[None]:
+    """Within it, a call of ``backbone`` gives ``output``."""
+    had = vars(backbone).get("forward")
+    backbone.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        if had is None:
+            del backbone.forward
+        else:
+            backbone.forward = had
+
+
+def backbone_of(model: Any) -> nn.Module | None:
+    """The part of a transformers model below its head; None if the two are one module."""
+    backbone = getattr(model, getattr(model, "base_model_prefix", "") or " ", None)
+    return backbone if isinstance(backbone, nn.Module) and backbone is not model else None
+
+
+def chunked_loss(
+    model: Any, labels: Tensor, positions: Tensor, tokens: Tensor | int, chunk: int = CHUNK, **inputs: Any
+) -> Tensor:
+    """Sum of the negative log likelihoods at ``positions``, divided by ``tokens``.
+
+    model: a transformers model with a head over a backbone; labels [batch, width]; positions int64 [n], into the
+    flattened labels: those to learn, none in the first column. ``inputs`` are the backbone's. The next-token label of
+    hidden state i is label i + 1.
+    """
+    backbone = backbone_of(model)
+    assert backbone is not None
+    outputs = backbone(**inputs, use_cache=False)
+    hidden = outputs.last_hidden_state.flatten(0, 1)[positions - 1]
+    wanted = labels.flatten()[positions]
+    kind = type(outputs)
+
+    def loss_of(part: Tensor, target: Tensor) -> Tensor:
+        with _backbone_returns(backbone, kind(last_hidden_state=part.unsqueeze(0))):
+            logits = model(inputs_embeds=part.unsqueeze(0), use_cache=False).logits
+        return F.cross_entropy(logits[0].float(), target, reduction="sum")
+
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for part, target in zip(hidden.split(chunk), wanted.split(chunk), strict=True):
+        total = total + checkpoint(loss_of, part, target, use_reentrant=False)
+    return total / tokens
+
+
+def learnt_positions(labels: Tensor, ignored: int = -100) -> Tensor:
+    """Places in the flattened labels [batch, width] that a causal model learns: not ignored, and not the first of a
+    row, which nothing predicts. int64 [n], on the device of the labels (it waits for a GPU: call it on the CPU)."""
+    known = labels != ignored
+    known[:, 0] = False
+    return known.flatten().nonzero().flatten()
+
+
+class ChunkedLoss:
+    """Gives a model's forward the argument ``loss_positions``, with which it returns only the chunked loss."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._forward = model.forward
+
+    def install(self) -> "ChunkedLoss":
+        """From now on ``model(…, labels=…, loss_positions=…)`` returns ``{"loss": …}``."""
+        self._model.forward = self
+        return self
+
+    def remove(self) -> None:
+        del self._model.forward
+
+    def __call__(self, *args: Any, loss_positions: Tensor | None = None, **kwargs: Any) -> Any:
+        if loss_positions is None:
+            return self._forward(*args, **kwargs)
+        labels = kwargs.pop("labels")
+        tokens = kwargs.pop("num_items_in_batch", None)
+        kwargs.pop("use_cache", None)
+        return {
+            "loss": chunked_loss(
+                _Original(self._model, self._forward),
+                labels,
+                loss_positions,
+                max(1, len(loss_positions)) if tokens is None else tokens,
+                **kwargs,
+            )
+        }
+
+
+class _Original:
+    """A model as it was before :class:`ChunkedLoss`: calls go to its own forward, without its hooks once more."""
+
+    def __init__(self, model: Any, forward: Any) -> None:
+        self._model, self._forward = model, forward
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, **kwargs: Any) -> Any:
+        return self._forward(**kwargs)
+
+
+@torch.no_grad()
+def why_not_chunked(model: Any) -> str | None:
+    """Why :func:`chunked_loss` cannot stand for the model's own loss: a probe on eight tokens compares the two. None if
+    it can.
+
+    Raises nothing that the model itself would not raise.
+    """
+    if backbone_of(model) is None:
+        return f"{type(model).__name__} has no backbone apart from its head"
+    device = next(model.parameters()).device
+    labels = torch.arange(3, 11, device=device).unsqueeze(0)
+    was_training = model.training
+    model.eval()
+    try:
+        own = model(input_ids=labels, labels=labels, use_cache=False).loss
+        ours = chunked_loss(model, labels, learnt_positions(labels), 7, chunk=4, input_ids=labels)
+    except (TypeError, AttributeError, KeyError, ValueError, RuntimeError) as error:
+        return f"the head of {type(model).__name__} does not run on its own ({error})"
+    finally:
+        model.train(was_training)
+    tolerance = max(1e-4, 2 * torch.finfo(model.dtype).eps)  # logits of other batches are rounded otherwise
+    if not abs(own.item() - ours.item()) <= tolerance * max(1.0, abs(own.item())):
+        return f"the loss of {type(model).__name__} is {own.item():.4f}, in chunks it would be {ours.item():.4f}"
+    return None

@@ -1,0 +1,245 @@
+"""Training records as people have them: JSON lines, JSON, CSV, Parquet, a data set of the Hub; checked one by one."""
+
+import csv
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_ROLES = ("system", "user", "assistant", "tool")
+_SHAREGPT_ROLES = {
+    **{role: role for role in _ROLES},
+    **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"},
+    "function": "tool",
+}
+SHAPES = "'messages', 'prompt' and 'completion', 'text', 'instruction' and 'output', or 'conversations'"
+
+
+class BadRecord(ValueError):
+    """A record that cannot be used; the message names its place and the rule."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One checked record, as messages, prompt and completion, or text; and where it stands: ``path:line``."""
+
+    content: dict[str, Any]
+    place: str
+
+
+# ---- one record ----
+
+
+def _shape(record: dict[str, Any]) -> str:
+    """The key that tells the shape of a record. Raises ValueError if there is none, or more than one."""
+    shapes = [
+        key for key in ("messages", "conversations", "prompt", "instruction", "text") if record.get(key) is not None
+    ]
+    if "instruction" in shapes and "text" in shapes and record.get("output") is not None:
+        shapes.remove("text")  # Alpaca's own files carry the rendered text too
+    if len(shapes) != 1:
+        raise ValueError(f"keys {sorted(map(str, record))}: a record has either {SHAPES}")
+    return shapes[0]
+
+
+def _text(record: dict[str, Any], key: str, may_be_empty: bool = False) -> str:
+    value = record.get(key)
+    if may_be_empty and value is None:
+        return ""
+    if not isinstance(value, str) or not (value or may_be_empty):
+        raise ValueError(f"'{key}' must be a string that is not empty")
+    value.encode()  # a lone surrogate is no text: UnicodeEncodeError is a ValueError
+    return value
+
+
+def _list(record: dict[str, Any], key: str) -> list[Any]:
+    value = record[key]
+    if isinstance(value, str):  # a column of a CSV file
+        value = json.loads(value)
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"'{key}' must be a list that is not empty")
+    return value
+
+
+def _messages(messages: list[Any]) -> dict[str, Any]:
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise ValueError("each message needs a 'role' and a string 'content'")
+        message["content"].encode()
+        if message.get("role") not in _ROLES:
+            raise ValueError(f"role {message.get('role')!r} is none of {', '.join(_ROLES)}")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ValueError("no message has the role 'assistant': there is nothing to learn")
+    return {"messages": messages}
+
+
+def _sharegpt(record: dict[str, Any]) -> dict[str, Any]:
+    messages = []
+    if record.get("system"):
+        messages.append({"role": "system", "content": _text(record, "system")})
+    for turn in _list(record, "conversations"):
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+            raise ValueError("each turn of 'conversations' needs a 'from' and a string 'value'")
+        role = _SHAREGPT_ROLES.get(str(turn.get("from")))
+        if role is None:
+            raise ValueError(f"'from' is {turn.get('from')!r}: it must be one of {', '.join(_SHAREGPT_ROLES)}")
+        messages.append({"role": role, "content": turn["value"]})
+    return _messages(messages)
+
+
+def _alpaca(record: dict[str, Any]) -> dict[str, Any]:
+    instruction, more = _text(record, "instruction"), _text(record, "input", may_be_empty=True)
+    question = f"{instruction}\n\n{more}" if more else instruction
+    return _messages([{"role": "user", "content": question}, {"role": "assistant", "content": _text(record, "output")}])
+
+
+def checked(record: Any) -> tuple[str, dict[str, Any]]:
+    """The shape of a record, and the record as messages, prompt and completion, or text.
+
+    Raises ValueError with the rule that it breaks.
+    """
+    if not isinstance(record, dict):
+        raise ValueError(f"a record is a JSON object, not {type(record).__name__}")
+    shape = _shape(record)
+    if shape == "messages":
+        return shape, _messages(_list(record, "messages"))
+    if shape == "conversations":
+        return shape, _sharegpt(record)
+    if shape == "instruction":
+        return shape, _alpaca(record)
+    if shape == "prompt":
+        return shape, {"prompt": _text(record, "prompt"), "completion": _text(record, "completion")}
+    return shape, {"text": _text(record, "text")}
+
+
+# ---- files ----
+
+# What a reader gives: the place of a record, and the record or the error in its place.
+_Items = Iterator[tuple[str, Any]]
+
+
+def _json_lines(path: Path) -> _Items:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if not line.strip():
+                continue
+            try:
+                yield f"{path}:{number}", json.loads(line.decode("utf-8"))
+            except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors are ValueErrors too
+                yield f"{path}:{number}", error
+
+
+def _json(path: Path) -> _Items:
+    """A list of records, an object that holds one as its only list, or JSON lines under this name."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            yield from _json_lines(path)
+            return
+        raise BadRecord(f"{path}:{error.lineno}: {error.msg}") from error
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise BadRecord(f"{path}: {error}") from error
+    if isinstance(content, dict):
+        lists = [value for value in content.values() if isinstance(value, list)]
+        is_record = any(key in content for key in ("messages", "conversations"))
+        content = lists[0] if len(lists) == 1 and not is_record else [content]
+    for number, record in enumerate(content, start=1):
+        yield f"{path}[record {number}]", record
+
+
+def _csv(path: Path) -> _Items:
+    delimiter = "\t" if path.suffix == ".tsv" else ","
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+        try:
+            for row in reader:
+                place = f"{path}:{reader.line_num}"
+                if None in row or None in row.values():
+                    yield place, ValueError(f"the row has not as many fields as the header, {reader.fieldnames}")
+                else:
+                    yield place, {key: value for key, value in row.items() if value != ""}
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise BadRecord(f"{path}:{reader.line_num + 1}: {error}") from error
+
+
+def _parquet(path: Path) -> _Items:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        batches = ParquetFile(path).iter_batches()
+        number = 0
+        for batch in batches:
+            for record in batch.to_pylist():
+                number += 1
+                yield f"{path}[record {number}]", record
+    except (ArrowException, OSError) as error:
+        raise BadRecord(f"{path} is not a readable Parquet file: {error}") from error
+
+
+def _hub(name: str) -> _Items:
+    """``OWNER/NAME`` or ``OWNER/NAME:SPLIT`` (default: train)."""
+    from datasets import load_dataset
+
+    dataset, _, split = name.partition(":")
+    try:
+        records = load_dataset(dataset, split=split or "train")
+    except (OSError, ValueError) as error:
+        raise BadRecord(
+            f"{name} is neither a file nor a data set of the Hub that can be loaded ({type(error).__name__}: {error})"
+        ) from error
+    for number, record in enumerate(records, start=1):
+        yield f"{name}[record {number}]", record
+
+
+_READERS = {".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
+
+
+def _items(source: str | Path) -> _Items:
+    path = Path(source)
+    if path.is_file():
+        return _READERS.get(path.suffix.lower(), _json_lines)(path)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", str(source)) and path.suffix.lower() not in (*_READERS, ".jsonl"):
+        return _hub(str(source))
+    raise FileNotFoundError(f"{source} does not exist")
+
+
+def read_records(source: str | Path, skip_bad: bool = False) -> tuple[list[Record], int]:
+    """The records of a file or of a data set of the Hub, and the number of bad ones left out.
+
+    A file's ending tells its format: .jsonl (and any other: an object a line), .json, .csv, .tsv, .parquet; text is
+    UTF-8, with or without a byte order mark. All records have one shape. Blank lines are no records.
+
+    Raises BadRecord naming file and line (or the record's number) at the first bad record unless ``skip_bad``, and if
+    no record is left; FileNotFoundError.
+    """
+    records: list[Record] = []
+    bad, first = 0, ""
+    for place, item in _items(source):
+        try:
+            if isinstance(item, Exception):
+                raise item
+            shape, content = checked(item)
+            if first and shape != first:
+                raise ValueError(f"a record with '{shape}' in a file whose records have '{first}'")
+        except (ValueError, RecursionError) as error:
+            if not skip_bad:
+                raise BadRecord(f"{place}: {error}") from error
+            bad += 1
+            continue
+        first = shape
+        records.append(Record(content, place))
+    if not records:
+        raise BadRecord(f"{source} holds no usable record ({bad} bad ones)")
+    return records, bad
+
+
+def digest(records: list[Record]) -> str:
+    """sha256 of the records' contents, by which a resumed run knows its data again."""
+    text = json.dumps([record.content for record in records], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
