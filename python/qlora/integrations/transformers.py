@@ -232,8 +232,8 @@ class QLoRAQuantizer(HfQuantizer):
             changed = sorted(now ^ self.quantized_names)
             raise ValueError(
                 f"save_pretrained: {len(changed)} layers are no longer what the config says, e.g. {changed[:3]}: a"
-                " model in 4 bit in parts cannot be read back. Merge adapters by qlora.merge_and_unload(model), which makes"
-                " all layers dense or, with requantize=True, none"
+                " model in 4 bit in parts cannot be read back. Merge adapters by qlora.merge_and_unload(model), which"
+                " makes all layers dense or, with requantize=True, none"
             )
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:

@@ -95,8 +95,8 @@ def perplexity(
     device = next(model.parameters()).device
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     in_chunks = why_not_chunked(base) is None
-    total, scored, end = 0.0, 1, 0  # tokens before `scored` have their score
-    start = 0
+    total = torch.zeros((), dtype=torch.float64, device=device)  # read once, at the end
+    scored, start, end = 1, 0, 0  # tokens before `scored` have their score
     while scored < len(ids):
         end = min(start + context, len(ids))
         window = ids[start:end].unsqueeze(0).to(device)
@@ -107,9 +107,9 @@ def perplexity(
         else:
             logits = model(input_ids=window, use_cache=False).logits[0, :-1].float()
             new = torch.nn.functional.cross_entropy(logits[first - 1 :], window[0, first:], reduction="sum")
-        total += new.double().item()
+        total += new.double()
         scored = end
         start += stride
         if on_progress is not None:
             on_progress(scored, len(ids))
-    return Perplexity(total / (len(ids) - 1), len(ids) - 1)
+    return Perplexity(total.item() / (len(ids) - 1), len(ids) - 1)
