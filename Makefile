@@ -12,13 +12,14 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 ABI_TORCHES ?= torch==2.11.0 torch==2.14.1
+CUDA_TORCH ?= torch==2.14.1
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc cmake python -type f -not -name '*.pyc' 2>/dev/null) CMakeLists.txt pyproject.toml
 say = @printf '\033[1m== %s\033[0m\n' "$(1)"
 
-.PHONY: demo test test-cpp test-asan test-gpu test-simt-full lint format bench test-abi ptx cuda-report clean
+.PHONY: demo test test-cpp test-asan test-gpu test-simt-full test-pypi-nvcc lint format bench test-abi ptx cuda-report clean
 
 demo: $(VENV)/.installed
 	$(call say,Fine-tuning SmolLM2-135M in 4 bit)
@@ -80,6 +81,10 @@ test-abi: $(VENV)/.build-tools
 	$(call say,One wheel under $(TORCH) $(ABI_TORCHES))
 	PYTHON=$(BIN)/python ABI_TORCHES="$(ABI_TORCHES)" sh tests/packaging/test_abi.sh
 
+test-pypi-nvcc:
+	$(call say,The build with nvcc from PyPI)
+	PYTHON=$(PYTHON) CUDA_TORCH="$(CUDA_TORCH)" sh tests/packaging/test_pypi_nvcc.sh
+
 ptx:
 	$(call say,PTX of the CUDA kernels in build/ptx)
 	for arch in sm_75 sm_80 sm_90; do mkdir -p build/ptx/$$arch && for kernel in csrc/cuda/*.cu; do \
@@ -108,14 +113,23 @@ $(VENV)/.build-tools: pyproject.toml $(VENV)/.torch
 	$(PIP) "scikit-build-core>=0.10" "pybind11>=2.13" "cmake>=3.24" ninja
 	@touch $@
 
-$(VENV)/.installed: $(SOURCES) $(VENV)/.build-tools
+# With an NVIDIA driver and a torch for CUDA the operators for the GPU at hand are built too, by nvcc from PyPI where
+# there is no toolkit. Elsewhere cuda_tools.py prints nothing.
+CUDA_TOOLS = $(BIN)/python cmake/cuda_tools.py
+
+$(VENV)/.cuda-tools: cmake/cuda_tools.py $(VENV)/.torch
+	@packages="$$($(CUDA_TOOLS) --requirements)"; if [ -n "$$packages" ]; then \
+	  printf '\033[1m== Installing nvcc for the GPU at hand\033[0m\n'; $(PIP) $$packages || exit 1; fi
+	@touch $@
+
+$(VENV)/.installed: $(SOURCES) $(VENV)/.build-tools $(VENV)/.cuda-tools
 	$(call say,Building and installing qlora)
-	$(PIP) --no-build-isolation ".[train]" $(TORCH)
+	env $$($(CUDA_TOOLS) --environment 2> /dev/null) $(PIP) --no-build-isolation ".[train]" $(TORCH)
 	@touch $@
 
 $(VENV)/.test-tools: pyproject.toml $(VENV)/.installed
 	$(call say,Installing test tools)
-	$(PIP) --no-build-isolation ".[train,test]" $(TORCH)
+	env $$($(CUDA_TOOLS) --environment 2> /dev/null) $(PIP) --no-build-isolation ".[train,test]" $(TORCH)
 	@touch $@
 
 $(VENV)/.lint-tools: pyproject.toml $(VENV)/.torch

@@ -25,9 +25,40 @@ endif()
 
 set(oldest_nvcc 12.8)  # the first that knows sm_100 and sm_120
 string(CONCAT how_to_get_nvcc
-  "Install the CUDA toolkit ${oldest_nvcc} or newer (its nvcc on PATH, or CUDACXX or CUDA_HOME set), or the compiler from PyPI: "
-  "pip install nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl nvidia-nvtx, "
-  "and set CUDACXX to the nvcc that it brings. QLORA_CUDA=OFF builds for the CPU only.")
+  "Install the CUDA toolkit ${oldest_nvcc} or newer (its nvcc on PATH, or CUDACXX or CUDA_HOME set), or for CUDA 13 the "
+  "compiler from PyPI, of torch's release, beside torch: pip install nvidia-cuda-nvcc==${TORCH_CUDA_VERSION}.* and the same of "
+  "nvidia-cuda-crt, nvidia-nvvm, nvidia-cuda-runtime, nvidia-cuda-cccl, nvidia-nvtx. QLORA_CUDA=OFF builds for the CPU only.")
+
+# Sets `problem` to what is wrong with an nvcc, empty if it can be used, and nvcc_version.
+function(check_nvcc nvcc)
+  set(problem "")
+  execute_process(COMMAND "${nvcc}" --version OUTPUT_VARIABLE text ERROR_QUIET)
+  string(REGEX MATCH "release ([0-9]+\\.[0-9]+)" nvcc_version "${text}")
+  set(nvcc_version "${CMAKE_MATCH_1}")
+  string(REGEX MATCH "^[0-9]+" torch_cuda_major "${TORCH_CUDA_VERSION}")
+  if(nvcc_version STREQUAL "")
+    set(problem "${nvcc} does not run. ${how_to_get_nvcc}")
+  elseif(nvcc_version VERSION_LESS oldest_nvcc)
+    set(problem "${nvcc} is release ${nvcc_version}, which is too old. ${how_to_get_nvcc}")
+  elseif(NOT nvcc_version MATCHES "^${torch_cuda_major}\\.")
+    # The library brings its own CUDA runtime, which asks for a driver of its own release.
+    set(problem "${nvcc} is release ${nvcc_version}, but torch was built for CUDA ${TORCH_CUDA_VERSION}: the driver may be too old for it. Use an nvcc ${torch_cuda_major}.x. ${how_to_get_nvcc}")
+  endif()
+  set(problem "${problem}" PARENT_SCOPE)
+  set(nvcc_version "${nvcc_version}" PARENT_SCOPE)
+endfunction()
+
+# Sets `nvcc` to that of the packages of PyPI beside torch, empty if there is none.
+function(find_nvcc_of_pypi)
+  execute_process(
+    COMMAND "${Python_EXECUTABLE}" -c
+            "import importlib.metadata as m, pathlib
+site = pathlib.Path(m.distribution('torch').locate_file(''))
+print(*(p.as_posix() for p in sorted(site.glob('nvidia/cu*/bin/nvcc'))), sep=';')"
+    OUTPUT_VARIABLE found OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+  list(POP_BACK found newest)
+  set(nvcc "${newest}" PARENT_SCOPE)
+endfunction()
 
 set(QLORA_WITH_CUDA FALSE)
 if(QLORA_CUDA STREQUAL "OFF")
@@ -38,27 +69,22 @@ elseif(TORCH_CUDA_VERSION STREQUAL "")
   endif()
   message(STATUS "qlora: no CUDA operators (torch ${TORCH_VERSION_FOUND} has no CUDA)")
 else()
-  find_program(nvcc NAMES nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATHS /usr/local/cuda PATH_SUFFIXES bin)
+  set(problem "torch ${TORCH_VERSION_FOUND} has CUDA ${TORCH_CUDA_VERSION}, but no nvcc was found. ${how_to_get_nvcc}")
   if(DEFINED ENV{CUDACXX})
     set(nvcc "$ENV{CUDACXX}")
-  endif()
-  set(nvcc_version "")
-  string(REGEX MATCH "^[0-9]+" torch_cuda_major "${TORCH_CUDA_VERSION}")
-  if(nvcc)
-    execute_process(COMMAND "${nvcc}" --version OUTPUT_VARIABLE nvcc_text ERROR_QUIET)
-    string(REGEX MATCH "release ([0-9]+\\.[0-9]+)" nvcc_version "${nvcc_text}")
-    set(nvcc_version "${CMAKE_MATCH_1}")
-  endif()
-  set(problem "")
-  if(NOT nvcc)
-    set(problem "torch ${TORCH_VERSION_FOUND} has CUDA ${TORCH_CUDA_VERSION}, but no nvcc was found. ${how_to_get_nvcc}")
-  elseif(nvcc_version STREQUAL "")
-    set(problem "${nvcc} does not run. ${how_to_get_nvcc}")
-  elseif(nvcc_version VERSION_LESS oldest_nvcc)
-    set(problem "${nvcc} is release ${nvcc_version}, which is too old. ${how_to_get_nvcc}")
-  elseif(NOT nvcc_version MATCHES "^${torch_cuda_major}\\.")
-    # The library brings its own CUDA runtime, which asks for a driver of its own release.
-    set(problem "${nvcc} is release ${nvcc_version}, but torch was built for CUDA ${TORCH_CUDA_VERSION}: the driver may be too old for it. Use an nvcc ${torch_cuda_major}.x.")
+    check_nvcc("${nvcc}")
+  else()
+    find_program(nvcc NAMES nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATHS /usr/local/cuda PATH_SUFFIXES bin)
+    if(nvcc)
+      check_nvcc("${nvcc}")
+    endif()
+    if(NOT problem STREQUAL "")
+      unset(nvcc CACHE)
+      find_nvcc_of_pypi()
+      if(nvcc)
+        check_nvcc("${nvcc}")
+      endif()
+    endif()
   endif()
   if(NOT problem STREQUAL "")
     if(QLORA_CUDA STREQUAL "ON")
@@ -68,6 +94,12 @@ else()
   else()
     set(QLORA_WITH_CUDA TRUE)
     set(CMAKE_CUDA_COMPILER "${nvcc}")
+    # nvcc looks for its libraries in lib64; the packages of PyPI have them in lib.
+    cmake_path(GET nvcc PARENT_PATH nvcc_bin)
+    cmake_path(GET nvcc_bin PARENT_PATH toolkit)
+    if(NOT EXISTS "${toolkit}/lib64" AND EXISTS "${toolkit}/lib/libcudart_static.a")
+      set(CMAKE_CUDA_FLAGS "${CMAKE_CUDA_FLAGS} -L${toolkit}/lib")
+    endif()
     # Machine code for every listed GPU, and PTX of the newest one for GPUs to come.
     list(TRANSFORM QLORA_CUDA_ARCHS APPEND "-real" OUTPUT_VARIABLE CMAKE_CUDA_ARCHITECTURES)
     list(GET QLORA_CUDA_ARCHS -1 newest_arch)

@@ -1,0 +1,84 @@
+"""What `make` needs to build the CUDA operators for the GPU at hand: the compiler from PyPI, and the build's variables.
+
+    python cmake/cuda_tools.py --requirements    packages that bring nvcc, nothing if there is no need
+    python cmake/cuda_tools.py --environment     QLORA_CUDA=… QLORA_CUDA_ARCHS=…, for env(1)
+
+Run by the Python that has torch. A driver (nvidia-smi) and a torch with CUDA are needed for both; without them nothing is
+printed, and the build is one for the CPU. Why is said on stderr.
+"""
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+# What nvcc of the wheels needs to compile and link; 150 MB together.
+PACKAGES = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-runtime", "nvidia-cuda-cccl", "nvidia-nvtx")
+OLDEST_NVCC = (12, 8)
+OLDEST_ARCH = 75
+
+
+def gpu_archs() -> list[int]:
+    """Compute capabilities of the GPUs that the driver sees, 90 for 9.0, ascending."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return sorted({int(number.replace(".", "")) for number in re.findall(r"^\d+\.\d+$", result.stdout, re.MULTILINE)})
+
+
+def torch_cuda() -> str | None:
+    """The CUDA release that the installed torch was built for; torch itself is not imported."""
+    root = Path(str(importlib.metadata.distribution("torch").locate_file("torch")))
+    found = re.search(r"^cuda\b.*=\s*.([0-9.]+).\s*$", (root / "version.py").read_text(), re.MULTILINE)
+    return found[1] if found else None
+
+
+def nvcc_release() -> tuple[int, int] | None:
+    """The release of the nvcc that a build would find without the wheels."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    candidates = [os.environ.get("CUDACXX"), f"{home}/bin/nvcc", shutil.which("nvcc")]
+    for nvcc in candidates:
+        if nvcc and Path(nvcc).exists():
+            text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+            if found := re.search(r"release (\d+)\.(\d+)", text):
+                return int(found[1]), int(found[2])
+    return None
+
+
+def main(wanted: str) -> int:
+    archs, cuda = gpu_archs(), torch_cuda()
+    usable = [arch for arch in archs if arch >= OLDEST_ARCH]
+    if not archs:
+        return 0
+    if cuda is None:
+        print("qlora: there is a GPU, but this torch has no CUDA: building for the CPU", file=sys.stderr)
+        return 0
+    if not usable:
+        print(f"qlora: GPUs of sm_{archs[-1]} are older than sm_{OLDEST_ARCH}: building for the CPU", file=sys.stderr)
+        return 0
+    major = int(cuda.split(".")[0])
+    nvcc = nvcc_release()
+    has_nvcc = nvcc is not None and nvcc >= OLDEST_NVCC and nvcc[0] == major
+    if not has_nvcc and major < 13:
+        print(
+            f"qlora: torch was built for CUDA {cuda}, for which PyPI has no nvcc: install the CUDA toolkit {major}.x, or"
+            " a torch for CUDA 13. Building for the CPU",
+            file=sys.stderr,
+        )
+        return 0
+    if wanted == "--requirements":
+        if not has_nvcc:
+            print(" ".join(f"{name}=={cuda}.*" for name in PACKAGES))
+    else:
+        print(f"QLORA_CUDA=ON QLORA_CUDA_ARCHS={';'.join(map(str, usable))}")
+    return 0
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1] not in ("--requirements", "--environment"):
+        sys.exit(__doc__)
+    sys.exit(main(sys.argv[1]))
