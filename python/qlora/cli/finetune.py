@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 HELP = "fine-tune a causal language model in 4 bit; writes an adapter and a report"
@@ -90,19 +90,20 @@ def _typed(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from qlora.training.finetune import finetune, settings_of_run
+    from qlora.training.finetune import FREE_SETTINGS, finetune, settings_of_run
     from qlora.training.settings import FinetuneSettings
 
     typed = _typed(arguments)
     if arguments.resume:
         settings = settings_of_run(arguments.output)
+        settings = replace(settings, **{name: typed.pop(name) for name in FREE_SETTINGS if name in typed})
         changed = [name for name, value in typed.items() if getattr(settings, name) != value]
         if changed:
             name = changed[0]
             started = getattr(settings, name)
             raise ValueError(
                 f"--{name.replace('_', '-')}={typed[name]!r}: the run in {arguments.output} was started with"
-                f" {started!r}; --resume needs no other option"
+                f" {started!r}; --resume needs no other option (--device, --fsdp and --page-dir may change)"
             )
     else:
         missing = [name for name in ("model", "data") if name not in typed]

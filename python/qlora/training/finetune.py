@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 SETTINGS_FILE = "settings.json"
 ADAPTER_FOLDER = "adapter"
 # Of the settings, what may differ between a run and its resumption.
-_FREE_SETTINGS = ("output", "device", "page_dir", "fsdp")
+FREE_SETTINGS = ("output", "device", "page_dir", "fsdp")
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _identity(settings: FinetuneSettings, dtype: torch.dtype, base: Path, digest
     identity = (
         asdict(settings) | digests | {"compute_dtype": names[dtype], "base_fingerprint": checkpoint_fingerprint(base)}
     )
-    for name in _FREE_SETTINGS:
+    for name in FREE_SETTINGS:
         del identity[name]
     return json.loads(json.dumps(identity))  # tuples become lists, as in the file
 

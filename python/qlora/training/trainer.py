@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -79,7 +80,17 @@ class AdapterTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._started = time.perf_counter()
+        # An evaluation before has marked the model as prepared: accelerate would not wrap it in DDP any more, and each
+        # process would train by itself.
+        vars(self._model).pop("_is_accelerate_prepared", None)
+        self.accelerator._models.clear()
         return super().train(*args, **kwargs)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        model, loader = super()._prepare_for_training(*args, **kwargs)
+        if self.args.world_size > 1 and not self._fsdp and not isinstance(model, DistributedDataParallel):
+            raise RuntimeError(f"{type(model).__name__} is not wrapped in DDP: {self.args.world_size} processes would part")
+        return model, loader
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log({**logs, "seconds": round(time.perf_counter() - self._started, 3)}, start_time)

@@ -1,0 +1,164 @@
+"""The command on two processes: the result of one, by DDP and FSDP2; resumed on another number; interrupted on any."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from toys import save_llama
+
+from qlora.training.trainer import share_of
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    save_llama(folder / "model")
+    words = "sea harbor storm ship sail wind wave night".split()
+    records = [
+        {"prompt": f"what is {w} ?", "completion": f"keeper log : the {v} stays on ."} for w in words for v in words
+    ]
+    (folder / "data.jsonl").write_text("\n".join(json.dumps(record) for record in records))
+    return folder
+
+
+def command(world, output, *more):
+    options = {
+        "--model": world / "model",
+        "--data": world / "data.jsonl",
+        "--output": output,
+        "--rank": 4,
+        "--compute-dtype": "fp32",
+        "--device": "cpu",
+        "--eval-fraction": 0.125,
+        "--max-length": 16,  # one record a row: 56 rows, which two processes share evenly
+        "--max-steps": 8,
+        "--learning-rate": 5e-3,
+        "--batch-size": 2,
+        "--gradient-accumulation": 2,
+        "--save-steps": 4,
+        "--eval-steps": 4,
+        "--logging-steps": 1,
+    }
+    return ["finetune", *(str(text) for pair in options.items() for text in pair), *more]
+
+
+def start(arguments, processes):
+    launcher = [sys.executable] if processes == 1 else [*TORCHRUN, f"--nproc-per-node={processes}"]
+    return subprocess.Popen(
+        [*launcher, "-m", "qlora", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def run(arguments, processes):
+    process = start(arguments, processes)
+    out, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error[-4000:]
+    return out
+
+
+def losses(output):
+    return [e["loss"] for e in json.loads((output / "report.json").read_text())["history"] if "loss" in e]
+
+
+def assert_same(one, other):
+    torch.testing.assert_close(torch.tensor(losses(one)), torch.tensor(losses(other)), rtol=1e-4, atol=0)
+    a, b = (load_file(folder / "adapter/adapter_model.safetensors") for folder in (one, other))
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        # AdamW magnifies the order of float32 sums where gradients are tiny.
+        torch.testing.assert_close(tensor, b[name], rtol=1e-3, atol=2e-4)
+
+
+@pytest.fixture(scope="module")
+def single(world):
+    run(command(world, world / "single"), 1)
+    return world / "single"
+
+
+@pytest.mark.parametrize("options", [(), ("--fsdp",)], ids=["ddp", "fsdp2"])
+def test_two_processes_train_what_one_does(world, single, tmp_path, options):
+    """With an evaluation before, after which accelerate alone would leave the processes to themselves."""
+    out = run(command(world, tmp_path / "run", *options), 2)
+    assert out.count("records trained on") == 1  # one speaks for all
+    assert_same(single, tmp_path / "run")
+    assert not (tmp_path / "run/.saving").exists()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "options"),
+    [(2, 1, ()), (1, 2, ()), (2, 1, ("--fsdp",))],
+    ids=["ddp-one", "one-ddp", "fsdp2-one"],
+)
+def test_a_run_goes_on_with_another_number_of_processes(world, single, tmp_path, before, after, options):
+    output = tmp_path / "run"
+    run(command(world, output, *options), before)
+    for newest in output.glob("checkpoint-8"):  # as if it had stopped after four steps
+        (newest / "trainer_state.json").unlink()
+    settings = json.loads((output / "settings.json").read_text())
+    assert "fsdp" not in settings  # a run may go on without it
+    run(["finetune", "--output", str(output), "--resume", "--device", "cpu"], after)
+    assert_same(single, output)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["one process", "the launcher"])
+def test_an_interruption_of_any_process_saves_and_stops_all(world, tmp_path, whole):
+    output = tmp_path / "run"
+    process = start(command(world, output, "--max-steps", "4000", "--save-steps", "4000", "--eval-fraction", "0"), 2)
+    deadline = time.monotonic() + 120
+    while not (output / "settings.json").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        time.sleep(0.05)
+    time.sleep(3)
+    if whole:
+        process.send_signal(signal.SIGINT)
+    else:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode != 0
+    saved = list(output.glob("checkpoint-*/trainer_state.json"))
+    assert len(saved) == 1, error[-3000:]
+    assert f"is saved; continue with: qlora finetune --output {output} --resume" in error
+
+
+def test_rows_that_the_processes_cannot_share_are_refused(world, tmp_path):
+    process = start(command(world, tmp_path / "run", "--batch-size", "1", "--gradient-accumulation", "3"), 2)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "gradient_accumulation=3 are 3 rows a step, which 2 processes cannot share" in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "world_size", "expected"),
+    [
+        ((4, 1), 1, (4, 1)),
+        ((4, 1), 2, (2, 1)),
+        ((4, 4), 2, (4, 2)),
+        ((1, 8), 8, (1, 1)),
+        ((6, 1), 4, None),
+        ((4, 3), 2, (2, 3)),
+    ],
+)
+def test_the_rows_of_a_step_are_shared(rows, world_size, expected):
+    if expected is None:
+        with pytest.raises(ValueError, match="cannot share"):
+            share_of(*rows, world_size)
+    else:
+        size, forwards = share_of(*rows, world_size)
+        assert (size, forwards) == expected
+        assert size * forwards * world_size == rows[0] * rows[1]
