@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora
 from qlora.optim import PagedAdamW
-from qlora.training.chunked_loss import ChunkedLoss, chunked_loss
+from qlora.models.chunked_loss import ChunkedLoss, chunked_loss
 from qlora.training.data import Collator, Example
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from qlora import _C
 from qlora.distributed import largest_list
+from qlora.models.chunked_loss import backbone_of, chunked_loss
 from qlora.nn import Linear4bit, QLoRALinear
 from qlora.nn.experts4bit import holds_experts
 from qlora.nn.replacing import head_names, replace_module, shared_names, tensor_bytes
@@ -96,15 +97,64 @@ def build(config: Any, settings: Settings) -> nn.Module:
     return model.train()
 
 
-def _optimizer_bytes(model: nn.Module, bits: int) -> int:
-    total = 0
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            if bits == 8 and parameter.numel() >= 4096:  # PagedAdamW's min_8bit_size
-                total += 2 * parameter.numel() + 8 * -(-parameter.numel() // _C.MOMENT_BLOCK)
-            else:
-                total += 8 * parameter.numel()
-    return total
+@dataclass(frozen=True)
+class _Traced:
+    """What a model and a step of it say of memory, whatever the optimizer and the number of devices are."""
+
+    packed: int
+    statistics: int
+    dense: int
+    adapters: int
+    trained: tuple[int, ...]  # elements of each trained parameter
+    activations: int
+    widest: int  # features
+    block: int  # bytes of the largest repeated block
+
+
+_TRACES: dict[tuple[Any, ...], _Traced] = {}  # plans that differ in their optimizer share one
+
+
+def _chunked(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """The loss as a training run computes it: in chunks, all tokens learnt, or with all logits where that cannot be."""
+    if backbone_of(model) is None:
+        return model(input_ids=ids, labels=ids, use_cache=False).loss
+    positions = torch.arange(ids.numel(), dtype=torch.long).view_as(ids)[:, 1:].flatten()
+    return chunked_loss(model, ids, positions, ids.numel(), input_ids=ids)
+
+
+def _trace(config: Any, settings: Settings) -> _Traced:
+    same = {name: None for name in ("optimizer_bits", "paged", "devices")}
+    key = (config.to_json_string(), *(asdict(settings) | same).items())
+    if key not in _TRACES:
+        model = build(config, settings)
+        bases = [module for module in model.modules() if isinstance(module, Linear4bit)]
+        packed = sum(base.weight.nbytes for base in bases)
+        statistics = sum(sum(buffer.nbytes for buffer in base.buffers(recurse=False)) for base in bases)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        adapters = sum(p.nbytes for p in trained)
+        parameters = tensor_bytes(model)
+        _TRACES[key] = _Traced(
+            packed=packed,
+            statistics=statistics,
+            dense=parameters - packed - statistics - adapters,
+            adapters=adapters,
+            trained=tuple(p.numel() for p in trained),
+            widest=max(max(base.in_features, base.out_features) for base in bases),
+            block=max((sum(p.nbytes for p in child.parameters()) for child in largest_list(model)), default=0),
+            activations=max(
+                0, peak_of_a_step(model, settings.batch, settings.sequence, _chunked) - parameters - adapters
+            ),
+        )
+    return _TRACES[key]
+
+
+def _optimizer_bytes(elements: tuple[int, ...], bits: int) -> int:
+    def moments(count: int) -> int:
+        if bits == 8 and count >= 4096:  # PagedAdamW's min_8bit_size
+            return 2 * count + 8 * -(-count // _C.MOMENT_BLOCK)
+        return 8 * count
+
+    return sum(map(moments, elements))
 
 
 def estimate(config: Any, settings: Settings) -> Estimate:
@@ -112,30 +162,20 @@ def estimate(config: Any, settings: Settings) -> Estimate:
 
     Raises ValueError for models whose memory depends on the data (experts).
     """
-    model = build(config, settings)
-    bases = [module for module in model.modules() if isinstance(module, Linear4bit)]
-    packed = sum(base.weight.nbytes for base in bases)
-    statistics = sum(sum(buffer.nbytes for buffer in base.buffers(recurse=False)) for base in bases)
-    adapters = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    parameters = tensor_bytes(model)
-    dense = parameters - packed - statistics - adapters
-    optimizer = _optimizer_bytes(model, settings.optimizer_bits)
+    traced = _trace(config, settings)
     tokens = settings.batch * settings.sequence
-    widest = max(max(base.in_features, base.out_features) for base in bases)
-    workspace = tokens * widest * _dtype(settings.dtype).itemsize  # the tokens as a kernel packs them
-    block = max((sum(p.nbytes for p in child.parameters()) for child in largest_list(model)), default=0)
-    activations = max(0, peak_of_a_step(model, settings.batch, settings.sequence) - parameters - adapters)
+    workspace = tokens * traced.widest * _dtype(settings.dtype).itemsize  # the tokens as a kernel packs them
     n = settings.devices
     if n > 1:  # the block that runs and the next one are whole
-        workspace += 2 * block
+        workspace += 2 * traced.block
     return Estimate(
         settings,
-        packed=-(-packed // n),
-        statistics=statistics,
-        dense=-(-dense // n),
-        adapters=-(-adapters // n),
-        gradients=-(-adapters // n),
-        optimizer=-(-optimizer // n),
-        activations=activations,
+        packed=-(-traced.packed // n),
+        statistics=traced.statistics,
+        dense=-(-traced.dense // n),
+        adapters=-(-traced.adapters // n),
+        gradients=-(-traced.adapters // n),
+        optimizer=-(-_optimizer_bytes(traced.trained, settings.optimizer_bits) // n),
+        activations=traced.activations,
         workspace=workspace,
     )

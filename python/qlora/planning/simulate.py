@@ -5,6 +5,7 @@ model, of checkpointing and of our layers decides what is kept, not a formula ab
 """
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,9 +45,9 @@ class LiveBytes(TorchDispatchMode):
         return result
 
 
-def peak_of_a_step(model: nn.Module, batch: int, sequence: int) -> int:
+def peak_of_a_step(model: nn.Module, batch: int, sequence: int, loss: Callable[..., Any]) -> int:
     """The most bytes that live at once in a forward and backward of ``model``, which is on the meta device, its own
-    parameters and buffers included."""
+    parameters and buffers included. ``loss(model, ids)`` gives what the backward begins with."""
     live = LiveBytes()
     with FakeTensorMode(allow_non_fake_inputs=True), live:
         model.to_empty(device="cpu")
@@ -57,6 +58,5 @@ def peak_of_a_step(model: nn.Module, batch: int, sequence: int) -> int:
             live.count(tensor)
         live.peak = live.now
         ids = torch.zeros(batch, sequence, dtype=torch.long)
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss  # its other outputs are dropped, as trainers do
-        loss.backward()
+        loss(model, ids).backward()
     return live.peak

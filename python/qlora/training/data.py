@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qlora.training.chunked_loss import learnt_positions
+from qlora.models.chunked_loss import learnt_positions
 from qlora.training.records import BadRecord, Record, digest, read_records
 from qlora.training.settings import FinetuneSettings
 

@@ -15,7 +15,7 @@ from qlora.models.loading import (
     load_tokenizer,
     resolve_model,
 )
-from qlora.training.chunked_loss import chunked_loss, why_not_chunked
+from qlora.models.chunked_loss import chunked_loss, why_not_chunked
 
 # Weight formats by name: a dtype of dense weights, or options of QLoRAConfig.
 DENSE_FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -354,7 +354,7 @@ class _Run:
 
     def _probe(self, model: Any) -> str | None:
         """Refuses a model in which packed records see each other; returns why the loss is not computed in chunks."""
-        from qlora.training.chunked_loss import why_not_chunked
+        from qlora.models.chunked_loss import why_not_chunked
 
         if self.settings.packing and not packs_without_leaks(model):
             raise ValueError(
@@ -402,6 +402,33 @@ class _Run:
             atomic_write(file, json.dumps(before).encode())
         return before
 
+    def _planned(self, model: Any) -> int | None:
+        """What ``qlora plan`` says of this run; None for models that it cannot plan."""
+        from qlora.planning.estimate import Settings, estimate
+
+        settings = self.settings
+        if settings.dora or settings.modules_to_save or settings.target_modules:
+            return None
+        try:
+            plan = estimate(
+                model.config,
+                Settings(
+                    rank=settings.rank,
+                    batch=self.arguments.per_device_train_batch_size,
+                    sequence=settings.max_length,
+                    checkpointing=settings.gradient_checkpointing,
+                    optimizer_bits=8 if settings.optimizer.endswith("8bit") else 32,
+                    paged=settings.optimizer.startswith("paged"),
+                    dtype=str(self.dtype.value).removeprefix("torch."),
+                    devices=self.arguments.world_size if settings.fsdp else 1,
+                    **self.format,
+                ),
+            )
+        except (ValueError, TypeError, RuntimeError, KeyError) as error:  # a model that plans cannot be made of
+            logger.info("no plan of the memory: %s", error)
+            return None
+        return plan.resident
+
     def _report(
         self, trainer: Any, model: Any, sizes: dict[str, int], before: float | None, after: float | None, seconds: float
     ) -> None:
@@ -426,6 +453,7 @@ class _Run:
             "bytes_now": sizes["now"],
             "trainable_params": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "memory_bytes": memory_by_kind(model, self.settings.optimizer),
+            "planned_memory_bytes": self._planned(model),
             "peak_memory_bytes": peak_memory(self.device.value),
         }
         write_report(self.output, figures, history)

@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from qlora.distributed import ignore_frozen, largest_list
 from qlora.models.loading import save_lora
-from qlora.training.chunked_loss import ChunkedLoss
+from qlora.models.chunked_loss import ChunkedLoss
 
 _STATE_FILE = "trainer_state.json"  # written last by the Trainer: its presence means a complete checkpoint
 _OPTIMIZER_FILE = "optimizer.pt"
