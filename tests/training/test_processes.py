@@ -22,7 +22,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     save_llama(folder / "model")
-    words = "sea harbor storm ship sail wind wave night".split()
+    words = ["sea", "harbor", "storm", "ship", "sail", "wind", "wave", "night"]
     records = [
         {"prompt": f"what is {w} ?", "completion": f"keeper log : the {v} stays on ."} for w in words for v in words
     ]

@@ -11,7 +11,6 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from toys import save_llama
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -22,11 +21,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+from toys import save_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora
-from qlora.optim import PagedAdamW
 from qlora.models.chunked_loss import ChunkedLoss, chunked_loss
+from qlora.optim import PagedAdamW
 from qlora.training.data import Collator, Example
 
 

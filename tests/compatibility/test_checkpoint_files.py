@@ -1,0 +1,78 @@
+"""Which files of a model folder count, and which names in them."""
+
+import shutil
+
+import pytest
+import torch
+import transformers
+from compatibility.tiny_models import FOUR_BIT, SAME, difference, llama, logits, reloaded, result_or_refusal
+
+import qlora
+from qlora.models.loading import load_quantized
+from qlora.storage.weights import WeightSource
+
+SMALL = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+
+
+def test_a_stray_safetensors_file_does_not_replace_the_weights_of_the_model(tmp_path):
+    """Right: what the folder gives without the stray file, as transformers reads it."""
+
+    def read():
+        return logits(load_quantized(tmp_path, torch.float32, rank=None, progress=False)[0])
+
+    llama().save_pretrained(tmp_path)
+    wanted = read()
+    llama(seed=1).save_pretrained(tmp_path / "other")
+    shutil.copy(tmp_path / "other/model.safetensors", tmp_path / "model_old.safetensors")
+    assert torch.equal(read(), wanted)
+
+
+@pytest.mark.parametrize("name", ["GPTNeoX", "ModernBertDecoder"])
+def test_streaming_reads_a_checkpoint_whose_head_has_another_name_or_a_tied_weight_and_a_bias(name, tmp_path):
+    """Right: the model that transformers loads, within the error of 4 bit. GPT-NeoX files call the untied head
+    ``embed_out``; ModernBERT's decoder stores the bias of a head whose weight is the embedding's."""
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    if name == "ModernBertDecoder":
+        special |= {"cls_token_id": 1, "sep_token_id": 2}
+    config = getattr(transformers, f"{name}Config")(**SMALL, **special, num_hidden_layers=1)
+    torch.manual_seed(0)
+    dense = getattr(transformers, f"{name}ForCausalLM")(config)
+    dense.save_pretrained(tmp_path)
+    model, _ = load_quantized(tmp_path, torch.float32, rank=4, progress=False)
+    assert difference(logits(model), logits(dense)) < FOUR_BIT
+
+
+def test_a_model_whose_checkpoint_fuses_projections_of_unequal_size_is_read_back_in_4_bit(tmp_path):
+    """Right: saved in 4 bit and loaded, the logits are the same; or save_pretrained refuses, which must name the layers
+    (nothing that cannot be read is written)."""
+    config = transformers.LaraMiniConfig(**SMALL, num_hidden_layers=2, num_key_value_heads=2, head_dim=16)
+    torch.manual_seed(0)
+    transformers.LaraMiniForCausalLM(config).save_pretrained(tmp_path / "dense")
+    model = reloaded(tmp_path / "dense", quantization_config=qlora.QLoRAConfig())
+    if result_or_refusal(lambda: model.save_pretrained(tmp_path / "packed"), "in_proj", "linear_attn") is not None:
+        assert difference(logits(reloaded(tmp_path / "packed")), logits(model)) < SAME
+
+
+def test_prepare_model_reads_the_model_of_a_folder_and_nothing_else(tmp_path):
+    model = llama()
+    model.save_pretrained(tmp_path)
+    llama(seed=1).save_pretrained(tmp_path / "other")
+    shutil.copy(tmp_path / "other/model.safetensors", tmp_path / "model_old.safetensors")
+    source = WeightSource(tmp_path)
+    assert torch.equal(source.read("model.norm.weight"), model.model.norm.weight)
+    assert torch.equal(source.read("model.layers.0.mlp.up_proj.weight"), model.model.layers[0].mlp.up_proj.weight)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="model_old.safetensors.*pass the path"):
+        WeightSource(tmp_path)
+
+
+def test_an_adapter_meets_the_same_base_whatever_the_compute_dtype(tmp_path):
+    """A checkpoint in float32: its weights are quantized as they are, not after a cast."""
+    llama().save_pretrained(tmp_path)
+    one, other = (load_quantized(tmp_path, dtype, progress=False)[0] for dtype in (torch.float32, torch.bfloat16))
+    layers = {n: m for n, m in one.named_modules() if isinstance(m, qlora.nn.Linear4bit)}
+    assert len(layers) == 14
+    for name, layer in layers.items():
+        assert all(torch.equal(a, b) for a, b in zip(layer.buffers(), other.get_submodule(name).buffers(), strict=True))
+        assert torch.equal(layer.weight, other.get_submodule(name).weight)
+    assert other.get_submodule("model.norm").weight.dtype == torch.bfloat16
