@@ -93,9 +93,7 @@ def test_new_heads_of_every_task_stay_dense(tmp_path, name, way):
     assert any(isinstance(m, qlora.nn.Linear4bit) for m in body.modules())
 
 
-@pytest.mark.parametrize(
-    "wrap", [torch.nn.DataParallel, torch.optim.swa_utils.AveragedModel, torch.compile]
-)
+@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, torch.optim.swa_utils.AveragedModel, torch.compile])
 def test_adapters_are_saved_and_loaded_through_every_wrapper(tmp_path, wrap):
     model, again = llama(), llama()
     for each in (model, again):

@@ -226,3 +226,118 @@ def test_bad_data_stops_the_job_before_anything_is_written(settings, tmp_path):
 def test_bad_settings_name_value_and_rule(settings, change, message):
     with pytest.raises((ValueError, RuntimeError, FileNotFoundError), match=message):
         finetune(dataclasses.replace(settings, **change))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"])
+def test_every_optimizer_trains_and_resumes(settings, tmp_path, optimizer):
+    page_dir = str(tmp_path / "pages") if optimizer.startswith("paged") else None
+    settings = dataclasses.replace(settings, optimizer=optimizer, page_dir=page_dir, max_steps=8, rank=64)
+    result = finetune(settings)
+    assert result.eval_loss_after < result.eval_loss_before
+    state = torch.load(f"{settings.output}/checkpoint-8/optimizer.pt", weights_only=True)["state"]
+    moments = {t.dtype for s in state.values() for name, t in s.items() if name == "exp_avg"}
+    assert (torch.uint8 in moments) == optimizer.endswith("8bit")
+    stopped = dataclasses.replace(settings, output=str(tmp_path / "stopped"))
+    with pytest.raises(Interrupted):
+        finetune(stopped, callbacks=[StopAt(3, lambda: os.kill(os.getpid(), signal.SIGTERM))])
+    finetune(stopped, resume=True)
+    assert_same_adapter(settings, stopped)
+
+
+@pytest.mark.parametrize("change", [{"dora": True}, {"modules_to_save": ("lm_head",)}], ids=str)
+def test_what_peft_adds_is_resumed_and_loaded_too(settings, tmp_path, change, model_folder):
+    from transformers import AutoModelForCausalLM
+
+    untied = tmp_path / "untied"
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.save_pretrained(untied)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (untied / name).write_bytes((module.Path(model_folder) / name).read_bytes())
+    settings = dataclasses.replace(settings, model=str(untied), **change)
+    result = finetune(settings)
+    stopped = dataclasses.replace(settings, output=str(tmp_path / "stopped"))
+    with pytest.raises(Interrupted):
+        finetune(stopped, callbacks=[StopAt(5, lambda: os.kill(os.getpid(), signal.SIGINT))])
+    finetune(stopped, resume=True)
+    assert_same_adapter(settings, stopped)
+    again, _ = load_for_inference(settings.model, result.adapter, torch.float32)
+    ids = torch.arange(8)[None]
+    assert torch.equal(again(input_ids=ids).logits, result.model(input_ids=ids).logits)
+
+
+def test_a_loss_that_is_nan_stops_at_its_step_and_names_the_records(settings):
+    class Poison(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 5:
+                next(p for p in model.parameters() if p.requires_grad).data.fill_(float("nan"))
+
+    with pytest.raises(ValueError, match=r"the loss is nan in step 6, on the records .*data\.jsonl:\d+.*checkpoint-4"):
+        finetune(settings, callbacks=[Poison()])
+    assert [path.name for path in checkpoints(module.Path(settings.output))] == ["checkpoint-4"]
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("can't allocate memory: you tried")]
+)
+def test_out_of_memory_says_what_would_shrink_the_run(settings, monkeypatch, error):
+    def full(self, *args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(AdapterTrainer, "training_step", full)
+    with pytest.raises(MemoryError) as raised:
+        finetune(dataclasses.replace(settings, batch_size=4))
+    for words in (
+        "--gradient-checkpointing",
+        "--batch-size 2",
+        "--max-length below 64",
+        "paged-adamw-8bit",
+        "qlora plan",
+    ):
+        assert words in str(raised.value)
+
+
+def test_a_report_says_where_and_how_the_run_was_made(settings):
+    result = finetune(dataclasses.replace(settings, device="auto", compute_dtype="auto"))
+    report = json.loads((result.adapter.parent / "report.json").read_text())
+    assert report["device"].startswith("cpu (") or report["device"].startswith("cuda")
+    assert report["compute_dtype"].split()[0] == str(result.dtype.value).removeprefix("torch.")
+    assert report["loss"] == "in chunks of the tokens"
+    assert 0 < report["planned_memory_bytes"] < report["peak_memory_bytes"]
+    steps = [entry for entry in report["history"] if "loss" in entry]
+    assert all({"learning_rate", "seconds", "num_input_tokens_seen"} <= entry.keys() for entry in steps)
+    stored = json.loads((result.adapter.parent / "settings.json").read_text())
+    assert stored["compute_dtype"] in ("bf16", "fp32", "fp16")  # what auto came to: a resumed run keeps it
+
+
+def test_a_resume_notices_that_the_model_changed(settings, tmp_path):
+    import shutil
+
+    model = tmp_path / "model"
+    shutil.copytree(settings.model, model)
+    settings = dataclasses.replace(settings, model=str(model), max_steps=2)
+    finetune(settings)
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    from safetensors.torch import save_file
+
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="base_fingerprint"):
+        finetune(settings, resume=True)
+
+
+def test_a_model_that_is_in_4_bit_already_is_trained_as_it_is(settings, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    import qlora
+
+    config = qlora.QLoRAConfig(quant_type="fp4", double_quant=False)
+    packed = AutoModelForCausalLM.from_pretrained(settings.model, quantization_config=config)
+    packed.save_pretrained(tmp_path / "packed")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / "packed" / name).write_bytes((module.Path(settings.model) / name).read_bytes())
+    result = finetune(dataclasses.replace(settings, model=str(tmp_path / "packed"), max_steps=4))
+    layers = [m for m in result.model.modules() if isinstance(m, qlora.nn.Linear4bit)]
+    assert {layer.quant_type for layer in layers} == {"fp4"}
+    assert result.eval_loss_after < result.eval_loss_before
