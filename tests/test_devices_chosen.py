@@ -75,3 +75,27 @@ def test_a_gpu_that_is_there(monkeypatch):
 )
 def test_compiled_code_and_the_gpu_at_hand(archs, gpu, runs):
     assert (why_not_arch(*gpu, archs) is None) == runs
+
+
+def test_training_in_bf16_on_a_slow_cpu_is_told_once(monkeypatch, recwarn):
+    """The model of a QLoRAConfig, which takes the dtype that its user gives."""
+    import peft
+    import transformers
+
+    import qlora
+
+    monkeypatch.setenv("QLORA_CPU_ISA", "scalar")
+    monkeypatch.setattr(devices, "_hinted", False)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+    def adapted(dtype, **options):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=50, **sizes)).to(dtype)
+        qlora.prepare_model(model, rank=None)
+        peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear", **options))
+        return [str(w.message) for w in recwarn if "training in bfloat16" in str(w.message)]
+
+    assert adapted(torch.float32) == []
+    assert adapted(torch.bfloat16, inference_mode=True) == []
+    (hint,) = adapted(torch.bfloat16)
+    assert "dtype=torch.float32" in hint
+    assert adapted(torch.bfloat16) == [hint]

@@ -1,5 +1,6 @@
 """Which device and which dtype a job computes on, and why: pure choices that say their reason."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -94,6 +95,20 @@ def choose_dtype(name: str, device: torch.device, capability: tuple[int, int] | 
     if (reason := why_slow_in_bfloat16()) is None:
         return Choice(torch.bfloat16, f"the CPU multiplies bf16 ({_C.active_isa()})")
     return Choice(torch.float32, reason)
+
+
+_hinted = False
+
+
+def hint_slow_bfloat16(dtype: torch.dtype, device: torch.device) -> None:
+    """Warns, once in a process, that training in bfloat16 on this CPU is slower than in float32."""
+    global _hinted
+    if _hinted or device.type != "cpu" or dtype != torch.bfloat16:
+        return
+    reason = why_slow_in_bfloat16()
+    if reason is not None:
+        _hinted = True
+        warnings.warn(f"training in bfloat16: {reason}. Load the model with dtype=torch.float32", stacklevel=3)
 
 
 def why_slow_in_bfloat16() -> str | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qlora import ops
+from qlora.devices import hint_slow_bfloat16
 from qlora.nn import Embedding4bit, Linear4bit, MergeReport
 from qlora.nn.linear4bit import dense_linear
 from qlora.nn.merging import MergeInto, low_rank_delta, merged_weight, requantize
@@ -75,6 +76,9 @@ class LoraLinear4bit(PeftLinear):
         self.merge_report: MergeReport | None = None
         super().__init__(base_layer, adapter_name, config, **kwargs)
         self.fan_in_fan_out = False
+        if not config.inference_mode:
+            base = self.quantized
+            hint_slow_bfloat16(base.compute_dtype or base.original_dtype, base.weight.device)
 
     @property
     def lora_variants(self) -> dict:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from qlora.devices import hint_slow_bfloat16
 from qlora.distributed import refuse_fsdp1
 from qlora.nn import Experts4bit, Linear4bit, QLoRALinear
 from qlora.nn.borrowing import borrowed
@@ -247,6 +248,11 @@ def prepare_model(
         source.fill_rest(model)
     if gradient_checkpointing:
         _enable_checkpointing(model)
+    if rank is not None:
+        first = model.get_submodule(chosen[0])
+        if isinstance(first, QLoRALinear) and isinstance(first.base, Linear4bit):
+            base = first.base
+            hint_slow_bfloat16(base.compute_dtype or base.original_dtype, base.weight.device)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info("quantized %d layers, left %s", len(chosen) + len(experts), reasons)
     quantizer = getattr(model, "hf_quantizer", None)
