@@ -3,8 +3,8 @@
     python cmake/cuda_tools.py --requirements    packages that bring nvcc, nothing if there is no need
     python cmake/cuda_tools.py --environment     QLORA_CUDA=… QLORA_CUDA_ARCHS=…, for env(1)
 
-Run by the Python that has torch. A driver (nvidia-smi) and a torch with CUDA are needed for both; without them nothing is
-printed, and the build is one for the CPU. Why is said on stderr.
+Run by the Python that has torch. A driver (nvidia-smi) and a torch with CUDA are needed for both; without them nothing
+is printed, and the build is one for the CPU. Why is said on stderr.
 """
 
 import importlib.metadata
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 # What nvcc of the wheels needs to compile and link; 150 MB together.
-PACKAGES = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-runtime", "nvidia-cuda-cccl", "nvidia-nvtx")
+PACKAGES = tuple(f"nvidia-{name}" for name in ("cuda-nvcc", "cuda-crt", "nvvm", "cuda-runtime", "cuda-cccl", "nvtx"))
 OLDEST_NVCC = (12, 8)
 OLDEST_ARCH = 75
 
@@ -65,8 +65,8 @@ def main(wanted: str) -> int:
     has_nvcc = nvcc is not None and nvcc >= OLDEST_NVCC and nvcc[0] == major
     if not has_nvcc and major < 13:
         print(
-            f"qlora: torch was built for CUDA {cuda}, for which PyPI has no nvcc: install the CUDA toolkit {major}.x, or"
-            " a torch for CUDA 13. Building for the CPU",
+            f"qlora: torch was built for CUDA {cuda}, for which PyPI has no nvcc: install the CUDA toolkit"
+            f" {major}.x, or a torch for CUDA 13. Building for the CPU",
             file=sys.stderr,
         )
         return 0

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,8 +44,8 @@ def settings(tmp_path):
 
 
 def losses(output):
-    with open(f"{output}/report.json") as file:
-        return torch.tensor([entry["loss"] for entry in json.load(file)["history"] if "loss" in entry])
+    history = json.loads((Path(output) / "report.json").read_text())["history"]
+    return torch.tensor([entry["loss"] for entry in history if "loss" in entry])
 
 
 def test_the_losses_are_the_cpus(settings):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from qlora.models.chunked_loss import chunked_loss, why_not_chunked
 from qlora.models.loading import (
     check_adapter_folder,
     load_adapter_into,
@@ -15,7 +16,6 @@ from qlora.models.loading import (
     load_tokenizer,
     resolve_model,
 )
-from qlora.models.chunked_loss import chunked_loss, why_not_chunked
 
 # Weight formats by name: a dtype of dense weights, or options of QLoRAConfig.
 DENSE_FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}

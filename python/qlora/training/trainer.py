@@ -18,8 +18,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from qlora.distributed import ignore_frozen, largest_list
-from qlora.models.loading import save_lora
 from qlora.models.chunked_loss import ChunkedLoss
+from qlora.models.loading import save_lora
 
 _STATE_FILE = "trainer_state.json"  # written last by the Trainer: its presence means a complete checkpoint
 _OPTIMIZER_FILE = "optimizer.pt"
@@ -89,7 +89,7 @@ class AdapterTrainer(Trainer):
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         model, loader = super()._prepare_for_training(*args, **kwargs)
         if self.args.world_size > 1 and not self._fsdp and not isinstance(model, DistributedDataParallel):
-            raise RuntimeError(f"{type(model).__name__} is not wrapped in DDP: {self.args.world_size} processes would part")
+            raise RuntimeError(f"{type(model).__name__} is not wrapped in DDP: processes would train by themselves")
         return model, loader
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
