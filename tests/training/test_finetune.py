@@ -293,7 +293,7 @@ def test_out_of_memory_says_what_would_shrink_the_run(settings, monkeypatch, err
         "--batch-size 2",
         "--max-length below 64",
         "paged-adamw-8bit",
-        "qlora plan",
+        "(qlora plan) it needs 0.",
     ):
         assert words in str(raised.value)
 

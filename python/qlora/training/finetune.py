@@ -239,26 +239,56 @@ def finetune(
         text = str(error)
         if isinstance(error, RuntimeError) and "memory" not in text:
             raise
-        raise MemoryError(f"out of memory ({text.splitlines()[0]}). {_what_shrinks(settings, folder)}") from error
+        from transformers import AutoConfig
+
+        advice = _what_shrinks(settings, AutoConfig.from_pretrained(folder), dtype.value, processes.world)
+        raise MemoryError(f"out of memory ({text.splitlines()[0]}). {advice}") from error
 
 
-def _what_shrinks(settings: FinetuneSettings, folder: Path) -> str:
+def planned_memory(config: Any, settings: FinetuneSettings, dtype: torch.dtype, world: int = 1) -> int | None:
+    """Bytes on each device that ``qlora plan`` says a run needs; None for models and adapters that it cannot plan."""
+    from qlora.planning.estimate import Settings, estimate
+    from qlora.training.trainer import share_of
+
+    if settings.dora or settings.modules_to_save or settings.target_modules:
+        return None
+    try:
+        plan = estimate(
+            config,
+            Settings(
+                rank=settings.rank,
+                batch=share_of(settings.batch_size, settings.gradient_accumulation, world)[0],
+                sequence=settings.max_length,
+                checkpointing=settings.gradient_checkpointing,
+                optimizer_bits=8 if settings.optimizer.endswith("8bit") else 32,
+                paged=settings.optimizer.startswith("paged"),
+                quant_type=settings.quant_type,
+                double_quant=settings.double_quant,
+                block_size=settings.block_size,
+                dtype=str(dtype).removeprefix("torch."),
+                devices=world if settings.fsdp else 1,
+            ),
+        )
+    except (ValueError, TypeError, RuntimeError, KeyError) as error:  # a model that plans cannot be made of
+        logger.info("no plan of the memory: %s", error)
+        return None
+    return plan.resident
+
+
+def _what_shrinks(settings: FinetuneSettings, config: Any, dtype: torch.dtype, world: int) -> str:
+    """What a run needs by plan, and which options need less."""
+    planned = planned_memory(config, settings, dtype, world)
+    halved = f"--batch-size {settings.batch_size // 2} with twice the --gradient-accumulation"
     options = [
         *(["--gradient-checkpointing"] if not settings.gradient_checkpointing else []),
-        *(
-            [f"--batch-size {settings.batch_size // 2} (with twice the --gradient-accumulation)"]
-            if settings.batch_size > 1
-            else []
-        ),
+        *([halved] if settings.batch_size > 1 else []),
         f"--max-length below {settings.max_length}",
         *(["--optimizer paged-adamw-8bit"] if settings.optimizer != "paged-adamw-8bit" else []),
         f"--rank below {settings.rank}",
+        *(["--fsdp"] if world > 1 and not settings.fsdp else []),
     ]
-    checkpointing = "on" if settings.gradient_checkpointing else "off"
-    return (
-        f"What shrinks a run: {', '.join(options)}. What it needs: qlora plan {folder} --rank {settings.rank} --batch"
-        f" {settings.batch_size} --seq {settings.max_length} --checkpointing {checkpointing}"
-    )
+    needs = "" if planned is None else f"By plan (qlora plan) it needs {planned / 1e9:.2f} GB on each device. "
+    return f"{needs}Less is needed with {', '.join(options)}"
 
 
 class _Run:
@@ -402,33 +432,6 @@ class _Run:
             atomic_write(file, json.dumps(before).encode())
         return before
 
-    def _planned(self, model: Any) -> int | None:
-        """What ``qlora plan`` says of this run; None for models that it cannot plan."""
-        from qlora.planning.estimate import Settings, estimate
-
-        settings = self.settings
-        if settings.dora or settings.modules_to_save or settings.target_modules:
-            return None
-        try:
-            plan = estimate(
-                model.config,
-                Settings(
-                    rank=settings.rank,
-                    batch=self.arguments.per_device_train_batch_size,
-                    sequence=settings.max_length,
-                    checkpointing=settings.gradient_checkpointing,
-                    optimizer_bits=8 if settings.optimizer.endswith("8bit") else 32,
-                    paged=settings.optimizer.startswith("paged"),
-                    dtype=str(self.dtype.value).removeprefix("torch."),
-                    devices=self.arguments.world_size if settings.fsdp else 1,
-                    **self.format,
-                ),
-            )
-        except (ValueError, TypeError, RuntimeError, KeyError) as error:  # a model that plans cannot be made of
-            logger.info("no plan of the memory: %s", error)
-            return None
-        return plan.resident
-
     def _report(
         self, trainer: Any, model: Any, sizes: dict[str, int], before: float | None, after: float | None, seconds: float
     ) -> None:
@@ -437,6 +440,7 @@ class _Run:
         history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
         if before is not None:
             history.insert(0, {"step": 0, "eval_loss": before})
+        config, world = model.config, self.arguments.world_size
         figures = {
             "model": self.settings.model,
             "device": f"{self.device.value} ({self.device.reason})",
@@ -453,7 +457,7 @@ class _Run:
             "bytes_now": sizes["now"],
             "trainable_params": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "memory_bytes": memory_by_kind(model, self.settings.optimizer),
-            "planned_memory_bytes": self._planned(model),
+            "planned_memory_bytes": planned_memory(config, self.settings, self.dtype.value, world),
             "peak_memory_bytes": peak_memory(self.device.value),
         }
         write_report(self.output, figures, history)

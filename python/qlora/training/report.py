@@ -98,6 +98,7 @@ def _draw_loss(axes: Any, history: list[dict[str, Any]]) -> None:
             if key == "eval_loss":
                 for step, value in (points[0], points[-1]):
                     axes.annotate(f"{value:.3f}", (step, value), textcoords="offset points", xytext=(4, 6), color=color)
+    axes.margins(x=0.08, y=0.1)
     axes.set(xlabel="step", ylabel="loss (nats per token)", title="Loss")
     if axes.has_data():
         axes.legend()

@@ -134,8 +134,10 @@ class AdapterTrainer(Trainer):
             _barrier()  # each process writes its own random state
             if self._is_writer:
                 _flush_to_disk(self._staging / name)
-                shutil.rmtree(output / name, ignore_errors=True)
+                self._remove(output / name)
                 (self._staging / name).replace(output / name)
+                for old in checkpoints(output)[: -self._keep]:
+                    self._remove(old)
         except RuntimeError as error:  # torch.save reports a full disk as one
             kept = checkpoints(output)
             raise OSError(
@@ -146,9 +148,12 @@ class AdapterTrainer(Trainer):
             if self._is_writer:
                 shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
-        if self._is_writer:
-            for old in checkpoints(output)[: -self._keep]:
-                shutil.rmtree(old)
+
+    def _remove(self, checkpoint: Path) -> None:
+        """Deletes a checkpoint; out of sight first, so that none is there in part."""
+        assert self._staging is not None
+        if checkpoint.exists():
+            checkpoint.replace(self._staging / f"removed-{checkpoint.name}")
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         save_lora(self._model, Path(output_dir or str(self.args.output_dir)), self._is_writer)
