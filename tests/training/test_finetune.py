@@ -341,3 +341,18 @@ def test_a_model_that_is_in_4_bit_already_is_trained_as_it_is(settings, tmp_path
     layers = [m for m in result.model.modules() if isinstance(m, qlora.nn.Linear4bit)]
     assert {layer.quant_type for layer in layers} == {"fp4"}
     assert result.eval_loss_after < result.eval_loss_before
+
+
+def test_a_trainer_computes_on_the_device_that_was_chosen(tmp_path):
+    """Not on the first one: with "meta" in the place of a second GPU."""
+    from accelerate import Accelerator
+    from transformers import TrainingArguments
+
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    module._pin(arguments, torch.device("meta"))
+    assert arguments.device == torch.device("meta")
+    assert arguments.n_gpu == 1
+    assert Accelerator().device == torch.device("meta")
+    assert (
+        TrainingArguments(str(tmp_path), use_cpu=True, report_to="none").device.type == "cpu"
+    )  # sets accelerate's state anew

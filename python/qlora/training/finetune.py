@@ -187,9 +187,18 @@ def _arguments(
         report_to="none",
     )
     if not on_cpu and world == 1:
-        _ = arguments.device
-        arguments._n_gpu = 1  # this one, not DataParallel over all that torch sees
+        _pin(arguments, device)
     return arguments
+
+
+def _pin(arguments: Any, device: torch.device) -> None:
+    """Makes a Trainer compute on ``device``: by itself it takes the first GPU, and DataParallel over all of them."""
+    _ = arguments.device  # sets up what is changed below
+    arguments._n_gpu = 1
+    arguments.distributed_state.device = device
+    vars(arguments)["_setup_devices"] = device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def finetune(
@@ -209,6 +218,10 @@ def finetune(
     require_train_extra()
     settings.check()
     output, processes = Path(settings.output), _Processes.of_environment()
+    if processes.world > 1 and ":" in settings.device:
+        raise ValueError(
+            f"device='{settings.device}' is one GPU for {processes.world} processes: use cuda, one for each"
+        )
     if processes.world > 1 and torch.cuda.is_available() and settings.device != "cpu":
         torch.cuda.set_device(processes.local_rank)
     device = choose_device(settings.device)
