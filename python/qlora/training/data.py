@@ -45,7 +45,7 @@ def tokenize_all(records: Sequence[Record], tokenizer: Any, max_length: int, ski
     for record in records:
         try:
             example = tokenize(record.content, tokenizer)
-        except (ValueError, TemplateError) as error:
+        except (ValueError, TypeError, TemplateError) as error:
             if not skip_bad:
                 raise BadRecord(f"{record.place}: {error}") from error
             bad += 1
@@ -211,7 +211,9 @@ def packs_without_leaks(model: Any) -> bool:
             logits.append(model(**batch, use_cache=False).logits[:, 5:])
     finally:
         model.train(was_training)
-    return torch.equal(*logits)
+    # Not bit for bit: which expert sees how many tokens changes the order of sums. A leak is as large as the logits.
+    difference, size = (logits[0] - logits[1]).float().norm(), logits[0].float().norm()
+    return bool(difference <= 4 * torch.finfo(logits[0].dtype).eps * size)
 
 
 # ---- the whole way ----

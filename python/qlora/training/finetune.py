@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qlora.devices import DTYPES, Choice, choose_device, choose_dtype
+from qlora.devices import DTYPES, Choice, choose_device, choose_dtype, why_not_gpu
 from qlora.models.loading import (
     load_quantized,
     load_tokenizer,
@@ -222,7 +222,7 @@ def finetune(
         raise ValueError(
             f"device='{settings.device}' is one GPU for {processes.world} processes: use cuda, one for each"
         )
-    if processes.world > 1 and torch.cuda.is_available() and settings.device != "cpu":
+    if processes.world > 1 and settings.device != "cpu" and why_not_gpu(processes.local_rank) is None:
         torch.cuda.set_device(processes.local_rank)
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.compute_dtype, device.value)
@@ -249,8 +249,9 @@ def finetune(
             identity, resume, callbacks
         )
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        text = str(error)
-        if isinstance(error, RuntimeError) and "memory" not in text:
+        text = str(error) or "no memory"
+        is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not is_memory and "can't allocate memory" not in text and "out of memory" not in text:
             raise
         from transformers import AutoConfig
 

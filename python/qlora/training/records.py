@@ -73,7 +73,8 @@ def _messages(messages: list[Any]) -> dict[str, Any]:
             raise ValueError(f"role {message.get('role')!r} is none of {', '.join(_ROLES)}")
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError("no message has the role 'assistant': there is nothing to learn")
-    return {"messages": messages}
+    # Parquet gives every key to every message; a template takes a key that is there for a value.
+    return {"messages": [{key: value for key, value in m.items() if value is not None} for m in messages]}
 
 
 def _sharegpt(record: dict[str, Any]) -> dict[str, Any]:
@@ -148,12 +149,15 @@ def _json(path: Path) -> _Items:
         lists = [value for value in content.values() if isinstance(value, list)]
         is_record = any(key in content for key in ("messages", "conversations"))
         content = lists[0] if len(lists) == 1 and not is_record else [content]
+    if not isinstance(content, list):
+        raise BadRecord(f"{path}: it must hold a list of records, not {type(content).__name__}")
     for number, record in enumerate(content, start=1):
         yield f"{path}[record {number}]", record
 
 
 def _csv(path: Path) -> _Items:
     delimiter = "\t" if path.suffix == ".tsv" else ","
+    csv.field_size_limit(2**31 - 1)  # a long document is one field
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter=delimiter, strict=True)
         try:
@@ -241,5 +245,5 @@ def read_records(source: str | Path, skip_bad: bool = False) -> tuple[list[Recor
 
 def digest(records: list[Record]) -> str:
     """sha256 of the records' contents, by which a resumed run knows its data again."""
-    text = json.dumps([record.content for record in records], sort_keys=True)
+    text = json.dumps([record.content for record in records], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
@@ -107,10 +109,13 @@ class AdapterTrainer(Trainer):
     def _forbid_nan(self, loss: Tensor, records: Sequence[str]) -> None:
         """Raises NoFiniteLoss, on all processes together."""
         finite = loss.detach().isfinite().to(torch.int32)
+        mine = finite.clone()
         if dist.is_initialized():
             dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         if finite.item() == 0:
             saved = checkpoints(Path(str(self.args.output_dir)))
+            if mine.item() == 1:
+                raise NoFiniteLoss(f"the loss is not finite on another process in step {self.state.global_step + 1}")
             raise NoFiniteLoss(
                 f"the loss is {loss.detach().float().item()} in step {self.state.global_step + 1}, on the records"
                 f" {', '.join(records[:5])}{' …' if len(records) > 5 else ''}. The newest checkpoint is"
@@ -138,7 +143,7 @@ class AdapterTrainer(Trainer):
                 (self._staging / name).replace(output / name)
                 for old in checkpoints(output)[: -self._keep]:
                     self._remove(old)
-        except RuntimeError as error:  # torch.save reports a full disk as one
+        except (RuntimeError, SafetensorError) as error:  # torch.save and safetensors report a full disk as these
             kept = checkpoints(output)
             raise OSError(
                 f"saving {output / name} failed ({error}); the newest complete checkpoint is"
@@ -179,6 +184,8 @@ class AdapterTrainer(Trainer):
 
         folder = Path(checkpoint)
         state = torch.load(folder / _OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+        if any(isinstance(key, int) for key in state["state"]):
+            raise ValueError(f"{folder} is of a run without --fsdp: resume it without, or start a new one with it")
         options = StateDictOptions(full_state_dict=True)
         set_optimizer_state_dict(self._model, _bare(self.optimizer), state, options=options)
         self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
@@ -187,8 +194,7 @@ class AdapterTrainer(Trainer):
         pass  # the adapter is loaded before the model is sharded or wrapped: qlora.models.loading.restore_lora
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        # The random state of a process that the checkpoint does not know, with another number of processes, is the
-        # first one's, moved on by its number.
+        # A process that the checkpoint does not know (there were fewer) starts from seed, step and rank.
         if checkpoint is not None:
             world, rank = self.args.world_size, self.args.process_index
             name = "rng_state.pth" if world <= 1 else f"rng_state_{rank}.pth"
@@ -257,7 +263,8 @@ class SaveOnInterrupt(TrainerCallback):
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "SaveOnInterrupt":
-        self._previous = {number: signal.signal(number, self._on_signal) for number in self._SIGNALS}
+        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+            self._previous = {number: signal.signal(number, self._on_signal) for number in self._SIGNALS}
         return self
 
     def __exit__(self, *unused: Any) -> None:
