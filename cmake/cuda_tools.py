@@ -39,8 +39,10 @@ def torch_cuda() -> str | None:
 
 def nvcc_release() -> tuple[int, int] | None:
     """The release of the nvcc that a build would find without the wheels."""
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    # In the order of cmake/FindCudaCompiler.cmake.
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     candidates = [os.environ.get("CUDACXX"), f"{home}/bin/nvcc", shutil.which("nvcc")]
+    candidates += [] if home else ["/usr/local/cuda/bin/nvcc"]
     for nvcc in candidates:
         if nvcc and Path(nvcc).exists():
             text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
