@@ -4,6 +4,7 @@ torchrun --nproc-per-node N worker.py CHECKPOINT RESULT MODE STEPS [--save FOLDE
 """
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
@@ -100,6 +101,7 @@ def main() -> None:
         torch.save({"losses": losses, "state": kept}, Path(a.result))
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # the result is on disk: taking down torch's threads aborts now and then
 
 
 if __name__ == "__main__":
