@@ -74,3 +74,14 @@ def save_llama(folder, chat: bool = True):
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+# Settings of a fine-tuning run of seconds on that Llama.
+TINY_JOB = {
+    "max_steps": 12,
+    "max_length": 64,
+    "learning_rate": 5e-3,
+    "save_steps": 4,
+    "eval_steps": 4,
+    "logging_steps": 1,
+}

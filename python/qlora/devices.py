@@ -26,6 +26,14 @@ class Choice(Generic[T]):
     value: T
     reason: str
 
+    @property
+    def name(self) -> str:
+        """cuda:0, or bfloat16."""
+        return str(self.value).removeprefix("torch.")
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})"
+
 
 def why_not_gpu(index: int | None = None) -> str | None:
     """Why our operators cannot run on a GPU (of that index); None if they can."""

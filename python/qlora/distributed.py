@@ -4,9 +4,28 @@ FSDP2 (``torch.distributed.fsdp.fully_shard``) needs nothing of this: it shards 
 """
 
 import os
+from dataclasses import dataclass
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that torchrun has started, or the only one."""
+
+    world: int
+    rank: int
+    local_rank: int
+
+    @classmethod
+    def of_environment(cls) -> "Processes":
+        variables = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
+        return cls(*(int(os.environ.get(name, default)) for name, default in variables.items()))
+
+    @property
+    def is_writer(self) -> bool:
+        return self.rank == 0
 
 
 def ignore_frozen(model: nn.Module) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from toys import save_llama
+from toys import TINY_JOB, save_llama
 from training.test_finetune import StopAt
 
 from qlora.devices import choose_device, why_not_gpu
@@ -34,12 +34,7 @@ def settings(tmp_path):
         device="cuda",
         compute_dtype="fp32",
         rank=8,
-        max_steps=12,
-        max_length=64,
-        learning_rate=5e-3,
-        save_steps=4,
-        eval_steps=4,
-        logging_steps=1,
+        **TINY_JOB,
     )
 
 

@@ -183,6 +183,23 @@ def test_a_model_that_ignores_positions_is_found_out(folder):
     assert not packs_without_leaks(opt)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_that_sum_in_another_order_are_no_leak(dtype):
+    """How many tokens an expert sees depends on the other record, and with it the last digits of its products."""
+    import transformers
+
+    import qlora
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.MixtralConfig(
+        vocab_size=100, num_key_value_heads=2, num_local_experts=4, use_cache=False, **sizes
+    )
+    model = transformers.MixtralForCausalLM(config).to(dtype)
+    qlora.prepare_model(model, rank=2)
+    assert packs_without_leaks(model)
+
+
 def test_packed_and_padded_rows_have_the_same_loss(folder):
     """Examples in one row do not see each other: transformers derives block-diagonal attention from the positions."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file
-from toys import save_llama
+from toys import TINY_JOB, save_llama
 from transformers import TrainerCallback
 
 from qlora.models.loading import chat_reply, load_for_inference
@@ -41,12 +41,7 @@ def settings(model_folder, data_file, tmp_path):
         output=str(tmp_path / "run"),
         rank=4,
         compute_dtype="fp32",
-        max_steps=12,
-        max_length=64,
-        learning_rate=5e-3,
-        save_steps=4,
-        eval_steps=4,
-        logging_steps=1,
+        **TINY_JOB,
         dropout=0.1,
     )
 

@@ -24,6 +24,5 @@ def chosen(arguments: argparse.Namespace) -> tuple[Any, Any]:
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.compute_dtype, device.value)
     if AUTO in (arguments.device, arguments.compute_dtype):
-        name = str(dtype.value).removeprefix("torch.")
-        print(f"device: {device.value} ({device.reason}); compute dtype: {name} ({dtype.reason})", file=sys.stderr)
+        print(f"device: {device}; compute dtype: {dtype}", file=sys.stderr)
     return device.value, dtype.value

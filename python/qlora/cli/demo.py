@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     from qlora.models.loading import chat_reply, load_for_inference
     from qlora.models.smollm2 import smollm2_folder
     from qlora.training.finetune import finetune
-    from qlora.training.report import MIB, peak_memory
+    from qlora.training.memory import MIB, peak_memory
     from qlora.training.settings import FinetuneSettings
 
     begin = time.perf_counter()

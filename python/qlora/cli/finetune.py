@@ -91,8 +91,9 @@ def _typed(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from qlora.training.finetune import FREE_SETTINGS, finetune, settings_of_run
-    from qlora.training.settings import FinetuneSettings
+    from qlora.distributed import Processes
+    from qlora.training.finetune import finetune
+    from qlora.training.settings import FREE_SETTINGS, FinetuneSettings, settings_of_run
 
     typed = _typed(arguments)
     if arguments.resume:
@@ -114,7 +115,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.show_example:
         return show_example(settings)
     result = finetune(settings, resume=arguments.resume, on_start=print)
-    if int(os.environ.get("RANK", "0")) > 0:
+    processes = Processes.of_environment()
+    if not processes.is_writer:
         _leave()  # the first process speaks for all
     records = result.records
     print(f"{records.train} records trained on, {records.evaluation} held out")
@@ -128,7 +130,7 @@ def run(arguments: argparse.Namespace) -> int:
     if result.eval_loss_before is not None:
         print(f"evaluation loss {result.eval_loss_before:.3f} -> {result.eval_loss_after:.3f} in {result.steps} steps")
     print(f"adapter: {result.adapter}\nreport:  {settings.output}/report.png")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if processes.world > 1:
         _leave()
     return 0
 

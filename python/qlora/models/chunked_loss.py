@@ -122,10 +122,7 @@ class _Original:
 @torch.no_grad()
 def why_not_chunked(model: Any) -> str | None:
     """Why :func:`chunked_loss` cannot stand for the model's own loss: a probe on eight tokens compares the two. None if
-    it can.
-
-    Raises nothing that the model itself would not raise.
-    """
+    it can."""
     if backbone_of(model) is None:
         return f"{type(model).__name__} has no backbone apart from its head"
     device = next(model.parameters()).device

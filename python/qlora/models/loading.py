@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
+from qlora.models.adapters import CONFIG_FILE
 from qlora.storage.files import atomic_write, atomic_write_all
 from qlora.storage.fingerprint import checkpoint_fingerprint
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_CONFIG_FILE = "adapter_config.json"
 BASE_FILE = "qlora_config.json"  # beside PEFT's two files: how the base was quantized, and its fingerprint
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 _FORMAT = {"quant_type": str, "block_size": int, "double_quant": bool}
@@ -185,9 +185,9 @@ def check_adapter_folder(adapter: Path, base: Path) -> dict[str, Any]:
     Raises FileNotFoundError or ValueError naming the file and the rule: a folder that is none, an adapter that is not
     PEFT's LoRA, or of another task or another base.
     """
-    path = adapter / ADAPTER_CONFIG_FILE
+    path = adapter / CONFIG_FILE
     if not path.exists():
-        raise FileNotFoundError(f"{adapter} has no {ADAPTER_CONFIG_FILE}: it is not an adapter folder")
+        raise FileNotFoundError(f"{adapter} has no {CONFIG_FILE}: it is not an adapter folder")
     try:
         config = json.loads(path.read_text())
         kind, task = config.get("peft_type"), config.get("task_type")

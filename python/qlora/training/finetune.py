@@ -2,16 +2,16 @@
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qlora.devices import DTYPES, Choice, choose_device, choose_dtype, why_not_gpu
+from qlora.devices import Choice, choose_device, choose_dtype, why_not_gpu
+from qlora.distributed import Processes
 from qlora.models.loading import (
     load_quantized,
     load_tokenizer,
@@ -23,7 +23,6 @@ from qlora.models.loading import (
 )
 from qlora.optim import PagedAdamW
 from qlora.storage.files import atomic_write
-from qlora.storage.fingerprint import checkpoint_fingerprint
 from qlora.training.data import (
     Collator,
     Example,
@@ -37,14 +36,12 @@ from qlora.training.data import (
     packs_without_leaks,
     stop_tokens,
 )
-from qlora.training.settings import FinetuneSettings
+from qlora.training.memory import memory_by_kind, peak_memory, planned_memory, what_shrinks
+from qlora.training.settings import SETTINGS_FILE, FinetuneSettings, check_output, check_same_run, identity_of
 
 logger = logging.getLogger(__name__)
 
-SETTINGS_FILE = "settings.json"
 ADAPTER_FOLDER = "adapter"
-# Of the settings, what may differ between a run and its resumption.
-FREE_SETTINGS = ("output", "device", "page_dir", "fsdp")
 
 
 @dataclass(frozen=True)
@@ -71,78 +68,6 @@ class Interrupted(KeyboardInterrupt):
         saved = f"{checkpoint} is saved" if checkpoint else "no checkpoint was saved yet"
         super().__init__(f"interrupted, {saved}; continue with: qlora finetune --output {output} --resume")
         self.checkpoint = checkpoint
-
-
-def _identity(settings: FinetuneSettings, dtype: torch.dtype, base: Path, digests: dict[str, Any]) -> dict[str, Any]:
-    """What has to stay the same between a run and its resumption."""
-    names = {value: name for name, value in DTYPES.items()}
-    identity = (
-        asdict(settings) | digests | {"compute_dtype": names[dtype], "base_fingerprint": checkpoint_fingerprint(base)}
-    )
-    for name in FREE_SETTINGS:
-        del identity[name]
-    return json.loads(json.dumps(identity))  # tuples become lists, as in the file
-
-
-def _check_output(output: Path, resume: bool) -> None:
-    """Raises unless a new run may write to the output folder, or there is one in it to resume."""
-    if resume:
-        _read_settings(output)
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(
-            f"{output} exists and is not empty: choose another output, or continue that run with --resume"
-        )
-
-
-def _check_same_run(output: Path, now: dict[str, Any]) -> None:
-    """Raises ValueError naming what differs from the run that was started in ``output``."""
-    before = _read_settings(output)
-    changed = [f"{name}: {before.get(name)!r} -> {now[name]!r}" for name in now if before.get(name) != now[name]]
-    if changed:
-        details = ", ".join(changed)
-        raise ValueError(f"{output} was started with other settings ({details}): a resumed run must equal the first")
-
-
-def _read_settings(output: Path) -> dict[str, Any]:
-    stored = output / SETTINGS_FILE
-    if not stored.exists():
-        raise FileNotFoundError(f"{output} has no {SETTINGS_FILE}: there is no run to resume")
-    try:
-        values = json.loads(stored.read_text())
-        assert isinstance(values, dict)
-    except (ValueError, AssertionError) as error:
-        raise ValueError(f"{stored} is damaged: {error}") from error
-    return values
-
-
-def settings_of_run(output: str | Path) -> FinetuneSettings:
-    """The settings that a run in ``output`` was started with."""
-    known = {field.name for field in fields(FinetuneSettings)}
-    values = {name: value for name, value in _read_settings(Path(output)).items() if name in known}
-    for name in ("target_modules", "modules_to_save"):
-        if values.get(name) is not None:
-            values[name] = tuple(values[name])
-    return FinetuneSettings(**{**values, "output": str(output)})
-
-
-@dataclass(frozen=True)
-class _Processes:
-    """The processes that torchrun has started, or the only one."""
-
-    world: int
-    rank: int
-    local_rank: int
-
-    @classmethod
-    def of_environment(cls) -> "_Processes":
-        return cls(*(int(os.environ.get(name, default)) for name, default in _VARIABLES))
-
-    @property
-    def is_writer(self) -> bool:
-        return self.rank == 0
-
-
-_VARIABLES = (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
 
 
 def _arguments(
@@ -217,7 +142,7 @@ def finetune(
     """
     require_train_extra()
     settings.check()
-    output, processes = Path(settings.output), _Processes.of_environment()
+    output, processes = Path(settings.output), Processes.of_environment()
     if processes.world > 1 and ":" in settings.device:
         raise ValueError(
             f"device='{settings.device}' is one GPU for {processes.world} processes: use cuda, one for each"
@@ -228,16 +153,16 @@ def finetune(
     dtype = choose_dtype(settings.compute_dtype, device.value)
     folder = resolve_model(settings.model)
     tokenizer = load_tokenizer(folder)
-    _check_output(output, resume)
+    check_output(output, resume)
     # Before anything is loaded or written: errors in the data are the commonest.
     examples = load_examples(settings, tokenizer)
-    identity = _identity(settings, dtype.value, folder, examples.digests)
+    identity = identity_of(settings, dtype.value, folder, examples.digests)
     if resume:
-        _check_same_run(output, identity)
+        check_same_run(output, identity)
     arguments = _arguments(settings, device.value, dtype.value, bool(examples.evaluation), processes.world)
     if processes.is_writer:
-        on_start(f"device: {device.value}, {device.reason}")
-        on_start(f"compute dtype: {str(dtype.value).removeprefix('torch.')}, {dtype.reason}")
+        on_start(f"device: {device}")
+        on_start(f"compute dtype: {dtype}")
         on_start(about_the_first(examples.train[0], tokenizer))
         if not learnt_ends(examples.train, stop_tokens(tokenizer, folder)):
             on_start(
@@ -255,54 +180,8 @@ def finetune(
             raise
         from transformers import AutoConfig
 
-        advice = _what_shrinks(settings, AutoConfig.from_pretrained(folder), dtype.value, processes.world)
+        advice = what_shrinks(settings, AutoConfig.from_pretrained(folder), dtype.value, processes.world)
         raise MemoryError(f"out of memory ({text.splitlines()[0]}). {advice}") from error
-
-
-def planned_memory(config: Any, settings: FinetuneSettings, dtype: torch.dtype, world: int = 1) -> int | None:
-    """Bytes on each device that ``qlora plan`` says a run needs; None for models and adapters that it cannot plan."""
-    from qlora.planning.estimate import Settings, estimate
-    from qlora.training.trainer import share_of
-
-    if settings.dora or settings.modules_to_save or settings.target_modules:
-        return None
-    try:
-        plan = estimate(
-            config,
-            Settings(
-                rank=settings.rank,
-                batch=share_of(settings.batch_size, settings.gradient_accumulation, world)[0],
-                sequence=settings.max_length,
-                checkpointing=settings.gradient_checkpointing,
-                optimizer_bits=8 if settings.optimizer.endswith("8bit") else 32,
-                paged=settings.optimizer.startswith("paged"),
-                quant_type=settings.quant_type,
-                double_quant=settings.double_quant,
-                block_size=settings.block_size,
-                dtype=str(dtype).removeprefix("torch."),
-                devices=world if settings.fsdp else 1,
-            ),
-        )
-    except (ValueError, TypeError, RuntimeError, KeyError) as error:  # a model that plans cannot be made of
-        logger.info("no plan of the memory: %s", error)
-        return None
-    return plan.resident
-
-
-def _what_shrinks(settings: FinetuneSettings, config: Any, dtype: torch.dtype, world: int) -> str:
-    """What a run needs by plan, and which options need less."""
-    planned = planned_memory(config, settings, dtype, world)
-    halved = f"--batch-size {settings.batch_size // 2} with twice the --gradient-accumulation"
-    options = [
-        *(["--gradient-checkpointing"] if not settings.gradient_checkpointing else []),
-        *([halved] if settings.batch_size > 1 else []),
-        f"--max-length below {settings.max_length}",
-        *(["--optimizer paged-adamw-8bit"] if settings.optimizer != "paged-adamw-8bit" else []),
-        f"--rank below {settings.rank}",
-        *(["--fsdp"] if world > 1 and not settings.fsdp else []),
-    ]
-    needs = "" if planned is None else f"By plan (qlora plan) it needs {planned / 1e9:.2f} GB on each device. "
-    return f"{needs}Less is needed with {', '.join(options)}"
 
 
 class _Run:
@@ -361,8 +240,7 @@ class _Run:
             save_base_facts(adapter, self.format, self.folder)
             self._report(trainer, model, sizes, before, after, time.perf_counter() - started)
         model.config.use_cache = True
-        base = model.get_base_model()
-        vars(base).pop("forward", None)  # the loss in chunks was for training
+        trainer.release()
         return FinetuneResult(
             adapter,
             model.eval(),
@@ -420,8 +298,8 @@ class _Run:
         optimizer = {
             "lr": settings.learning_rate,
             "weight_decay": settings.weight_decay,
-            "bits": 8 if settings.optimizer.endswith("8bit") else 32,
-            "paged": settings.optimizer.startswith("paged"),
+            "bits": settings.optimizer_bits,
+            "paged": settings.is_paged,
             "page_dir": settings.page_dir,
         }
         return AdapterTrainer(
@@ -449,7 +327,7 @@ class _Run:
     def _report(
         self, trainer: Any, model: Any, sizes: dict[str, int], before: float | None, after: float | None, seconds: float
     ) -> None:
-        from qlora.training.report import memory_by_kind, peak_memory, write_report
+        from qlora.training.report import write_report
 
         history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
         if before is not None:
@@ -457,8 +335,8 @@ class _Run:
         config, world = model.config, self.arguments.world_size
         figures = {
             "model": self.settings.model,
-            "device": f"{self.device.value} ({self.device.reason})",
-            "compute_dtype": f"{str(self.dtype.value).removeprefix('torch.')} ({self.dtype.reason})",
+            "device": str(self.device),
+            "compute_dtype": str(self.dtype),
             "loss": f"whole logits: {self.why_whole_logits}" if self.why_whole_logits else "in chunks of the tokens",
             "optimizer": self.settings.optimizer,
             "processes": self.arguments.world_size,
@@ -470,7 +348,7 @@ class _Run:
             "bytes_dense": sizes["dense"],
             "bytes_now": sizes["now"],
             "trainable_params": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "memory_bytes": memory_by_kind(model, self.settings.optimizer),
+            "memory_bytes": memory_by_kind(model, self.settings.optimizer_bits),
             "planned_memory_bytes": planned_memory(config, self.settings, self.dtype.value, world),
             "peak_memory_bytes": peak_memory(self.device.value),
         }

@@ -1,50 +1,13 @@
 """What a run leaves for people: report.json with the figures, report.png with loss, learning rate, speed and memory."""
 
 import json
-import resource
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from qlora.nn import Experts4bit
-from qlora.nn.packed import STATISTICS, PackedMatrix
-from qlora.nn.replacing import tensor_bytes
 from qlora.storage.files import atomic_write
+from qlora.training.memory import MIB
 
-MIB = 2**20
 _BLUE, _RED, _GREY = "#4477aa", "#cc3311", "#999999"
-
-
-def memory_by_kind(model: nn.Module, optimizer: str = "adamw") -> dict[str, int]:
-    """Bytes of the model by what they are for; gradients and AdamW's state as they are once training has begun."""
-    packed = statistics = dense_equivalent = 0
-    for module in model.modules():
-        if isinstance(module, PackedMatrix | Experts4bit):
-            own = sum(p.nbytes for p in module.parameters(recurse=False) if p.dtype == torch.uint8)
-            packed += own
-            dense_equivalent += 4 * own  # two weights a byte, two bytes a weight
-            statistics += sum(b.nbytes for n, b in module.named_buffers(recurse=False) if n.endswith(STATISTICS))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    adapters = sum(p.nbytes for p in trained)
-    count = sum(p.numel() for p in trained)
-    return {
-        "linear_layers_16bit": dense_equivalent,
-        "linear_layers_4bit": packed,
-        "scales": statistics,
-        "embeddings_and_rest": tensor_bytes(model) - packed - statistics - adapters,
-        "adapters": adapters,
-        "gradients": adapters,
-        "adamw_states": (2 if optimizer.endswith("8bit") else 8) * count,
-    }
-
-
-def peak_memory(device: torch.device) -> int:
-    """The most bytes so far: of torch's allocator on a GPU, of the process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def write_report(folder: Path, figures: dict[str, Any], history: list[dict[str, Any]]) -> None:

@@ -1,10 +1,19 @@
-"""The settings of a fine-tuning run: everything that decides its result."""
+"""The settings of a fine-tuning run: everything that decides its result, and the file by which a resume checks it."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
 
 from qlora.devices import AUTO, DTYPES
 from qlora.ops import check_format
+from qlora.storage.fingerprint import checkpoint_fingerprint
 
+SETTINGS_FILE = "settings.json"
+# Of the settings, what may differ between a run and its resumption.
+FREE_SETTINGS = ("output", "device", "page_dir", "fsdp")
 OPTIMIZERS = ("adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit")
 
 
@@ -50,6 +59,14 @@ class FinetuneSettings:
     seed: int = 0
     skip_bad: bool = False
 
+    @property
+    def optimizer_bits(self) -> int:
+        return 8 if self.optimizer.endswith("8bit") else 32
+
+    @property
+    def is_paged(self) -> bool:
+        return self.optimizer.startswith("paged")
+
     def check(self) -> None:
         """Raises ValueError naming the first value that breaks its rule."""
         rules: list[tuple[str, bool, str]] = [
@@ -68,12 +85,12 @@ class FinetuneSettings:
             ("epochs", self.epochs > 0, "positive"),
             (
                 "page_dir",
-                self.page_dir is None or self.optimizer.startswith("paged"),
+                self.page_dir is None or self.is_paged,
                 "left out without a paged optimizer",
             ),
             (
                 "fsdp",
-                not (self.fsdp and self.optimizer.endswith("8bit")),
+                not (self.fsdp and self.optimizer_bits == 8),
                 "left out with 8-bit state, whose blocks FSDP2 would cut",
             ),
         ]
@@ -81,3 +98,58 @@ class FinetuneSettings:
         for name, holds, rule in rules:
             if not holds:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {rule}")
+
+
+# ---- the file of a run ----
+
+
+def identity_of(settings: FinetuneSettings, dtype: torch.dtype, base: Path, digests: dict[str, Any]) -> dict[str, Any]:
+    """What has to stay the same between a run and its resumption."""
+    names = {value: name for name, value in DTYPES.items()}
+    identity = (
+        asdict(settings) | digests | {"compute_dtype": names[dtype], "base_fingerprint": checkpoint_fingerprint(base)}
+    )
+    for name in FREE_SETTINGS:
+        del identity[name]
+    return json.loads(json.dumps(identity))  # tuples become lists, as in the file
+
+
+def check_output(output: Path, resume: bool) -> None:
+    """Raises unless a new run may write to the output folder, or there is one in it to resume."""
+    if resume:
+        _read_settings(output)
+    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(
+            f"{output} exists and is not empty: choose another output, or continue that run with --resume"
+        )
+
+
+def check_same_run(output: Path, now: dict[str, Any]) -> None:
+    """Raises ValueError naming what differs from the run that was started in ``output``."""
+    before = _read_settings(output)
+    changed = [f"{name}: {before.get(name)!r} -> {now[name]!r}" for name in now if before.get(name) != now[name]]
+    if changed:
+        details = ", ".join(changed)
+        raise ValueError(f"{output} was started with other settings ({details}): a resumed run must equal the first")
+
+
+def _read_settings(output: Path) -> dict[str, Any]:
+    stored = output / SETTINGS_FILE
+    if not stored.exists():
+        raise FileNotFoundError(f"{output} has no {SETTINGS_FILE}: there is no run to resume")
+    try:
+        values = json.loads(stored.read_text())
+        assert isinstance(values, dict)
+    except (ValueError, AssertionError) as error:
+        raise ValueError(f"{stored} is damaged: {error}") from error
+    return values
+
+
+def settings_of_run(output: str | Path) -> FinetuneSettings:
+    """The settings that a run in ``output`` was started with."""
+    known = {field.name for field in fields(FinetuneSettings)}
+    values = {name: value for name, value in _read_settings(Path(output)).items() if name in known}
+    for name in ("target_modules", "modules_to_save"):
+        if values.get(name) is not None:
+            values[name] = tuple(values[name])
+    return FinetuneSettings(**{**values, "output": str(output)})

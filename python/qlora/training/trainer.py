@@ -17,20 +17,19 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from qlora.distributed import ignore_frozen, largest_list
 from qlora.models.chunked_loss import ChunkedLoss
 from qlora.models.loading import save_lora
 
-_STATE_FILE = "trainer_state.json"  # written last by the Trainer: its presence means a complete checkpoint
-_OPTIMIZER_FILE = "optimizer.pt"
 _STAGING = ".saving"
 
 
 def checkpoints(output: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    found = [p for p in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (p / _STATE_FILE).exists()]
+    found = [p for p in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (p / TRAINER_STATE_NAME).exists()]  # written last
     return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
 
 
@@ -65,9 +64,7 @@ class AdapterTrainer(Trainer):
         # Trainer's name for a model that is sharded already: it is not wrapped in DDP.
         self.is_distributed_loading_by_transformers = fsdp
         ignore_frozen(self._model)
-        if chunked:
-            ChunkedLoss(self._model.get_base_model()).install()
-        self._chunked = chunked
+        self._loss = ChunkedLoss(self._model.get_base_model()).install() if chunked else None
 
     @property
     def _model(self) -> Any:
@@ -77,6 +74,11 @@ class AdapterTrainer(Trainer):
     @property
     def _is_writer(self) -> bool:
         return bool(self.args.should_save)
+
+    def release(self) -> None:
+        """Gives the model its own forward back, once it is trained."""
+        if self._loss is not None:
+            self._loss.remove()
 
     # ---- a step ----
 
@@ -99,7 +101,7 @@ class AdapterTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         records = inputs.pop("records", ())
-        if not self._chunked:
+        if self._loss is None:
             inputs.pop("loss_positions", None)
         result = super().compute_loss(model, inputs, *args, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result
@@ -173,8 +175,8 @@ class AdapterTrainer(Trainer):
             self._model, _bare(self.optimizer), options=StateDictOptions(full_state_dict=True, cpu_offload=True)
         )
         if self._is_writer:
-            torch.save(state, Path(output_dir) / _OPTIMIZER_FILE)
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not self._fsdp or checkpoint is None:
@@ -183,12 +185,12 @@ class AdapterTrainer(Trainer):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
         folder = Path(checkpoint)
-        state = torch.load(folder / _OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+        state = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
         if any(isinstance(key, int) for key in state["state"]):
             raise ValueError(f"{folder} is of a run without --fsdp: resume it without, or start a new one with it")
         options = StateDictOptions(full_state_dict=True)
         set_optimizer_state_dict(self._model, _bare(self.optimizer), state, options=options)
-        self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
+        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         pass  # the adapter is loaded before the model is sharded or wrapped: qlora.models.loading.restore_lora

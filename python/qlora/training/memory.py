@@ -1,0 +1,93 @@
+"""The memory of a run: what it holds by kind, its peak, what the plan says, and which options need less."""
+
+import logging
+import resource
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora.nn import Experts4bit
+from qlora.nn.packed import STATISTICS, PackedMatrix
+from qlora.nn.replacing import tensor_bytes
+from qlora.training.settings import FinetuneSettings
+
+logger = logging.getLogger(__name__)
+
+MIB = 2**20
+
+
+def memory_by_kind(model: nn.Module, optimizer_bits: int = 32) -> dict[str, int]:
+    """Bytes of the model by what they are for; gradients and AdamW's state as they are once training has begun."""
+    packed = statistics = dense_equivalent = 0
+    for module in model.modules():
+        if isinstance(module, PackedMatrix | Experts4bit):
+            own = sum(p.nbytes for p in module.parameters(recurse=False) if p.dtype == torch.uint8)
+            packed += own
+            dense_equivalent += 4 * own  # two weights a byte, two bytes a weight
+            statistics += sum(b.nbytes for n, b in module.named_buffers(recurse=False) if n.endswith(STATISTICS))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    adapters = sum(p.nbytes for p in trained)
+    count = sum(p.numel() for p in trained)
+    return {
+        "linear_layers_16bit": dense_equivalent,
+        "linear_layers_4bit": packed,
+        "scales": statistics,
+        "embeddings_and_rest": tensor_bytes(model) - packed - statistics - adapters,
+        "adapters": adapters,
+        "gradients": adapters,
+        "adamw_states": (2 if optimizer_bits == 8 else 8) * count,
+    }
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes so far: of torch's allocator on a GPU, of the process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def planned_memory(config: Any, settings: FinetuneSettings, dtype: torch.dtype, world: int = 1) -> int | None:
+    """Bytes on each device that ``qlora plan`` says a run needs; None for models and adapters that it cannot plan."""
+    from qlora.planning.estimate import Settings, estimate
+    from qlora.training.trainer import share_of
+
+    if settings.dora or settings.modules_to_save or settings.target_modules:
+        return None
+    try:
+        plan = estimate(
+            config,
+            Settings(
+                rank=settings.rank,
+                batch=share_of(settings.batch_size, settings.gradient_accumulation, world)[0],
+                sequence=settings.max_length,
+                checkpointing=settings.gradient_checkpointing,
+                optimizer_bits=settings.optimizer_bits,
+                paged=settings.is_paged,
+                quant_type=settings.quant_type,
+                double_quant=settings.double_quant,
+                block_size=settings.block_size,
+                dtype=str(dtype).removeprefix("torch."),
+                devices=world if settings.fsdp else 1,
+            ),
+        )
+    except (ValueError, TypeError, RuntimeError, KeyError) as error:  # a model that plans cannot be made of
+        logger.info("no plan of the memory: %s", error)
+        return None
+    return plan.resident
+
+
+def what_shrinks(settings: FinetuneSettings, config: Any, dtype: torch.dtype, world: int) -> str:
+    """What a run needs by plan, and which options need less."""
+    planned = planned_memory(config, settings, dtype, world)
+    halved = f"--batch-size {settings.batch_size // 2} with twice the --gradient-accumulation"
+    options = [
+        *(["--gradient-checkpointing"] if not settings.gradient_checkpointing else []),
+        *([halved] if settings.batch_size > 1 else []),
+        f"--max-length below {settings.max_length}",
+        *(["--optimizer paged-adamw-8bit"] if settings.optimizer != "paged-adamw-8bit" else []),
+        f"--rank below {settings.rank}",
+        *(["--fsdp"] if world > 1 and not settings.fsdp else []),
+    ]
+    needs = "" if planned is None else f"By plan (qlora plan) it needs {planned / 1e9:.2f} GB on each device. "
+    return f"{needs}Less is needed with {', '.join(options)}"
