@@ -228,7 +228,7 @@ class _Run:
             set_seed(settings.seed)  # the first step of a run does not depend on the evaluation before it
             with interrupt:
                 trainer.train(resume_from_checkpoint=str(newest) if newest else None)
-            if interrupt.interrupted:
+            if interrupt.stopped:
                 raise KeyboardInterrupt
             after = trainer.evaluate()["eval_loss"] if self.examples.evaluation else None
         except KeyboardInterrupt:

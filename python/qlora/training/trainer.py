@@ -261,7 +261,8 @@ class SaveOnInterrupt(TrainerCallback):
     _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
-        self.interrupted = False
+        self.interrupted = False  # this process got a signal
+        self.stopped = False  # all processes have stopped for one
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "SaveOnInterrupt":
@@ -277,13 +278,17 @@ class SaveOnInterrupt(TrainerCallback):
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
-        print("\nInterrupted: finishing this step, then saving a checkpoint (again Ctrl-C: stop now).", flush=True)
+        # Not by print, which raises if the signal came in the middle of another print.
+        os.write(2, b"\nInterrupted: finishing this step, then saving a checkpoint (again Ctrl-C: stop now).\n")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Read once: a signal that comes after the processes have agreed is for the next step.
+        stop = self.interrupted
         if dist.is_initialized():
-            flag = torch.tensor([self.interrupted], dtype=torch.int32, device=args.device)
+            flag = torch.tensor([stop], dtype=torch.int32, device=args.device)
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            self.interrupted = bool(flag.item())
-        if self.interrupted:
+            stop = bool(flag.item())
+        if stop:
+            self.stopped = True
             control.should_save = True
             control.should_training_stop = True
