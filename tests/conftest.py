@@ -1,8 +1,13 @@
 """Fixtures for every test: the device in use, and a fixed seed."""
 
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a network
+# Of its own: inductor's cache does not know ATEN_CPU_CAPABILITY, and code of a process that was held to AVX2 gives nan
+# or aborts in one that is not.
+_inductor_cache = tempfile.TemporaryDirectory(prefix="qlora-inductor-", ignore_cleanup_errors=True)
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _inductor_cache.name
 
 import devices
 import pytest
