@@ -1,19 +1,23 @@
 """Fixtures for every test: the device in use, and a fixed seed."""
 
 import os
+import shutil
 import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a network
 # Of its own: inductor's cache does not know ATEN_CPU_CAPABILITY, and code of a process that was held to AVX2 gives nan
 # or aborts in one that is not.
-_inductor_cache = tempfile.TemporaryDirectory(prefix="qlora-inductor-", ignore_cleanup_errors=True)
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = _inductor_cache.name
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="qlora-inductor-")
 
 import devices
 import pytest
 import torch
 
 from qlora import _C
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
