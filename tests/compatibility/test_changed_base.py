@@ -91,9 +91,8 @@ def test_an_adapter_knows_its_base_again(tmp_path):
     for seed in (0, 1):
         llama(seed).save_pretrained(tmp_path / f"model{seed}")
     adapter_of(llama(), tmp_path / "adapter", task_type="CAUSAL_LM")
-    save_base_facts(
-        tmp_path / "adapter", {"quant_type": "nf4", "block_size": 64, "double_quant": True}, tmp_path / "model0"
-    )
+    quantized, _ = load_quantized(tmp_path / "model0", torch.float32, progress=False)
+    save_base_facts(tmp_path / "adapter", quantized, tmp_path / "model0")
     assert check_adapter_folder(tmp_path / "adapter", tmp_path / "model0")["quant_type"] == "nf4"
     with pytest.raises(ValueError, match="trained on another base"):
         check_adapter_folder(tmp_path / "adapter", tmp_path / "model1")

@@ -239,27 +239,56 @@ def test_every_optimizer_trains_and_resumes(settings, tmp_path, optimizer):
     assert_same_adapter(settings, stopped)
 
 
-@pytest.mark.parametrize("change", [{"dora": True}, {"modules_to_save": ("lm_head",)}], ids=str)
-def test_what_peft_adds_is_resumed_and_loaded_too(settings, tmp_path, change, model_folder):
+@pytest.fixture
+def untied(tmp_path, model_folder):
+    """The tiny model with a head of its own."""
     from transformers import AutoModelForCausalLM
 
-    untied = tmp_path / "untied"
+    folder = tmp_path / "untied"
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     model.config.tie_word_embeddings = False
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-    model.save_pretrained(untied)
+    model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (untied / name).write_bytes((module.Path(model_folder) / name).read_bytes())
-    settings = dataclasses.replace(settings, model=str(untied), **change)
+        (folder / name).write_bytes((module.Path(model_folder) / name).read_bytes())
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dora": True},
+        {"modules_to_save": ("lm_head",)},
+        {"modules_to_save": ("lm_head", "norm", "embed_tokens"), "compute_dtype": "bf16"},
+    ],
+    ids=str,
+)
+def test_what_peft_adds_is_resumed_and_loaded_too(settings, tmp_path, change, untied):
+    settings = dataclasses.replace(settings, **{"model": untied, **change})
     result = finetune(settings)
     stopped = dataclasses.replace(settings, output=str(tmp_path / "stopped"))
     with pytest.raises(Interrupted):
         finetune(stopped, callbacks=[StopAt(5, lambda: os.kill(os.getpid(), signal.SIGINT))])
     finetune(stopped, resume=True)
     assert_same_adapter(settings, stopped)
-    again, _ = load_for_inference(settings.model, result.adapter, torch.float32)
+    again, _ = load_for_inference(settings.model, result.adapter, result.dtype.value)
     ids = torch.arange(8)[None]
     assert torch.equal(again(input_ids=ids).logits, result.model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("compute_dtype", ["bf16", "fp32"])
+def test_all_that_is_trained_is_float32(settings, untied, compute_dtype):
+    """Updates of 1e-4 of a bf16 weight would be lost, and gradient scalers refuse fp16 gradients."""
+    change = {"modules_to_save": ("lm_head", "norm", "embed_tokens"), "dora": True, "compute_dtype": compute_dtype}
+    result = finetune(dataclasses.replace(settings, model=untied, max_steps=4, learning_rate=1e-5, **change))
+    trained = {name: p for name, p in result.model.named_parameters() if p.requires_grad}
+    for module_name in ("lm_head", "norm", "embed_tokens"):
+        assert any(module_name in name for name in trained)
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    head = result.model.base_model.model.lm_head
+    assert not torch.equal(head.modules_to_save.default.weight, head.original_module.weight.float())
+    out = result.model(input_ids=torch.arange(8)[None], output_hidden_states=True)
+    assert {h.dtype for h in (*out.hidden_states, out.logits)} == {result.dtype.value}
 
 
 def test_a_loss_that_is_nan_stops_at_its_step_and_names_the_records(settings):
@@ -271,6 +300,33 @@ def test_a_loss_that_is_nan_stops_at_its_step_and_names_the_records(settings):
     with pytest.raises(ValueError, match=r"the loss is nan in step 6, on the records .*data\.jsonl:\d+.*checkpoint-4"):
         finetune(settings, callbacks=[Poison()])
     assert [path.name for path in checkpoints(module.Path(settings.output))] == ["checkpoint-4"]
+
+
+@pytest.mark.parametrize(("step", "kept"), [(8, ["checkpoint-4"]), (12, ["checkpoint-4", "checkpoint-8"])])
+def test_weights_that_are_nan_are_not_saved(settings, step, kept):
+    """The update of the step before a save made them so: no loss has seen them yet."""
+
+    class Poison(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+            if state.global_step == step - 1:
+                next(p for p in model.parameters() if p.requires_grad).data.fill_(float("nan"))
+
+    settings = dataclasses.replace(settings, eval_fraction=0.0)
+    with pytest.raises(ValueError, match=rf"after step {step} 1 trained parameters are not finite.*{kept[-1]}"):
+        finetune(settings, callbacks=[Poison()])
+    assert [path.name for path in checkpoints(module.Path(settings.output))] == kept
+    assert not (module.Path(settings.output) / "adapter").exists()
+
+
+def test_an_evaluation_that_is_nan_says_so(settings):
+    class Poison(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 6:
+                next(p for p in model.parameters() if p.requires_grad).data.fill_(float("nan"))
+
+    settings = dataclasses.replace(settings, max_steps=6, save_steps=100, eval_steps=6)
+    with pytest.raises(ValueError, match=r"the loss is nan evaluated after step 6, on the records .*data\.jsonl:\d+"):
+        finetune(settings, callbacks=[Poison()])
 
 
 @pytest.mark.parametrize(
@@ -336,6 +392,8 @@ def test_a_model_that_is_in_4_bit_already_is_trained_as_it_is(settings, tmp_path
     layers = [m for m in result.model.modules() if isinstance(m, qlora.nn.Linear4bit)]
     assert {layer.quant_type for layer in layers} == {"fp4"}
     assert result.eval_loss_after < result.eval_loss_before
+    facts = json.loads((result.adapter / "qlora_config.json").read_text())
+    assert (facts["quant_type"], facts["double_quant"]) == ("fp4", False)  # of the base, not of the settings
 
 
 def test_a_trainer_computes_on_the_device_that_was_chosen(tmp_path):

@@ -98,18 +98,18 @@ def test_two_processes_train_what_one_does(world, single, tmp_path, options):
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "options"),
-    [(2, 1, ()), (1, 2, ()), (2, 1, ("--fsdp",))],
-    ids=["ddp-one", "one-ddp", "fsdp2-one"],
+    ("before", "after", "options", "options_after"),
+    [(2, 1, (), ()), (1, 2, (), ()), (2, 1, ("--fsdp",), ()), (1, 2, (), ("--fsdp",))],
+    ids=["ddp-one", "one-ddp", "fsdp2-one", "one-fsdp2"],
 )
-def test_a_run_goes_on_with_another_number_of_processes(world, single, tmp_path, before, after, options):
+def test_a_run_goes_on_with_another_number_of_processes(world, single, tmp_path, before, after, options, options_after):
     output = tmp_path / "run"
     run(command(world, output, *options), before)
     for newest in output.glob("checkpoint-8"):  # as if it had stopped after four steps
         (newest / "trainer_state.json").unlink()
     settings = json.loads((output / "settings.json").read_text())
     assert "fsdp" not in settings  # a run may go on without it
-    run(["finetune", "--output", str(output), "--resume", "--device", "cpu"], after)
+    run(["finetune", "--output", str(output), "--resume", "--device", "cpu", *options_after], after)
     assert_same(single, output)
 
 

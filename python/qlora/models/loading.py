@@ -2,6 +2,7 @@
 way in of every command.
 """
 
+import functools
 import json
 import logging
 import tempfile
@@ -152,15 +153,51 @@ def add_lora(
         task_type="CAUSAL_LM",
         **options,
     )
-    return get_peft_model(model, config)
+    adapted = get_peft_model(model, config)
+    _train_in_float32(adapted)
+    return adapted
+
+
+def _train_in_float32(model: Any) -> None:
+    """Makes trainable parameters of 16 bit float32: bf16 weights lose updates below 1/256 of themselves, and gradient
+    scalers refuse fp16 gradients. PEFT does it for its own, not for ``modules_to_save``; these compute in 16 bit as
+    before."""
+    for module in model.modules():
+        mine = {
+            name: parameter.dtype
+            for name, parameter in module.named_parameters(recurse=False)
+            if parameter.requires_grad and parameter.dtype.itemsize == 2
+        }
+        if mine:
+            _compute_in(module, mine)
+        for name in mine:
+            parameter = getattr(module, name)
+            parameter.data = parameter.data.float()
+
+
+def _compute_in(module: Any, dtypes: dict[str, torch.dtype]) -> None:
+    """Lets a module's forward see its parameters in these dtypes; gradients arrive in their own."""
+    own = module.forward
+
+    @functools.wraps(own)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        kept = {name: module._parameters[name] for name in dtypes}
+        module._parameters.update({name: kept[name].to(dtype) for name, dtype in dtypes.items()})
+        try:
+            return own(*args, **kwargs)
+        finally:
+            module._parameters.update(kept)
+
+    module.forward = forward
 
 
 # ---- adapters on disk ----
 
 
-def save_base_facts(adapter: Path, options: dict[str, Any], base: Path) -> None:
-    """Records beside an adapter how its base was quantized, and the base's fingerprint."""
-    facts = {key: options[key] for key in _FORMAT} | {"base_fingerprint": checkpoint_fingerprint(base)}
+def save_base_facts(adapter: Path, model: Any, base: Path) -> None:
+    """Records beside an adapter how its base ``model`` is quantized, and the fingerprint of the base's files."""
+    config = model.config.quantization_config
+    facts = {key: getattr(config, key) for key in _FORMAT} | {"base_fingerprint": checkpoint_fingerprint(base)}
     atomic_write(adapter / BASE_FILE, json.dumps(facts, indent=2).encode())
 
 

@@ -234,10 +234,11 @@ class _Run:
         except KeyboardInterrupt:
             saved = checkpoints(output)
             raise Interrupted(output, saved[-1] if saved else None) from None
+        trainer.forbid_nan_weights()
         adapter = output / ADAPTER_FOLDER
         save_lora(model, adapter, is_writer)
         if is_writer:
-            save_base_facts(adapter, self.format, self.folder)
+            save_base_facts(adapter, model, self.folder)
             self._report(trainer, model, sizes, before, after, time.perf_counter() - started)
         model.config.use_cache = True
         trainer.release()

@@ -34,7 +34,7 @@ def checkpoints(output: Path) -> list[Path]:
 
 
 class NoFiniteLoss(ValueError):
-    """The loss has become nan or inf; the message says at which step and what the step learnt from."""
+    """The loss or a parameter has become nan or inf; the message says at which step and what the step learnt from."""
 
 
 class AdapterTrainer(Trainer):
@@ -96,6 +96,9 @@ class AdapterTrainer(Trainer):
             raise RuntimeError(f"{type(model).__name__} is not wrapped in DDP: processes would train by themselves")
         return model, loader
 
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0  # Trainer's estimate counts all parameters anew at every step
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log({**logs, "seconds": round(time.perf_counter() - self._started, 3)}, start_time)
 
@@ -110,19 +113,37 @@ class AdapterTrainer(Trainer):
 
     def _forbid_nan(self, loss: Tensor, records: Sequence[str]) -> None:
         """Raises NoFiniteLoss, on all processes together."""
-        finite = loss.detach().isfinite().to(torch.int32)
-        mine = finite.clone()
-        if dist.is_initialized():
-            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-        if finite.item() == 0:
-            saved = checkpoints(Path(str(self.args.output_dir)))
-            if mine.item() == 1:
-                raise NoFiniteLoss(f"the loss is not finite on another process in step {self.state.global_step + 1}")
-            raise NoFiniteLoss(
-                f"the loss is {loss.detach().float().item()} in step {self.state.global_step + 1}, on the records"
-                f" {', '.join(records[:5])}{' …' if len(records) > 5 else ''}. The newest checkpoint is"
-                f" {saved[-1] if saved else 'none'}: look at these records, or lower --learning-rate"
-            )
+        here = loss.detach().isfinite()
+        if _on_all(here):
+            return
+        training = self._model.training
+        place = (
+            f"in step {self.state.global_step + 1}" if training else f"evaluated after step {self.state.global_step}"
+        )
+        if here.item():
+            raise NoFiniteLoss(f"the loss is not finite on another process {place}")
+        raise NoFiniteLoss(
+            f"the loss is {loss.detach().float().item()} {place}, on the records"
+            f" {', '.join(records[:5])}{' …' if len(records) > 5 else ''}. {self._newest()}: look at these records,"
+            " or lower --learning-rate"
+        )
+
+    def forbid_nan_weights(self) -> None:
+        """Raises NoFiniteLoss if a trained parameter is not finite: called before anything is saved. The loss of the
+        last step was computed before its update."""
+        trained = [(name, p) for name, p in self._model.named_parameters() if p.requires_grad]
+        checks = [getattr(p.detach(), "_local_tensor", p.detach()).isfinite().all() for _, p in trained]
+        if not checks or _on_all(torch.stack(checks).all()):
+            return
+        bad = [name for (name, _), check in zip(trained, checks, strict=True) if not check.item()]
+        raise NoFiniteLoss(
+            f"after step {self.state.global_step} {len(bad)} trained parameters are not finite, e.g. {bad[:2]}."
+            f" {self._newest()}: lower --learning-rate"
+        )
+
+    def _newest(self) -> str:
+        saved = checkpoints(Path(str(self.args.output_dir)))
+        return f"The newest checkpoint is {saved[-1] if saved else 'none'}"
 
     # ---- checkpoints ----
 
@@ -130,6 +151,7 @@ class AdapterTrainer(Trainer):
         return str(self._staging) if self._staging else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.forbid_nan_weights()
         output = Path(super()._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self._staging = output / _STAGING
@@ -186,11 +208,22 @@ class AdapterTrainer(Trainer):
 
         folder = Path(checkpoint)
         state = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
-        if any(isinstance(key, int) for key in state["state"]):
-            raise ValueError(f"{folder} is of a run without --fsdp: resume it without, or start a new one with it")
+        if any(isinstance(key, int) for key in state["state"]):  # of a run without --fsdp
+            state = self._by_name(state)
         options = StateDictOptions(full_state_dict=True)
         set_optimizer_state_dict(self._model, _bare(self.optimizer), state, options=options)
         self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+
+    def _by_name(self, state: dict[str, Any]) -> dict[str, Any]:
+        """An optimizer's state dict with the names of parameters instead of their places."""
+        names = {id(parameter): name for name, parameter in self._model.named_parameters()}
+        result: dict[str, Any] = {"state": {}, "param_groups": []}
+        for stored, group in zip(state["param_groups"], _bare(self.optimizer).param_groups, strict=True):
+            here = [names[id(parameter)] for parameter in group["params"]]
+            for place, name in zip(stored["params"], here, strict=True):
+                result["state"][name] = state["state"][place]
+            result["param_groups"].append({**stored, "params": here})
+        return result
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         pass  # the adapter is loaded before the model is sharded or wrapped: qlora.models.loading.restore_lora
@@ -209,6 +242,14 @@ class AdapterTrainer(Trainer):
 def _bare(optimizer: Any) -> torch.optim.Optimizer:
     """The optimizer inside accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)
+
+
+def _on_all(here: Tensor) -> bool:
+    """Whether it is true on all processes."""
+    everywhere = here.to(torch.int32)
+    if dist.is_initialized():
+        dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)
+    return bool(everywhere.item())
 
 
 def _barrier() -> None:
