@@ -89,7 +89,9 @@ def _overload(name: str):
 
 
 @contextlib.contextmanager
-def simt(seed: int = 1, arch: int = 80, sm_count: int = 4, shared_bytes: int | None = None, call=None):
+def simt(
+    seed: int = 1, arch: int = 80, sm_count: int = 4, shared_bytes: int | None = None, panel_bytes=128 << 20, call=None
+):
     """CPU tensors go to the CUDA kernels on the simt executor, which pretends to be the GPU that is described.
 
     ``call(op, *args)`` may do more around the redispatch of an operator.
@@ -97,7 +99,7 @@ def simt(seed: int = 1, arch: int = 80, sm_count: int = 4, shared_bytes: int | N
     library = simt_library()
     assert library is not None
     library.qlora_simt_seed(seed)
-    library.qlora_simt_gpu(arch, sm_count, shared_bytes or SHARED_KIB[arch] * 1024)
+    library.qlora_simt_gpu(arch, sm_count, shared_bytes or SHARED_KIB[arch] * 1024, panel_bytes)
     overrides = torch.library.Library("qlora", "IMPL")
     for name in NAMES:
         op = _overload(name)

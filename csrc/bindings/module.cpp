@@ -76,21 +76,22 @@ py::dict cuda_select(int64_t m, int64_t n, int64_t k, const std::string& dtype, 
   const char* why_forward = why_general_forward(problem, gpu);
   const char* why_backward = why_general_backward(problem, gpu);
   const GemmTile tile = select_gemm_tile(m, n, gpu);
+  const int64_t decode_m = m < kDecodeTokens ? m : kDecodeTokens;
+  const DecodeTile decode_tile = select_decode_tile(decode_m, n, k, gpu);
   const auto tuple = [](int rows, int tokens) { return py::make_tuple(rows, tokens); };
   py::dict chosen;
   chosen["forward"] = kernel_name(kernel);
-  chosen["forward_tile"] = kernel == ForwardKernel::kDecode
-                               ? tuple(select_decode_tile(m, n, k, gpu).rows, kDecodeTokens)
+  chosen["forward_tile"] = kernel == ForwardKernel::kDecode ? tuple(decode_tile.rows, kDecodeTokens)
                            : kernel == ForwardKernel::kGemm ? tuple(tile_rows(tile), tile_tokens(tile))
                            : kernel == ForwardKernel::kVendor
-                               ? tuple(static_cast<int>(select_vendor_panel(m, n, k, gpu)), static_cast<int>(m))
+                               ? tuple(static_cast<int>(select_vendor_panel(n, k, type, gpu)), static_cast<int>(m))
                                : tuple(64, 64);
   chosen["why_not_faster"] = why_forward != nullptr ? why_forward : "";
   const BackwardKernel backward = select_backward(problem, gpu);
   chosen["backward"] = kernel_name(backward);
   chosen["backward_tile"] = backward == BackwardKernel::kGemmDx ? tuple(128, select_dx_tokens(m, gpu))
                             : backward == BackwardKernel::kVendor
-                                ? tuple(static_cast<int>(select_vendor_panel(m, k, n, gpu)), static_cast<int>(m))
+                                ? tuple(static_cast<int>(select_vendor_panel(k, n, type, gpu)), static_cast<int>(m))
                                 : tuple(64, 64);
   chosen["why_not_faster_backward"] = why_backward != nullptr ? why_backward : "";
   const char* why_factors = why_general_factors(problem, gpu);
@@ -100,8 +101,7 @@ py::dict cuda_select(int64_t m, int64_t n, int64_t k, const std::string& dtype, 
   chosen["low_rank"] = why_low_rank != nullptr ? "general" : "lora_down";
   chosen["why_not_faster_low_rank"] = why_low_rank != nullptr ? why_low_rank : "";
   if (kernel == ForwardKernel::kDecode)
-    chosen["shared_bytes"] =
-        decode_shared_bytes(select_decode_tile(m, n, k, gpu).rows, m, select_decode_tile(m, n, k, gpu).panel_chunks);
+    chosen["shared_bytes"] = decode_shared_bytes(decode_tile.rows, decode_m, decode_tile.panel_chunks);
   return chosen;
 }
 

@@ -110,33 +110,75 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GeneralParams p)
   }
 }
 
+// The adapter of a token and whether there is such a one, and what its results are multiplied by.
+struct TokenAdapter {
+  QLORA_METHOD TokenAdapter(const TokenDotParams& p, int64_t token)
+      : adapter(p.adapter_of_token != nullptr ? ptx::load(p.adapter_of_token + token) : 0),
+        known(adapter >= 0 && adapter < p.adapters) {}
+  QLORA_METHOD float scaling(const TokenDotParams& p) const {
+    return p.scaling_of_adapter != nullptr && known ? ptx::load(p.scaling_of_adapter + adapter) : p.scaling;
+  }
+  int64_t adapter;
+  bool known;
+};
+
+QLORA_DEVICE float sum_of_warp(float sum) {
+  for (int mask = 16; mask > 0; mask /= 2) sum += ptx::shuffle_xor(sum, mask);
+  return sum;
+}
+
+// A warp for each token and row: any strides and dtypes.
 QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) token_dot(QLORA_PARAMS TokenDotParams p) {
   const int64_t item = static_cast<int64_t>(ptx::block_x()) * (kThreads / 32) + ptx::warp();
   if (item >= p.tokens * p.rows) return;
   const int64_t token = item / p.rows, row = item % p.rows;
-  const int64_t adapter = p.adapter_of_token != nullptr ? ptx::load(p.adapter_of_token + token) : 0;
-  const bool known = adapter >= 0 && adapter < p.adapters;
+  const TokenAdapter of(p, token);
   const int64_t of_token = token * p.x.row_stride;
-  const int64_t of_row = adapter * p.adapter_stride + row * p.operand.row_stride;
+  const int64_t of_row = of.adapter * p.adapter_stride + row * p.operand.row_stride;
   float sum = 0.0f;
-  if (known && p.is_vectorized) {
-    for (int64_t step = ptx::lane() * 8; step < p.steps; step += 256) {
-      float x[8], a[8];
-      load_eight_elements(p.x.data, p.x.dtype, (of_token + step) / 8, x);
-      load_eight_elements(p.operand.data, p.operand.dtype, (of_row + step) / 8, a);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) sum = fmaf(x[i], a[i], sum);
-    }
-  } else if (known) {
+  if (of.known)
     for (int64_t step = ptx::lane(); step < p.steps; step += 32)
       sum = fmaf(load_element(p.x.data, p.x.dtype, of_token + step * p.x.col_stride),
                  load_element(p.operand.data, p.operand.dtype, of_row + step * p.operand.col_stride), sum);
+  sum = sum_of_warp(sum);
+  if (ptx::lane() == 0) ptx::store(p.out + item, of.known ? of.scaling(p) * sum : 0.0f);
+}
+
+// A block for each token and row, 16 bytes a load, four of them on their way together.
+constexpr int kDotThreads = 128;
+template <DType kX, DType kOperand>
+QLORA_KERNEL void QLORA_BOUNDS(kDotThreads, 8) token_dot_vectors(QLORA_PARAMS TokenDotParams p) {
+  const int64_t item = ptx::block_x(), token = divide(item, p.rows), row = item - token * p.rows;
+  const TokenAdapter of(p, token);
+  const int64_t of_token = token * p.x.row_stride;
+  const int64_t of_row = of.adapter * p.adapter_stride + row * p.operand.row_stride;
+  float sum = 0.0f;
+  if (of.known) {
+#pragma unroll 4
+    for (int64_t step = ptx::thread() * 8; step < p.steps; step += kDotThreads * 8) {
+      float x[8], a[8];
+      load_eight_elements(p.x.data, kX, (of_token + step) / 8, x);
+      load_eight_elements(p.operand.data, kOperand, (of_row + step) / 8, a);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sum = fmaf(x[i], a[i], sum);
+    }
   }
-  for (int mask = 16; mask > 0; mask /= 2) sum += ptx::shuffle_xor(sum, mask);
-  if (ptx::lane() != 0) return;
-  const float scaling =
-      p.scaling_of_adapter != nullptr && known ? ptx::load(p.scaling_of_adapter + adapter) : p.scaling;
-  ptx::store(p.out + item, known ? scaling * sum : 0.0f);
+  sum = sum_of_warp(sum);
+  const SharedAddress sums = ptx::shared_base();
+  if (ptx::lane() == 0) ptx::store_shared(sums + ptx::warp() * 4, sum);
+  ptx::sync_threads();
+  if (ptx::thread() != 0) return;
+  const auto parts = ptx::load_shared<Floats4>(sums);
+  const float total = (parts.x + parts.y) + (parts.z + parts.w);
+  ptx::store(p.out + item, of.known ? of.scaling(p) * total : 0.0f);
+}
+static_assert(kDotThreads == 4 * 32, "one sum of each warp");
+
+template <DType kX>
+auto dot_kernel_of(DType operand) {
+  return operand == DType::kBFloat16  ? token_dot_vectors<kX, DType::kBFloat16>
+         : operand == DType::kFloat16 ? token_dot_vectors<kX, DType::kFloat16>
+                                      : token_dot_vectors<kX, DType::kFloat32>;
 }
 
 QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) column_sum(QLORA_PARAMS ColumnSumParams p) {
@@ -159,8 +201,13 @@ Status launch_general(const GeneralParams& p, cudaStream_t stream) {
 }
 
 Status launch_token_dot(const TokenDotParams& p, cudaStream_t stream) {
-  return start(general::token_dot, {ceil_div(p.tokens * p.rows, general::kThreads / 32)}, general::kThreads, 0, stream,
-               p);
+  using namespace general;
+  const int64_t items = p.tokens * p.rows;
+  if (!p.is_vectorized) return start(token_dot, {ceil_div(items, kThreads / 32)}, kThreads, 0, stream, p);
+  const auto kernel = p.x.dtype == DType::kBFloat16  ? dot_kernel_of<DType::kBFloat16>(p.operand.dtype)
+                      : p.x.dtype == DType::kFloat16 ? dot_kernel_of<DType::kFloat16>(p.operand.dtype)
+                                                     : dot_kernel_of<DType::kFloat32>(p.operand.dtype);
+  return start(kernel, {items}, kDotThreads, 4 * sizeof(float), stream, p);
 }
 
 Status launch_column_sum(const ColumnSumParams& p, cudaStream_t stream) {

@@ -238,7 +238,13 @@ struct LoraPackParams {
   bool tokens_are_columns = false;
   const int* token_order = nullptr;
 };
-Status launch_lora_pack(const LoraPackParams& p, cudaStream_t stream);
+// Up to four at once, all to the same dtype: what costs here is the launch.
+inline constexpr int kMostPacks = 4;
+struct LoraPackJobs {
+  LoraPackParams job[kMostPacks];
+  int count = 0;
+};
+Status launch_lora_pack(const LoraPackJobs& jobs, cudaStream_t stream);
 
 // out[s] [ranks, features] = factor · x over the s-th stretch of the tokens: gradients of low-rank factors. With a down
 // operand also down_out[f] [m, ranks] = x · down_operandᵀ over the f-th stretch of lora_grad_features().
@@ -301,8 +307,8 @@ struct GeneralParams {
 };
 Status launch_general(const GeneralParams& p, cudaStream_t stream);
 
-// out[token, row] = scaling * x[token] · operand[adapter of token][row], one warp each; row_stride and step_stride as
-// in DenseMatrix. Tokens without an adapter get zeros.
+// out[token, row] = scaling * x[token] · operand[adapter of token][row]; row_stride and step_stride as in DenseMatrix.
+// Tokens without an adapter get zeros.
 struct TokenDotParams {
   DenseMatrix x;        // (token, step)
   DenseMatrix operand;  // (row, step) of one adapter
@@ -312,7 +318,7 @@ struct TokenDotParams {
   const float* scaling_of_adapter = nullptr;  // null: `scaling`
   float scaling = 1.0f;
   int64_t tokens = 0, rows = 0, steps = 0;
-  bool is_vectorized = false;  // rows of x and operand are contiguous, aligned to 16 bytes, and multiples of 8 long
+  bool is_vectorized = false;  // floats; rows of x and operand contiguous, aligned to 16 bytes, multiples of 8 long
   float* out = nullptr;        // [tokens, rows]
 };
 Status launch_token_dot(const TokenDotParams& p, cudaStream_t stream);

@@ -1,5 +1,7 @@
 // Low-rank factors and activations as 16-bit operands of the tensor cores: padded to whole steps of 16 ranks, and split
 // into high and low parts where they come in float32, so that nothing of them is lost.
+#include <algorithm>
+
 #include "cuda/device/elements.cuh"
 #include "cuda/device/half_range.cuh"
 #include "cuda/device/launch.cuh"
@@ -9,8 +11,17 @@ namespace lora_pack {
 
 constexpr int kThreads = 256;
 
+// In order; eight loads are on their way together.
+QLORA_DEVICE float sum_of_parts(const float* at, int parts, int64_t stride) {
+  float sum = 0.0f;
+#pragma unroll 8
+  for (int part = 0; part < parts; ++part) sum += ptx::load(at + part * stride);
+  return sum;
+}
+
 template <class T>
-QLORA_KERNEL void QLORA_BOUNDS(kThreads, 4) kernel(QLORA_PARAMS LoraPackParams p) {
+QLORA_KERNEL void QLORA_BOUNDS(kThreads, 4) kernel(QLORA_PARAMS LoraPackJobs jobs) {
+  const LoraPackParams& p = jobs.job[ptx::block_y()];
   const int64_t item = static_cast<int64_t>(ptx::block_x()) * kThreads + ptx::thread();
   if (item >= p.adapters * p.rows * p.padded_r) return;
   const int64_t row = divide(item, p.padded_r), r = item - row * p.padded_r;  // row: over all adapters
@@ -29,8 +40,8 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 4) kernel(QLORA_PARAMS LoraPackParams p
       adapter * p.adapter_stride + source_row * p.source.row_stride + source_col * p.source.col_stride;
   float value = 0.0f;
   if (exists) {
-    for (int part = 0; part < p.parts; ++part)
-      value += load_element(p.source.data, p.source.dtype, source + part * p.part_stride);
+    value = p.parts == 1 ? load_element(p.source.data, p.source.dtype, source)
+                         : sum_of_parts(static_cast<const float*>(p.source.data) + source, p.parts, p.part_stride);
     value *= scale;
     if (p.half_range != HalfRange::kLeave) {
       const float largest = float_of(static_cast<uint32_t>(ptx::load(p.largest)));
@@ -65,13 +76,20 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 4) kernel(QLORA_PARAMS LoraPackParams p
 
 }  // namespace lora_pack
 
-Status launch_lora_pack(const LoraPackParams& p, cudaStream_t stream) {
+Status launch_lora_pack(const LoraPackJobs& jobs, cudaStream_t stream) {
   using namespace lora_pack;
-  const Grid grid{ceil_div(p.adapters * p.rows * p.padded_r, kThreads)};
-  const auto kernel_of_type = p.dtype == DType::kBFloat16  ? kernel<bf16>
-                              : p.dtype == DType::kFloat16 ? kernel<fp16>
-                                                           : kernel<float>;
-  return start(kernel_of_type, grid, kThreads, 0, stream, p);
+  Grid grid{0, jobs.count};
+  const DType dtype = jobs.job[0].dtype;
+  for (int i = 0; i < jobs.count; ++i) {
+    const LoraPackParams& p = jobs.job[i];
+    if (p.dtype != dtype) return {"packs of several dtypes in one launch"};
+    if (p.parts > 1 && p.source.dtype != DType::kFloat32) return {"only parts in float32 are added up"};
+    grid.x = std::max(grid.x, ceil_div(p.adapters * p.rows * p.padded_r, kThreads));
+  }
+  const auto kernel_of_type = dtype == DType::kBFloat16  ? kernel<bf16>
+                              : dtype == DType::kFloat16 ? kernel<fp16>
+                                                         : kernel<float>;
+  return start(kernel_of_type, grid, kThreads, 0, stream, jobs);
 }
 
 }  // namespace qlora::cuda

@@ -11,6 +11,9 @@ struct GpuInfo {
   int arch = 0;  // 75, 80, 86, 89, 90, 100, 120
   int sm_count = 0;
   int shared_bytes_per_block = 0;  // the most that a launch may ask for
+  // Of a dequantized panel of W. Most weights are one panel: each further one reads x again and ends in a wave that
+  // leaves SMs idle (docs/kernels.md).
+  int64_t panel_bytes = int64_t{128} << 20;
 };
 
 // The shape of a product, and what decides over its kernel besides.
@@ -21,7 +24,9 @@ struct Problem {
   bool many_adapters = false;
 };
 
-inline constexpr int kDecodeTokens = 16;  // up to here the weight's bytes are the cost, above it the products
+inline constexpr int kDecodeTokens = 16;  // of one launch: up to here the weight's bytes are the cost
+// Two launches of the decode kernel are still faster than what multiplies large tiles (docs/kernels.md).
+inline constexpr int kDecodeMostTokens = 2 * kDecodeTokens;
 
 // How the decode kernel cuts its work: rows of W for a block, and chunks of 64 weights whose scales it keeps in shared
 // memory at a time.
@@ -76,14 +81,17 @@ constexpr int select_dx_tokens(int64_t m, const GpuInfo& gpu) {
   return m > 64 && gpu.shared_bytes_per_block >= 96 * 1024 ? 128 : 64;
 }
 
-// Stretches of the reduction in the low-rank down projection, whose results are few: enough for a block on every second
+// Stretches of the reduction in the low-rank down projection, whose results are few: enough for four blocks on every
 // SM, of at least 256 elements each.
 constexpr int select_lora_parts(int64_t m, int64_t rows, int64_t elems, const GpuInfo& gpu) {
   const int64_t tiles = (m + 63) / 64 * ((rows + 15) / 16);
-  const int64_t wanted = tiles > 0 ? (gpu.sm_count / 2 + tiles - 1) / tiles : 1, possible = elems / 256;
+  const int64_t wanted = tiles > 0 ? (4 * gpu.sm_count + tiles - 1) / tiles : 1, possible = elems / 256;
   const int64_t parts = wanted < possible ? wanted : possible;
   return static_cast<int>(parts < 1 ? 1 : parts > 16 ? 16 : parts);
 }
+
+// The down projection of few tokens by dot products on the CUDA cores: one launch, and the factors as they are.
+constexpr bool dots_win(int64_t m, int64_t rank) { return m <= kDecodeMostTokens && m * rank <= 1024; }
 
 // The gradients of the low-rank factors. Features of a block: the more, the fewer partial sums of the down projection.
 constexpr int lora_grad_features(int ranks_per_block) { return ranks_per_block == 64 ? 128 : 256; }
@@ -100,7 +108,7 @@ struct LoraGradTile {
 };
 
 // All ranks in one block, if shared memory takes them: x is read once for each block of ranks. As many stretches of
-// tokens as give two blocks to every SM, of at least 256 tokens each.
+// tokens as give two blocks to every SM, of at least 64 tokens each.
 constexpr LoraGradTile select_lora_grad(int64_t m, int64_t features, int64_t ranks, int64_t adapters, int splits,
                                         bool with_down, const GpuInfo& gpu) {
   int per_block = ranks <= 16 ? 16 : ranks <= 32 ? 32 : 64;
@@ -108,27 +116,43 @@ constexpr LoraGradTile select_lora_grad(int64_t m, int64_t features, int64_t ran
     per_block /= 2;
   const int64_t wide = lora_grad_features(per_block);
   const int64_t tiles = (features + wide - 1) / wide * ((ranks + per_block - 1) / per_block) * adapters;
-  const int64_t wanted = tiles > 0 ? (2 * gpu.sm_count + tiles - 1) / tiles : 1, possible = m / 256;
+  const int64_t wanted = tiles > 0 ? (2 * gpu.sm_count + tiles - 1) / tiles : 1, possible = m / 64;
   const int64_t parts = wanted < possible ? wanted : possible;
   return {per_block, static_cast<int>(parts < 1 ? 1 : parts > 64 ? 64 : parts)};
 }
 
-// From this many tokens on, the GEMM of the vendor's library over dequantized panels: on sm_90 and sm_100 it has tensor
-// core instructions (wgmma, tcgen05) that run at about 1.6 and 2 times the rate of mma.sync. The estimate behind the
-// numbers is in docs/kernels.md; they wait for a measurement.
-constexpr int64_t vendor_tokens(const GpuInfo& gpu) {
-  return gpu.arch == 90 ? 1024 : gpu.arch >= 100 && gpu.arch < 120 ? 512 : INT64_MAX;
+// From how many tokens on the GEMM of the vendor's library over dequantized panels is faster than the fused kernels,
+// forward and dx.
+struct VendorTokens {
+  int64_t forward, backward;
+};
+constexpr VendorTokens vendor_tokens(DType dtype, const GpuInfo& gpu) {
+  // The fused kernels multiply float32 on the CUDA cores, tile by tile: panels pay once a weight is used often.
+  if (dtype == DType::kFloat32) return {kDecodeTokens + 1, kDecodeTokens + 1};
+  switch (gpu.arch) {
+    case 90:  // measured, docs/kernels.md
+      return {kDecodeMostTokens + 1, 1};
+    case 100:  // not measured: as on sm_90
+      return {kDecodeMostTokens + 1, 1};
+    case 80:  // forward: bitsandbytes' ladder between the two ways. Backward: predicted, gemm_dx takes as long for few
+              // tokens as for many
+      return {128, kDecodeTokens + 1};
+    case 86:
+    case 89:
+    case 120:
+      return {256, kDecodeTokens + 1};
+    default:  // sm_75: its own tensor core instructions are those of the fused kernels
+      return {INT64_MAX, INT64_MAX};
+  }
 }
 
-// Rows of W (or columns, in the backward) of a dequantized panel: results for two blocks of 128 x 256 on every SM, at
-// most 64 MiB of workspace, and half of W. Rounded up to a multiple of 64; `across` is the panel's other extent.
-constexpr int64_t select_vendor_panel(int64_t m, int64_t extent, int64_t across, const GpuInfo& gpu) {
-  const int64_t wanted = int64_t{2} * gpu.sm_count * 128 * 256 / m, half = (extent + 1) / 2;
-  const int64_t room = int64_t{32} * 1024 * 1024 / across;
-  const int64_t least = 512;  // x is read again for each panel
-  const int64_t enough = wanted < least ? least : wanted, fits = half < room ? half : room;
-  const int64_t panel = enough < fits ? enough : fits;
-  return (panel < 64 ? 64 : panel + 63) / 64 * 64;
+// Rows of W (or columns, in the backward) of a dequantized panel: all, or panels of equal size, a multiple of 64;
+// `across` is the panel's other extent.
+constexpr int64_t select_vendor_panel(int64_t extent, int64_t across, DType dtype, const GpuInfo& gpu) {
+  const int64_t room = gpu.panel_bytes / (across * (dtype == DType::kFloat32 ? 4 : 2));
+  if (extent <= room) return extent;
+  const int64_t most = room < 64 ? 64 : room / 64 * 64, panels = (extent + most - 1) / most;
+  return ((extent + panels - 1) / panels + 63) / 64 * 64;
 }
 
 enum class ForwardKernel { kDecode, kGemm, kVendor, kGeneral };
@@ -175,20 +199,24 @@ constexpr const char* why_general_factors(const Problem& p, const GpuInfo& gpu) 
   return nullptr;
 }
 
-// `extent` is what panels divide; one with fewer than two full blocks is not worth the launches.
-constexpr bool vendor_wins(const Problem& p, int64_t extent, const GpuInfo& gpu) {
-  return p.m >= vendor_tokens(gpu) && extent >= 512 && !p.many_adapters;
+// `extent` is what panels divide; one with few rows is not worth the launches.
+constexpr bool vendor_wins(const Problem& p, int64_t extent, int64_t tokens) {
+  return p.n > 0 && p.k > 0 && p.m >= tokens && extent >= 512 && !p.many_adapters;
 }
 
 constexpr ForwardKernel select_forward(const Problem& p, const GpuInfo& gpu) {
-  if (why_general_forward(p, gpu) != nullptr) return ForwardKernel::kGeneral;
-  if (p.m <= kDecodeTokens) return ForwardKernel::kDecode;
-  return vendor_wins(p, p.n, gpu) ? ForwardKernel::kVendor : ForwardKernel::kGemm;
+  const bool general = why_general_forward(p, gpu) != nullptr;
+  if (general && p.dtype != DType::kFloat32) return ForwardKernel::kGeneral;
+  if (vendor_wins(p, p.n, vendor_tokens(p.dtype, gpu).forward)) return ForwardKernel::kVendor;
+  if (general) return ForwardKernel::kGeneral;
+  return p.m <= kDecodeMostTokens ? ForwardKernel::kDecode : ForwardKernel::kGemm;
 }
 
 constexpr BackwardKernel select_backward(const Problem& p, const GpuInfo& gpu) {
-  if (why_general_backward(p, gpu) != nullptr) return BackwardKernel::kGeneral;
-  return vendor_wins(p, p.k, gpu) ? BackwardKernel::kVendor : BackwardKernel::kGemmDx;
+  const bool general = why_general_backward(p, gpu) != nullptr;
+  if (general && p.dtype != DType::kFloat32) return BackwardKernel::kGeneral;
+  if (p.k % 32 == 0 && vendor_wins(p, p.k, vendor_tokens(p.dtype, gpu).backward)) return BackwardKernel::kVendor;
+  return general ? BackwardKernel::kGeneral : BackwardKernel::kGemmDx;
 }
 
 constexpr const char* kVendorName = "dequantize_matmul";

@@ -20,7 +20,7 @@ struct Matrix {
 // `like` is the tensor on whose device all others must be: x.
 inline Matrix as_matrix(const Tensor& t, const char* name, int64_t rows, int64_t cols, const Tensor& like) {
   check_same_device(t, name, like, "x");
-  Tensor c = torch::stable::contiguous(t);
+  Tensor c = as_contiguous(t);
   const void* data = c.const_data_ptr();
   const DType dtype = float_dtype(c.scalar_type(), name);
   return {std::move(c), data, dtype, rows, cols};
@@ -142,8 +142,8 @@ inline Adapters check_adapters(const Tensor& lora_a, const Tensor& lora_b, const
                   tokens, " rows");
   Adapters adapters{as_matrix(lora_a, "lora_a", count * r, k, x),
                     as_matrix(lora_b, "lora_b", count * n, r, x),
-                    torch::stable::contiguous(scaling),
-                    torch::stable::contiguous(adapter_of_row),
+                    as_contiguous(scaling),
+                    as_contiguous(adapter_of_row),
                     nullptr,
                     nullptr,
                     count,
@@ -198,9 +198,9 @@ inline Affine check_affine(const Tensor& x, const Tensor& quantized_w, const Ten
   STD_TORCH_CHECK(r > 0, "rank=0: an adapter needs a rank of at least 1");
   STD_TORCH_CHECK(a.scalar_type() == b.scalar_type(), "A and B must have the same dtype");
   Affine affine{tokens_matrix(x, "x", in, "in_features", x),
-                torch::stable::contiguous(quantized_w),
-                torch::stable::contiguous(scale),
-                torch::stable::contiguous(zero_point),
+                as_contiguous(quantized_w),
+                as_contiguous(scale),
+                as_contiguous(zero_point),
                 integer_dtype(quantized_w.scalar_type(), "quantized_W"),
                 {},
                 in,
@@ -211,12 +211,6 @@ inline Affine check_affine(const Tensor& x, const Tensor& quantized_w, const Ten
                 static_cast<float>(alpha / static_cast<double>(r))};
   affine.grid = check_grid(affine.scale, affine.zero_point, in, out);
   return affine;
-}
-
-inline Tensor empty_with_last_dim(const Tensor& like, int64_t last, ScalarType dtype) {
-  std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
-  sizes.back() = last;
-  return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, dtype);
 }
 
 }  // namespace qlora::ops

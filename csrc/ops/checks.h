@@ -1,9 +1,6 @@
 // What every op checks before a kernel runs: each error names the value and the rule.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <optional>
 #include <string>
 #include <vector>
@@ -11,11 +8,10 @@
 #include "format/codebook.h"
 #include "format/dtype.h"
 #include "format/layout.h"
+#include "ops/tensors.h"
 
 namespace qlora::ops {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 inline std::string text_of(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
@@ -118,13 +114,7 @@ inline CheckedWeight check_weight(const Tensor& packed, const Tensor& absmax, co
                   " elements needs ", bytes);
   STD_TORCH_CHECK(absmax.numel() == blocks, "absmax has ", absmax.numel(), " values: ", numel,
                   " elements in blocks of ", block_size, " need ", blocks);
-  CheckedWeight w{torch::stable::contiguous(packed),
-                  torch::stable::contiguous(absmax),
-                  std::nullopt,
-                  std::nullopt,
-                  type,
-                  n,
-                  k,
+  CheckedWeight w{as_contiguous(packed), as_contiguous(absmax), std::nullopt, std::nullopt, type, n, k,
                   log2_exact(block_size)};
   if (numel > 0 && (is_given(nested_absmax) || is_given(nested_offset))) {
     STD_TORCH_CHECK(is_given(nested_absmax) && is_given(nested_offset),
@@ -139,7 +129,7 @@ inline CheckedWeight check_weight(const Tensor& packed, const Tensor& absmax, co
                     " scales in blocks of ", kNestedBlock, " need ", nested);
     STD_TORCH_CHECK(nested_offset->numel() == 1, "nested_offset has ", nested_offset->numel(),
                     " values: it must have one");
-    w.nested_absmax = torch::stable::contiguous(*nested_absmax);
+    w.nested_absmax = as_contiguous(*nested_absmax);
     w.nested_offset = *nested_offset;
   } else {
     STD_TORCH_CHECK(numel == 0 || absmax.scalar_type() == ScalarType::Float,

@@ -12,7 +12,7 @@ constexpr int64_t kBlocksPerTask = 32;  // 8192 elements
 
 void adamw(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, double lr, double beta1, double beta2,
            double eps, double weight_decay, int64_t step) {
-  const Tensor g = torch::stable::contiguous(grad);
+  const Tensor g = as_contiguous(grad);
   const AdamWParams p = check_adamw(param, g, exp_avg, exp_avg_sq, {lr, beta1, beta2, eps, weight_decay, step});
   parallel(ceil_div(p.numel, kMomentBlock), kBlocksPerTask, [&](int64_t begin, int64_t end) {
     cpu::adamw(p, begin * kMomentBlock, std::min(end * kMomentBlock, p.numel));
@@ -22,7 +22,7 @@ void adamw(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, double 
 void adamw_8bit(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_absmax, Tensor exp_avg_sq,
                 Tensor exp_avg_sq_absmax, double lr, double beta1, double beta2, double eps, double weight_decay,
                 int64_t step) {
-  const Tensor g = torch::stable::contiguous(grad);
+  const Tensor g = as_contiguous(grad);
   const AdamWParams p = check_adamw_8bit(param, g, exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax,
                                          {lr, beta1, beta2, eps, weight_decay, step});
   parallel(ceil_div(p.numel, kMomentBlock), kBlocksPerTask,

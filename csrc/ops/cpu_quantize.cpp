@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(Tensor weight, std::string q
   const cpu::KernelTable& kernels = active_kernels();
   const QuantType type = parse_quant_type(quant_type);
   check_block_size(block_size);
-  const Tensor source = torch::stable::contiguous(weight);
+  const Tensor source = as_contiguous(weight);
   const int64_t numel = source.numel(), blocks = ceil_div(numel, block_size);
   Tensor packed = empty_cpu({packed_bytes(numel)}, ScalarType::Byte);
   Tensor absmax = empty_cpu({blocks}, ScalarType::Float);
@@ -93,7 +93,7 @@ Tensor dequantize(Tensor packed, Tensor absmax, OptionalTensor nested_absmax, Op
 Tensor quantization_error(Tensor weight, Tensor packed, Tensor absmax, OptionalTensor nested_absmax,
                           OptionalTensor nested_offset, std::string quant_type, int64_t block_size) {
   const cpu::KernelTable& kernels = active_kernels();
-  const Tensor source = torch::stable::contiguous(weight);
+  const Tensor source = as_contiguous(weight);
   const DType dtype = float_dtype(source.scalar_type(), "weight");
   const int64_t numel = source.numel();
   check_same_device(packed, "packed", source, "weight");

@@ -53,8 +53,8 @@ std::tuple<Tensor, Tensor, Tensor> cuda_backward_affine_grid(Tensor grad, Tensor
   }
   if (needs_lora) {
     const Activation t = token_dot(affine.tokens, columns_of(affine.b), affine.r, affine.scaling, stream);
-    d_b = torch::stable::new_empty(b, b.sizes());
-    d_a = torch::stable::new_empty(a, a.sizes());
+    d_b = empty_of_shape(b);
+    d_a = empty_of_shape(a);
     low_rank_grad_general(as_float(u, stream), affine.tokens, false, d_b, stream);
     low_rank_grad_general(as_float(t, stream), dy, true, d_a, stream);
   }

@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <utility>
+#include <vector>
 
 #include "ops/cuda_runtime.h"
 
@@ -54,14 +55,6 @@ inline TokenPlan plan_tokens(const Adapters& adapters, int64_t m, const GpuScope
   return {std::move(storage), {order, p.adapter_of_tile, p.first_tile, adapters.scale, tiles, adapters.count}};
 }
 
-// The low-rank term of a sum: up (row, r) times activation [tokens, r].
-struct Up {
-  cuda::DenseMatrix matrix;
-  const Activation* activation;
-  const Adapters* adapters = nullptr;  // then `matrix` is that of adapter 0
-  int64_t adapter_stride = 0;
-};
-
 // A low-rank operand for the tensor cores: 16 bit, whole steps of 16 ranks.
 struct Packed16 {
   Tensor storage;
@@ -69,11 +62,44 @@ struct Packed16 {
   int r = 0;
 };
 
-inline void run_lora_pack(cuda::LoraPackParams p, const Tensor& out, cudaStream_t stream) {
-  p.out = out.mutable_data_ptr();
-  p.dtype = float_dtype(out.scalar_type(), "lora");
-  check(cuda::launch_lora_pack(p, stream), "lora_pack");
-}
+// The low-rank term of a sum: up (row, r) times activation [tokens, r].
+struct Up {
+  cuda::DenseMatrix matrix;
+  const Activation* activation;
+  const Adapters* adapters = nullptr;  // then `matrix` is that of adapter 0
+  int64_t adapter_stride = 0;
+  // What was prepared for the tensor cores already, together with other packs.
+  std::optional<Packed16> operand = std::nullopt, activation_operand = std::nullopt;
+};
+
+// Packs that wait for each other: as many as possible go into one launch. flush() before their results are read.
+class PackQueue {
+ public:
+  explicit PackQueue(cudaStream_t stream) : stream_(stream) {}
+  PackQueue(const PackQueue&) = delete;
+  PackQueue& operator=(const PackQueue&) = delete;
+
+  // `sources`: tensors that p reads and nobody else may keep alive.
+  void add(cuda::LoraPackParams p, const Tensor& out, std::initializer_list<Tensor> sources = {}) {
+    p.out = out.mutable_data_ptr();
+    p.dtype = float_dtype(out.scalar_type(), "lora");
+    if (jobs_.count == cuda::kMostPacks || (jobs_.count > 0 && jobs_.job[0].dtype != p.dtype)) flush();
+    jobs_.job[jobs_.count++] = p;
+    alive_.push_back(out);
+    alive_.insert(alive_.end(), sources.begin(), sources.end());
+  }
+
+  void flush() {
+    if (jobs_.count > 0) check(cuda::launch_lora_pack(jobs_, stream_), "lora_pack");
+    jobs_.count = 0;
+    alive_.clear();
+  }
+
+ private:
+  cudaStream_t stream_;
+  cuda::LoraPackJobs jobs_;
+  std::vector<Tensor> alive_;
+};
 
 inline cuda::LoraPackParams pack_params(const cuda::DenseMatrix& source, int64_t rows, int64_t r, int64_t padded_r,
                                         cuda::Split split) {
@@ -104,41 +130,55 @@ inline Matrix as_float(const Activation& a, cudaStream_t stream) {
   if (a.parts == 1 && a.scale == 1.0f && a.adapters == nullptr)
     return {a.storage, a.source.data, DType::kFloat32, a.m, a.r};
   const Matrix out = scratch_matrix(a.storage, a.m, a.r);
-  if (a.m > 0) run_lora_pack(pack_params(a, a.r, cuda::Split::kNone), out.tensor, stream);
+  PackQueue packs(stream);
+  if (a.m > 0) packs.add(pack_params(a, a.r, cuda::Split::kNone), out.tensor);
+  packs.flush();
   return out;
 }
 
 // Both sides of the low-rank term of a gemm, [rows, width] and [tokens, width]. Adapters of the tokens' dtype are taken
-// as they are, as torch does, if may_borrow without a copy; those in float32 are split into high and low halves.
+// as they are, as torch does, if may_borrow without a copy; for 16-bit tokens others are split into high and low
+// halves.
 struct LowRank16 {
   Packed16 up, activation;
 };
 
+inline bool splits_low_rank(const Up& up, const Matrix& x) {
+  return up.matrix.dtype != x.dtype && x.dtype != DType::kFloat32;
+}
+
+inline Packed16 up_operand(const Up& up, int64_t r, int64_t rows, const Matrix& x, PackQueue& packs, bool may_borrow) {
+  const int64_t padded = ceil_div(r, 16) * 16;
+  const bool split = splits_low_rank(up, x);
+  if (may_borrow && up.matrix.dtype == x.dtype && up.matrix.col_stride == 1 && up.matrix.row_stride == r &&
+      r % 16 == 0 && is_aligned(up.matrix.data))
+    return {x.tensor, up.matrix.data, static_cast<int>(r)};
+  const int64_t width = split ? 3 * padded : padded, adapters = up.adapters != nullptr ? up.adapters->count : 1;
+  Tensor storage = empty_like_device(x.tensor, {adapters * rows, width}, x.tensor.scalar_type());
+  cuda::LoraPackParams p = pack_params(up.matrix, rows, r, padded, split ? cuda::Split::kOperand : cuda::Split::kNone);
+  p.adapters = adapters;
+  p.adapter_stride = up.adapter_stride;
+  packs.add(p, storage);
+  const void* data = storage.const_data_ptr();
+  return {std::move(storage), data, static_cast<int>(width)};
+}
+
+inline Packed16 activation_operand(const Up& up, const Matrix& x, PackQueue& packs) {
+  const int64_t padded = ceil_div(up.activation->r, 16) * 16;
+  const bool split = splits_low_rank(up, x);
+  const int64_t width = split ? 3 * padded : padded;
+  Tensor storage = empty_like_device(x.tensor, {x.rows, width}, x.tensor.scalar_type());
+  packs.add(pack_params(*up.activation, padded, split ? cuda::Split::kActivation : cuda::Split::kNone), storage);
+  const void* data = storage.const_data_ptr();
+  return {std::move(storage), data, static_cast<int>(width)};
+}
+
 inline LowRank16 low_rank_operands(const Up& up, int64_t rows, const Matrix& x, cudaStream_t stream,
                                    bool may_borrow = true) {
-  const int64_t r = up.activation->r, padded = ceil_div(r, 16) * 16;
-  const bool same = up.matrix.dtype == x.dtype;
-  const bool as_it_is = may_borrow && same && up.matrix.col_stride == 1 && up.matrix.row_stride == r && r % 16 == 0 &&
-                        is_aligned(up.matrix.data);
-  const int64_t width = same ? padded : 3 * padded;
-  const ScalarType dtype = x.tensor.scalar_type();
-  LowRank16 operands;
-  if (as_it_is) {
-    operands.up = {x.tensor, up.matrix.data, static_cast<int>(r)};
-  } else {
-    const int64_t adapters = up.adapters != nullptr ? up.adapters->count : 1;
-    operands.up.storage = empty_like_device(x.tensor, {adapters * rows, width}, dtype);
-    cuda::LoraPackParams p = pack_params(up.matrix, rows, r, padded, same ? cuda::Split::kNone : cuda::Split::kOperand);
-    p.adapters = adapters;
-    p.adapter_stride = up.adapter_stride;
-    run_lora_pack(p, operands.up.storage, stream);
-    operands.up.data = operands.up.storage.const_data_ptr();
-    operands.up.r = static_cast<int>(width);
-  }
-  operands.activation.storage = empty_like_device(x.tensor, {x.rows, width}, dtype);
-  run_lora_pack(pack_params(*up.activation, padded, same ? cuda::Split::kNone : cuda::Split::kActivation),
-                operands.activation.storage, stream);
-  operands.activation.data = operands.activation.storage.const_data_ptr();
+  PackQueue packs(stream);
+  LowRank16 operands{up.operand ? *up.operand : up_operand(up, up.activation->r, rows, x, packs, may_borrow),
+                     up.activation_operand ? *up.activation_operand : activation_operand(up, x, packs)};
+  packs.flush();
   return operands;
 }
 
@@ -179,7 +219,7 @@ struct DownOperand {
   int splits;
 };
 
-inline DownOperand down_operand(const Factor& factor, int64_t r, const Matrix& x, cudaStream_t stream) {
+inline DownOperand down_operand(const Factor& factor, int64_t r, const Matrix& x, PackQueue& packs) {
   const cuda::DenseMatrix& operand = factor.matrix;
   const bool same = operand.dtype == x.dtype;
   const bool side_by_side = factor.adapters == 1 || factor.adapter_stride == r * x.cols;
@@ -190,7 +230,7 @@ inline DownOperand down_operand(const Factor& factor, int64_t r, const Matrix& x
   cuda::LoraPackParams p = pack_params(operand, r, x.cols, x.cols, same ? cuda::Split::kNone : cuda::Split::kStacked);
   p.adapters = factor.adapters;
   p.adapter_stride = factor.adapter_stride;
-  run_lora_pack(p, packed, stream);
+  packs.add(p, packed);
   const void* data = packed.const_data_ptr();
   return {std::move(packed), data, splits};
 }
@@ -207,9 +247,10 @@ inline unsigned long long* pointer_to(const std::optional<Tensor>& largest) {
 // The down projection on the tensor cores: scaling * x · factorᵀ, or with a plan x · factorᵀ of each token's adapter,
 // whose scale `adapters` holds.
 inline Activation low_rank_down_tiled(const Matrix& x, const Factor& factor, int64_t r, float scaling,
-                                      const GpuScope& scope, bool note_largest, const TokenPlan* plan = nullptr,
-                                      const Adapters* adapters = nullptr) {
-  const DownOperand operand = down_operand(factor, r, x, scope.stream());
+                                      const GpuScope& scope, PackQueue& packs, bool note_largest,
+                                      const TokenPlan* plan = nullptr, const Adapters* adapters = nullptr) {
+  const DownOperand operand = down_operand(factor, r, x, packs);
+  packs.flush();
   const Tensor tokens = aligned(x.tensor);
   cuda::LoraDownParams p{};
   p.x = tokens.const_data_ptr();
@@ -236,17 +277,19 @@ inline bool tensor_core_down(const Matrix& x, int64_t r, const GpuScope& scope) 
 
 // scaling * x · operandᵀ, operand (r, features).
 inline Activation low_rank_down(const Matrix& x, const cuda::DenseMatrix& operand, int64_t r, float scaling,
-                                const GpuScope& scope, bool note_largest = false) {
-  if (!tensor_core_down(x, r, scope)) return token_dot(x, operand, r, scaling, scope.stream());
-  return low_rank_down_tiled(x, {operand}, r, scaling, scope, note_largest);
+                                const GpuScope& scope, PackQueue& packs, bool note_largest = false) {
+  if (!tensor_core_down(x, r, scope) || (cuda::dots_win(x.rows, r) && !note_largest))
+    return token_dot(x, operand, r, scaling, scope.stream());
+  return low_rank_down_tiled(x, {operand}, r, scaling, scope, packs, note_largest);
 }
 
 // The same with an adapter for each token. A plan is given where sorting the tokens pays.
 inline Activation low_rank_down_multi(const Matrix& x, const Factor& factor, const Adapters& adapters,
-                                      const TokenPlan* plan, const GpuScope& scope, bool note_largest = false) {
+                                      const TokenPlan* plan, const GpuScope& scope, PackQueue& packs,
+                                      bool note_largest = false) {
   if (plan == nullptr)
     return token_dot(x, factor.matrix, adapters.r, 1.0f, scope.stream(), &adapters, factor.adapter_stride);
-  return low_rank_down_tiled(x, factor, adapters.r, 1.0f, scope, note_largest, plan, &adapters);
+  return low_rank_down_tiled(x, factor, adapters.r, 1.0f, scope, packs, note_largest, plan, &adapters);
 }
 
 // Gradient of a low-rank factor on the CUDA cores: sum over tokens of activation [tokens, r] and x [tokens, features],
@@ -278,11 +321,11 @@ inline bool tensor_core_grads(const Matrix& dy, const Matrix& x, const GpuScope&
 }
 
 // out = activationᵀ x, [r, features] if r_is_major, else [features, r], on the tensor cores; of each adapter where the
-// activations have several. With `down`, factors (r, features), the same pass gives scaling * x · downᵀ.
+// activations have several. With `down`, the same pass gives scaling * x · downᵀ. `results` has still to add up `out`.
 inline std::optional<Activation> low_rank_grad(const Activation& activation, const Matrix& x, bool r_is_major,
-                                               const Tensor& out, const GpuScope& scope, const TokenPlan* plan,
-                                               const Factor* down = nullptr, float scaling = 1.0f) {
-  const cudaStream_t stream = scope.stream();
+                                               const Tensor& out, const GpuScope& scope, PackQueue& packs,
+                                               PackQueue& results, const TokenPlan* plan,
+                                               const DownOperand* down = nullptr, float scaling = 1.0f) {
   cuda::LoraGradParams p{};
   if (plan != nullptr) p.plan = plan->plan;
   const int64_t m = x.rows, r = activation.r, features = x.cols, adapters = p.plan.adapters;
@@ -305,7 +348,8 @@ inline std::optional<Activation> low_rank_grad(const Activation& activation, con
     pack.largest = pointer_to(activation.largest);
     pack.largest_factor = static_cast<float>(activation.parts) * std::abs(activation.scale);
   }
-  run_lora_pack(pack, factor, stream);
+  packs.add(pack, factor);
+  packs.flush();
 
   const cuda::LoraGradTile tile =
       cuda::select_lora_grad(m, features, r, adapters, p.splits, down != nullptr, scope.gpu());
@@ -322,13 +366,11 @@ inline std::optional<Activation> low_rank_grad(const Activation& activation, con
   p.parts = tile.parts;
   p.out = parts.mutable_data_ptr<float>();
   std::optional<Activation> result;
-  std::optional<DownOperand> operand;
   if (down != nullptr) {
-    operand = down_operand(*down, r, x, stream);
     const int64_t stretches = ceil_div(features, cuda::lora_grad_features(tile.ranks));
     const Tensor down_out = empty_like_device(x.tensor, {stretches, m, r}, ScalarType::Float);
     std::optional<Tensor> largest = largest_of(x);
-    p.down_operand = operand->data;
+    p.down_operand = down->data;
     p.down_out = down_out.mutable_data_ptr<float>();
     p.largest = pointer_to(largest);
     result = Activation{down_out,
@@ -341,7 +383,7 @@ inline std::optional<Activation> low_rank_grad(const Activation& activation, con
                         std::move(largest),
                         activation.adapters};
   }
-  check(cuda::launch_lora_grad(p, stream), "lora_grad");
+  check(cuda::launch_lora_grad(p, scope.stream()), "lora_grad");
 
   cuda::LoraPackParams sum{};
   sum.source = {p.out, DType::kFloat32, r_is_major ? features : 1, r_is_major ? 1 : features};
@@ -356,7 +398,7 @@ inline std::optional<Activation> low_rank_grad(const Activation& activation, con
     sum.largest = pack.largest;
     sum.largest_factor = pack.largest_factor;
   }
-  run_lora_pack(sum, out, stream);
+  results.add(sum, out, {parts, activation.largest ? *activation.largest : parts});
   return result;
 }
 

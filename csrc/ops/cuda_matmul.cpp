@@ -14,14 +14,19 @@ Tensor cuda_forward(Tensor x, Tensor packed, Tensor absmax, OptionalTensor neste
   const std::optional<Matrix> bias_row = check_bias(bias, n, x);
   const GpuScope scope(x, "forward", {base.tokens.rows, n, k, lora ? lora->a.rows : 0});
   const cuda::Weight w = device_view_of(base.w);
+  const cuda::Problem problem{base.tokens.rows, n, k, base.tokens.dtype, block_size};
+  const cuda::ForwardKernel kernel = cuda::select_forward(problem, scope.gpu());
   std::optional<Activation> t;
   Up up{};
   if (lora) {
-    t = low_rank_down(dropped ? *dropped : base.tokens, rows_of(lora->a), lora->a.rows, lora->scaling, scope);
-    up = {rows_of(lora->b), &*t};
+    PackQueue packs(scope.stream());
+    up.matrix = rows_of(lora->b);
+    if (kernel == cuda::ForwardKernel::kGemm || kernel == cuda::ForwardKernel::kVendor)
+      up.operand = up_operand(up, lora->a.rows, n, base.tokens, packs, kernel == cuda::ForwardKernel::kGemm);
+    t = low_rank_down(dropped ? *dropped : base.tokens, rows_of(lora->a), lora->a.rows, lora->scaling, scope, packs);
+    packs.flush();
+    up.activation = &*t;
   }
-  const cuda::Problem problem{base.tokens.rows, n, k, base.tokens.dtype, block_size};
-  const cuda::ForwardKernel kernel = cuda::select_forward(problem, scope.gpu());
   if (kernel == cuda::ForwardKernel::kDecode)
     return decode(w, base.tokens, lora ? &up : nullptr, bias_row ? &*bias_row : nullptr, x, scope);
   if (kernel == cuda::ForwardKernel::kGemm)
@@ -45,33 +50,47 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cuda_backward(
   const GpuScope scope(x, "backward", {base.tokens.rows, n, k, lora ? lora->a.rows : 0});
   const cudaStream_t stream = scope.stream();
 
-  Tensor d_x = nothing(x), d_lora_a = nothing(x), d_lora_b = nothing(x), d_lora_x = nothing(x), d_bias = nothing(x);
+  OptionalTensor d_x, d_lora_a, d_lora_b, d_lora_x, d_bias;
   const Matrix& lora_tokens = dropped ? *dropped : base.tokens;
   const bool low_rank_to_x = needs_x && lora && !dropped;
   const bool on_tensor_cores = tensor_core_grads(dy, lora_tokens, scope);
+  const cuda::BackwardKernel kernel = input_grad_kernel(base.w, dy, false, x, scope);
+  const bool on_tensor_cores_to_x = low_rank_to_x && kernel != cuda::BackwardKernel::kGeneral;
+  PackQueue packs(stream), results(stream);
   std::optional<Activation> u;  // scaling * dy B, [m, r]
+  Up down{};
+  if (lora) down.matrix = columns_of(lora->a);
+  if (on_tensor_cores_to_x)
+    down.operand = up_operand(down, lora->a.rows, k, dy, packs, kernel == cuda::BackwardKernel::kGemmDx);
   if (lora && needs_lora) {
-    const Activation t = low_rank_down(lora_tokens, rows_of(lora->a), lora->a.rows, lora->scaling, scope, true);
     const cuda::DenseMatrix b = columns_of(lora->b);
-    d_lora_a = torch::stable::new_empty(*lora_a, lora_a->sizes());
-    d_lora_b = torch::stable::new_empty(*lora_b, lora_b->sizes());
+    std::optional<DownOperand> b_operand;
+    if (on_tensor_cores) b_operand = down_operand({b}, lora->b.cols, dy, packs);
+    const Activation t =
+        low_rank_down(lora_tokens, rows_of(lora->a), lora->a.rows, lora->scaling, scope, packs, on_tensor_cores);
+    d_lora_a = empty_of_shape(*lora_a);
+    d_lora_b = empty_of_shape(*lora_b);
     if (on_tensor_cores) {
-      const Factor factor{b};
-      u = low_rank_grad(t, dy, false, d_lora_b, scope, nullptr, &factor, lora->scaling);
-      low_rank_grad(*u, lora_tokens, true, d_lora_a, scope, nullptr);
+      u = low_rank_grad(t, dy, false, *d_lora_b, scope, packs, results, nullptr, &*b_operand, lora->scaling);
+      down.activation = &*u;
+      if (on_tensor_cores_to_x) down.activation_operand = activation_operand(down, dy, packs);
+      low_rank_grad(*u, lora_tokens, true, *d_lora_a, scope, packs, results, nullptr);
+      results.flush();
     } else {
-      u = low_rank_down(dy, b, lora->b.cols, lora->scaling, scope);
-      low_rank_grad_general(as_float(t, stream), dy, false, d_lora_b, stream);
-      low_rank_grad_general(as_float(*u, stream), lora_tokens, true, d_lora_a, stream);
+      u = low_rank_down(dy, b, lora->b.cols, lora->scaling, scope, packs);
+      low_rank_grad_general(as_float(t, stream), dy, false, *d_lora_b, stream);
+      low_rank_grad_general(as_float(*u, stream), lora_tokens, true, *d_lora_a, stream);
     }
   } else if (lora && (low_rank_to_x || needs_lora_x)) {
-    u = low_rank_down(dy, columns_of(lora->b), lora->b.cols, lora->scaling, scope);
+    u = low_rank_down(dy, columns_of(lora->b), lora->b.cols, lora->scaling, scope, packs);
   }
-  const Up down = u ? Up{columns_of(lora->a), &*u} : Up{};
-  if (needs_x) d_x = input_grad(base.w, dy, low_rank_to_x ? &down : nullptr, x, scope);
+  packs.flush();
+  if (u) down.activation = &*u;
+  if (needs_x) d_x = input_grad(base.w, kernel, dy, low_rank_to_x ? &down : nullptr, x, scope);
   if (needs_lora_x && dropped) d_lora_x = low_rank_up(dy, down, x, k, scope);
   if (needs_bias) d_bias = column_sum(dy, stream);
-  return {d_x, d_lora_a, d_lora_b, d_lora_x, d_bias};
+  const auto given = [&](const OptionalTensor& t) { return t ? *t : nothing(x); };
+  return {given(d_x), given(d_lora_a), given(d_lora_b), given(d_lora_x), given(d_bias)};
 }
 
 }  // namespace qlora::ops

@@ -10,7 +10,7 @@ namespace {
 
 // Sorting costs two launches: few tokens read each adapter's factor once anyway.
 std::optional<TokenPlan> plan_if_it_pays(const Adapters& adapters, const Matrix& x, const GpuScope& scope) {
-  if (x.rows <= cuda::kDecodeTokens || adapters.count == 0 || !tensor_core_down(x, adapters.r, scope))
+  if (x.rows <= cuda::kDecodeMostTokens || adapters.count == 0 || !tensor_core_down(x, adapters.r, scope))
     return std::nullopt;
   return plan_tokens(adapters, x.rows, scope);
 }
@@ -29,7 +29,8 @@ Tensor cuda_forward_multi(Tensor x, Tensor packed, Tensor absmax, OptionalTensor
   const cuda::Weight w = device_view_of(base.w);
   const Factor a{rows_of(adapters.a), adapters.count, adapters.r * k};
   const std::optional<TokenPlan> plan = plan_if_it_pays(adapters, base.tokens, scope);
-  const Activation t = low_rank_down_multi(base.tokens, a, adapters, plan ? &*plan : nullptr, scope);
+  PackQueue packs(scope.stream());
+  const Activation t = low_rank_down_multi(base.tokens, a, adapters, plan ? &*plan : nullptr, scope, packs);
   const Up up{rows_of(adapters.b), &t, &adapters, n * adapters.r};
   const cuda::Problem problem{base.tokens.rows, n, k, base.tokens.dtype, block_size, true};
   const cuda::ForwardKernel kernel = cuda::select_forward(problem, scope.gpu());
@@ -51,7 +52,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_backward_multi(
   const GpuScope scope(x, "backward.multi", {base.tokens.rows, n, k, adapters.r});
   const cudaStream_t stream = scope.stream();
 
-  Tensor d_x = nothing(x), d_lora_a = nothing(x), d_lora_b = nothing(x), d_bias = nothing(x);
+  OptionalTensor d_x, d_lora_a, d_lora_b, d_bias;
   const Factor a{rows_of(adapters.a), adapters.count, adapters.r * k};
   const Factor b{columns_of(adapters.b), adapters.count, adapters.r * n};
   const bool on_tensor_cores = needs_lora && adapters.count > 0 && tensor_core_grads(dy, base.tokens, scope);
@@ -61,29 +62,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_backward_multi(
   else if (needs_x || needs_lora)
     tokens_by_adapter = plan_if_it_pays(adapters, dy, scope);
   const TokenPlan* plan = tokens_by_adapter ? &*tokens_by_adapter : nullptr;
+  PackQueue packs(stream), results(stream);
   std::optional<Activation> u;  // scaling * dy B of the row's adapter, [m, r]
   if (on_tensor_cores) {
-    const Activation t = low_rank_down_multi(base.tokens, a, adapters, plan, scope, true);
-    d_lora_a = torch::stable::new_empty(lora_a, lora_a.sizes());
-    d_lora_b = torch::stable::new_empty(lora_b, lora_b.sizes());
-    u = low_rank_grad(t, dy, false, d_lora_b, scope, plan, &b);
-    low_rank_grad(*u, base.tokens, true, d_lora_a, scope, plan);
+    const DownOperand b_operand = down_operand(b, adapters.r, dy, packs);
+    const Activation t = low_rank_down_multi(base.tokens, a, adapters, plan, scope, packs, true);
+    d_lora_a = empty_of_shape(lora_a);
+    d_lora_b = empty_of_shape(lora_b);
+    u = low_rank_grad(t, dy, false, *d_lora_b, scope, packs, results, plan, &b_operand);
+    low_rank_grad(*u, base.tokens, true, *d_lora_a, scope, packs, results, plan);
+    results.flush();
   } else if (needs_x || needs_lora) {
-    u = low_rank_down_multi(dy, b, adapters, plan, scope);
+    u = low_rank_down_multi(dy, b, adapters, plan, scope, packs);
   }
   if (needs_x) {
     const Up down{columns_of(adapters.a), &*u, &adapters, adapters.r * k};
-    d_x = input_grad(base.w, dy, &down, x, scope);
+    d_x = input_grad(base.w, input_grad_kernel(base.w, dy, true, x, scope), dy, &down, x, scope);
   }
   if (needs_lora && !on_tensor_cores) {
     const Activation t = token_dot(base.tokens, a.matrix, adapters.r, 1.0f, stream, &adapters, a.adapter_stride);
-    d_lora_a = torch::stable::new_empty(lora_a, lora_a.sizes());
-    d_lora_b = torch::stable::new_empty(lora_b, lora_b.sizes());
-    low_rank_grad_general(as_float(*u, stream), base.tokens, true, d_lora_a, stream, &adapters);
-    low_rank_grad_general(as_float(t, stream), dy, false, d_lora_b, stream, &adapters);
+    d_lora_a = empty_of_shape(lora_a);
+    d_lora_b = empty_of_shape(lora_b);
+    low_rank_grad_general(as_float(*u, stream), base.tokens, true, *d_lora_a, stream, &adapters);
+    low_rank_grad_general(as_float(t, stream), dy, false, *d_lora_b, stream, &adapters);
   }
   if (needs_bias) d_bias = column_sum(dy, stream);
-  return {d_x, d_lora_a, d_lora_b, d_bias};
+  const auto given = [&](const OptionalTensor& t) { return t ? *t : nothing(x); };
+  return {given(d_x), given(d_lora_a), given(d_lora_b), given(d_bias)};
 }
 
 }  // namespace qlora::ops

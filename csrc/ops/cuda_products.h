@@ -51,7 +51,7 @@ inline cuda::GeneralParams packed_operand(const cuda::Weight& w, bool transposed
   return p;
 }
 
-// y [..., n] by the decode kernel; up->matrix holds rows of r neighbours.
+// y [..., n] by the decode kernel, kDecodeTokens tokens at a time; up->matrix holds rows of r neighbours.
 inline Tensor decode(const cuda::Weight& w, const Matrix& tokens, const Up* up, const Matrix* bias, const Tensor& like,
                      const GpuScope& scope) {
   Tensor y = empty_with_last_dim(like, w.n, like.scalar_type());
@@ -59,28 +59,31 @@ inline Tensor decode(const cuda::Weight& w, const Matrix& tokens, const Up* up, 
   const Tensor x = aligned(tokens.tensor);
   cuda::DecodeParams p{};
   p.weight = w;
-  p.x = x.const_data_ptr();
   p.dtype = tokens.dtype;
-  p.m = tokens.rows;
   p.adapters = 1;
   std::optional<Matrix> activation;
   if (up != nullptr) {
     activation = as_float(*up->activation, scope.stream());
-    p.lora_t = static_cast<const float*>(activation->data);
     p.lora_b = up->matrix.data;
     p.lora_dtype = up->matrix.dtype;
     p.r = up->activation->r;
     p.b_is_vectorized = p.lora_dtype == p.dtype && p.r % 8 == 0 && is_aligned(p.lora_b);
     if (up->adapters != nullptr) {
-      p.adapter_of_token = up->adapters->of_row;
       p.adapters = up->adapters->count;
       p.b_adapter_stride = up->adapter_stride;
     }
   }
   set_bias(p, bias);
-  p.y = y.mutable_data_ptr();
-  p.tile = cuda::select_decode_tile(p.m, w.n, w.k, scope.gpu());
-  check(cuda::launch_decode(p, scope.stream()), "decode");
+  constexpr int64_t kBytes = 2;  // of a token's element
+  for (int64_t first = 0; first < tokens.rows; first += cuda::kDecodeTokens) {
+    p.m = std::min<int64_t>(cuda::kDecodeTokens, tokens.rows - first);
+    p.x = static_cast<const char*>(x.const_data_ptr()) + first * w.k * kBytes;
+    p.y = static_cast<char*>(y.mutable_data_ptr()) + first * w.n * kBytes;
+    if (activation) p.lora_t = static_cast<const float*>(activation->data) + first * p.r;
+    if (up != nullptr && up->adapters != nullptr) p.adapter_of_token = up->adapters->of_row + first;
+    p.tile = cuda::select_decode_tile(p.m, w.n, w.k, scope.gpu());
+    check(cuda::launch_decode(p, scope.stream()), "decode");
+  }
   return y;
 }
 
@@ -138,15 +141,17 @@ inline Tensor gemm_dx(const cuda::Weight& w, const Matrix& grad, const Up* down,
   return dx;
 }
 
-// The gradient of the input by the kernel that takes it.
-inline Tensor input_grad(CheckedWeight& checked, const Matrix& dy, const Up* down, const Tensor& like,
-                         const GpuScope& scope) {
-  const cuda::Weight w = device_view_of(checked);
-  const bool many_adapters = down != nullptr && down->adapters != nullptr;
+// The kernel of the gradient of the input.
+inline cuda::BackwardKernel input_grad_kernel(const CheckedWeight& w, const Matrix& dy, bool many_adapters,
+                                              const Tensor& like, const GpuScope& scope) {
   const cuda::Problem problem{dy.rows, w.n, w.k, dy.dtype, int64_t{1} << w.block_shift, many_adapters};
-  const cuda::BackwardKernel kernel = like.scalar_type() == dy.tensor.scalar_type()
-                                          ? cuda::select_backward(problem, scope.gpu())
-                                          : cuda::BackwardKernel::kGeneral;
+  return like.scalar_type() == dy.tensor.scalar_type() ? cuda::select_backward(problem, scope.gpu())
+                                                       : cuda::BackwardKernel::kGeneral;
+}
+
+inline Tensor input_grad(CheckedWeight& checked, cuda::BackwardKernel kernel, const Matrix& dy, const Up* down,
+                         const Tensor& like, const GpuScope& scope) {
+  const cuda::Weight w = device_view_of(checked);
   if (kernel == cuda::BackwardKernel::kGemmDx) return gemm_dx(w, dy, down, like, scope);
   if (kernel == cuda::BackwardKernel::kVendor) return dequantize_matmul_dx(w, dy, down, like, scope);
   return general_product(packed_operand(w, true, dy), down, nullptr, like, w.k, scope.stream());

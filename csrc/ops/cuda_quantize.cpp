@@ -18,7 +18,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_quantize(Tensor weight, std::str
                                                          bool double_quant, bool check_finite) {
   const QuantType type = parse_quant_type(quant_type);
   check_block_size(block_size);
-  const Tensor source = aligned(torch::stable::contiguous(weight));
+  const Tensor source = aligned(as_contiguous(weight));
   const int64_t numel = source.numel(), blocks = ceil_div(numel, block_size);
   const DType dtype = float_dtype(source.scalar_type(), "weight");
   const GpuScope scope(source, "quantize", {0, blocks, block_size, 0});
@@ -79,7 +79,7 @@ Tensor cuda_dequantize(Tensor packed, Tensor absmax, OptionalTensor nested_absma
 
 Tensor cuda_quantization_error(Tensor weight, Tensor packed, Tensor absmax, OptionalTensor nested_absmax,
                                OptionalTensor nested_offset, std::string quant_type, int64_t block_size) {
-  const Tensor source = torch::stable::contiguous(weight);
+  const Tensor source = as_contiguous(weight);
   const DType dtype = float_dtype(source.scalar_type(), "weight");
   const int64_t numel = source.numel();
   check_same_device(packed, "packed", source, "weight");

@@ -38,10 +38,6 @@ inline void check(cuda::Status status, const char* kernel) {
   STD_TORCH_CHECK(status.error == nullptr, "the kernel ", kernel, " could not be started: ", status.error);
 }
 
-inline Tensor empty_like_device(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, dtype);
-}
-
 // Kernels load 16 bytes at a time; a view into the middle of a storage may need a copy for that.
 inline bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 inline Tensor aligned(const Tensor& t) { return is_aligned(t.const_data_ptr()) ? t : torch::stable::clone(t); }

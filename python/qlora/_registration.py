@@ -156,11 +156,28 @@ def _setup_forward(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
+_BACKWARD = torch.ops.qlora.backward.default
+
+
+def _call_backward(grad: Tensor, *inputs: Any) -> Any:
+    """The operator without the dispatcher's autograd key, where nothing needs it. Not around ``ctx.saved_tensors``, in
+    which a checkpoint computes its forward once more."""
+    if (
+        torch.is_grad_enabled()  # create_graph: the registration refuses it
+        or torch.compiler.is_compiling()
+        or type(grad) is not Tensor
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return _BACKWARD(grad, *inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _BACKWARD(grad, *inputs)
+
+
 def _backward_forward(ctx: Any, grad: Tensor):
     x, packed, absmax, nested_absmax, nested_offset, lora_a, lora_b, lora_x = ctx.saved_tensors
     needs = (*ctx.needs_input_grad, *(False,) * 5)  # the dispatcher leaves out trailing arguments at their defaults
     needs_x, needs_a, needs_b, needs_bias, needs_lora_x = needs[0], needs[8], needs[9], needs[11], needs[12]
-    d_x, d_a, d_b, d_lora_x, d_bias = torch.ops.qlora.backward.default(
+    d_x, d_a, d_b, d_lora_x, d_bias = _call_backward(
         grad,
         x,
         packed,
@@ -303,12 +320,12 @@ def forward(*inputs: Any) -> Tensor:
     if (
         torch.compiler.is_compiling()
         or type(x) not in _PLAIN
-        or x.device.type not in _AUTOCAST_KEYS
-        or torch.is_autocast_enabled(x.device.type)
+        or torch._C._is_any_autocast_enabled()
         or torch._C._are_functorch_transforms_active()
+        or not (x.is_cpu or x.is_cuda)
     ):
         return _FORWARD(*inputs)
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
         return _Forward.apply(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
         return _FORWARD(*inputs)

@@ -105,8 +105,9 @@ def test_nothing_waits_for_the_gpu():
 
 
 @pytest.mark.parametrize("m", [16, 200, 2048])
-def test_no_dense_copy_of_the_weight(m):
-    n = k = 8192
+def test_no_dense_copy_of_a_large_weight(m):
+    """A panel of the vendor's path is at most 128 MiB."""
+    n, k = 16384, 8192
     w = qlora.quantize(torch.randn(n, k, device="cuda"))
     weight = (*w.tensors, [n, k], "nf4", 64)
     x, grad = (torch.randn(m, c, device="cuda", dtype=torch.float16) for c in (k, n))
@@ -123,7 +124,7 @@ def test_no_dense_copy_of_the_weight(m):
         torch.cuda.reset_peak_memory_stats()
         call()
         workspace = torch.cuda.max_memory_allocated() - before - result
-        assert workspace <= 0.55 * n * k * 2  # a panel of the vendor's path is at most half of W
+        assert workspace <= 129 << 20
 
 
 def test_the_device_of_the_tensors_is_used():

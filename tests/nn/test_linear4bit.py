@@ -79,3 +79,17 @@ def test_gradient_flows_to_the_input_only():
     layer(x).sum().backward()
     assert torch.allclose(x.grad, layer.dequantize().sum(0).expand(20, 64), rtol=1e-4, atol=1e-4)
     assert layer.weight.grad is None
+
+
+def test_a_replica_of_data_parallel_computes_the_same():
+    """torch.nn.DataParallel's replicas keep tensors as plain attributes, set here as it sets them."""
+    layer, x = Linear4bit(64, 48, bias=False), torch.randn(3, 64)
+    replica = layer._replicate_for_data_parallel()
+    for name, parameter in layer._parameters.items():
+        if parameter is None:
+            replica._parameters[name] = None
+        else:
+            setattr(replica, name, parameter.data)
+    for name, buffer in layer._buffers.items():
+        setattr(replica, name, buffer)
+    assert torch.equal(replica(x), layer(x))

@@ -35,8 +35,8 @@ void addmm_out(const Tensor& out, const Tensor& self, const Tensor& a, const Ten
 #define QLORA_EXPORT extern "C" __attribute__((visibility("default")))
 
 QLORA_EXPORT void qlora_simt_seed(uint64_t seed) { qlora::simt::set_seed(seed); }
-QLORA_EXPORT void qlora_simt_gpu(int arch, int sm_count, int shared_bytes) {
-  qlora::ops::pretended = {arch, sm_count, shared_bytes};
+QLORA_EXPORT void qlora_simt_gpu(int arch, int sm_count, int shared_bytes, int panel_bytes) {
+  qlora::ops::pretended = {arch, sm_count, shared_bytes, panel_bytes};
   qlora::simt::set_shared_limit(shared_bytes);
 }
 QLORA_EXPORT void qlora_simt_count(int on) { qlora::simt::set_counting(on != 0); }

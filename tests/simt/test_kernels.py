@@ -89,22 +89,65 @@ def test_ranges_name_the_operator_and_its_extents():
         assert library.qlora_simt_last_range() == b"qlora::forward[m=15,n=40,k=128,r=4]"
 
 
+@pytest.mark.parametrize("r", [0, 8])
+def test_17_to_32_tokens_are_decoded_in_two_launches(r):
+    weight, _ = weights(72, 192)
+    x, bias = torch.randn(29, 192).bfloat16(), torch.randn(72)
+    lora = (torch.randn(r, 192), torch.randn(72, r)) if r else (None, None)
+    with devices.simt() as library:
+        library.qlora_simt_reset()
+        y = ops.forward(x, *weight, *lora, 0.5, bias)
+        assert devices.counters(library)["launches"] == (3 if r else 2)  # the dot products with lora_a
+        halves = [ops.forward(part, *weight, *lora, 0.5, bias) for part in x.split(16)]
+        assert torch.equal(y, torch.cat(halves))
+        adapters = tuple(torch.stack([t, 2 * t]) for t in lora) if r else ()
+        if adapters:  # each row's adapter goes with it
+            scaling, of_row = torch.ones(2), torch.arange(29) % 3 - 1
+            y = ops.forward_multi(x, *weight, *adapters, scaling, of_row)
+            halves = [
+                ops.forward_multi(part, *weight, *adapters, scaling, rows)
+                for part, rows in zip(x.split(16), of_row.split(16), strict=True)
+            ]
+            assert torch.equal(y, torch.cat(halves))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_launches_of_an_adapted_layer(dtype):
+    """Forward: factors packed together, down projection, its pack, product. Backward: the packs of both factors for
+    three uses, x lora_aᵀ and its pack, the two passes over dy and x with one pack between, the sums, dx."""
+    weight, _ = weights(136, 192)
+    x, grad = (torch.randn(64, c).to(getattr(torch, dtype)) for c in (192, 136))
+    a, b = torch.randn(8, 192), torch.randn(136, 8)
+    with devices.simt() as library:
+        library.qlora_simt_reset()
+        ops.forward(x, *weight, a, b, 0.5)
+        assert devices.counters(library)["launches"] == 4
+        library.qlora_simt_reset()
+        torch.ops.qlora.backward(grad, x, *weight, a, b, 0.5, None, True, True, False, False)
+        assert devices.counters(library)["launches"] == 8
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("adapter", [False, True])
-def test_many_tokens_by_the_vendors_gemm(dtype, adapter):
-    """sm_90: W in panels, torch's own matmul. Its result is rounded, then the adapter's term added, as torch does."""
+@pytest.mark.parametrize("panel_bytes", [200_000, 128 << 20], ids=["panels", "whole"])
+def test_many_tokens_by_the_vendors_gemm(dtype, adapter, panel_bytes):
+    """sm_90: W dequantized, torch's own matmul. Its result is rounded, then the adapter's term added, as torch does."""
     m, n, k, r, s = 1030, 520, 576, 5, 0.5
     weight, dense = weights(n, k)
     x, grad, bias = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype), torch.randn(n)
     a, b = torch.randn(r, k), torch.randn(n, r)
     lora = (a, b, s) if adapter else (None, None, 1.0)
-    with devices.simt(arch=90) as library:
+    with devices.simt(arch=90, panel_bytes=panel_bytes) as library:
+        library.qlora_simt_reset()
         y = ops.forward(x, *weight, *lora, bias)
+        launches = devices.counters(library)["launches"]
         assert library.qlora_simt_last_range().startswith(b"qlora::forward")
         library.qlora_simt_reset()
         d_x = torch.ops.qlora.backward(grad, x, *weight, *lora, None, True, False, False, False)[0]
         # No product of ours but the low-rank down projection: 17 tiles of 64 tokens, 9 chunks of 64, a split factor.
         assert devices.counters(library)["mma"] == (17 * 8 * 9 * 4 * 2 if adapter else 0)
+    # Panels of 128 rows; packs of both factors together, the down projection, the pack of what it gives.
+    assert launches == (1 if panel_bytes == 128 << 20 else 5) + (3 if adapter else 0)
     X, G, A, B = x.double(), grad.double(), a.double(), b.double()
     for actual, tokens, W, down, up, addend in (
         (y, X, dense.T, A.T, B.T, bias.double()),

@@ -38,11 +38,15 @@ class ScalePanel {
   QLORA_METHOD void fill(const Weight& w, const WarpScales& scales, int64_t first_row, int rows, int first_chunk,
                          int count, float factor) const {
     if (scales.nested())
-      fill_rows<kWarps>(w, first_row, rows, first_chunk, count, factor,
-                        [&](int64_t block) { return scales.of_nested(w, block); });
+      fill_rows<kWarps>(
+          w, first_row, rows, first_chunk, count, factor,
+          [&](int64_t block) { return WarpScales::load_nested(w, block); },
+          [&](RawScale raw) { return scales.value_nested(raw); });
     else
-      fill_rows<kWarps>(w, first_row, rows, first_chunk, count, factor,
-                        [&](int64_t block) { return ptx::load(w.absmax + block); });
+      fill_rows<kWarps>(
+          w, first_row, rows, first_chunk, count, factor,
+          [&](int64_t block) { return RawScale{ptx::load(w.absmax + block), 0}; },
+          [](RawScale raw) { return raw.absmax; });
   }
   // The scales of rows row and row + 1 lie 4 * pitch() bytes apart.
   QLORA_METHOD SharedAddress address(int row, int chunk) const { return base_ + (row * pitch_ + chunk) * 4; }
@@ -50,9 +54,11 @@ class ScalePanel {
 
  private:
   // Stretches of 32 chunks; within one the rows differ by a constant, so that a scale costs one addition of 64 bits.
-  template <int kWarps, class ScaleOf>
+  // A warp loads kBatch scales a lane before it decodes the first one: their latencies pass together.
+  template <int kWarps, class Load, class Value>
   QLORA_METHOD void fill_rows(const Weight& w, int64_t first_row, int rows, int first_chunk, int count, float factor,
-                              const ScaleOf& scale_of) const {
+                              const Load& load, const Value& value) const {
+    constexpr int kBatch = 4;
     const int shift = w.block_shift - 6;
     const int64_t row_chunks = w.k / kChunk, last_row = (w.n - 1) * row_chunks;
     for (int c = ptx::lane(); c < count + ptx::lane(); c += 32) {
@@ -61,11 +67,19 @@ class ScalePanel {
       int64_t row = (first_row + ptx::warp()) * row_chunks;
       SharedAddress to = base_ + (ptx::warp() * pitch_ + c) * 4;
 #pragma unroll 1
-      for (int r = ptx::warp(); r < rows; r += kWarps) {
-        const float scale = scale_of((min_i64(row, last_row) + offset) >> shift);
-        if (mine) ptx::store_shared(to, scale * factor);
-        row += kWarps * row_chunks;
-        to += kWarps * pitch_ * 4;
+      for (int r = ptx::warp(); r < rows; r += kBatch * kWarps) {
+        RawScale raw[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          raw[i] = load((min_i64(row, last_row) + offset) >> shift);
+          row += kWarps * row_chunks;
+        }
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          const float scale = value(raw[i]);
+          if (mine && r + i * kWarps < rows) ptx::store_shared(to, scale * factor);
+          to += kWarps * pitch_ * 4;
+        }
       }
     }
   }

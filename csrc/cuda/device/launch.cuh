@@ -1,6 +1,10 @@
 // Starts a kernel on a stream and reports what became of it.
 #pragma once
 
+#include <mutex>
+#include <set>
+#include <utility>
+
 #include "cuda/device/ptx.cuh"
 #include "cuda/launch.h"
 
@@ -13,6 +17,22 @@ struct Grid {
 inline constexpr int64_t kMaxGridX = 0x7FFFFFFF;
 inline constexpr int64_t kMaxGridYZ = 65535;
 
+// Lets a kernel have all shared memory of the current GPU, whatever a launch asks for: the attribute belongs to the
+// kernel, and threads that ask for different sizes would take it from each other. The runtime is asked once for each
+// kernel and GPU.
+inline cudaError_t allow_all_shared_memory(const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> asked;
+  int device = 0, most = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (asked.count({kernel, device}) > 0) return cudaSuccess;
+  cudaError_t error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  if (error == cudaSuccess) asked.emplace(kernel, device);
+  return error;
+}
+
 template <class Params>
 Status start(void (*kernel)(Params), Grid grid, int threads, int shared_bytes, cudaStream_t stream,
              const Params& params) {
@@ -20,15 +40,7 @@ Status start(void (*kernel)(Params), Grid grid, int threads, int shared_bytes, c
   if (grid.x > kMaxGridX || grid.y > kMaxGridYZ || grid.z > kMaxGridYZ) return {"the grid is too large for a launch"};
   constexpr int kWithoutAsking = 48 * 1024;
   if (shared_bytes > kWithoutAsking) {
-    // All that the GPU has: the attribute belongs to the kernel, and threads that ask for different sizes would take it
-    // from each other.
-    int device = 0, most = 0;
-    cudaError_t refused = cudaGetDevice(&device);
-    if (refused == cudaSuccess)
-      refused = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    if (refused == cudaSuccess)
-      refused = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     most);
+    const cudaError_t refused = allow_all_shared_memory(reinterpret_cast<const void*>(kernel));
     if (refused != cudaSuccess) {
       (void)cudaGetLastError();  // else the next launch would report it
       return {cudaGetErrorString(refused)};

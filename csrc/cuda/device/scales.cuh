@@ -6,6 +6,12 @@
 
 namespace qlora::cuda {
 
+// A scale as it lies in memory: absmax, or, double-quantized, the absmax of its 256 scales and its code.
+struct RawScale {
+  float absmax;
+  int code;
+};
+
 class WarpScales {
  public:
   // Whole warps only, like every member.
@@ -18,17 +24,23 @@ class WarpScales {
   }
 
   // The scale of a block of the lane's own choice. Some 30 instructions with double quantization.
-  QLORA_METHOD float of_block(const Weight& w, int64_t block) const {
-    if (!nested_) return ptx::load(w.absmax + block);
-    return of_nested(w, block);
+  QLORA_METHOD float of_block(const Weight& w, int64_t block) const { return value(load(w, block)); }
+
+  // The same in two steps, so that loads of several scales can be on their way together.
+  QLORA_METHOD RawScale load(const Weight& w, int64_t block) const {
+    if (!nested_) return {ptx::load(w.absmax + block), 0};
+    return load_nested(w, block);
   }
+  QLORA_METHOD float value(RawScale raw) const { return nested_ ? value_nested(raw) : raw.absmax; }
 
   QLORA_METHOD bool nested() const { return nested_; }
-  QLORA_METHOD float of_nested(const Weight& w, int64_t block) const {
-    const float nested = ptx::load(w.nested_absmax + (block >> kNestedBlockShift));
+  QLORA_METHOD static RawScale load_nested(const Weight& w, int64_t block) {
+    return {ptx::load(w.nested_absmax + (block >> kNestedBlockShift)), ptx::load(w.absmax_codes + block)};
+  }
+  QLORA_METHOD float value_nested(RawScale raw) const {
     // The map is odd about its zero but for a last value of 1, so half of it is enough: magnitude 0 … 127, and 128
     // for 1.
-    const int code = ptx::load(w.absmax_codes + block) - kZero;
+    const int code = raw.code - kZero;
     const int magnitude = code < 0 ? -code : code;
     uint32_t candidate[kPerLane];
 #pragma unroll
@@ -36,7 +48,7 @@ class WarpScales {
     const bool odd = (magnitude & 32) != 0;
     const uint32_t low = odd ? candidate[1] : candidate[0], high = odd ? candidate[3] : candidate[2];
     const uint32_t value = magnitude == 128 ? bits_of(1.0f) : magnitude >= 64 ? high : low;
-    const float product = float_of(value | (code & 0x80000000u)) * nested;  // two roundings, as the format says
+    const float product = float_of(value | (code & 0x80000000u)) * raw.absmax;  // two roundings, as the format says
     return product + offset_;
   }
 

@@ -117,18 +117,26 @@ class LoraLinear4bit(PeftLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters or self.merged or kwargs:
             return super().forward(x, *args, **kwargs)
-        active = [name for name in self.active_adapters if name in self.lora_A]
+        # nn.Module and PEFT find each part by an exception and three dictionaries: 10 µs a call for these.
+        parts = self._modules
+        base = parts["base_layer"]
+        all_a, all_b, all_dropout = (parts[name]._modules for name in ("lora_A", "lora_B", "lora_dropout"))
+        active = [name for name in self.active_adapters if name in all_a]
         if not active:
-            return self.base_layer(x)
-        if any(name in self.lora_variant or self.lora_bias[name] for name in active):
-            return super().forward(x, *args, **kwargs)
-        if has_hooks(self.base_layer, *(part[name] for part in self._parts() for name in active)):
-            return super().forward(x, *args, **kwargs)  # calls every part
-        first = active[0]
-        y = self.run_adapter(x, first, lora_x=self._dropped(x, first))
-        for name in active[1:]:  # the base is read once
-            a, b = self.lora_A[name], self.lora_B[name]
-            dropped = self._dropped(x, name)
+            return base(x)
+        for name in active:
+            if name in self.lora_variant or self.lora_bias[name]:
+                return super().forward(x, *args, **kwargs)
+            if has_hooks(base, all_a[name], all_b[name], all_dropout[name]):
+                return super().forward(x, *args, **kwargs)  # calls every part
+        quantized = base if isinstance(base, Linear4bit) else self.quantized
+        y = None
+        for name in active:
+            a, b = all_a[name], all_b[name]
+            dropped = self._dropped(x, all_dropout[name])
+            if y is None:
+                y = quantized.run(x, a.weight, b.weight, self.scaling[name], dropped)
+                continue  # the base is read once
             low_rank = b(a((x if dropped is None else dropped).to(a.weight.dtype)))
             y = y + (low_rank * self.scaling[name]).to(y.dtype)
         return y
@@ -136,8 +144,7 @@ class LoraLinear4bit(PeftLinear):
     def _parts(self) -> tuple[nn.ModuleDict, ...]:
         return self.lora_A, self.lora_B, self.lora_dropout
 
-    def _dropped(self, x: Tensor, name: str) -> Tensor | None:
-        dropout = self.lora_dropout[name]
+    def _dropped(self, x: Tensor, dropout: nn.Module) -> Tensor | None:
         return dropout(x) if self.training and not isinstance(dropout, nn.Identity) else None
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
@@ -146,7 +153,7 @@ class LoraLinear4bit(PeftLinear):
             return self.base_layer(x)
         special = any(name in self.lora_variant or self.lora_bias[name] for name in used)
         special = special or has_hooks(self.base_layer, *(part[name] for part in self._parts() for name in used))
-        if special or any(self._dropped(x[:0], name) is not None for name in used):
+        if special or any(self._dropped(x[:0], self.lora_dropout[name]) is not None for name in used):
             return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         rank = max(self.r[name] for name in used)
         dtype = self.lora_A[used[0]].weight.dtype

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora import ops
-from qlora.nn.packed import PackedMatrix
+from qlora import _registration
+from qlora.nn.packed import STATISTICS, PackedMatrix
 from qlora.nn.replacing import require_plain
 from qlora.weight import QuantizedWeight, quantize
 
@@ -87,13 +87,15 @@ class Linear4bit(PackedMatrix, nn.Linear):
             return self.run(x.to(self.compute_dtype), lora_a, lora_b, scaling, dropped, with_bias).to(x.dtype)
         # nn.Module finds each attribute by three dictionaries: 3 µs for these five.
         parameters, buffers = self._parameters, self._buffers
-        return ops.forward(
+        if "weight" not in parameters:  # a replica of DataParallel: tensors are plain attributes
+            parameters = buffers = {name: getattr(self, name) for name in ("weight", "bias", *STATISTICS)}
+        return _registration.forward(
             x,
             parameters["weight"],  # type: ignore[arg-type]
             buffers["absmax"],  # type: ignore[arg-type]
             buffers["nested_absmax"],
             buffers["nested_offset"],
-            (self.out_features, self.in_features),
+            [self.out_features, self.in_features],
             self.quant_type,
             self.block_size,
             lora_a,

@@ -16,7 +16,11 @@ _PLAIN_SUBCLASSES = ("FalconLinear",)
 def has_hooks(*modules: Any) -> bool:
     """Whether calling one of the modules does more than its class's forward: hooks, or a forward of the instance, as
     accelerate's offloading sets it. Reading its parameters instead of calling it would leave that out."""
-    return any(getattr(m, name) for m in modules for name in _HOOKS) or any("forward" in vars(m) for m in modules)
+    for module in modules:
+        own = vars(module)
+        if "forward" in own or any(own[name] for name in _HOOKS):
+            return True
+    return False
 
 
 @contextmanager

@@ -1,0 +1,83 @@
+// Tensors made and looked at differently without the dispatcher: it takes 3 to 5 µs a call, and an operator makes a
+// dozen of them.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <vector>
+
+namespace qlora::ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline void check_shim(AOTITorchError error) {
+  STD_TORCH_CHECK(error == 0, "torch could not make a tensor: its message stands above");
+}
+
+// As torch::stable::contiguous, which asks the dispatcher even if there is nothing to do.
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+inline int32_t shim_dtype(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return aoti_torch_dtype_float32();
+    case ScalarType::BFloat16:
+      return aoti_torch_dtype_bfloat16();
+    case ScalarType::Half:
+      return aoti_torch_dtype_float16();
+    case ScalarType::Double:
+      return aoti_torch_dtype_float64();
+    case ScalarType::Byte:
+      return aoti_torch_dtype_uint8();
+    case ScalarType::Int:
+      return aoti_torch_dtype_int32();
+    case ScalarType::Long:
+      return aoti_torch_dtype_int64();
+    default:
+      STD_TORCH_CHECK(false, "no op makes a tensor of ScalarType ", static_cast<int>(dtype));
+  }
+}
+
+// A contiguous tensor on the device of `like`, its values not set.
+inline Tensor empty_like_device(const Tensor& like, const int64_t* sizes, size_t dims, ScalarType dtype) {
+  std::vector<int64_t> strides(dims);
+  int64_t stride = 1;
+  for (size_t d = dims; d-- > 0; stride *= sizes[d] > 1 ? sizes[d] : 1) strides[d] = stride;
+  int32_t device = 0;
+  check_shim(aoti_torch_get_device_type(like.get(), &device));
+  AtenTensorHandle made = nullptr;
+  check_shim(aoti_torch_empty_strided(static_cast<int64_t>(dims), sizes, strides.data(), shim_dtype(dtype), device,
+                                      like.get_device_index(), &made));
+  return Tensor(made);
+}
+inline Tensor empty_like_device(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return empty_like_device(like, sizes.begin(), sizes.size(), dtype);
+}
+inline Tensor empty_of_shape(const Tensor& like) {
+  return empty_like_device(like, like.sizes().data(), like.sizes().size(), like.scalar_type());
+}
+inline Tensor empty_with_last_dim(const Tensor& like, int64_t last, ScalarType dtype) {
+  std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
+  sizes.back() = last;
+  return empty_like_device(like, sizes.data(), sizes.size(), dtype);
+}
+
+// The elements of t from `first` on with other sizes and strides.
+inline Tensor view_of(const Tensor& t, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
+                      int64_t first) {
+  AtenTensorHandle made = nullptr;
+  check_shim(aoti_torch__reinterpret_tensor(t.get(), static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(),
+                                            first, &made));
+  return Tensor(made);
+}
+inline Tensor matrix_view(const Tensor& t, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride,
+                          int64_t first = 0) {
+  return view_of(t, {rows, cols}, {row_stride, col_stride}, first);
+}
+inline Tensor vector_view(const Tensor& t, int64_t count, int64_t first) { return view_of(t, {count}, {1}, first); }
+
+}  // namespace qlora::ops
