@@ -126,14 +126,13 @@ constexpr LoraGradTile select_lora_grad(int64_t m, int64_t features, int64_t ran
 struct VendorTokens {
   int64_t forward, backward;
 };
-constexpr VendorTokens vendor_tokens(DType dtype, const GpuInfo& gpu) {
+constexpr VendorTokens vendor_tokens(const Problem& p, const GpuInfo& gpu) {
   // The fused kernels multiply float32 on the CUDA cores, tile by tile: panels pay once a weight is used often.
-  if (dtype == DType::kFloat32) return {kDecodeTokens + 1, kDecodeTokens + 1};
+  if (p.dtype == DType::kFloat32) return {kDecodeTokens + 1, kDecodeTokens + 1};
   switch (gpu.arch) {
-    case 90:  // measured, docs/kernels.md
-      return {kDecodeMostTokens + 1, 1};
+    case 90:   // measured: docs/gpu.md. Tiles of 64 rows that fill the SMs are faster up to one of 64 tokens.
     case 100:  // not measured: as on sm_90
-      return {kDecodeMostTokens + 1, 1};
+      return {p.n >= int64_t{60} * gpu.sm_count ? 65 : kDecodeMostTokens + 1, 1};
     case 80:  // forward: bitsandbytes' ladder between the two ways. Backward: predicted, gemm_dx takes as long for few
               // tokens as for many
       return {128, kDecodeTokens + 1};
@@ -207,7 +206,7 @@ constexpr bool vendor_wins(const Problem& p, int64_t extent, int64_t tokens) {
 constexpr ForwardKernel select_forward(const Problem& p, const GpuInfo& gpu) {
   const bool general = why_general_forward(p, gpu) != nullptr;
   if (general && p.dtype != DType::kFloat32) return ForwardKernel::kGeneral;
-  if (vendor_wins(p, p.n, vendor_tokens(p.dtype, gpu).forward)) return ForwardKernel::kVendor;
+  if (vendor_wins(p, p.n, vendor_tokens(p, gpu).forward)) return ForwardKernel::kVendor;
   if (general) return ForwardKernel::kGeneral;
   return p.m <= kDecodeMostTokens ? ForwardKernel::kDecode : ForwardKernel::kGemm;
 }
@@ -215,7 +214,7 @@ constexpr ForwardKernel select_forward(const Problem& p, const GpuInfo& gpu) {
 constexpr BackwardKernel select_backward(const Problem& p, const GpuInfo& gpu) {
   const bool general = why_general_backward(p, gpu) != nullptr;
   if (general && p.dtype != DType::kFloat32) return BackwardKernel::kGeneral;
-  if (p.k % 32 == 0 && vendor_wins(p, p.k, vendor_tokens(p.dtype, gpu).backward)) return BackwardKernel::kVendor;
+  if (p.k % 32 == 0 && vendor_wins(p, p.k, vendor_tokens(p, gpu).backward)) return BackwardKernel::kVendor;
   return general ? BackwardKernel::kGeneral : BackwardKernel::kGemmDx;
 }
 

@@ -80,6 +80,11 @@ def test_the_vendors_gemm_takes_many_tokens(gpu, forward, backward):
     assert select(4096, k=256, gpu=gpu)["backward"] == "gemm_dx"
 
 
+def test_tiles_that_fill_an_h100_are_faster_up_to_64_tokens():
+    assert select(64, n=14336, gpu=H100)["forward"] == "gemm"
+    assert select(65, n=14336, gpu=H100)["forward"] == "dequantize_matmul"
+
+
 def test_turing_has_no_faster_instructions_than_the_fused_kernels():
     chosen = select(1 << 20, gpu=T4, dtype="float16")
     assert (chosen["forward"], chosen["backward"]) == ("gemm", "gemm_dx")

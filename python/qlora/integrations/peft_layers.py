@@ -130,7 +130,7 @@ class LoraLinear4bit(PeftLinear):
             if has_hooks(base, all_a[name], all_b[name], all_dropout[name]):
                 return super().forward(x, *args, **kwargs)  # calls every part
         quantized = base if isinstance(base, Linear4bit) else self.quantized
-        y = None
+        y: Any = None
         for name in active:
             a, b = all_a[name], all_b[name]
             dropped = self._dropped(x, all_dropout[name])

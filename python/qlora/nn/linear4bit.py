@@ -86,13 +86,14 @@ class Linear4bit(PackedMatrix, nn.Linear):
             dropped = None if lora_x is None else lora_x.to(self.compute_dtype)
             return self.run(x.to(self.compute_dtype), lora_a, lora_b, scaling, dropped, with_bias).to(x.dtype)
         # nn.Module finds each attribute by three dictionaries: 3 µs for these five.
-        parameters, buffers = self._parameters, self._buffers
+        parameters: Any = self._parameters
+        buffers: Any = self._buffers
         if "weight" not in parameters:  # a replica of DataParallel: tensors are plain attributes
             parameters = buffers = {name: getattr(self, name) for name in ("weight", "bias", *STATISTICS)}
         return _registration.forward(
             x,
-            parameters["weight"],  # type: ignore[arg-type]
-            buffers["absmax"],  # type: ignore[arg-type]
+            parameters["weight"],
+            buffers["absmax"],
             buffers["nested_absmax"],
             buffers["nested_offset"],
             [self.out_features, self.in_features],
