@@ -3,7 +3,7 @@
 #   make bench  measure against torch                        make lint       style and types
 #   make test-abi  one wheel under several torch releases    make test-asan  C++ and CUDA tests under the sanitizers
 #   make ptx    PTX of every CUDA kernel                     make cuda-report  their registers for every GPU (nvcc)
-#   make test-gpu   where there is one (see tests/gpu/run.py)  make test-simt-full  every schedule and architecture
+#   make gpu-check  where there is one (see tests/gpu/check.py)  make test-simt-full  every schedule and architecture
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,7 +19,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc cmake python -type f -not -name '*.pyc' 2>/dev/null) CMakeLists.txt pyproject.toml
 say = @printf '\033[1m== %s\033[0m\n' "$(1)"
 
-.PHONY: demo test test-cpp test-asan test-gpu test-simt-full test-pypi-nvcc lint format bench test-abi ptx cuda-report clean
+.PHONY: demo test test-cpp test-asan gpu-check test-simt-full test-pypi-nvcc lint format bench test-abi ptx cuda-report clean
 
 demo: $(VENV)/.installed
 	$(call say,Fine-tuning SmolLM2-135M in 4 bit)
@@ -50,9 +50,9 @@ test-asan: $(VENV)/.installed $(VENV)/.test-tools
 	  $(BIN)/python -m pytest tests/ops -k simt
 
 # In your own Python, where torch has CUDA and qlora is installed: the one of .venv has no CUDA.
-test-gpu:
-	$(call say,Tests on a GPU with $(PYTHON))
-	$(PYTHON) tests/gpu/run.py
+gpu-check:
+	$(call say,Checks and times on a GPU with $(PYTHON))
+	$(PYTHON) tests/gpu/check.py
 
 test-simt-full: $(VENV)/.installed $(VENV)/.test-tools test-cpp
 	$(call say,The CUDA kernels without a GPU: every test on every architecture with several schedules)
