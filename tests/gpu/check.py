@@ -3,8 +3,8 @@
     python tests/gpu/check.py [--results FOLDER] [--only STEP …]
 
 Runs the Python that calls it (or --python): torch with CUDA, qlora built for it, and the extras [train] and [test] have
-to be installed there, and nvcc on PATH. Some 5 minutes on 16 cores. Steps that only check run side by side; those that time
-run alone. A step that hangs or poisons its process costs that step.
+to be installed there, and nvcc on PATH. Some 5 minutes on 16 cores. Steps that only check run side by side; those that
+time run alone. A step that hangs or poisons its process costs that step.
 """
 
 import argparse
