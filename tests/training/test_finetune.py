@@ -302,6 +302,24 @@ def test_a_loss_that_is_nan_stops_at_its_step_and_names_the_records(settings):
     assert [path.name for path in checkpoints(module.Path(settings.output))] == ["checkpoint-4"]
 
 
+def test_of_a_step_of_many_forwards_the_one_that_is_nan_is_named(settings, monkeypatch):
+    """The loss is read once a step."""
+    calls = []
+    own = AdapterTrainer._forbid_nan
+
+    def poisoned(self, loss, records):
+        calls.append(records)
+        own(self, loss * float("nan") if len(calls) == 6 else loss, records)
+
+    monkeypatch.setattr(AdapterTrainer, "_forbid_nan", poisoned)
+    settings = dataclasses.replace(settings, gradient_accumulation=4, eval_fraction=0.0, packing=False)
+    with pytest.raises(ValueError, match="the loss is nan in step 2") as raised:
+        finetune(settings)
+    assert len(calls) == 8
+    assert all(record in str(raised.value) for record in calls[5])
+    assert not any(record in str(raised.value) for record in calls[6])
+
+
 @pytest.mark.parametrize(("step", "kept"), [(8, ["checkpoint-4"]), (12, ["checkpoint-4", "checkpoint-8"])])
 def test_weights_that_are_nan_are_not_saved(settings, step, kept):
     """The update of the step before a save made them so: no loss has seen them yet."""

@@ -3,6 +3,7 @@
 from importlib import import_module
 from types import ModuleType
 
+METHOD = "qlora"  # the name of our quantization in transformers
 _MODULES = ("bitsandbytes", "peft", "transformers")
 
 

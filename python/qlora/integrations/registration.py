@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-METHOD = "qlora"
+from qlora.integrations import METHOD
 
 
 class _Config:

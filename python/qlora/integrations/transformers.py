@@ -19,7 +19,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlora.distributed import refuse_fsdp1
-from qlora.integrations.registration import METHOD
+from qlora.integrations import METHOD
 from qlora.nn import Embedding4bit, Experts4bit, Linear4bit
 from qlora.nn.borrowing import borrowed
 from qlora.nn.experts4bit import holds_experts, why_not_experts

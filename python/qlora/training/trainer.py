@@ -61,6 +61,7 @@ class AdapterTrainer(Trainer):
         self._started = time.perf_counter()
         self._staging: Path | None = None
         self._fsdp = fsdp
+        self._unread: list[tuple[Tensor, Sequence[str]]] = []  # losses of this step's forwards, and their records
         # Trainer's name for a model that is sharded already: it is not wrapped in DDP.
         self.is_distributed_loading_by_transformers = fsdp
         ignore_frozen(self._model)
@@ -112,18 +113,26 @@ class AdapterTrainer(Trainer):
         return result
 
     def _forbid_nan(self, loss: Tensor, records: Sequence[str]) -> None:
-        """Raises NoFiniteLoss, on all processes together."""
-        here = loss.detach().isfinite()
+        """Raises NoFiniteLoss, on all processes together. Of a step's forwards the last one reads what all have given:
+        a read waits for the GPU."""
+        training = self._model.training
+        self._unread.append((loss.detach(), records))
+        if training and not self.accelerator.sync_gradients:
+            return
+        unread, self._unread = self._unread, []
+        losses = torch.stack([loss for loss, _ in unread])
+        here = losses.isfinite().all()
         if _on_all(here):
             return
-        training = self._model.training
         place = (
             f"in step {self.state.global_step + 1}" if training else f"evaluated after step {self.state.global_step}"
         )
         if here.item():
             raise NoFiniteLoss(f"the loss is not finite on another process {place}")
+        first = int(losses.isfinite().to(torch.int32).argmin())
+        records = unread[first][1]
         raise NoFiniteLoss(
-            f"the loss is {loss.detach().float().item()} {place}, on the records"
+            f"the loss is {losses[first].float().item()} {place}, on the records"
             f" {', '.join(records[:5])}{' …' if len(records) > 5 else ''}. {self._newest()}: look at these records,"
             " or lower --learning-rate"
         )
