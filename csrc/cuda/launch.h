@@ -19,6 +19,7 @@ namespace qlora::cuda {
 // What became of a launch; `error` is a text that lives forever, or null.
 struct Status {
   const char* error = nullptr;
+  bool is_earlier = false;  // it was there before this launch
 };
 
 Status query_gpu(int device, GpuInfo* info);

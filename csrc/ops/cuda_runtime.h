@@ -35,7 +35,9 @@ class GpuScope {
 void addmm_out(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b, double beta, double alpha);
 
 inline void check(cuda::Status status, const char* kernel) {
-  STD_TORCH_CHECK(status.error == nullptr, "the kernel ", kernel, " could not be started: ", status.error);
+  STD_TORCH_CHECK(status.error == nullptr,
+                  status.is_earlier ? "something failed on this GPU before the kernel " : "the kernel ", kernel,
+                  status.is_earlier ? " was started: " : " could not be started: ", status.error);
 }
 
 // Kernels load 16 bytes at a time; a view into the middle of a storage may need a copy for that.

@@ -52,7 +52,7 @@ def test_every_table_and_statistic_is_that_of_a_process_with_the_usual_defaults(
         torch.manual_seed(0)
         dense = torch.randn(32, 64, dtype=torch.float32, device="cpu")
         weight = qlora.quantize(dense, quant_type, 32, double_quant)
-        again, _ = requantize(dense, weight, search_scales=True)
+        again = requantize(dense, weight, search_scales=True)
         table = qlora.nn.Embedding4bit.from_embedding(
             torch.nn.Embedding(32, 64, _weight=dense), quant_type, double_quant, 32
         )

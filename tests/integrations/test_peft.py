@@ -285,6 +285,21 @@ def test_merge_and_unmerge(checkpoint, options):
     assert all(torch.equal(tensor, state[name]) for name, tensor in fused.state_dict().items())
 
 
+def test_a_merge_into_4_bit_that_takes_the_adapter_back_warns(checkpoint, recwarn):
+    def small(scale):
+        fused, _ = pair(checkpoint)
+        for name, parameter in fused.named_parameters():
+            if "lora_B" in name:
+                parameter.data *= scale
+        return fused
+
+    assert qlora.merge_and_unload(small(0.01)).adapter_kept == pytest.approx(1, abs=0.05)
+    assert not [warning for warning in recwarn if "adapter changes" in str(warning.message)]
+    with pytest.warns(UserWarning, match=r"merged into 4 bit, the weights keep \d+% of what the adapter changes"):
+        merged = qlora.merge_and_unload(small(0.01), requantize=True)
+    assert merged.adapter_kept < 0.9
+
+
 def test_merge_and_unload_to_16_bit_and_to_4_bit(checkpoint, tmp_path):
     fused, _ = pair(checkpoint)
     expected = fused.eval()(input_ids=BATCH).logits
@@ -295,6 +310,8 @@ def test_merge_and_unload_to_16_bit_and_to_4_bit(checkpoint, tmp_path):
     dense.float().save_pretrained(tmp_path / "merged")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(again(input_ids=BATCH).logits, expected, rtol=0.05, atol=0.05)
+
+    assert all(report.adapter_kept == pytest.approx(1, abs=0.02) for report in reports.values())
 
     errors = {}
     for search in (False, True):

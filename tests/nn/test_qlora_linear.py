@@ -151,6 +151,35 @@ def test_merge_to_4_bit_reports_what_it_adds(x):
     layer.unmerge()
 
 
+@pytest.mark.parametrize("search", [False, True])
+def test_a_merge_says_how_much_of_the_adapter_it_keeps(search):
+    """A small adapter on a base that lies on the grid: rounding takes it back."""
+    layer = QLoRALinear(nn.Linear(256, 192, bias=False), 8)
+    layer.lora_b["default"].data.normal_(std=1e-3)
+    base = layer.base.dequantize(torch.float32)
+    delta = layer.lora_b["default"] @ layer.lora_a["default"]
+    assert delta.norm() < 0.02 * base.norm()
+
+    def kept(merged):
+        return (((merged.double() - base) * delta).sum() / delta.double().square().sum()).item()
+
+    report = layer.merge(requantize=True, search_scales=search)
+    assert report.adapter_kept == pytest.approx(kept(layer.merged_linear().dequantize(torch.float32)), abs=1e-5)
+    assert report.adapter_kept < 0.6
+    layer.unmerge()
+    report = layer.merge(dtype=torch.float32)
+    assert report.adapter_kept == pytest.approx(1, abs=1e-4)
+    layer.unmerge()
+    report = layer.merge(dtype=torch.bfloat16)
+    assert report.adapter_kept == pytest.approx(kept(layer.merged_linear().weight.detach()), abs=1e-5)
+    assert report.adapter_kept > 0.95
+
+
+def test_an_adapter_that_changes_nothing_is_kept_whole():
+    layer = QLoRALinear(nn.Linear(64, 48), 4)
+    assert layer.merge(requantize=True).adapter_kept == 1.0
+
+
 def test_merged_linear_stands_alone(x):
     layer = make()
     layer.merge(dtype=torch.float32)

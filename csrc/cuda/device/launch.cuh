@@ -46,10 +46,12 @@ Status start(void (*kernel)(Params), Grid grid, int threads, int shared_bytes, c
       return {cudaGetErrorString(refused)};
     }
   }
+  const cudaError_t earlier = cudaPeekAtLastError();  // of a kernel before, or of somebody else
   kernel<<<dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z)), threads,
            shared_bytes, stream>>>(params);
   const cudaError_t error = cudaGetLastError();
-  return {error == cudaSuccess ? nullptr : cudaGetErrorString(error)};
+  if (error == cudaSuccess) return {};
+  return {cudaGetErrorString(error), earlier != cudaSuccess};
 }
 
 }  // namespace qlora::cuda

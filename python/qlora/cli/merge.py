@@ -45,7 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
         shutil.rmtree(staging, ignore_errors=True)
     worst = max(merged.reports.values(), key=lambda report: report.relative_error)
     print(
-        f"{len(merged.reports)} layers merged to bfloat16, rounding adds at most {worst.relative_error:.1e} (relative)"
+        f"{len(merged.reports)} layers merged to bfloat16, rounding adds at most {worst.relative_error:.1e} (relative),"
+        f" {merged.adapter_kept:.0%} of the adapter is kept"
     )
     print(f"model: {arguments.output}")
     return 0

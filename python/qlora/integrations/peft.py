@@ -90,10 +90,10 @@ def initialize_loftq(
         dense = reader.read(key).float().to(layer.quantized.weight.device)
         scaling, rank = layer.scaling[adapter], layer.r[adapter]
         base, format_ = layer.quantized, layer.quantized.quantized_weight
-        plain = (dense - to_format(dense, format_)[0].dequantize(torch.float32)).norm()
+        plain = (dense - to_format(dense, format_).dequantize(torch.float32)).norm()
         low_rank = torch.zeros_like(dense)
         for _ in range(iterations):
-            quantized, _ = to_format(dense - low_rank, format_)
+            quantized = to_format(dense - low_rank, format_)
             left = dense - quantized.dequantize(torch.float32)
             u, s, v = torch.linalg.svd(left, full_matrices=False)
             root = (s[:rank] / scaling).sqrt()

@@ -188,8 +188,7 @@ class LoraLinear4bit(PeftLinear):
         finally:
             self.base_layer = base
         if changes:
-            weight, _ = requantize(dense.weight.data, base.quantized_weight)
-            base.adopt(weight)
+            base.adopt(requantize(dense.weight.data, base.quantized_weight))
             self._row_squares = None
 
     def loftq_init(self, adapter_name: str, config: Any) -> None:

@@ -1,6 +1,8 @@
 """Folding the adapters of a whole model into its weights, ours and PEFT's."""
 
+import warnings
 from collections.abc import Sequence
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -11,12 +13,19 @@ from qlora.nn import MergeReport
 from qlora.nn.merging import MergeInto
 from qlora.nn.replacing import replace_module
 
+_WORTH_SAYING = 0.9  # of the adapter
+
 
 class Merged(NamedTuple):
     """What :func:`merge_and_unload` returns."""
 
     model: nn.Module
-    reports: dict[str, MergeReport]  # by the layer's name in ``model``: the error that its merged form adds
+    reports: dict[str, MergeReport]  # by the layer's name in ``model``: what its merged form costs
+
+    @property
+    def adapter_kept(self) -> float:
+        """Of what the adapter changes, the share that is in the merged weights: the median of the layers."""
+        return median(report.adapter_kept for report in self.reports.values()) if self.reports else 1.0
 
 
 def merge_and_unload(
@@ -31,7 +40,8 @@ def merge_and_unload(
     """The model without adapters, each folded into its layer: of :func:`qlora.prepare_model`, or a PeftModel.
 
     Without ``requantize`` the whole model is dense afterwards, also its 4-bit layers that have no such adapter,
-    embeddings and experts included; it is saved and loaded as a dense model. With it merged layers are in 4 bit again.
+    embeddings and experts included; it is saved and loaded as a dense model. With it merged layers are in 4 bit again,
+    and rounding takes back most of a small adapter: a warning says how much is kept.
 
     Args:
         name: the adapter; default: each layer's active one. A PeftModel takes several.
@@ -63,7 +73,15 @@ def merge_and_unload(
     elif quantizer is not None:
         quantizer.has_adapters = False
         allow_saving(merged)
-    return Merged(merged, reports)
+    result = Merged(merged, reports)
+    if requantize and result.adapter_kept < _WORTH_SAYING:
+        warnings.warn(
+            f"merged into 4 bit, the weights keep {result.adapter_kept:.0%} of what the adapter changes (median of"
+            f" {len(reports)} layers): rounding to the base's grid takes the rest back. Merge without requantize, or"
+            " keep the adapter beside its base",
+            stacklevel=2,
+        )
+    return result
 
 
 def _merge_prepared(model: nn.Module, into: MergeInto, name: str | None) -> dict[str, MergeReport]:

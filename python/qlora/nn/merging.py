@@ -16,12 +16,16 @@ _FACTORS = (1.0, 0.98, 0.96, 0.94, 0.92, 0.9, 0.88, 0.86, 0.84, 0.82, 0.8, 1.03)
 
 @dataclass(frozen=True)
 class MergeReport:
-    """How far a merged weight is from base + adapter in float32, both relative to the norm of the latter."""
+    """How far a merged weight is from base + adapter in float32, both errors relative to the norm of the latter, and
+    how much of the adapter it has."""
 
     adapter: str
     format: str  # "bfloat16", "nf4", …
     relative_error: float  # of the merged weight, the quantization of the base not counted
     max_abs_error: float
+    # Of what the adapter changes, along it: <merged - base, D> / <D, D>, D = exact - base. 1: all of it. In 4 bit far
+    # less: the base lies on the grid, and rounding takes back what is smaller than half a step.
+    adapter_kept: float
 
 
 @dataclass(frozen=True)
@@ -55,25 +59,28 @@ def low_rank_delta(a: Tensor, b: Tensor, scaling: float) -> Tensor:
 def merged_weight(
     exact: Tensor, like: QuantizedWeight, into: MergeInto, adapter: str = ""
 ) -> tuple[Tensor | QuantizedWeight, MergeReport]:
-    """``exact`` (float32) in the form that ``into`` says, and the error of that; ``like`` is the base's weight."""
+    """``exact`` (float32) in the form that ``into`` says, and what that costs; ``like`` is the base's weight."""
     if into.requantize:
-        return requantize(exact, like, search_scales=into.search_scales, adapter=adapter)
+        weight = requantize(exact, like, search_scales=into.search_scales)
+        return weight, _report(weight.dequantize(torch.float32), exact, like, weight.quant_type, adapter)
     dense = exact.to(into.dtype or like.dtype)
-    return dense, merge_report(dense, exact, adapter)
+    return dense, _report(dense.float(), exact, like, str(dense.dtype).removeprefix("torch."), adapter)
 
 
-def merge_report(dense: Tensor, exact: Tensor, adapter: str = "") -> MergeReport:
-    """The report of a dense merged weight."""
-    difference = dense.float() - exact
-    relative = (difference.norm() / exact.norm()).item() if exact.any() else 0.0
+def _report(merged: Tensor, exact: Tensor, like: QuantizedWeight, name: str, adapter: str) -> MergeReport:
+    difference = merged - exact
+    size, wrong = exact.norm(), difference.norm()
     largest = difference.abs().max().item() if difference.numel() else 0.0
-    return MergeReport(adapter, str(dense.dtype).removeprefix("torch."), relative, largest)
+    change = exact - like.dequantize(torch.float32)
+    # merged - base is difference + change.
+    squares = change.square().sum(dtype=torch.float64)
+    lost = (difference * change).sum(dtype=torch.float64)
+    kept = (1 + lost / squares).item() if squares > 0 else 1.0
+    return MergeReport(adapter, name, (wrong / size).item() if size > 0 else 0.0, largest, kept)
 
 
-def requantize(
-    exact: Tensor, like: QuantizedWeight, *, search_scales: bool = False, adapter: str = ""
-) -> tuple[QuantizedWeight, MergeReport]:
-    """``exact`` (float32) in the format of ``like``, and the error.
+def requantize(exact: Tensor, like: QuantizedWeight, *, search_scales: bool = False) -> QuantizedWeight:
+    """``exact`` (float32) in the format of ``like``.
 
     search_scales: the scale of each block is the one of some around its largest absolute value that leaves the least
     squared error. Takes about twenty times as long.
@@ -81,8 +88,7 @@ def requantize(
     weight = quantize(exact, like.quant_type, like.block_size, like.double_quant)
     if search_scales:
         weight = _search(exact, weight)
-    weight = replace(weight, dtype=like.dtype)
-    return weight, MergeReport(adapter, weight.quant_type, *weight.error_against(exact))
+    return replace(weight, dtype=like.dtype)
 
 
 def _search(exact: Tensor, weight: QuantizedWeight) -> QuantizedWeight:
