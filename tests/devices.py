@@ -29,6 +29,8 @@ NAMES = (
     "backward.affine_grid",
     "adamw",
     "adamw_8bit",
+    "adamw.many",
+    "adamw_8bit.many",
 )
 LIBRARY = os.environ.get("QLORA_SIMT_LIBRARY", Path(__file__).parents[1] / "build/tests/tests/simt/libqlora_simt.so")
 

@@ -1,5 +1,7 @@
 // AdamW: one pass over parameter, gradient and moments. With moments in 8 bit a warp takes a block of 256, whose new
 // absmax it finds by shuffles.
+#include <algorithm>
+
 #include "cuda/device/elements.cuh"
 #include "cuda/device/launch.cuh"
 
@@ -16,7 +18,8 @@ struct Coders {
 };
 QLORA_TABLE Coders kCoders = {{kDynamicMap, kUnsignedDynamicMap}, {kDynamicCells, kUnsignedDynamicCells}};
 
-QLORA_KERNEL void QLORA_BOUNDS(kThreads, 4) kernel(QLORA_PARAMS AdamWParams p) {
+QLORA_KERNEL void QLORA_BOUNDS(kThreads, 4) kernel(QLORA_PARAMS AdamWJobs jobs) {
+  const AdamWParams& p = jobs.job[ptx::block_y()];
   const int64_t first = ptx::block_x() * int64_t{kThreads * kPerThread} + ptx::thread();
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
@@ -46,7 +49,8 @@ QLORA_DEVICE int nearest_code(float x) {
   return code + (code < kDynamicMapSize - 1 && x > ptx::load(&kCoders.map[kMoment].threshold[code]));
 }
 
-QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel_8bit(QLORA_PARAMS AdamWParams p) {
+QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel_8bit(QLORA_PARAMS AdamWJobs jobs) {
+  const AdamWParams& p = jobs.job[ptx::block_y()];
   const int64_t block = ptx::block_x() * int64_t{kThreads / 32} + ptx::warp();
   const int64_t first = block * kMomentBlock + ptx::lane();
   if (block * kMomentBlock >= p.numel) return;
@@ -83,10 +87,17 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel_8bit(QLORA_PARAMS AdamWParams
 
 }  // namespace adamw
 
-Status launch_adamw(const AdamWParams& p, cudaStream_t stream) {
+Status launch_adamw(const AdamWJobs& jobs, cudaStream_t stream) {
   using namespace adamw;
-  if (p.codes == nullptr) return start(kernel, {ceil_div(p.numel, kThreads * kPerThread)}, kThreads, 0, stream, p);
-  return start(kernel_8bit, {ceil_div(p.numel, kMomentBlock * (kThreads / 32))}, kThreads, 0, stream, p);
+  int64_t longest = 0;
+  for (int i = 0; i < jobs.count; ++i) {
+    longest = std::max(longest, jobs.job[i].numel);
+    if ((jobs.job[i].codes == nullptr) != (jobs.job[0].codes == nullptr)) return {"moments of 8 and of 32 bits"};
+  }
+  if (longest == 0) return {};
+  const bool in_8_bit = jobs.job[0].codes != nullptr;
+  const int per_block = in_8_bit ? kMomentBlock * (kThreads / 32) : kThreads * kPerThread;
+  return start(in_8_bit ? kernel_8bit : kernel, {ceil_div(longest, per_block), jobs.count}, kThreads, 0, stream, jobs);
 }
 
 }  // namespace qlora::cuda

@@ -176,9 +176,7 @@ static_assert(kDotThreads == 4 * 32, "one sum of each warp");
 
 template <DType kX>
 auto dot_kernel_of(DType operand) {
-  return operand == DType::kBFloat16  ? token_dot_vectors<kX, DType::kBFloat16>
-         : operand == DType::kFloat16 ? token_dot_vectors<kX, DType::kFloat16>
-                                      : token_dot_vectors<kX, DType::kFloat32>;
+  return operand == kX ? token_dot_vectors<kX, kX> : token_dot_vectors<kX, DType::kFloat32>;
 }
 
 QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) column_sum(QLORA_PARAMS ColumnSumParams p) {

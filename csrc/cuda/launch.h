@@ -86,8 +86,13 @@ Status launch_quantization_error(const QuantizationErrorParams& p, cudaStream_t 
 
 // ---- optimizer ----
 
-// One step of AdamW for one parameter; with moments in 8 bit if p.codes is set.
-Status launch_adamw(const AdamWParams& p, cudaStream_t stream);
+// A step of AdamW for up to sixteen parameters; all with moments in 8 bit, if codes are set, or none.
+inline constexpr int kMostUpdates = 16;
+struct AdamWJobs {
+  AdamWParams job[kMostUpdates];
+  int count = 0;
+};
+Status launch_adamw(const AdamWJobs& jobs, cudaStream_t stream);
 
 // ---- products ----
 
@@ -319,8 +324,9 @@ struct TokenDotParams {
   const float* scaling_of_adapter = nullptr;  // null: `scaling`
   float scaling = 1.0f;
   int64_t tokens = 0, rows = 0, steps = 0;
-  bool is_vectorized = false;  // floats; rows of x and operand contiguous, aligned to 16 bytes, multiples of 8 long
-  float* out = nullptr;        // [tokens, rows]
+  // Rows of x and operand are contiguous, aligned to 16 bytes, multiples of 8 long; operand is of x's dtype or float32.
+  bool is_vectorized = false;
+  float* out = nullptr;  // [tokens, rows]
 };
 Status launch_token_dot(const TokenDotParams& p, cudaStream_t stream);
 

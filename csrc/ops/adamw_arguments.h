@@ -1,7 +1,9 @@
 // The arguments of the optimizer's steps, checked once for every device.
 #pragma once
 
+#include <initializer_list>
 #include <string>
+#include <vector>
 
 #include "format/adamw.h"
 #include "ops/checks.h"
@@ -21,6 +23,14 @@ inline AdamWStep check_hyperparameters(const Hyperparameters& h) {
   STD_TORCH_CHECK(h.weight_decay >= 0.0, "weight_decay=", h.weight_decay, " must not be negative");
   STD_TORCH_CHECK(h.step >= 1, "step=", h.step, ": the first step is 1");
   return make_adamw_step(h.lr, h.beta1, h.beta2, h.eps, h.weight_decay, h.step);
+}
+
+// The arguments of several updates, one of each for every parameter.
+inline void check_lists(const std::vector<Tensor>& params, const std::vector<int64_t>& steps,
+                        std::initializer_list<const std::vector<Tensor>*> others) {
+  bool agree = steps.size() == params.size();
+  for (const auto* list : others) agree = agree && list->size() == params.size();
+  STD_TORCH_CHECK(agree, "there are ", params.size(), " parameters: every list must have as many tensors, and steps");
 }
 
 // A tensor that is updated in place, or read beside one: a copy would be lost.

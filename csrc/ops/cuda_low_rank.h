@@ -97,7 +97,7 @@ class PackQueue {
 
  private:
   cudaStream_t stream_;
-  cuda::LoraPackJobs jobs_;
+  cuda::LoraPackJobs jobs_{};
   std::vector<Tensor> alive_;
 };
 
@@ -200,7 +200,8 @@ inline Activation token_dot(const Matrix& x, const cuda::DenseMatrix& operand, i
   p.rows = rows;
   p.steps = x.cols;
   const bool contiguous = operand.col_stride == 1 && operand.row_stride % 8 == 0 && adapter_stride % 8 == 0;
-  p.is_vectorized = contiguous && x.cols % 8 == 0 && is_aligned(x.data) && is_aligned(operand.data);
+  const bool known_dtypes = operand.dtype == x.dtype || operand.dtype == DType::kFloat32;
+  p.is_vectorized = contiguous && known_dtypes && x.cols % 8 == 0 && is_aligned(x.data) && is_aligned(operand.data);
   p.out = static_cast<float*>(out.tensor.mutable_data_ptr());
   check(cuda::launch_token_dot(p, stream), "token_dot");
   return {out.tensor, rows_of(out), x.rows, rows};

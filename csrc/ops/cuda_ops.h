@@ -48,6 +48,14 @@ void cuda_adamw_8bit(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_a
                      Tensor exp_avg_sq_absmax, double lr, double beta1, double beta2, double eps, double weight_decay,
                      int64_t step);
 
+void cuda_adamw_many(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
+                     std::vector<Tensor> exp_avg_sqs, double lr, double beta1, double beta2, double eps,
+                     double weight_decay, std::vector<int64_t> steps);
+void cuda_adamw_8bit_many(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
+                          std::vector<Tensor> exp_avg_absmaxs, std::vector<Tensor> exp_avg_sqs,
+                          std::vector<Tensor> exp_avg_sq_absmaxs, double lr, double beta1, double beta2, double eps,
+                          double weight_decay, std::vector<int64_t> steps);
+
 // Registers all of them in `library`, a block of STABLE_TORCH_LIBRARY_IMPL.
 template <class Library>
 void implement_cuda_ops(Library& library) {
@@ -63,6 +71,8 @@ void implement_cuda_ops(Library& library) {
   library.impl("backward.affine_grid", TORCH_BOX(&cuda_backward_affine_grid));
   library.impl("adamw", TORCH_BOX(&cuda_adamw));
   library.impl("adamw_8bit", TORCH_BOX(&cuda_adamw_8bit));
+  library.impl("adamw.many", TORCH_BOX(&cuda_adamw_many));
+  library.impl("adamw_8bit.many", TORCH_BOX(&cuda_adamw_8bit_many));
 }
 
 }  // namespace qlora::ops

@@ -12,6 +12,7 @@
 // adamw:    one step in place, decoupled weight decay; step counts from 1. Moments in float32 …
 // adamw_8bit: … or in 8 bit, blocks of 256 with an absmax each: codes of the signed dynamic map for the first moment,
 //           of the unsigned one for the second
+// adamw.many, adamw_8bit.many: the same for many parameters; on a GPU one launch for each sixteen
 // affine:   y [..., out] = x (q * scale + zero_point) + alpha / r * x B A             q [in, out], B [in, r], A [r,
 // out]
 STABLE_TORCH_LIBRARY(qlora, m) {
@@ -62,4 +63,11 @@ STABLE_TORCH_LIBRARY(qlora, m) {
       "adamw_8bit(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_absmax, Tensor(d!) exp_avg_sq,"
       " Tensor(e!) exp_avg_sq_absmax,"
       " float lr, float beta1, float beta2, float eps, float weight_decay, int step) -> ()");
+  m.def(
+      "adamw.many(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
+      " float lr, float beta1, float beta2, float eps, float weight_decay, int[] steps) -> ()");
+  m.def(
+      "adamw_8bit.many(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_absmaxs,"
+      " Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] exp_avg_sq_absmaxs,"
+      " float lr, float beta1, float beta2, float eps, float weight_decay, int[] steps) -> ()");
 }

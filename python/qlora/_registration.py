@@ -134,6 +134,8 @@ def _(grad, x, quantized_W, scale, zero_point, B, A, alpha, needs_x, needs_lora)
 
 @torch.library.register_fake("qlora::adamw")
 @torch.library.register_fake("qlora::adamw_8bit")
+@torch.library.register_fake("qlora::adamw.many")
+@torch.library.register_fake("qlora::adamw_8bit.many")
 def _(param, *state_and_hyperparameters):
     return None
 

@@ -198,7 +198,7 @@ def adamw(
     Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization", Algorithm 2.
     """
     with torch.no_grad():
-        torch.ops.qlora.adamw(param, grad, exp_avg, exp_avg_sq, lr, beta1, beta2, eps, weight_decay, step)
+        torch.ops.qlora.adamw.default(param, grad, exp_avg, exp_avg_sq, lr, beta1, beta2, eps, weight_decay, step)
     torch.autograd.graph.increment_version((param, exp_avg, exp_avg_sq))
 
 
@@ -225,5 +225,30 @@ def adamw_8bit(
     """
     state = (exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax)
     with torch.no_grad():
-        torch.ops.qlora.adamw_8bit(param, grad, *state, lr, beta1, beta2, eps, weight_decay, step)
+        torch.ops.qlora.adamw_8bit.default(param, grad, *state, lr, beta1, beta2, eps, weight_decay, step)
     torch.autograd.graph.increment_version((param, *state))
+
+
+def adamw_many(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[Sequence[Tensor]],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    steps: Sequence[int],
+) -> None:
+    """:func:`adamw` or :func:`adamw_8bit` for many parameters on one device; the same bits. A GPU needs one launch for
+    each sixteen.
+
+    ``states`` has each parameter's moments in the order of those functions: all of two tensors, or all of four.
+    """
+    if not params:
+        return
+    columns = [list(column) for column in zip(*states, strict=True)]
+    op = torch.ops.qlora.adamw.many if len(columns) == 2 else torch.ops.qlora.adamw_8bit.many
+    with torch.no_grad():
+        op(list(params), list(grads), *columns, lr, beta1, beta2, eps, weight_decay, list(steps))
+    torch.autograd.graph.increment_version([*params, *(tensor for column in columns for tensor in column)])

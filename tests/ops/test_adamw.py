@@ -131,6 +131,33 @@ def test_a_parameter_that_was_saved_for_backward_is_missed():
 @pytest.mark.parametrize("bits", [32, 8])
 def test_opcheck(bits):
     op = torch.ops.qlora.adamw if bits == 32 else torch.ops.qlora.adamw_8bit
-    torch.library.opcheck(
-        op, (torch.randn(300), torch.randn(300), *states((300,), bits), 1e-3, 0.9, 0.99, 1e-8, 0.1, 1)
-    )
+    tensors = (torch.randn(300), torch.randn(300), *states((300,), bits))
+    torch.library.opcheck(op.default, (*tensors, 1e-3, 0.9, 0.99, 1e-8, 0.1, 1))
+    torch.library.opcheck(op.many, (*([tensor] for tensor in tensors), 1e-3, 0.9, 0.99, 1e-8, 0.1, [1]))
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_many_at_once_are_each_alone_bit_by_bit(device, bits):
+    """Seventeen and more: a second launch on a GPU. Of several sizes, dtypes and steps, one of them empty."""
+    shapes = [SHAPES[i % len(SHAPES)] for i in range(20)]
+    params = [torch.randn(shape).to(DTYPES[i % len(DTYPES)]) for i, shape in enumerate(shapes)]
+    grads = [torch.randn(param.shape).to(param.dtype) for param in params]
+    grads[6] = torch.randn(1000, 3).to(params[6].dtype).T  # not contiguous
+    ours = [p.clone() for p in params], [states(shape, bits) for shape in shapes]
+    theirs = [p.clone() for p in params], [states(shape, bits) for shape in shapes]
+    for round_ in range(2):
+        steps = [1 + round_ + i % 3 for i in range(20)]
+        ops.adamw_many(ours[0], grads, ours[1], *HYPERPARAMETERS.values(), steps)
+        for param, grad, state, step in zip(theirs[0], grads, theirs[1], steps, strict=True):
+            op_of(ops, bits)(param, grad, *state, **HYPERPARAMETERS, step=step)
+    for one, other in zip(ours[0] + sum(ours[1], []), theirs[0] + sum(theirs[1], []), strict=True):
+        assert torch.equal(one, other)
+    for one, before in zip(ours[0], params, strict=True):
+        assert one.numel() < 100 or not torch.equal(one, before)
+
+
+def test_lists_of_different_lengths_are_refused(device):
+    param, moments = torch.zeros(3), states((3,), 32)
+    with pytest.raises(RuntimeError, match="there are 1 parameters: every list must have as many"):
+        torch.ops.qlora.adamw.many([param], [], *([m] for m in moments), *HYPERPARAMETERS.values(), [1])
+    ops.adamw_many([], [], [], *HYPERPARAMETERS.values(), [])

@@ -186,8 +186,9 @@ class Executor:
         """One operator call; every tensor that it returns was written completely."""
         self.memory = Memory()
         for value in (*args, *kwargs.values()):
-            if isinstance(value, torch.Tensor):
-                self.memory.add(value, initialised=True)
+            for tensor in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(tensor, torch.Tensor):
+                    self.memory.add(tensor, initialised=True)
         try:
             with _LogAllocations(self.memory):
                 outputs = op.redispatch(devices.KEY, *args, **kwargs)

@@ -30,6 +30,11 @@ void addmm_out(const Tensor& out, const Tensor& self, const Tensor& a, const Ten
   STD_TORCH_CHECK(error == 0, "torch's addmm failed");
 }
 
+// By the dispatcher: tests/ptx sees there what an operator allocates.
+Tensor empty_like_device(const Tensor& like, const int64_t* sizes, size_t dims, ScalarType dtype) {
+  return torch::stable::new_empty(like, {sizes, dims}, dtype);
+}
+
 }  // namespace qlora::ops
 
 #define QLORA_EXPORT extern "C" __attribute__((visibility("default")))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from qlora import _C, ops
-from qlora.optim.paging import Pages, pages_for
+from qlora.optim.paging import Pages, Resident, pages_for
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _SCALES = ("exp_avg_absmax", "exp_avg_sq_absmax")
@@ -137,11 +137,24 @@ class PagedAdamW(Optimizer):
                 raise ValueError("PagedAdamW takes no sparse gradients")
             if not self.state[param]:
                 self.state[param] = self._new_state(param)
-        for i, (param, group) in enumerate(work):
-            if i + 1 < len(work):
-                self._prefetch(work[i + 1][0])
-            self._step_one(param, group)
+        resident = [(param, group) for param, group in work if self._is_resident(param)]
+        paged = [(param, group) for param, group in work if not self._is_resident(param)]
+        for i, (param, group) in enumerate(paged):
+            if i + 1 < len(paged):
+                self._prefetch(paged[i + 1][0])
+            self._update([param], group)
+        # As few launches as can be: parameters of one group, device and number of bits together.
+        together: dict[tuple[int, torch.device, bool], list[Tensor]] = {}
+        groups = {id(group): group for group in self.param_groups}
+        for param, group in resident:
+            key = (id(group), param.device, _SCALES[0] in self.state[param])
+            together.setdefault(key, []).append(param)
+        for (group_id, _, _), params in together.items():
+            self._update(params, groups[group_id])
         return loss
+
+    def _is_resident(self, param: Tensor) -> bool:
+        return isinstance(self._pages_of(_local(param).device), Resident)
 
     def _prefetch(self, param: Tensor) -> None:
         pages = self._pages_of(_local(param).device)
@@ -149,14 +162,27 @@ class PagedAdamW(Optimizer):
             if name != "step":
                 pages.prefetch(_local(tensor))
 
-    def _step_one(self, param: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[param]
-        state["step"] += 1
-        update: Any = ops.adamw_8bit if _SCALES[0] in state else ops.adamw
-        names = (_MOMENTS[0], _SCALES[0], _MOMENTS[1], _SCALES[1]) if _SCALES[0] in state else _MOMENTS
-        moments = [_local(state[name]) for name in names]
-        rates = (float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"])
-        update(_local(param), _local(param.grad), *moments, *rates, int(state["step"].item()))
+    def _update(self, params: list[Any], group: dict[str, Any]) -> None:
+        """A step of parameters whose moments have one number of bits."""
+        states, steps = [], []
+        for param in params:
+            state = self.state[param]
+            state["step"] += 1
+            names = (_MOMENTS[0], _SCALES[0], _MOMENTS[1], _SCALES[1]) if _SCALES[0] in state else _MOMENTS
+            states.append([_local(state[name]) for name in names])
+            steps.append(int(state["step"].item()))
+        beta1, beta2 = group["betas"]
+        ops.adamw_many(
+            [_local(param) for param in params],
+            [_local(param.grad) for param in params],
+            states,
+            float(group["lr"]),
+            beta1,
+            beta2,
+            group["eps"],
+            group["weight_decay"],
+            steps,
+        )
 
 
 def _like(local: Tensor, param: Any) -> Tensor:
