@@ -15,6 +15,9 @@ from qlora.nn.replacing import head_names, replace_module, shared_names, tensor_
 from qlora.planning.simulate import peak_of_a_step
 
 
+_GPU_PANEL = 128 * 2**20  # bytes
+
+
 @dataclass(frozen=True)
 class Settings:
     """What is trained, and how. Bytes follow from it and the model's config alone."""
@@ -108,6 +111,7 @@ class _Traced:
     trained: tuple[int, ...]  # elements of each trained parameter
     activations: int
     widest: int  # features
+    largest: int  # elements of a 4-bit weight
     block: int  # bytes of the largest repeated block
 
 
@@ -140,6 +144,7 @@ def _trace(config: Any, settings: Settings) -> _Traced:
             adapters=adapters,
             trained=tuple(p.numel() for p in trained),
             widest=max(max(base.in_features, base.out_features) for base in bases),
+            largest=max(base.in_features * base.out_features for base in bases),
             block=max((sum(p.nbytes for p in child.parameters()) for child in largest_list(model)), default=0),
             activations=max(
                 0, peak_of_a_step(model, settings.batch, settings.sequence, _chunked) - parameters - adapters
@@ -164,7 +169,9 @@ def estimate(config: Any, settings: Settings) -> Estimate:
     """
     traced = _trace(config, settings)
     tokens = settings.batch * settings.sequence
-    workspace = tokens * traced.widest * _dtype(settings.dtype).itemsize  # the tokens as a kernel packs them
+    size = _dtype(settings.dtype).itemsize
+    # The tokens as a kernel packs them, and what a GPU dequantizes at a time (csrc/cuda/select.h).
+    workspace = tokens * traced.widest * size + min(_GPU_PANEL, traced.largest * size)
     n = settings.devices
     if n > 1:  # the block that runs and the next one are whole
         workspace += 2 * traced.block
