@@ -212,6 +212,8 @@ class _Run:
         settings, output, is_writer = self.settings, self.output, self.arguments.should_save
         set_seed(settings.seed)
         started = time.perf_counter()
+        if self.device.value.type == "cuda":  # the report's peak is of this run
+            torch.cuda.reset_peak_memory_stats(self.device.value)
         model, sizes = self._load()
         self.why_whole_logits = self._probe(model)
         newest = checkpoints(output)[-1] if resume and checkpoints(output) else None

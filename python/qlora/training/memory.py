@@ -41,7 +41,7 @@ def memory_by_kind(model: nn.Module, optimizer_bits: int = 32) -> dict[str, int]
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes so far: of torch's allocator on a GPU, of the process on the CPU."""
+    """The most bytes so far: of torch's allocator on a GPU, since it was reset, of the process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
