@@ -14,7 +14,6 @@ from qlora.nn.experts4bit import holds_experts
 from qlora.nn.replacing import head_names, replace_module, shared_names, tensor_bytes
 from qlora.planning.simulate import peak_of_a_step
 
-
 _GPU_PANEL = 128 * 2**20  # bytes
 
 
