@@ -129,20 +129,14 @@ struct VendorTokens {
 constexpr VendorTokens vendor_tokens(const Problem& p, const GpuInfo& gpu) {
   // The fused kernels multiply float32 on the CUDA cores, tile by tile: panels pay once a weight is used often.
   if (p.dtype == DType::kFloat32) return {kDecodeTokens + 1, kDecodeTokens + 1};
-  switch (gpu.arch) {
-    case 90:   // measured: docs/gpu.md. Tiles of 64 rows that fill the SMs are faster up to one of 64 tokens.
-    case 100:  // not measured: as on sm_90
-      return {p.n >= int64_t{60} * gpu.sm_count ? 65 : kDecodeMostTokens + 1, 1};
-    case 80:  // forward: bitsandbytes' ladder between the two ways. Backward: predicted, gemm_dx takes as long for few
-              // tokens as for many
-      return {128, kDecodeTokens + 1};
-    case 86:
-    case 89:
-    case 120:
-      return {256, kDecodeTokens + 1};
-    default:  // sm_75: its own tensor core instructions are those of the fused kernels
-      return {INT64_MAX, INT64_MAX};
-  }
+  // sm_75: its own tensor core instructions are those of the fused kernels.
+  if (gpu.arch < 80) return {INT64_MAX, INT64_MAX};
+  // sm_90 is measured (docs/gpu.md), sm_100 to sm_110 are not. Tiles of 64 rows that fill the SMs are faster up to one
+  // of 64 tokens.
+  if (gpu.arch >= 90 && gpu.arch < 120) return {p.n >= int64_t{60} * gpu.sm_count ? 65 : kDecodeMostTokens + 1, 1};
+  // Forward: bitsandbytes' ladder between the two ways. Backward: predicted, gemm_dx takes as long for few tokens as
+  // for many.
+  return {gpu.arch < 86 ? 128 : 256, kDecodeTokens + 1};
 }
 
 // Rows of W (or columns, in the backward) of a dequantized panel: all, or panels of equal size, a multiple of 64;

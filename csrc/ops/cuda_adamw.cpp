@@ -7,7 +7,10 @@ namespace qlora::ops {
 
 namespace {
 
-// Gathers updates, and launches them sixteen at a time.
+constexpr int64_t kLarge = int64_t{1} << 20;  // elements that are worth a launch of their own
+
+// Gathers updates, and launches them sixteen at a time. A launch has as many blocks for each parameter as the largest
+// needs, so large ones go alone.
 class Updates {
  public:
   Updates(const Tensor& like, const char* op) : op_(op), scope_(like, op, {}) {}
@@ -15,9 +18,10 @@ class Updates {
   // `grad` lives until the launch.
   void add(const AdamWParams& p, Tensor grad) {
     if (p.numel == 0) return;
+    if (p.numel > kLarge) launch();
     jobs_.job[jobs_.count++] = p;
     grads_.push_back(std::move(grad));
-    if (jobs_.count == cuda::kMostUpdates) launch();
+    if (jobs_.count == cuda::kMostUpdates || p.numel > kLarge) launch();
   }
   void launch() {
     if (jobs_.count > 0) check(cuda::launch_adamw(jobs_, scope_.stream()), op_);

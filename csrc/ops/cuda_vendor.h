@@ -1,6 +1,6 @@
-// Many tokens on a GPU whose vendor's GEMM outruns mma.sync: W is dequantized in panels, nested scales and all in one
-// launch each, and multiplied by the GEMM that torch calls. Sums are rounded once without an adapter; with one, its
-// term is added to the rounded product, as torch does.
+// Products for which the vendor's GEMM outruns our tensor-core and float32 kernels (vendor_tokens in select.h): W is
+// dequantized in panels, nested scales and all in one launch each, and multiplied by the GEMM that torch calls. Sums
+// are rounded once without an adapter; with one, its term is added to the rounded product, as torch does.
 #pragma once
 
 #include "ops/cuda_low_rank.h"

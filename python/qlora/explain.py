@@ -48,7 +48,7 @@ def _explain_cuda(x: Tensor, weight: QuantizedWeight, tokens: int) -> Explanatio
         gpu.multi_processor_count,
         gpu.shared_memory_per_block_optin,
     )
-    general = chosen["forward"] == "general"
+    general = chosen["forward"] == "general" or x.dtype == torch.float32
     return Explanation(
         "cuda",
         f"sm_{gpu.major}{gpu.minor}",

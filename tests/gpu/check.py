@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -75,10 +76,13 @@ def run(step: Step, results: Path) -> Outcome:
         file.write(f"$ {' '.join(step.command)}\n")
         file.flush()
         try:
-            code = subprocess.run(
-                step.command, cwd=ROOT, env=environment, stdout=file, stderr=file, timeout=step.seconds, check=False
-            ).returncode
+            process = subprocess.Popen(
+                step.command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
+            )
+            code = process.wait(step.seconds)
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # its children too: the next step may be timed
+            process.wait()
             code = 124
         except OSError as error:
             file.write(f"Error: {error}\n")
@@ -117,7 +121,7 @@ def build_driver(arch: str, results: Path) -> Outcome:
     step = Step("build", [*link, "-o", str(results / "kernels")], 120)
     outcomes += [run(step, results)]
     shutil.rmtree(objects)
-    code = max(outcome.code for outcome in outcomes)
+    code = next((outcome.code for outcome in outcomes if not outcome.passed), 0)
     for outcome in outcomes[:-1]:
         if outcome.passed:
             (results / f"{outcome.step.name}.log").unlink()
@@ -179,6 +183,9 @@ def main() -> int:
         print(f"nothing was checked: {here['why']}")
         return 1
     results = arguments.results.absolute()
+    if results.exists() and any(results.iterdir()) and not (results / "card.log").exists():
+        print(f"nothing was checked: {results} exists and holds something else: choose another --results")
+        return 1
     shutil.rmtree(results, ignore_errors=True)
     results.mkdir(parents=True)
     outcomes: list[Outcome] = []

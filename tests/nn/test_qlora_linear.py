@@ -175,6 +175,19 @@ def test_a_merge_says_how_much_of_the_adapter_it_keeps(search):
     assert report.adapter_kept > 0.95
 
 
+@pytest.mark.parametrize("requantize", [False, True])
+def test_an_adapter_that_is_nan_does_not_look_perfect(requantize):
+    layer = QLoRALinear(nn.Linear(64, 48), 4)
+    layer.lora_b["default"].data[3, 1] = float("nan")
+    if requantize:
+        with pytest.raises(RuntimeError, match="is nan or inf"):
+            layer.merge(requantize=True)
+        return
+    report = layer.merge(dtype=torch.bfloat16)
+    assert report.relative_error != report.relative_error
+    assert report.adapter_kept != report.adapter_kept
+
+
 def test_an_adapter_that_changes_nothing_is_kept_whole():
     layer = QLoRALinear(nn.Linear(64, 48), 4)
     assert layer.merge(requantize=True).adapter_kept == 1.0

@@ -85,6 +85,12 @@ def test_tiles_that_fill_an_h100_are_faster_up_to_64_tokens():
     assert select(65, n=14336, gpu=H100)["forward"] == "dequantize_matmul"
 
 
+@pytest.mark.parametrize("arch", [87, 103, 110, 121])
+def test_architectures_between_the_known_ones_have_thresholds_too(arch):
+    assert select(256, gpu=H100 | {"arch": arch})["forward"] == "dequantize_matmul"
+    assert select(64, gpu=H100 | {"arch": arch})["backward"] == "dequantize_matmul"
+
+
 def test_turing_has_no_faster_instructions_than_the_fused_kernels():
     chosen = select(1 << 20, gpu=T4, dtype="float16")
     assert (chosen["forward"], chosen["backward"]) == ("gemm", "gemm_dx")

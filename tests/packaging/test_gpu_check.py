@@ -113,3 +113,11 @@ def test_tools_that_are_missing_are_named(tools, tmp_path):
     _, summary = check(tools, tmp_path)
     assert "compute-sanitizer is not on PATH; ncu is not on PATH" in summary
     assert "memcheck" not in summary
+
+
+def test_a_folder_of_something_else_is_not_deleted(tools, tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/thesis.tex").write_text("years")
+    result, _ = check(tools, tmp_path)
+    assert result.returncode == 1
+    assert (tmp_path / "results/thesis.tex").exists()

@@ -2,7 +2,6 @@
 way in of every command.
 """
 
-import functools
 import json
 import logging
 import tempfile
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from qlora.models.adapters import CONFIG_FILE
+from qlora.models.masters import train_in_float32
 from qlora.storage.files import atomic_write, atomic_write_all
 from qlora.storage.fingerprint import checkpoint_fingerprint
 
@@ -154,41 +154,8 @@ def add_lora(
         **options,
     )
     adapted = get_peft_model(model, config)
-    _train_in_float32(adapted)
+    train_in_float32(adapted)
     return adapted
-
-
-def _train_in_float32(model: Any) -> None:
-    """Makes trainable parameters of 16 bit float32: bf16 weights lose updates below 1/256 of themselves, and gradient
-    scalers refuse fp16 gradients. PEFT does it for its own, not for ``modules_to_save``; these compute in 16 bit as
-    before."""
-    for module in model.modules():
-        mine = {
-            name: parameter.dtype
-            for name, parameter in module.named_parameters(recurse=False)
-            if parameter.requires_grad and parameter.dtype.itemsize == 2
-        }
-        if mine:
-            _compute_in(module, mine)
-        for name in mine:
-            parameter = getattr(module, name)
-            parameter.data = parameter.data.float()
-
-
-def _compute_in(module: Any, dtypes: dict[str, torch.dtype]) -> None:
-    """Lets a module's forward see its parameters in these dtypes; gradients arrive in their own."""
-    own = module.forward
-
-    @functools.wraps(own)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        kept = {name: module._parameters[name] for name in dtypes}
-        module._parameters.update({name: kept[name].to(dtype) for name, dtype in dtypes.items()})
-        try:
-            return own(*args, **kwargs)
-        finally:
-            module._parameters.update(kept)
-
-    module.forward = forward
 
 
 # ---- adapters on disk ----

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from qlora.models.masters import back_to_16_bit
 from qlora.models.prepare import allow_saving, qlora_layers
 from qlora.nn import MergeReport
 from qlora.nn.merging import MergeInto
@@ -59,6 +60,7 @@ def merge_and_unload(
 
         names = [name] if isinstance(name, str) else None if name is None else list(name)
         merged, reports = merge_peft(model, into, names, safe_merge)
+        back_to_16_bit(merged)
     else:
         if safe_merge or not (name is None or isinstance(name, str)):
             raise ValueError("safe_merge and several adapters are for PEFT's models: this one has none of PEFT")
@@ -74,7 +76,7 @@ def merge_and_unload(
         quantizer.has_adapters = False
         allow_saving(merged)
     result = Merged(merged, reports)
-    if requantize and result.adapter_kept < _WORTH_SAYING:
+    if requantize and not result.adapter_kept >= _WORTH_SAYING:
         warnings.warn(
             f"merged into 4 bit, the weights keep {result.adapter_kept:.0%} of what the adapter changes (median of"
             f" {len(reports)} layers): rounding to the base's grid takes the rest back. Merge without requantize, or"

@@ -75,8 +75,8 @@ def _report(merged: Tensor, exact: Tensor, like: QuantizedWeight, name: str, ada
     # merged - base is difference + change.
     squares = change.square().sum(dtype=torch.float64)
     lost = (difference * change).sum(dtype=torch.float64)
-    kept = (1 + lost / squares).item() if squares > 0 else 1.0
-    return MergeReport(adapter, name, (wrong / size).item() if size > 0 else 0.0, largest, kept)
+    kept = (1 + lost / squares).item() if squares != 0 else 1.0  # nan stays nan
+    return MergeReport(adapter, name, (wrong / size).item() if size != 0 else 0.0, largest, kept)
 
 
 def requantize(exact: Tensor, like: QuantizedWeight, *, search_scales: bool = False) -> QuantizedWeight:

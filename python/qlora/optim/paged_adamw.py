@@ -167,10 +167,9 @@ class PagedAdamW(Optimizer):
         states, steps = [], []
         for param in params:
             state = self.state[param]
-            state["step"] += 1
             names = (_MOMENTS[0], _SCALES[0], _MOMENTS[1], _SCALES[1]) if _SCALES[0] in state else _MOMENTS
             states.append([_local(state[name]) for name in names])
-            steps.append(int(state["step"].item()))
+            steps.append(int(state["step"].item()) + 1)
         beta1, beta2 = group["betas"]
         ops.adamw_many(
             [_local(param) for param in params],
@@ -183,6 +182,8 @@ class PagedAdamW(Optimizer):
             group["weight_decay"],
             steps,
         )
+        for param in params:
+            self.state[param]["step"] += 1
 
 
 def _like(local: Tensor, param: Any) -> Tensor:

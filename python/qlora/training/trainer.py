@@ -229,8 +229,10 @@ class AdapterTrainer(Trainer):
         result: dict[str, Any] = {"state": {}, "param_groups": []}
         for stored, group in zip(state["param_groups"], _bare(self.optimizer).param_groups, strict=True):
             here = [names[id(parameter)] for parameter in group["params"]]
-            for place, name in zip(stored["params"], here, strict=True):
-                result["state"][name] = state["state"][place]
+            for place, name, parameter in zip(stored["params"], here, group["params"], strict=True):
+                # One that never had a gradient has no state yet.
+                moments = {moment: torch.zeros(parameter.shape) for moment in ("exp_avg", "exp_avg_sq")}
+                result["state"][name] = state["state"].get(place, {"step": torch.tensor(0.0), **moments})
             result["param_groups"].append({**stored, "params": here})
         return result
 
