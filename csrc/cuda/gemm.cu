@@ -77,8 +77,9 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GemmParams p) {
     advance_pipeline<kStages>(fetch);
     if (chunk % kPanelChunks == 0) {  // behind the pipeline's barrier: nobody reads the scales before
       const int count = chunks - chunk < kPanelChunks ? chunks - chunk : kPanelChunks;
-      const WarpScales scales(p.weight);  // here, not above: five registers that the products need
-      panel.fill<kWarps>(p.weight, scales, block_row, kRows<R>, chunk, count, p.level_factor);
+      const WarpScales scales(p.weight);      // here, not above: five registers that the products need
+      constexpr int kBatch = R == 2 ? 1 : 4;  // the large tile has no register left
+      panel.fill<kWarps, kBatch>(p.weight, scales, block_row, kRows<R>, chunk, count, p.level_factor);
       ptx::sync_threads();
     }
     uint32_t fragment[R][4][4];

@@ -147,7 +147,7 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) token_dot(QLORA_PARAMS TokenDotParam
 // A block for each token and row, 16 bytes a load, four of them on their way together.
 constexpr int kDotThreads = 128;
 template <DType kX, DType kOperand>
-QLORA_KERNEL void QLORA_BOUNDS(kDotThreads, 8) token_dot_vectors(QLORA_PARAMS TokenDotParams p) {
+QLORA_KERNEL void QLORA_BOUNDS(kDotThreads, 4) token_dot_vectors(QLORA_PARAMS TokenDotParams p) {
   const int64_t item = ptx::block_x(), token = divide(item, p.rows), row = item - token * p.rows;
   const TokenAdapter of(p, token);
   const int64_t of_token = token * p.x.row_stride;

@@ -33,17 +33,18 @@ class ScalePanel {
     return rows * (count | 1) * static_cast<int>(sizeof(float));
   }
 
-  // All threads; a barrier has to follow. `factor` undoes level_multiplier.
-  template <int kWarps>
+  // All threads; a barrier has to follow. `factor` undoes level_multiplier. A warp loads kBatch scales a lane before it
+  // decodes the first one: their latencies pass together, as far as there are registers.
+  template <int kWarps, int kBatch = 4>
   QLORA_METHOD void fill(const Weight& w, const WarpScales& scales, int64_t first_row, int rows, int first_chunk,
                          int count, float factor) const {
     if (scales.nested())
-      fill_rows<kWarps>(
+      fill_rows<kWarps, kBatch>(
           w, first_row, rows, first_chunk, count, factor,
           [&](int64_t block) { return WarpScales::load_nested(w, block); },
           [&](RawScale raw) { return scales.value_nested(raw); });
     else
-      fill_rows<kWarps>(
+      fill_rows<kWarps, kBatch>(
           w, first_row, rows, first_chunk, count, factor,
           [&](int64_t block) { return RawScale{ptx::load(w.absmax + block), 0}; },
           [](RawScale raw) { return raw.absmax; });
@@ -54,11 +55,9 @@ class ScalePanel {
 
  private:
   // Stretches of 32 chunks; within one the rows differ by a constant, so that a scale costs one addition of 64 bits.
-  // A warp loads kBatch scales a lane before it decodes the first one: their latencies pass together.
-  template <int kWarps, class Load, class Value>
+  template <int kWarps, int kBatch, class Load, class Value>
   QLORA_METHOD void fill_rows(const Weight& w, int64_t first_row, int rows, int first_chunk, int count, float factor,
                               const Load& load, const Value& value) const {
-    constexpr int kBatch = 4;
     const int shift = w.block_shift - 6;
     const int64_t row_chunks = w.k / kChunk, last_row = (w.n - 1) * row_chunks;
     for (int c = ptx::lane(); c < count + ptx::lane(); c += 32) {
