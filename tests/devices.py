@@ -92,7 +92,12 @@ def _overload(name: str):
 
 @contextlib.contextmanager
 def simt(
-    seed: int = 1, arch: int = 80, sm_count: int = 4, shared_bytes: int | None = None, panel_bytes=128 << 20, call=None
+    seed: int = 1,
+    arch: int = 80,
+    sm_count: int = 4,
+    shared_bytes: int | None = None,
+    panel_bytes=_C.GPU_PANEL_BYTES,
+    call=None,
 ):
     """CPU tensors go to the CUDA kernels on the simt executor, which pretends to be the GPU that is described.
 

@@ -139,6 +139,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("NESTED_BLOCK") = qlora::kNestedBlock;
   m.attr("MOMENT_BLOCK") = qlora::kMomentBlock;
   m.attr("DECODE_TOKENS") = qlora::cpu::kDecodeTokens;
+  m.attr("GPU_PANEL_BYTES") = qlora::cuda::GpuInfo{}.panel_bytes;
 #ifdef QLORA_CUDA_ARCHS
   m.attr("CUDA_ARCHS") = py::make_tuple(QLORA_CUDA_ARCHS);  // ascending; of the last one there is PTX too
 #else

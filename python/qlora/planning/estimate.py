@@ -14,8 +14,6 @@ from qlora.nn.experts4bit import holds_experts
 from qlora.nn.replacing import head_names, replace_module, shared_names, tensor_bytes
 from qlora.planning.simulate import peak_of_a_step
 
-_GPU_PANEL = 128 * 2**20  # bytes
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -170,7 +168,7 @@ def estimate(config: Any, settings: Settings) -> Estimate:
     tokens = settings.batch * settings.sequence
     size = _dtype(settings.dtype).itemsize
     # The tokens as a kernel packs them, and what a GPU dequantizes at a time (csrc/cuda/select.h).
-    workspace = tokens * traced.widest * size + min(_GPU_PANEL, traced.largest * size)
+    workspace = tokens * traced.widest * size + min(_C.GPU_PANEL_BYTES, traced.largest * size)
     n = settings.devices
     if n > 1:  # the block that runs and the next one are whole
         workspace += 2 * traced.block
