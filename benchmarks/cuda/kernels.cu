@@ -6,8 +6,8 @@
 //   kernels sweep [n k …]              times as CSV: graph replays over weights that rotate beyond L2, medians of five
 //   kernels one KERNEL TILE m n k [times]
 //
-// Tiles: decode 16, 32 (rows); gemm 1, 2, 3 (64x64, 64x128, 128x128); gemm_dx 64, 128 (tokens); lora_down and lora_grad
-// parts, dequantize panels. 0: what select.h chooses.
+// Tiles: decode 16, 32 (rows); gemm and gemm_dx those of GemmTile by number; lora_down and lora_grad parts, dequantize
+// panels. 0: what select.h chooses.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -169,6 +169,15 @@ GemmOutput output(const Bench& b, int64_t m, int64_t rows) {
   return out;
 }
 
+// Those that this GPU's shared memory takes.
+std::vector<int> gemm_tiles(const GpuInfo& gpu) {
+  if (gpu.shared_bytes_per_block < 96 * 1024) return {0};
+  std::vector<int> tiles{static_cast<int>(GemmTile::k64x32Small), static_cast<int>(GemmTile::k128x64)};
+  if (gpu.shared_bytes_per_block >= 160 * 1024)
+    tiles.insert(tiles.end(), {static_cast<int>(GemmTile::k64x32), static_cast<int>(GemmTile::k64x64)});
+  return tiles;
+}
+
 Call gemm_call(const Bench& b, int tile, int64_t m) {
   return [=](const Weight& w) {
     GemmParams p{};
@@ -181,13 +190,13 @@ Call gemm_call(const Bench& b, int tile, int64_t m) {
   };
 }
 
-Call gemm_dx_call(const Bench& b, int tokens, int64_t m) {
+Call gemm_dx_call(const Bench& b, int tile, int64_t m) {
   return [=](const Weight& w) {
     GemmDxParams p{};
     p.weight = w;
     p.dy = b.tokens;
     p.dtype = DType::kBFloat16;
-    p.tokens_per_block = tokens != 0 ? tokens : select_dx_tokens(m, b.gpu);
+    p.tile = tile != 0 ? static_cast<GemmTile>(tile) : select_gemm_tile(m, w.k, b.gpu);
     p.out = output(b, m, w.k);
     require(launch_gemm_dx(p, b.stream), "gemm_dx");
   };
@@ -308,8 +317,8 @@ int check(const Bench& b, bool small) {
       };
       if (m <= kDecodeTokens)
         for (const int rows : {16, 32}) one("decode", rows);
-      for (const int tile : {1, 2, 3}) one("gemm", tile);
-      for (const int tokens : {64, 128}) one("gemm_dx", tokens);
+      for (const char* kernel : {"gemm", "gemm_dx"})
+        for (const int tile : gemm_tiles(b.gpu)) one(kernel, tile);
       for (const char* kernel : {"lora_down", "lora_grad", "dequantize"}) call_of(b, kernel, 0, m)(weights[0]);
       require(cudaStreamSynchronize(b.stream), "low-rank kernels");
     }
@@ -383,11 +392,9 @@ void sweep_shape(const Bench& b, int64_t n, int64_t k, double l2_bytes) {
   };
   for (const int64_t m : {1, 2, 4, 8, 12, 16})
     for (const int rows : {16, 32}) product("decode", rows, m);
-  for (const int64_t m : {8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096}) {
-    for (const int tile : {1, 2, 3})
-      if (m > 64 ? tile > 1 : tile < 3) product("gemm", tile, m);
-    product("gemm_dx", 0, m);
-  }
+  for (const int64_t m : {16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048})
+    for (const char* kernel : {"gemm", "gemm_dx"})
+      for (const int tile : gemm_tiles(b.gpu)) product(kernel, tile, m);
   for (const int panels : {1, 2, 4}) row("dequantize", panels, 0, weight_bytes + 2.0 * n * k, 0);
   for (const int64_t m : {1, 16, 128, 2048, 8192})
     for (const int parts : {0, 1, 4, 16}) row("lora_down", parts, m, 2.0 * m * k, 2.0 * kRank * m * k);

@@ -89,7 +89,9 @@ py::dict cuda_select(int64_t m, int64_t n, int64_t k, const std::string& dtype, 
   chosen["why_not_faster"] = why_forward != nullptr ? why_forward : "";
   const BackwardKernel backward = select_backward(problem, gpu);
   chosen["backward"] = kernel_name(backward);
-  chosen["backward_tile"] = backward == BackwardKernel::kGemmDx ? tuple(128, select_dx_tokens(m, gpu))
+  const GemmTile dx_tile = select_gemm_tile(m, k, gpu);
+  chosen["backward_tile"] = backward == BackwardKernel::kGemmDx
+                                ? tuple(dx_tile == GemmTile::kTuring ? 128 : tile_rows(dx_tile), tile_tokens(dx_tile))
                             : backward == BackwardKernel::kVendor
                                 ? tuple(static_cast<int>(select_vendor_panel(k, n, type, gpu)), static_cast<int>(m))
                                 : tuple(64, 64);

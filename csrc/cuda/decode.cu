@@ -169,7 +169,9 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS DecodeParams p) 
   using Chunks = Ring<R, kTokens, kStages>;
   Chunks ring(table + kPairTableBytes + ptx::warp() * Chunks::bytes(p.m), p, first_row);
   const int panel_chunks = p.tile.panel_chunks;
-  const ScalePanel panel(table + kPairTableBytes + kWarps * Chunks::bytes(p.m), panel_chunks);
+  using Panel = ScalePanel<kWarps, 16 * R, 4>;
+  const Panel panel(table + kPairTableBytes + kWarps * Chunks::bytes(p.m), panel_chunks);
+  typename Panel::Batch raw_scales;
   SharedAddress my_x[kTokens / 8];
 #pragma unroll
   for (int j = 0; j < kTokens / 8; ++j) {
@@ -184,9 +186,10 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS DecodeParams p) 
     const int count = chunks - panel_chunk < panel_chunks ? chunks - panel_chunk : panel_chunks;
     if (panel_chunk > 0) ptx::sync_threads();  // the panel before this one is done with
     const int my_count = (count - ptx::warp() + kWarps - 1) / kWarps;
-    ring.begin(my_count);  // the copies are on their way while the tables are made
+    ring.begin(my_count);  // the copies and the scales are on their way while the table is made
+    panel.load_first(p.weight, first_row, panel_chunk, count, raw_scales);
     if (panel_chunk == 0) LevelPairs<T>::template fill<kThreads>(table, p.weight.quant_type, p.level_multiplier);
-    panel.fill<kWarps>(p.weight, scales, first_row, 16 * R, panel_chunk, count, p.level_factor);
+    panel.fill(p.weight, scales, first_row, panel_chunk, count, p.level_factor, raw_scales);
     ptx::sync_threads();
 
     SharedAddress scale_at = panel.address(2 * R * g, ptx::warp());
@@ -254,7 +257,7 @@ Status launch_tile(const DecodeParams& p, cudaStream_t stream) {
   constexpr int kStages = decode_stages(kTokens);
   static_assert(kWarps * kWarpPitch<R, kTokens> * 4 <= kPairTableBytes, "the sums fit where the table was");
   static_assert(decode_shared_bytes(16 * R, kTokens, 7) ==
-                    kPairTableBytes + kWarps * Ring<R, kTokens, kStages>::bytes(kTokens) + ScalePanel::bytes(16 * R, 7),
+                    kPairTableBytes + kWarps * Ring<R, kTokens, kStages>::bytes(kTokens) + panel_bytes(16 * R, 7),
                 "select.h counts the same bytes");
   const auto shared_bytes = static_cast<int>(decode_shared_bytes(16 * R, p.m, p.tile.panel_chunks));
   return start(kernel<T, R, kTokens, kStages>, {ceil_div(p.weight.n, 16 * R)}, kThreads, shared_bytes, stream, p);

@@ -4,6 +4,8 @@
 // scaled and rounded once, which gives exactly the weights that torch would multiply with. Packed rows are read as they
 // lie: a byte holds two in features of one row, the operand wants two rows of one in feature, and the rounding
 // instruction, which takes two floats, pairs them for nothing.
+#include <type_traits>
+
 #include "cuda/device/launch.cuh"
 #include "cuda/device/pair_table.cuh"
 #include "cuda/device/results.cuh"
@@ -13,61 +15,78 @@
 namespace qlora::cuda {
 namespace gemm_dx {
 
-constexpr int kWarps = 4;  // side by side: each decodes 32 in features, for all tokens of the tile
-constexpr int kThreads = 32 * kWarps;
-constexpr int kFeatures = 32 * kWarps;  // in features of a block
-constexpr int kChunk = 64;              // out features at a time
+constexpr int kChunk = 64;  // out features at a time
 constexpr int kStages = 2;
-constexpr int kWeightStageBytes = kChunk * kFeatures / 2;
-constexpr int kScaleStageBytes = kWarps * kChunk * 4;
 
-template <int kTokens>
-constexpr int kSharedBytes = kPairTableBytes + TokenTile<kTokens, kStages, kThreads>::kBytes +
-                             kStages * kWeightStageBytes + 2 * kScaleStageBytes;
+// Groups of warps side by side: each warp decodes 32 in features, for all tokens of the tile. A group takes every
+// kGroups-th chunk.
+template <int kWarpsOfGroup, int kTokensOfTile, int kGroupsOfBlock>
+struct Shape {
+  static constexpr int kWarps = kWarpsOfGroup, kTokens = kTokensOfTile, kGroups = kGroupsOfBlock;
+  static constexpr int kThreads = 32 * kWarps, kBlockThreads = kThreads * kGroups;
+  static constexpr int kFeatures = 32 * kWarps;  // in features of a block
+  using Tile = TokenTile<kTokens, kStages, kThreads, kGroups>;
+  using Group = Groups<kGroups, kThreads>;
+  // Rows of a chunk in 16 bytes a warp. The four rows that a warp reads together, 16 apart, lie in different banks: by
+  // exchanging pieces where there are four, by padding where there are two.
+  static constexpr int kRowBytes = 16 * kWarps, kPadding = kWarps == 2 ? 32 : 0;
+  static constexpr int kWeightStageBytes = kChunk * kRowBytes + 4 * kPadding;
+  static constexpr int kScaleStageBytes = kWarps * kChunk * 4;
+  static constexpr int kGroupBytes = Tile::kBytes + kStages * kWeightStageBytes + 2 * kScaleStageBytes;
+  static constexpr int kSharedBytes = kPairTableBytes + kGroups * kGroupBytes;
+  static_assert(kWarps == 2 || kWarps == 4, "two or four pieces to a row");
+  static_assert(Group::sum_bytes(kTokens) <= kSharedBytes, "the groups' sums find room");
+};
 
-// The packed tile of a chunk: 64 rows of 64 bytes, four pieces of 16, piece c for warp c. Pieces are exchanged between
-// groups of 16 rows, so that the four rows that a warp reads together lie in different banks.
+// The packed tile of a chunk: 64 rows, a piece of 16 bytes for each warp of the group.
+template <class S>
 class WeightTile {
  public:
   QLORA_METHOD WeightTile(SharedAddress base, const Weight& w, int64_t first_feature)
       : base_(base),
         stage_(base),
-        rows_left_(static_cast<int>(w.n)),
-        chunks_left_(static_cast<int>(ceil_div(w.n, kChunk))) {
-    const int row = ptx::thread() / 4, piece = ptx::thread() % 4;
+        rows_left_(static_cast<int>(w.n) - S::Group::index() * kChunk),
+        chunks_left_(static_cast<int>(ceil_div(w.n, kChunk)) - S::Group::index()) {
+    const int row = S::Group::thread() / S::kWarps, piece = S::Group::thread() % S::kWarps;
     inside_ = first_feature + piece * 32 < w.k;
-    from_ = w.packed + (row * w.k + first_feature) / 2 + piece * 16;
+    from_ = w.packed + ((S::Group::index() * kChunk + row) * w.k + first_feature) / 2 + piece * 16;
     half_bytes_ = 32 * w.k / 2;
     rows_left_ -= row;
-    // Rows r and r + 32 differ in bit 1 of r / 16.
-    to_ = row * 64 + (piece ^ row / 16) * 16;
+    to_ = at(row, piece);
+    upper_to_ = at(row + 32, piece);
     const int g = ptx::lane() / 4, t = ptx::lane() % 4;
-    mine_ = t * 16 * 64 + (ptx::warp() ^ t) * 16 + 2 * g;
+    mine_ = at(16 * t, S::Group::warp()) + 2 * g;
   }
 
-  // Starts the copy of the next chunk, if there is one; rows that are not there are skipped.
+  // Starts the copy of the group's next chunk, if there is one; rows that are not there are skipped.
   QLORA_METHOD void fetch() {
-    if (chunks_left_-- > 0) {
+    if (chunks_left_ > 0) {
       copy(stage_ + to_, from_, rows_left_ > 0);
-      copy(stage_ + (to_ ^ 32u) + 32 * 64, from_ + half_bytes_, rows_left_ > 32);
-      from_ += 2 * half_bytes_;
-      rows_left_ -= kChunk;
+      copy(stage_ + upper_to_, from_ + half_bytes_, rows_left_ > 32);
+      from_ += 2 * S::kGroups * half_bytes_;
+      rows_left_ -= S::kGroups * kChunk;
     }
-    stage_ = stage_ + kWeightStageBytes == base_ + kStages * kWeightStageBytes ? base_ : stage_ + kWeightStageBytes;
+    chunks_left_ -= S::kGroups;
+    stage_ =
+        stage_ + S::kWeightStageBytes == base_ + kStages * S::kWeightStageBytes ? base_ : stage_ + S::kWeightStageBytes;
   }
 
-  // Where the lane finds the two bytes (four in features, 4g …) of its rows 16t … 16t + 15 of the chunk to read now, 64
-  // bytes from row to row.
+  // Where the lane finds the two bytes (four in features, 4g …) of its rows 16t … 16t + 15 of the chunk to read now,
+  // kRowBytes from row to row.
   QLORA_METHOD SharedAddress current() const { return stage_ + mine_; }
 
  private:
+  static QLORA_METHOD int at(int row, int piece) {
+    const int sixteen = row / 16;
+    return row * S::kRowBytes + sixteen * S::kPadding + (S::kWarps == 4 ? piece ^ sixteen : piece) * 16;
+  }
   QLORA_METHOD void copy(SharedAddress to, const uint8_t* from, bool row_exists) const {
     if (row_exists && inside_)
       ptx::cp_async_16(to, from);
     else  // any weight will do: its gradient is zero, or its result is not stored
       ptx::store_shared(to, Words4{0, 0, 0, 0});
   }
-  SharedAddress base_, to_, mine_;
+  SharedAddress base_, to_, upper_to_, mine_;
   SharedAddress stage_;  // filled next; behind fetch(), the one to be read
   int rows_left_, chunks_left_;
   bool inside_;
@@ -75,37 +94,38 @@ class WeightTile {
   int64_t half_bytes_;
 };
 
-// Scales of the chunk's 64 rows for each warp's in features, one chunk ahead in two buffers. A thread decodes the scale
-// of one row for a pair of warps, or one for each of the two where a block of scales may end between them.
+// Scales of a chunk's 64 rows for each warp's in features, one chunk ahead in two buffers. A thread decodes the scale
+// of one row for a pair of warps, or one for each of the two where a block of scales may end between them. They are
+// loaded while the chunk before is multiplied.
+template <class S>
 class ScaleTile {
  public:
   QLORA_METHOD ScaleTile(SharedAddress base, const Weight& w, int64_t first_feature)
-      : base_(base),
-        shift_(w.block_shift),
-        shared_(w.block_shift > 5 && w.k % 64 == 0),
-        row_(ptx::thread() % kChunk),
-        k_(w.k),
-        last_row_(w.n - 1) {
-    const int pair = ptx::thread() / kChunk;
-    for (int i = 0; i < 2; ++i) feature_[i] = min_i64(first_feature + (2 * pair + i) * 32, w.k - 32);
-    to_ = 2 * pair * kChunk * 4 + slot(static_cast<int>(row_)) * 4;
+      : base_(base), row_(S::Group::index() * kChunk + S::Group::thread() % kChunk) {
+    const int pair = S::Group::thread() / kChunk;
+    for (int i = 0; i < 2; ++i) feature_[i] = static_cast<int>(min_i64(first_feature + (2 * pair + i) * 32, w.k - 32));
+    to_ = 2 * pair * kChunk * 4 + slot(S::Group::thread() % kChunk) * 4;
   }
 
-  // The scales of the next chunk, into the buffer that is not being read.
-  QLORA_METHOD void fill(const Weight& w, const WarpScales& scales, int buffer) {
-    const int64_t row = min_i64(row_, last_row_) * k_;
-    const SharedAddress to = base_ + buffer * kScaleStageBytes + to_;
-    const float first = scales.of_block(w, (row + feature_[0]) >> shift_);
-    const float second = shared_ ? first : scales.of_block(w, (row + feature_[1]) >> shift_);
+  // Starts loading the scales of the group's next chunk.
+  QLORA_METHOD void load(const Weight& w, const WarpScales& scales) {
+    const int64_t row = min_i64(row_, w.n - 1) * w.k;
+    raw_[0] = scales.load(w, (row + feature_[0]) >> w.block_shift);
+    if (!is_shared(w)) raw_[1] = scales.load(w, (row + feature_[1]) >> w.block_shift);
+    row_ += S::kGroups * kChunk;
+  }
+  // Decodes them into the buffer that is not being read.
+  QLORA_METHOD void store(const Weight& w, const WarpScales& scales, int buffer) const {
+    const SharedAddress to = base_ + buffer * S::kScaleStageBytes + to_;
+    const float first = scales.value(raw_[0]), second = is_shared(w) ? first : scales.value(raw_[1]);
     ptx::store_shared(to, first);
     ptx::store_shared(to + kChunk * 4, second);
-    row_ += kChunk;
   }
 
   // Scales of rows 16t + 4s … 16t + 4s + 3.
   QLORA_METHOD Floats4 at(int buffer, int step) const {
     const int t = ptx::lane() % 4;
-    const SharedAddress mine = base_ + buffer * kScaleStageBytes + (ptx::warp() * kChunk + slot(16 * t)) * 4;
+    const SharedAddress mine = base_ + buffer * S::kScaleStageBytes + (S::Group::warp() * kChunk + slot(16 * t)) * 4;
     return ptx::load_shared<Floats4>(mine ^ (16u * static_cast<uint32_t>(step)));
   }
 
@@ -113,11 +133,13 @@ class ScaleTile {
   // Rows 32 … 63 have neighbouring groups of four exchanged: lanes t = 0 … 3 read four different groups of banks.
   static QLORA_METHOD int slot(int row) { return row ^ (row >> 5 << 2); }
 
+  // Both warps of a pair always have the same block of scales.
+  static QLORA_METHOD bool is_shared(const Weight& w) { return w.block_shift > 5 && w.k % 64 == 0; }
+
   SharedAddress base_, to_;
-  int shift_;
-  bool shared_;
-  int64_t row_, k_, last_row_;
-  int64_t feature_[2];
+  int row_;  // of the next chunk
+  int feature_[2];
+  RawScale raw_[2] = {};
 };
 
 // Four rows times four in features of a lane, scaled and rounded: the fragments of in features 4g + {0, 1} and {2, 3}.
@@ -144,57 +166,67 @@ QLORA_DEVICE void decode_rows(const ValuePairs& pairs, const uint32_t (&bytes)[4
   second[3] = ptx::pack<T>(odd[1][2], odd[1][3]);
 }
 
-template <class T, int kTokens, bool kMulti>
-QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GemmDxParams p) {
-  if (!ptx::can_run<T>(kSharedBytes<kTokens>)) return;
-  using Tile = TokenTile<kTokens, kStages, kThreads>;
+template <class T, class S, bool kMulti>
+QLORA_KERNEL void QLORA_BOUNDS(S::kBlockThreads, S::kGroups == 1 ? 2 : 1) kernel(QLORA_PARAMS GemmDxParams p) {
+  if (!ptx::can_run<T>(S::kSharedBytes)) return;
+  constexpr int kTokens = S::kTokens, kGroups = S::kGroups;
+  using Group = typename S::Group;
   const SharedAddress table = ptx::shared_base();
-  const int block_feature = ptx::block_y() * kFeatures;  // 32 bits hold a feature and a token, not an element
-  const int first_feature = block_feature + ptx::warp() * 32;
+  const int block_feature = ptx::block_y() * S::kFeatures;  // 32 bits hold a feature and a token, not an element
+  const int first_feature = block_feature + Group::warp() * 32;
   const int first_token = ptx::block_x() * kTokens;
   const int chunks = static_cast<int>(ceil_div(p.weight.n, kChunk));
 
-  const SharedAddress weight_base = table + kPairTableBytes + Tile::kBytes;
-  WeightTile weights(weight_base, p.weight, block_feature);
-  Tile tokens(table + kPairTableBytes, p.dy, p.out.m, p.weight.n, p.weight.n, first_token);
+  const SharedAddress token_base = table + kPairTableBytes + Group::index() * S::kGroupBytes;
+  const SharedAddress weight_base = token_base + S::Tile::kBytes;
+  const WarpScales scales(p.weight);
+  ScaleTile<S> scale_tile(weight_base + kStages * S::kWeightStageBytes, p.weight, block_feature);
+  scale_tile.load(p.weight, scales);
+  WeightTile<S> weights(weight_base, p.weight, block_feature);
+  typename S::Tile tokens(token_base, p.dy, p.out.m, p.weight.n, p.weight.n, first_token);
   const auto fetch = [&] {
     weights.fetch();
     tokens.fetch();
   };
   start_pipeline<kStages>(fetch);
-  ValuePairs::fill<kThreads>(table, p.weight.quant_type);
+  ValuePairs::fill<S::kBlockThreads>(table, p.weight.quant_type);
   const ValuePairs pairs(table);
-  const WarpScales scales(p.weight);
-  ScaleTile scale_tile(weight_base + kStages * kWeightStageBytes, p.weight, block_feature);
-  scale_tile.fill(p.weight, scales, 0);
+  scale_tile.store(p.weight, scales, 0);
+  if constexpr (kGroups > 1) ptx::sync_threads();  // else the pipeline's own barrier is enough
 
   float sum[2][kTokens / 8][4] = {};
 
-  for (int chunk = 0; chunk < chunks; ++chunk) {
-    advance_pipeline<kStages>(fetch);
+  int buffer = 0;
+  for (int chunk = Group::index(); chunk < chunks; chunk += kGroups, buffer ^= 1) {
+    advance_pipeline<kStages, Group>(fetch);
+    scale_tile.load(p.weight, scales);  // of the next chunk; behind the last one, of its last row
     const SharedAddress bytes_at = weights.current();
-    uint32_t fragment[4][2][4];
-    unroll<4>([&](auto step) {
-      constexpr int s = decltype(step)::value;
-      const uint32_t bytes[4] = {ptx::load_shared<uint16_t, (4 * s + 0) * 64>(bytes_at),
-                                 ptx::load_shared<uint16_t, (4 * s + 1) * 64>(bytes_at),
-                                 ptx::load_shared<uint16_t, (4 * s + 2) * 64>(bytes_at),
-                                 ptx::load_shared<uint16_t, (4 * s + 3) * 64>(bytes_at)};
-      decode_rows<T>(pairs, bytes, scale_tile.at(chunk % 2, s), fragment[s][0], fragment[s][1]);
-    });
     const auto place = place_in(tokens.current());
-    unroll<kTokens / 8>([&](auto group) {
-      constexpr int j = decltype(group)::value;
-      uint32_t dy[8];
-      load_fragment<j>(place, dy);
+    unroll<2>([&](auto half) {  // two steps at a time: their fragments are what registers can hold
+      constexpr int h = decltype(half)::value;
+      uint32_t fragment[2][2][4];
+      unroll<2>([&](auto step) {
+        constexpr int s = 2 * h + decltype(step)::value;
+        const uint32_t bytes[4] = {ptx::load_shared<uint16_t, (4 * s + 0) * S::kRowBytes>(bytes_at),
+                                   ptx::load_shared<uint16_t, (4 * s + 1) * S::kRowBytes>(bytes_at),
+                                   ptx::load_shared<uint16_t, (4 * s + 2) * S::kRowBytes>(bytes_at),
+                                   ptx::load_shared<uint16_t, (4 * s + 3) * S::kRowBytes>(bytes_at)};
+        decode_rows<T>(pairs, bytes, scale_tile.at(buffer, s), fragment[s % 2][0], fragment[s % 2][1]);
+      });
+      unroll<kTokens / 8>([&](auto group) {
+        constexpr int j = decltype(group)::value;
+        const auto dy = ptx::load_shared<Words4, j * 1024>(h == 0 ? place.low : place.high);
+        const uint32_t words[4] = {dy.x, dy.y, dy.z, dy.w};
 #pragma unroll
-      for (int s = 0; s < 4; ++s)
+        for (int s = 0; s < 2; ++s)
 #pragma unroll
-        for (int f = 0; f < 2; ++f) ptx::mma<T>(sum[f][j], fragment[s][f], dy[2 * s], dy[2 * s + 1], sum[f][j]);
+          for (int f = 0; f < 2; ++f) ptx::mma<T>(sum[f][j], fragment[s][f], words[2 * s], words[2 * s + 1], sum[f][j]);
+      });
     });
-    if (chunk + 1 < chunks) scale_tile.fill(p.weight, scales, (chunk + 1) % 2);
+    scale_tile.store(p.weight, scales, buffer ^ 1);
   }
   ptx::cp_async_wait<0>();
+  if (!Group::add_up(table, sum)) return;
   if constexpr (kMulti)
     low_rank_steps_of_adapters<T, 2, kTokens>(p.out, first_feature, first_token, sum);
   else
@@ -202,16 +234,28 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GemmDxParams p) 
   store_results<T, 2, kTokens, kMulti>(p.out, first_feature, first_token, sum);
 }
 
-template <class T, int kTokens>
-Status launch_tile(const GemmDxParams& p, cudaStream_t stream) {
-  const Grid grid{ceil_div(p.out.m, kTokens), ceil_div(p.weight.k, kFeatures)};
-  const auto kernel_of_call = p.out.adapter_of_token != nullptr ? kernel<T, kTokens, true> : kernel<T, kTokens, false>;
-  return start(kernel_of_call, grid, kThreads, kSharedBytes<kTokens>, stream, p);
+template <class T, class S>
+Status launch_shape(const GemmDxParams& p, cudaStream_t stream) {
+  const Grid grid{ceil_div(p.out.m, S::kTokens), ceil_div(p.weight.k, S::kFeatures)};
+  const auto kernel_of_call = p.out.adapter_of_token != nullptr ? kernel<T, S, true> : kernel<T, S, false>;
+  return start(kernel_of_call, grid, S::kBlockThreads, S::kSharedBytes, stream, p);
 }
 
 template <class T>
 Status launch_typed(const GemmDxParams& p, cudaStream_t stream) {
-  return p.tokens_per_block == 128 ? launch_tile<T, 128>(p, stream) : launch_tile<T, 64>(p, stream);
+  switch (p.tile) {
+    case GemmTile::k128x64:
+      return launch_shape<T, Shape<4, 64, 2>>(p, stream);
+    case GemmTile::k64x64:
+      return launch_shape<T, Shape<2, 64, 4>>(p, stream);
+    case GemmTile::k64x32:
+      return launch_shape<T, Shape<2, 32, 8>>(p, stream);
+    case GemmTile::k64x32Small:
+      return launch_shape<T, Shape<2, 32, 4>>(p, stream);
+    default:  // Turing has no bfloat16
+      if constexpr (std::is_same_v<T, fp16>) return launch_shape<T, Shape<4, 64, 1>>(p, stream);
+      return {"bfloat16 needs more shared memory than this GPU has"};
+  }
 }
 
 }  // namespace gemm_dx

@@ -158,9 +158,9 @@ Status launch_gemm(GemmParams p, cudaStream_t stream);
 // dx = dy W + …; out.rows is k, a multiple of 32; n is a multiple of 8. Every block size.
 struct GemmDxParams {
   Weight weight;
-  const void* dy;        // [m, n], aligned to 16 bytes
-  DType dtype;           // of dy, dx, lora_up and lora_t: bfloat16 or float16
-  int tokens_per_block;  // select_dx_tokens()
+  const void* dy;  // [m, n], aligned to 16 bytes
+  DType dtype;     // of dy, dx, lora_up and lora_t: bfloat16 or float16
+  GemmTile tile;   // select_gemm_tile() of m and k
   GemmOutput out;
 };
 Status launch_gemm_dx(const GemmDxParams& p, cudaStream_t stream);

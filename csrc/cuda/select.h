@@ -59,26 +59,36 @@ constexpr DecodeTile select_decode_tile(int64_t m, int64_t n, int64_t k, const G
   }
 }
 
-// Rows of W and tokens of a block's tile.
-enum class GemmTile { k64x64Turing, k64x64, k64x128, k128x128 };
+// A block's tile: rows of the operand, out features in the forward and in features in dx, and tokens. In a block
+// several groups of warps share the reduction. Small: in the 99 KiB of shared memory that sm_86, sm_89 and sm_120 have;
+// Turing: in 64 KiB, 64 x 64, in dx 128 x 64.
+enum class GemmTile { kTuring, k64x32, k64x32Small, k64x64, k128x64 };
 
-constexpr int tile_rows(GemmTile tile) { return tile == GemmTile::k128x128 ? 128 : 64; }
-constexpr int tile_tokens(GemmTile tile) {
-  return tile == GemmTile::k64x64 || tile == GemmTile::k64x64Turing ? 64 : 128;
+constexpr int tile_rows(GemmTile tile) { return tile == GemmTile::k128x64 ? 128 : 64; }
+constexpr int tile_tokens(GemmTile tile) { return tile == GemmTile::k64x32 || tile == GemmTile::k64x32Small ? 32 : 64; }
+constexpr int64_t gemm_waves(GemmTile tile, int64_t m, int64_t n, const GpuInfo& gpu) {
+  const int64_t blocks =
+      (m + tile_tokens(tile) - 1) / tile_tokens(tile) * ((n + tile_rows(tile) - 1) / tile_rows(tile));
+  return (blocks + gpu.sm_count - 1) / gpu.sm_count;
 }
 
-// A tile of 128 tokens decodes each weight half as often as one of 64; one of 128 rows reads x half as often as well.
-// Both pay as long as three of four SMs have a tile.
-constexpr GemmTile select_gemm_tile(int64_t m, int64_t n, const GpuInfo& gpu) {
-  if (gpu.shared_bytes_per_block < 96 * 1024) return GemmTile::k64x64Turing;
-  if (m <= 64) return GemmTile::k64x64;
-  const int64_t large_tiles = (m + 127) / 128 * ((n + 127) / 128);
-  return large_tiles * 4 >= int64_t{3} * gpu.sm_count ? GemmTile::k128x128 : GemmTile::k64x128;
-}
-
-// Tokens of a block of the backward kernel, whose other extent is 128 in features.
-constexpr int select_dx_tokens(int64_t m, const GpuInfo& gpu) {
-  return m > 64 && gpu.shared_bytes_per_block >= 96 * 1024 ? 128 : 64;
+// The tile that is through first: each SM takes one block at a time. What a block of each tile costs relative to the
+// others is predicted (docs/kernels.md).
+constexpr GemmTile select_gemm_tile(int64_t m, int64_t rows, const GpuInfo& gpu) {
+  if (gpu.shared_bytes_per_block < 96 * 1024) return GemmTile::kTuring;
+  struct Candidate {
+    GemmTile tile;
+    int64_t cost;
+  };
+  const bool small = gpu.shared_bytes_per_block < 160 * 1024;
+  const Candidate candidates[] = {{small ? GemmTile::k64x32Small : GemmTile::k64x32, small ? 9 : 10},
+                                  {small ? GemmTile::k128x64 : GemmTile::k64x64, small ? 28 : 14},
+                                  {GemmTile::k128x64, small ? 28 : 26}};
+  Candidate best = candidates[0];
+  for (const Candidate& other : candidates)
+    if (other.cost * gemm_waves(other.tile, m, rows, gpu) < best.cost * gemm_waves(best.tile, m, rows, gpu))
+      best = other;
+  return best.tile;
 }
 
 // Stretches of the reduction in the low-rank down projection, whose results are few: enough for four blocks on every
@@ -131,12 +141,10 @@ constexpr VendorTokens vendor_tokens(const Problem& p, const GpuInfo& gpu) {
   if (p.dtype == DType::kFloat32) return {kDecodeTokens + 1, kDecodeTokens + 1};
   // sm_75: its own tensor core instructions are those of the fused kernels.
   if (gpu.arch < 80) return {INT64_MAX, INT64_MAX};
-  // sm_90 is measured (docs/gpu.md), sm_100 to sm_110 are not. Tiles of 64 rows that fill the SMs are faster up to one
-  // of 64 tokens.
-  if (gpu.arch >= 90 && gpu.arch < 120) return {p.n >= int64_t{60} * gpu.sm_count ? 65 : kDecodeMostTokens + 1, 1};
-  // Forward: bitsandbytes' ladder between the two ways. Backward: predicted, gemm_dx takes as long for few tokens as
-  // for many.
-  return {gpu.arch < 86 ? 128 : 256, kDecodeTokens + 1};
+  // Predicted times of the fused kernels, and for panels those measured on an H200 (docs/gpu.md), or, elsewhere,
+  // bitsandbytes' ladder between the two ways.
+  if (gpu.arch < 86 || (gpu.arch >= 90 && gpu.arch < 120)) return {65, 65};
+  return {256, 256};
 }
 
 // Rows of W (or columns, in the backward) of a dequantized panel: all, or panels of equal size, a multiple of 64;

@@ -136,7 +136,7 @@ inline Tensor gemm_dx(const cuda::Weight& w, const Matrix& grad, const Up* down,
   p.weight = w;
   p.dy = dy.const_data_ptr();
   p.dtype = grad.dtype;
-  p.tokens_per_block = cuda::select_dx_tokens(grad.rows, scope.gpu());
+  p.tile = cuda::select_gemm_tile(grad.rows, w.k, scope.gpu());
   check(cuda::launch_gemm_dx(p, scope.stream()), "gemm_dx");
   return dx;
 }

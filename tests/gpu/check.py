@@ -26,9 +26,9 @@ TELLING = re.compile(r"passed|failed|FAIL|ERROR SUMMARY|RACECHECK SUMMARY|STICKY
 PROFILED = (
     ("decode", 0, 1),
     ("decode", 0, 16),
-    ("gemm", 1, 64),
-    ("gemm", 2, 512),
-    ("gemm_dx", 128, 512),
+    ("gemm", 0, 64),
+    ("gemm", 0, 512),
+    ("gemm_dx", 0, 64),
     ("dequantize", 1, 0),
 )
 QUESTIONS = """

@@ -34,7 +34,11 @@ def pytest_generate_tests(metafunc):
 def device(request):
     """Each test takes one architecture and one schedule, spread by its name, or those that it was given."""
     number = zlib.crc32(request.node.nodeid.encode())
-    arch, seed = request.param or (executor.ARCHS[number % len(executor.ARCHS)], number % 97 + 1)
+    marker = request.node.get_closest_marker("archs")
+    archs = marker.args if marker else executor.ARCHS
+    arch, seed = request.param or (archs[number % len(archs)], number % 97 + 1)
+    if arch not in archs:
+        pytest.skip(f"not for {arch}")
     with executor.ptx(arch, seed=seed, desync=number % 2 == 0) as running:
         yield f"ptx-{arch}"
     if running.failure is not None:

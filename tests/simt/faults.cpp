@@ -111,6 +111,20 @@ void misaligned(Params p) {
   ptx::store(p.out + ptx::thread(), 6.0f);
 }
 
+// Two groups of two warps, each with a barrier of its own: values go from warp to warp within a group.
+void groups(Params p) {
+  const int group = ptx::thread() / kThreads, inside = ptx::thread() % kThreads;
+  const SharedAddress mine = static_cast<SharedAddress>(ptx::thread() * 4);
+  ptx::store_shared(mine, 7.0f);
+  if (p.fault != 1) ptx::sync_group<kThreads>(group);  // 1: missing barrier
+  const int of = p.fault == 2 ? 1 - group : group;     // 2: another group's value behind this one's barrier
+  const int other = of * kThreads + (inside + 32) % kThreads;
+  const float value = ptx::load_shared<float>(static_cast<SharedAddress>(other * 4));
+  ptx::sync_threads();
+  ptx::store_shared(mine, value);
+  ptx::store(p.out + inside, value);
+}
+
 struct Case {
   const char* name;
   void (*kernel)(Params);
@@ -118,6 +132,7 @@ struct Case {
   const char*
       expected[2];  // part of the report of fault 1 and 2, or of either report: which one depends on the schedule
   int shared_bytes;
+  int threads = kThreads;
 };
 
 const Case kCases[] = {
@@ -132,6 +147,7 @@ const Case kCases[] = {
     {"partial_shuffle", partial_shuffle, 1, {"not all threads", ""}, 0},
     {"never_waited", never_waited, 1, {"never waited", ""}, kThreads * 16},
     {"misaligned", misaligned, 1, {"misaligned", ""}, kThreads * 16 + 16},
+    {"groups", groups, 2, {"race|uninitialised", "race|uninitialised"}, 2 * kThreads * 4, 2 * kThreads},
 };
 
 // Whether one of the alternatives (separated by |) is part of the text.
@@ -165,7 +181,7 @@ int main(int argc, char** argv) {
     for (int fault = 0; fault <= c.faults; ++fault)
       for (uint64_t seed = 1; seed <= 20; ++seed, ++runs) {
         simt::set_seed(seed);
-        const Status status = start(c.kernel, {2}, kThreads, c.shared_bytes, nullptr, Params{fault, in, out});
+        const Status status = start(c.kernel, {2}, c.threads, c.shared_bytes, nullptr, Params{fault, in, out});
         const bool right = fault == 0 ? status.error == nullptr
                                       : status.error != nullptr && matches(status.error, c.expected[fault - 1]);
         if (right) continue;

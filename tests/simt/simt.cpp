@@ -56,7 +56,7 @@ constexpr int kMaxThreads = 1024;
 constexpr int kCellBytes = 2;      // the smallest access to shared memory
 constexpr uint8_t kPoison = 0xFF;  // a nan in every float type
 
-enum class State { kRunnable, kAtBarrier, kAtCollective, kDone };
+enum class State { kRunnable, kAtBarrier, kAtGroupBarrier, kAtCollective, kDone };
 
 struct Copy {
   uint32_t to;
@@ -89,12 +89,16 @@ struct Warp {
   std::vector<Lanes> accesses[kKinds];
 };
 
+// How far a thread has come: two threads are in order if one has passed a barrier that both share since.
+struct Moment {
+  uint32_t barriers = 0, group_barriers = 0, meetings = 0;  // of the block, its group, its warp
+};
+
 // Who touched two bytes of shared memory since when.
 struct Cell {
   bool written = false, pending = false;
-  int16_t writer = -1, reader = -1;  // thread; -2: several readers
-  uint32_t write_barrier = 0, write_meeting = 0, read_barrier = 0, read_meeting = 0;
-  int16_t reader_warp = -1;  // -2: several
+  int16_t writer = -1, first_reader = -1, last_reader = -1;  // threads: those who read lie between these two
+  Moment write, read;
 };
 
 struct Machine {
@@ -110,6 +114,8 @@ struct Machine {
   std::unique_ptr<uint8_t[]> shared;
   int shared_bytes = 0;
   uint32_t barriers = 0;  // of this block
+  int group_size = 0;     // threads of a group that has a barrier of its own; 0: none has met
+  std::vector<uint32_t> group_barriers;
   char* stacks = nullptr;
   void* scheduler = nullptr;
   void* scheduler_fake_stack = nullptr;
@@ -267,43 +273,52 @@ void check_range(uint32_t address, int bytes, const char* what) {
     fail(std::string("out of bounds: ") + what + at(address) + " of " + std::to_string(machine.shared_bytes));
 }
 
-// Unordered: the same stretch between two barriers, and in one warp between two meetings.
-bool unordered(int other, uint32_t barrier, uint32_t meeting) {
+int group_of(int thread) { return machine.group_size == 0 ? -1 : thread / machine.group_size; }
+
+Moment now() {
+  const int me = machine.index.thread, group = group_of(me);
+  return {machine.barriers, group < 0 ? 0 : machine.group_barriers[static_cast<size_t>(group)],
+          machine.warps[static_cast<size_t>(warp_of(me))].meetings};
+}
+
+// Whether no barrier, of the block, of their group or of their warp, stands between what the threads from `first` to
+// `last` did then and this one now.
+bool unordered(int first, int last, const Moment& then) {
   const int me = machine.index.thread;
-  if (other < 0 || other == me || barrier != machine.barriers) return false;
-  return warp_of(other) != warp_of(me) || meeting == machine.warps[static_cast<size_t>(warp_of(me))].meetings;
+  const Moment here = now();
+  if (first < 0 || (first == me && last == me) || then.barriers != here.barriers) return false;
+  const auto all_mine = [&](int of_first, int of_last, int mine) { return of_first == mine && of_last == mine; };
+  if (group_of(me) >= 0 && all_mine(group_of(first), group_of(last), group_of(me)) &&
+      then.group_barriers != here.group_barriers)
+    return false;
+  return !all_mine(warp_of(first), warp_of(last), warp_of(me)) || then.meetings == here.meetings;
 }
 
 void note_write(Cell& cell, uint32_t address) {
-  const int me = machine.index.thread;
-  const uint32_t meetings = machine.warps[static_cast<size_t>(warp_of(me))].meetings;
-  if (cell.written && unordered(cell.writer, cell.write_barrier, cell.write_meeting))
+  const auto me = static_cast<int16_t>(machine.index.thread);
+  if (cell.written && unordered(cell.writer, cell.writer, cell.write))
     fail("race: written by thread " + std::to_string(cell.writer) + " and by this one without a barrier between" +
          at(address));
-  const bool others_read =
-      cell.read_barrier == machine.barriers && cell.reader != -1 &&
-      (cell.reader == -2 ? cell.reader_warp == -2 || cell.reader_warp != warp_of(me) || cell.read_meeting == meetings
-                         : unordered(cell.reader, cell.read_barrier, cell.read_meeting));
-  if (others_read) fail("race: read by another thread and written by this one without a barrier between" + at(address));
+  if (unordered(cell.first_reader, cell.last_reader, cell.read))
+    fail("race: read by another thread and written by this one without a barrier between" + at(address));
   cell = Cell{};
   cell.written = true;
-  cell.writer = static_cast<int16_t>(me);
-  cell.write_barrier = machine.barriers;
-  cell.write_meeting = meetings;
+  cell.writer = me;
+  cell.write = now();
 }
 
 void note_read(Cell& cell, uint32_t address) {
-  const int me = machine.index.thread;
+  const auto me = static_cast<int16_t>(machine.index.thread);
   if (cell.pending) fail("read of a cp.async that was not waited for" + at(address));
   if (!cell.written) fail("read of uninitialised shared memory" + at(address));
-  if (unordered(cell.writer, cell.write_barrier, cell.write_meeting))
+  if (unordered(cell.writer, cell.writer, cell.write))
     fail("race: written by thread " + std::to_string(cell.writer) + " and read by this one without a barrier between" +
          at(address));
-  const bool first = cell.reader == -1 || cell.read_barrier != machine.barriers;
-  cell.reader_warp = static_cast<int16_t>(first || cell.reader_warp == warp_of(me) ? warp_of(me) : -2);
-  cell.reader = static_cast<int16_t>(first || cell.reader == me ? me : -2);
-  cell.read_barrier = machine.barriers;
-  cell.read_meeting = machine.warps[static_cast<size_t>(warp_of(me))].meetings;
+  // Earlier readers who are in order with this one have nothing to say any more: who is in order with it is with them.
+  const bool alone = cell.first_reader < 0 || !unordered(cell.first_reader, cell.last_reader, cell.read);
+  cell.first_reader = alone ? me : std::min(cell.first_reader, me);
+  cell.last_reader = alone ? me : std::max(cell.last_reader, me);
+  cell.read = now();
 }
 
 template <class Fn>
@@ -330,14 +345,16 @@ void start_block(int threads, int shared_bytes) {
   machine.cells.assign(static_cast<size_t>((shared_bytes + kCellBytes - 1) / kCellBytes), Cell{});
   machine.shared_bytes = shared_bytes;
   machine.barriers = 0;
+  machine.group_size = 0;
   for (int i = 0; i < threads; ++i) prepare(machine.threads[static_cast<size_t>(i)], i);
 }
 
 std::string standing(int thread) {
   const Thread& t = machine.threads[static_cast<size_t>(thread)];
-  return t.state == State::kDone        ? "has ended"
-         : t.state == State::kAtBarrier ? "waits at a barrier"
-                                        : std::string("waits at ") + t.place;
+  return t.state == State::kDone             ? "has ended"
+         : t.state == State::kAtBarrier      ? "waits at a barrier"
+         : t.state == State::kAtGroupBarrier ? "waits at a barrier of its group"
+                                             : std::string("waits at ") + t.place;
 }
 
 // Nobody can run: a barrier that all reached, or a mistake.
@@ -353,7 +370,7 @@ void release_barrier() {
   if (waiting < threads) {
     int stuck = first;
     for (int i = 0; i < threads && stuck < 0; ++i)
-      if (machine.threads[static_cast<size_t>(i)].state == State::kAtCollective) stuck = i;
+      if (machine.threads[static_cast<size_t>(i)].state != State::kDone) stuck = i;
     for (int i = 0; i < threads; ++i)  // the other side of the mistake
       if (machine.threads[static_cast<size_t>(i)].state != machine.threads[static_cast<size_t>(stuck)].state ||
           machine.threads[static_cast<size_t>(i)].place != machine.threads[static_cast<size_t>(stuck)].place)
@@ -446,6 +463,23 @@ void sync_threads() {
   self().state = State::kAtBarrier;
   self().place = nullptr;
   to_scheduler();
+}
+
+void sync_group(int group, int threads) {
+  const int me = machine.index.thread, first = group * threads;
+  if (machine.group_size == 0) {
+    machine.group_size = threads;
+    machine.group_barriers.assign(static_cast<size_t>((machine.index.threads + threads - 1) / threads), 0);
+  }
+  if (threads != machine.group_size || threads % 32 != 0) fail("groups of whole warps, all of one size");
+  if (me < first || me >= first + threads) fail("a thread waits with another group than its own");
+  self().state = State::kAtGroupBarrier;
+  self().place = nullptr;
+  for (int i = first; i < first + threads; ++i)
+    if (machine.threads[static_cast<size_t>(i)].state != State::kAtGroupBarrier) return to_scheduler();
+  ++machine.group_barriers[static_cast<size_t>(group)];
+  for (int i = first; i < first + threads; ++i) machine.threads[static_cast<size_t>(i)].state = State::kRunnable;
+  for (int w = first / 32; w < (first + threads) / 32; ++w) flush(machine.warps[static_cast<size_t>(w)], w * 32);
 }
 
 void collective(const char* place, void* mine, const std::function<void(void* const*)>& all) {

@@ -46,6 +46,7 @@ const char* launch(const void* kernel, const int64_t (&grid)[3], int threads, in
                    int64_t params_bytes, const std::function<void()>& body);
 
 void sync_threads();
+void sync_group(int group, int threads);  // threads [group * threads, (group + 1) * threads) meet
 
 // Every lane of the warp calls this with its own `mine`, at one place of the program (`place` tells places apart); the
 // last one to come runs `all` on the 32 pointers.

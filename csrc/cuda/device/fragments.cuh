@@ -24,62 +24,82 @@ QLORA_DEVICE void decode_step(const LevelPairs<T>& pairs, Words2 a, Words2 b, ui
   fragment[3] = pairs.template at<kByte + 1>(word_b);
 }
 
+constexpr int panel_bytes(int rows, int chunks) { return rows * (chunks | 1) * static_cast<int>(sizeof(float)); }
+
 // The scales of kRows rows and `count` chunks in shared memory, [kRows][count | 1]: an odd pitch, so that eight rows
-// lie in eight banks. Each warp decodes whole rows, neighbouring lanes neighbouring scales.
+// lie in eight banks. kWarps warps decode whole rows, neighbouring lanes neighbouring scales: a lane takes one of every
+// kWarps-th row, then the same of the next 32 chunks, kBatch at a time, whose latencies pass together.
+template <int kWarps, int kRows, int kBatch>
 class ScalePanel {
  public:
+  static_assert(kRows % kWarps == 0 && kRows / kWarps % kBatch == 0 || kBatch % (kRows / kWarps) == 0,
+                "a batch is whole rows, or whole chunks");
+  using Batch = RawScale[kBatch];
+
   QLORA_METHOD ScalePanel(SharedAddress base, int count) : base_(base), pitch_(count | 1) {}
-  static QLORA_BOTH constexpr int bytes(int rows, int count) {
-    return rows * (count | 1) * static_cast<int>(sizeof(float));
+
+  // The first batch of a panel, on its way while something else is done. All threads.
+  QLORA_METHOD void load_first(const Weight& w, int64_t first_row, int first_chunk, int count, Batch& raw) const {
+    if (w.absmax == nullptr)
+      load(w, first_row, first_chunk, count, 0, raw, [&](int64_t block) { return WarpScales::load_nested(w, block); });
+    else
+      load(w, first_row, first_chunk, count, 0, raw,
+           [&](int64_t block) { return RawScale{ptx::load(w.absmax + block), 0}; });
   }
 
-  // All threads; a barrier has to follow. `factor` undoes level_multiplier. A warp loads kBatch scales a lane before it
-  // decodes the first one: their latencies pass together, as far as there are registers.
-  template <int kWarps, int kBatch = 4>
-  QLORA_METHOD void fill(const Weight& w, const WarpScales& scales, int64_t first_row, int rows, int first_chunk,
-                         int count, float factor) const {
+  // All scales of the panel, the first batch loaded before. `factor` undoes level_multiplier. All threads; a barrier
+  // has to follow.
+  QLORA_METHOD void fill(const Weight& w, const WarpScales& scales, int64_t first_row, int first_chunk, int count,
+                         float factor, Batch& raw) const {
     if (scales.nested())
-      fill_rows<kWarps, kBatch>(
-          w, first_row, rows, first_chunk, count, factor,
+      fill_with(
+          w, first_row, first_chunk, count, factor, raw,
           [&](int64_t block) { return WarpScales::load_nested(w, block); },
-          [&](RawScale raw) { return scales.value_nested(raw); });
+          [&](RawScale one) { return scales.value_nested(one); });
     else
-      fill_rows<kWarps, kBatch>(
-          w, first_row, rows, first_chunk, count, factor,
+      fill_with(
+          w, first_row, first_chunk, count, factor, raw,
           [&](int64_t block) { return RawScale{ptx::load(w.absmax + block), 0}; },
-          [](RawScale raw) { return raw.absmax; });
+          [](RawScale one) { return one.absmax; });
   }
   // The scales of rows row and row + 1 lie 4 * pitch() bytes apart.
   QLORA_METHOD SharedAddress address(int row, int chunk) const { return base_ + (row * pitch_ + chunk) * 4; }
   QLORA_METHOD int pitch() const { return pitch_; }
 
  private:
-  // Stretches of 32 chunks; within one the rows differ by a constant, so that a scale costs one addition of 64 bits.
-  template <int kWarps, int kBatch, class Load, class Value>
-  QLORA_METHOD void fill_rows(const Weight& w, int64_t first_row, int rows, int first_chunk, int count, float factor,
-                              const Load& load, const Value& value) const {
+  static constexpr int kRowTurns = kRows / kWarps;
+  static QLORA_METHOD int warp() { return ptx::warp() % kWarps; }
+
+  // Scale i of a batch whose first one is `turn`: its row among those of the warp, and its chunk.
+  static QLORA_METHOD int row_of(int turn, int i) { return (turn + i) % kRowTurns * kWarps + warp(); }
+  static QLORA_METHOD int chunk_of(int turn, int i) { return (turn + i) / kRowTurns * 32 + ptx::lane(); }
+
+  template <class Load>
+  QLORA_METHOD void load(const Weight& w, int64_t first_row, int first_chunk, int count, int turn, Batch& raw,
+                         const Load& load) const {
     const int shift = w.block_shift - 6;
     const int64_t row_chunks = w.k / kChunk, last_row = (w.n - 1) * row_chunks;
-    for (int c = ptx::lane(); c < count + ptx::lane(); c += 32) {
-      const bool mine = c < count;
-      const int64_t offset = first_chunk + (mine ? c : count - 1);
-      int64_t row = (first_row + ptx::warp()) * row_chunks;
-      SharedAddress to = base_ + (ptx::warp() * pitch_ + c) * 4;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int64_t row = min_i64((first_row + row_of(turn, i)) * row_chunks, last_row);
+      const int chunk = chunk_of(turn, i);
+      raw[i] = load((row + first_chunk + (chunk < count ? chunk : count - 1)) >> shift);
+    }
+  }
+
+  template <class Load, class Value>
+  QLORA_METHOD void fill_with(const Weight& w, int64_t first_row, int first_chunk, int count, float factor, Batch& raw,
+                              const Load& load_one, const Value& value) const {
+    const int turns = (count + 31) / 32 * kRowTurns;
 #pragma unroll 1
-      for (int r = ptx::warp(); r < rows; r += kBatch * kWarps) {
-        RawScale raw[kBatch];
+    for (int turn = 0;;) {
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          raw[i] = load((min_i64(row, last_row) + offset) >> shift);
-          row += kWarps * row_chunks;
-        }
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          const float scale = value(raw[i]);
-          if (mine && r + i * kWarps < rows) ptx::store_shared(to, scale * factor);
-          to += kWarps * pitch_ * 4;
-        }
+      for (int i = 0; i < kBatch; ++i) {
+        const float scale = value(raw[i]);
+        if (chunk_of(turn, i) < count) ptx::store_shared(address(row_of(turn, i), chunk_of(turn, i)), scale * factor);
       }
+      if ((turn += kBatch) >= turns) return;
+      load(w, first_row, first_chunk, count, turn, raw, load_one);
     }
   }
 

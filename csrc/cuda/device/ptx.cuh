@@ -33,6 +33,11 @@ QLORA_DEVICE int block_z() { return static_cast<int>(blockIdx.z); }
 
 QLORA_DEVICE void sync_threads() { __syncthreads(); }
 QLORA_DEVICE void sync_warp() { __syncwarp(); }
+// Of kThreads neighbours, whole warps; at most 15 groups a block.
+template <int kThreads>
+QLORA_DEVICE void sync_group(int group) {
+  asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(kThreads) : "memory");
+}
 
 // ---- global memory ----
 

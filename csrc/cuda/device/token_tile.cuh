@@ -2,6 +2,7 @@
 // cores that needs no decoding, tokens of x and dy, and low-rank factors.
 #pragma once
 
+#include "cuda/device/groups.cuh"
 #include "cuda/device/unroll.cuh"
 #include "format/common.h"
 
@@ -18,11 +19,11 @@ QLORA_DEVICE void start_pipeline(const Fetch& fetch) {
   }
 }
 // The next chunk has arrived for all threads, one more is on its way, and the one before is done with: contains a
-// barrier.
-template <int kStages, class Fetch>
+// barrier of the threads that share the pipeline.
+template <int kStages, class Group = WholeBlock, class Fetch>
 QLORA_DEVICE void advance_pipeline(const Fetch& fetch) {
   ptx::cp_async_wait<kStages - 2>();
-  ptx::sync_threads();
+  Group::sync();
   fetch();
   ptx::cp_async_commit();
 }
@@ -106,23 +107,27 @@ QLORA_DEVICE void load_fragment(Place place, uint32_t (&words)[8]) {
   words[4] = high.x, words[5] = high.y, words[6] = high.z, words[7] = high.w;
 }
 
-// Stages of [kTokens][64] 16-bit elements.
-template <int kTokens, int kStages, int kThreads>
+// Stages of [kTokens][64] 16-bit elements, which a group of kThreads threads share: of kGroups groups, each takes every
+// kGroups-th chunk.
+template <int kTokens, int kStages, int kThreads, int kGroups = 1>
 class TokenTile {
  public:
   static constexpr int kStageBytes = kTokens * 128;
   static constexpr int kBytes = kStageBytes * kStages;
 
   // x [m, row_stride] of which the first row_elems are taken, both multiples of 8; rows and elements beyond the last
-  // one are zeros. All threads.
+  // one are zeros. All threads of the group.
   QLORA_METHOD TokenTile(SharedAddress base, const void* x, int64_t m, int64_t row_stride, int64_t row_elems,
                          int64_t first_token)
       : base_(base),
         left_(static_cast<int>(row_elems) - ptx::thread() % 8 * 8),
         chunks_left_(static_cast<int>(ceil_div(row_elems, 64))) {
-    const int row = ptx::thread() / 8, piece = ptx::thread() % 8;
+    const int group = kGroups == 1 ? 0 : ptx::thread() / kThreads;
+    const int row = ptx::thread() % kThreads / 8, piece = ptx::thread() % 8;
+    left_ -= group * 64;
+    chunks_left_ -= group;
     to_ = swizzled(row, piece);
-    from_ = static_cast<const char*>(x) + (first_token + row) * row_stride * 2 + piece * 16;
+    from_ = static_cast<const char*>(x) + (first_token + row) * row_stride * 2 + group * 128 + piece * 16;
     stride_ = kRowsAtOnce * row_stride * 2;
     copies_ = static_cast<int>(min_i64(kCopies, ceil_div(m - first_token - row, kRowsAtOnce)));
     full_ = first_token + kTokens <= m;
@@ -134,7 +139,8 @@ class TokenTile {
 
   // Starts the copy of the next chunk, if there is one.
   QLORA_METHOD void fetch() {
-    if (chunks_left_-- > 0) copy();
+    if (chunks_left_ > 0) copy();
+    chunks_left_ -= kGroups;
     stage_ = stage_ + kStageBytes == base_ + kBytes ? base_ : stage_ + kStageBytes;
   }
 
@@ -158,8 +164,8 @@ class TokenTile {
     } else {
       for (int i = 0; i < copies_; ++i) ptx::cp_async_16(to + i * (kRowsAtOnce * 128), from + i * stride_);
     }
-    from_ += 128;
-    left_ -= 64;
+    from_ += kGroups * 128;
+    left_ -= kGroups * 64;
   }
 
   SharedAddress base_, to_;

@@ -32,6 +32,10 @@ QLORA_DEVICE int block_y() { return static_cast<int>(simt::index().block[1]); }
 QLORA_DEVICE int block_z() { return static_cast<int>(simt::index().block[2]); }
 
 QLORA_DEVICE void sync_threads() { simt::sync_threads(); }
+template <int kThreads>
+QLORA_DEVICE void sync_group(int group) {
+  simt::sync_group(group, kThreads);
+}
 QLORA_DEVICE void sync_warp() {
   simt::collective("syncwarp", nullptr, [](void* const*) {});
 }

@@ -1,0 +1,29 @@
+"""How sasstime launches gemm.cu: m n k [tile], the tiles of GemmTile."""
+
+from sasstime import Buffer, Launch
+
+from qlora import BFLOAT16, FLAGS, output, up, weight, weight_bytes  # sasstime's own helpers
+
+__all__ = ["FLAGS", "launch"]
+# GemmTile, then the template arguments of Shape: fragments, warps of a group, tokens, stages, groups, panel, batch.
+TILES = {
+    "turing": (0, 1, 4, 64, 2, 1, 32, 4),
+    "64x32": (1, 2, 2, 32, 3, 8, 64, 8),
+    "small": (2, 2, 2, 32, 3, 4, 64, 8),
+    "64x64": (3, 2, 2, 64, 3, 4, 64, 8),
+    "128x64": (4, 2, 4, 64, 2, 2, 64, 8),
+}
+
+
+def launch(gpu, m=64, n=4096, k=4096, tile="64x32"):
+    number, fragments, warps, tokens, stages, groups, panel, batch = TILES[tile]
+    rows, threads = 16 * fragments * warps, 32 * warps * groups
+    shared = 32 * 1024 + groups * tokens * 128 * stages + rows * (panel | 1) * 4
+    grid = (up(m, tokens), up(n, rows), 1)
+    x, y = Buffer("x", m * k * 2, "bfloat16", dram=False), Buffer("y", m * n * 2, dram=False)
+    parameters = [weight(n, k, sharers=grid[0]), x, ("i", BFLOAT16), ("i", number), output(y, m, n, 0)]
+    shape = f"{fragments}, {warps}, {tokens}, {stages}, {groups}, {panel}, {batch}"
+    name = rf"gemm::kernel<qlora::bf16, qlora::cuda::gemm::Shape<{shape}>, false>"
+    flops = 2.0 * grid[0] * tokens * n * k
+    floor = weight_bytes(n, k) + 2 * m * n
+    return Launch(name, grid, threads, shared, [[*parameters, ("f", 1.0), ("f", 1.0)]], floor, flops)
