@@ -6,8 +6,8 @@
 //   kernels sweep [n k …]              times as CSV: graph replays over weights that rotate beyond L2, medians of five
 //   kernels one KERNEL TILE m n k [times]
 //
-// Tiles: decode 16, 32 (rows); gemm and gemm_dx those of GemmTile by number; lora_down and lora_grad parts, dequantize
-// panels. 0: what select.h chooses.
+// Tiles: decode 16, 32 (rows); gemm and gemm_dx those of GemmTile by number; lora_down tokens, lora_grad parts,
+// dequantize panels. 0: what select.h chooses.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -95,8 +95,8 @@ uint16_t* random_bfloat16(int64_t count, uint32_t seed, float scale) {
 struct Bench {
   cudaStream_t stream = nullptr;
   GpuInfo gpu;
-  uint16_t *tokens, *out, *lora_a, *lora_b;  // bfloat16
-  float *activation, *floats;
+  uint16_t *tokens, *out, *lora_b;  // bfloat16
+  float *activation, *factors, *floats;
 
   Bench() {
     require(cudaSetDevice(0), "cudaSetDevice");
@@ -105,9 +105,9 @@ struct Bench {
     const int64_t most = kMostTokens * kMostFeatures;
     tokens = random_bfloat16(most, 1, 1.0f);
     out = device_array<uint16_t>(most);
-    lora_a = random_bfloat16(kRank * kMostFeatures, 2, 0.02f);
     lora_b = random_bfloat16(kRank * kMostFeatures, 3, 0.02f);
     activation = random_floats(kMostTokens * kRank, 4, -1, 2);
+    factors = random_floats(kRank * kMostFeatures, 2, -0.02f, 0.04f);
     floats = device_array<float>(most);
     require(cudaDeviceSynchronize(), "random data");
   }
@@ -210,40 +210,52 @@ Call dequantize_call(const Bench& b, int panels) {
   };
 }
 
-Call lora_down_call(const Bench& b, int parts, int64_t m) {
+LowRankFactor factor_a(const Bench& b, int64_t features) { return {b.factors, DType::kFloat32, features, 1, 0, true}; }
+
+Call lora_down_call(const Bench& b, int tokens, int64_t m) {
   return [=](const Weight& w) {
     LoraDownParams p{};
-    p.x = b.tokens;
-    p.operand = b.lora_a;
+    p.job[0] = {b.tokens, w.k, factor_a(b, w.k), b.floats, nullptr};
+    p.count = 1;
     p.dtype = DType::kBFloat16;
     p.m = m;
-    p.rows = kRank;
-    p.elems = w.k;
-    p.splits = 1;
-    p.parts = parts != 0 ? parts : select_lora_parts(m, kRank, w.k, b.gpu);
-    p.out = b.floats;
+    p.r = kRank;
+    p.scale = 1.0f;
+    p.tokens_per_block = tokens != 0 ? tokens : select_lora_down_tokens(m, kRank, b.gpu);
     require(launch_lora_down(p, b.stream), "lora_down");
   };
 }
 
 Call lora_grad_call(const Bench& b, int parts, int64_t m) {
   return [=](const Weight& w) {
-    const LoraGradTile tile = select_lora_grad(m, w.k, kRank, 1, 1, true, b.gpu);
     LoraGradParams p{};
-    p.x = b.tokens;
-    p.factor = b.lora_a;
-    p.down_operand = b.lora_b;
+    LoraGradJob& job = p.job[0];
+    job.x = b.tokens;
+    job.features = w.k;
+    job.activations = b.activation;
+    job.parts = parts != 0 ? parts : select_lora_grad_parts(m, w.k, kRank, 1, b.gpu);
+    job.out = b.floats;
+    job.rank_stride = w.k;
+    job.feature_stride = 1;
+    p.count = 1;
     p.dtype = DType::kBFloat16;
     p.m = m;
     p.ranks = kRank;
-    p.padded_m = (m + 7) / 8 * 8;
-    p.features = w.k;
-    p.splits = 1;
-    p.ranks_per_block = tile.ranks;
-    p.parts = parts != 0 ? parts : tile.parts;
-    p.out = b.floats;
-    p.down_out = b.floats + kMostTokens * kMostFeatures / 2;
+    p.splits = true;
+    p.ranks_per_block = select_lora_grad_ranks(kRank);
     require(launch_lora_grad(p, b.stream), "lora_grad");
+  };
+}
+
+Call lora_up_call(const Bench& b, int64_t m) {
+  return [=](const Weight& w) {
+    LoraUpParams p{};
+    p.dtype = DType::kBFloat16;
+    p.out = output(b, m, w.k);
+    p.out.up = factor_a(b, w.k);
+    p.out.lora_t = b.activation;
+    p.out.r = kRank;
+    require(launch_lora_up(p, b.stream), "lora_up");
   };
 }
 
@@ -254,6 +266,7 @@ Call call_of(const Bench& b, const std::string& kernel, int tile, int64_t m) {
   if (kernel == "dequantize") return dequantize_call(b, tile);
   if (kernel == "lora_down") return lora_down_call(b, tile, m);
   if (kernel == "lora_grad") return lora_grad_call(b, tile, m);
+  if (kernel == "lora_up") return lora_up_call(b, m);
   std::printf("unknown kernel %s\n", kernel.c_str());
   std::exit(2);
 }
@@ -319,7 +332,8 @@ int check(const Bench& b, bool small) {
         for (const int rows : {16, 32}) one("decode", rows);
       for (const char* kernel : {"gemm", "gemm_dx"})
         for (const int tile : gemm_tiles(b.gpu)) one(kernel, tile);
-      for (const char* kernel : {"lora_down", "lora_grad", "dequantize"}) call_of(b, kernel, 0, m)(weights[0]);
+      for (const char* kernel : {"lora_down", "lora_grad", "lora_up", "dequantize"})
+        call_of(b, kernel, 0, m)(weights[0]);
       require(cudaStreamSynchronize(b.stream), "low-rank kernels");
     }
     release(weights);
@@ -397,9 +411,10 @@ void sweep_shape(const Bench& b, int64_t n, int64_t k, double l2_bytes) {
       for (const int tile : gemm_tiles(b.gpu)) product(kernel, tile, m);
   for (const int panels : {1, 2, 4}) row("dequantize", panels, 0, weight_bytes + 2.0 * n * k, 0);
   for (const int64_t m : {1, 16, 128, 2048, 8192})
-    for (const int parts : {0, 1, 4, 16}) row("lora_down", parts, m, 2.0 * m * k, 2.0 * kRank * m * k);
+    for (const int tokens : {16, 32, 64}) row("lora_down", tokens, m, 2.0 * m * k, 2.0 * kRank * m * k);
   for (const int64_t m : {128, 512, 2048, 8192})
-    for (const int parts : {0, 1, 4, 16, 32}) row("lora_grad", parts, m, 2.0 * m * k, 4.0 * kRank * m * k);
+    for (const int parts : {0, 1, 4, 16, 32}) row("lora_grad", parts, m, 2.0 * m * k, 2.0 * kRank * m * k);
+  for (const int64_t m : {128, 512, 2048, 8192}) row("lora_up", 0, m, 2.0 * m * k, 2.0 * kRank * m * k);
   release(weights);
 }
 

@@ -129,14 +129,23 @@ struct DecodeParams {
 };
 Status launch_decode(DecodeParams p, cudaStream_t stream);
 
-// y [m, rows] = product + lora_t lora_upᵀ + bias: rows are out features in the forward, in features in the backward.
+// A low-rank factor: element (rank, feature) of adapter a is data[a * adapter_stride + rank * rank_stride + feature *
+// feature_stride]. As lora_a and lora_b lie in memory, one of the strides is 1.
+struct LowRankFactor {
+  const void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t rank_stride = 0, feature_stride = 0, adapter_stride = 0;
+  bool is_vectorized = false;  // aligned to 16 bytes, the strides that are not 1 multiples of 8
+};
+
+// y [m, rows] = product + lora_t · up + bias: rows are out features in the forward, in features in the backward.
 struct GemmOutput {
   void* y;
   int64_t m;
   int64_t rows;
-  const void* lora_up;              // [rows, r], or [adapters, rows, r] with adapter_of_token; aligned to 16 bytes
-  const void* lora_t;               // [m, r], scaled; aligned to 16 bytes
-  int r;                            // a multiple of 16; 0: none
+  LowRankFactor up;                 // its features are the rows
+  const float* lora_t;              // [m, r], scaled; aligned to 16 bytes
+  int r;                            // 0: none
   const int64_t* adapter_of_token;  // [m], -1: none; null: one adapter for all
   int64_t adapters;
   const void* bias;  // [rows] or null
@@ -147,7 +156,7 @@ struct GemmOutput {
 struct GemmParams {
   Weight weight;
   const void* x;  // [m, k], aligned to 16 bytes
-  DType dtype;    // of x, y, lora_up and lora_t: bfloat16 or float16
+  DType dtype;    // of x and y: bfloat16 or float16
   GemmTile tile;
   GemmOutput out;
   float level_multiplier;  // the launch sets these two
@@ -159,7 +168,7 @@ Status launch_gemm(GemmParams p, cudaStream_t stream);
 struct GemmDxParams {
   Weight weight;
   const void* dy;  // [m, n], aligned to 16 bytes
-  DType dtype;     // of dy, dx, lora_up and lora_t: bfloat16 or float16
+  DType dtype;     // of dy and dx: bfloat16 or float16
   GemmTile tile;   // select_gemm_tile() of m and k
   GemmOutput out;
 };
@@ -193,89 +202,67 @@ Status launch_adapter_plan(const AdapterPlanParams& p, cudaStream_t stream);
 
 // ---- the low-rank term ----
 
-// parts[s] [m, rows] = x · operandᵀ over the s-th stretch of the reduction: the low-rank activations, x lora_aᵀ in the
-// forward and dy lora_b in the backward.
-struct LoraDownParams {
-  const void* x;        // [m, elems], aligned to 16 bytes
-  const void* operand;  // [splits, rows, elems], aligned to 16 bytes; a second one is added to the first
-  DType dtype;          // of both: bfloat16 or float16
-  int64_t m, rows;
-  int64_t elems;  // a multiple of 8
-  int splits;     // 1 or 2
-  int parts;      // select_lora_parts()
-  float* out;     // [parts, m, rows]
+// out [m, r] = scale * x · factorᵀ: low-rank activations, x lora_aᵀ in the forward and dy lora_b in the backward. Up to
+// two at once: what costs here is the launch.
+struct LoraDownJob {
+  const void* x;     // [m, features], aligned to 16 bytes
+  int64_t features;  // a multiple of 8
+  LowRankFactor factor;
+  float* out;  // [m, r]
   unsigned long long*
       largest;  // [1], zero before: the largest magnitude in out, as the bits of a float; null: not asked
-  // With a plan `operand` is [adapters, splits, rows, elems]; rows of out without an adapter are not written.
+};
+struct LoraDownParams {
+  LoraDownJob job[2];
+  int count;
+  DType dtype;  // of x: bfloat16 or float16
+  int64_t m, r;
+  float scale;
+  int tokens_per_block;  // select_lora_down_tokens()
+  // With a plan each token has its adapter's factor and its scale besides; rows of out without an adapter are not
+  // written.
   AdapterPlan plan;
 };
 Status launch_lora_down(const LoraDownParams& p, cudaStream_t stream);
 
-// Low-rank factors and activations as the other kernels want them.
-// value(row, r) = scale * sum over parts source(row, r)
-// out [adapters, rows, padded_r], zero from r on. With `split`, three such parts side by side whose products add up to
-// one of nearly float32: an operand (kOperand) is [high, high, low], the activations that it meets (kActivation) are
-// [high, low, high]; kStacked puts the low part below the high one, [adapters, 2, rows, padded_r].
-enum class Split : int { kNone, kOperand, kActivation, kStacked };
-// float16 ends at 65504 and 2^-24: kMultiply brings values into its range by a power of two, kDivide takes them back.
-enum class HalfRange : int { kLeave, kMultiply, kDivide };
-struct LoraPackParams {
-  DenseMatrix source;  // (row, r) of one adapter and part
-  int64_t rows;        // of one adapter
-  int64_t r;
-  int64_t padded_r;  // of one part of the split
-  Split split;
-  void* out;
-  DType dtype;  // of out; float32 only without split
-  float scale = 1.0f;
-  int64_t adapters = 1;
-  int64_t adapter_stride = 0;  // elements of the source
-  int parts = 1;
-  int64_t part_stride = 0;  // elements of the source
-  HalfRange half_range = HalfRange::kLeave;
-  const unsigned long long* largest = nullptr;  // [1], see LoraDownParams
-  float largest_factor = 1.0f;                  // no value to be scaled is larger than this times *largest
-  // Activations of many adapters: each token's value is multiplied by the scale of its adapter as well; zero for a
-  // token without one. Tokens are rows of the source, or its columns if tokens_are_columns. With token_order, position
-  // i of the result is token token_order[i], -1: zero.
-  const int64_t* adapter_of_token = nullptr;
-  const float* scale_of_adapter = nullptr;
-  int64_t adapter_count = 0;
-  bool tokens_are_columns = false;
-  const int* token_order = nullptr;
-};
-// Up to four at once, all to the same dtype: what costs here is the launch.
-inline constexpr int kMostPacks = 4;
-struct LoraPackJobs {
-  LoraPackParams job[kMostPacks];
-  int count = 0;
-};
-Status launch_lora_pack(const LoraPackJobs& jobs, cudaStream_t stream);
-
-// out[s] [ranks, features] = factor · x over the s-th stretch of the tokens: gradients of low-rank factors. With a down
-// operand also down_out[f] [m, ranks] = x · down_operandᵀ over the f-th stretch of lora_grad_features().
-struct LoraGradParams {
-  const void* x;             // [m, features], aligned to 16 bytes
-  const void* factor;        // [splits, ranks, padded_m], aligned to 16 bytes, zero from m on
-  const void* down_operand;  // [splits, ranks, features], aligned to 16 bytes; null: none
-  DType dtype;               // of all three: bfloat16 or float16
-  int64_t m, ranks;
-  int64_t padded_m, features;  // multiples of 8
-  int splits;                  // 1 or 2
-  int ranks_per_block;         // select_lora_grad()
+// out[s] [ranks, features] = activationsᵀ · x over the s-th stretch of the tokens: the gradients of low-rank factors.
+struct LoraGradJob {
+  const void* x;                      // [m, features], aligned to 16 bytes
+  int64_t features;                   // a multiple of 8
+  const float* activations;           // [m, ranks], aligned to 16 bytes
+  const unsigned long long* largest;  // of the activations, see LoraDownJob: float16 is scaled by it; null: is not
   int parts;
-  float* out;                   // [parts, ranks, features]
-  float* down_out;              // [ceil(features / lora_grad_features()), m, ranks]
-  unsigned long long* largest;  // of down_out, as in LoraDownParams
-  // With a plan `factor` is by position (padded_m = tiles * kAdapterTile), down_operand [adapters, splits, ranks,
-  // features], out [parts, adapters, ranks, features]; rows of down_out without an adapter are not written.
-  AdapterPlan plan;
+  float* out;                           // [parts, adapters, …], each of ranks * features elements
+  int64_t rank_stride, feature_stride;  // of out; one of them is 1
+};
+struct LoraGradParams {
+  LoraGradJob job[2];
+  int count;
+  DType dtype;  // of x: bfloat16 or float16
+  int64_t m, ranks;
+  bool splits;          // whether the activations count to nearly float32, by a high and a low part
+  int ranks_per_block;  // select_lora_grad()
+  AdapterPlan plan;     // with it, a gradient for each adapter
 };
 Status launch_lora_grad(const LoraGradParams& p, cudaStream_t stream);
 
-// y = lora_t lora_upᵀ alone: the gradient of lora_x. r > 0, one adapter, no bias.
+// out[i] = sum over parts of from[part][i], in order, for up to two arrays.
+struct LoraSumJob {
+  const float* from;  // [parts, count]
+  int parts;
+  int64_t count;
+  void* out;
+  DType dtype;
+};
+struct LoraSumJobs {
+  LoraSumJob job[2];
+  int count = 0;
+};
+Status launch_lora_sum(const LoraSumJobs& jobs, cudaStream_t stream);
+
+// y = lora_t · up + bias alone: the gradient of lora_x, and what the vendor's GEMM adds to. r > 0, one adapter.
 struct LoraUpParams {
-  DType dtype;  // of all matrices: bfloat16 or float16
+  DType dtype;  // of y: bfloat16 or float16
   GemmOutput out;
 };
 Status launch_lora_up(const LoraUpParams& p, cudaStream_t stream);

@@ -1,104 +1,132 @@
-// The low-rank down projection on the tensor cores: few columns, a long reduction. Sixteen ranks are the rows of a
-// product whose columns are tokens; the reduction is cut into stretches that blocks take side by side, whose sums the
-// next kernel adds up in a fixed order.
+// The low-rank down projection on the tensor cores, low-rank activations [m, r] = scale * x · factorᵀ: few columns, a
+// long reduction. Sixteen ranks are the rows of a product whose columns are tokens; the warps of a block share the
+// reduction and add up in order. Tokens and factors go from memory to registers as they lie: nothing is read twice.
 #include "cuda/device/half_range.cuh"
 #include "cuda/device/launch.cuh"
-#include "cuda/device/token_tile.cuh"
+#include "cuda/device/low_rank.cuh"
 
 namespace qlora::cuda {
 namespace lora_down {
 
-constexpr int kThreads = 128;
-constexpr int kRanks = 16;
-constexpr int kTokens = 64;
-constexpr int kStages = 3;
-constexpr int kRankBytes = kRanks * 128, kTokenBytes = kTokens * 128;
-constexpr int kGroups = kTokens / 8 / (kThreads / 32);  // of eight tokens, for each warp
+constexpr int kWarps = 16, kThreads = 32 * kWarps;
+constexpr int kRanks = 16;     // of a block
+constexpr int kFeatures = 32;  // of a warp at a time: lane (g, t) takes 8t … 8t + 7 of its ranks and tokens
 
-template <class T, int kSplits>
-QLORA_KERNEL void QLORA_BOUNDS(kThreads, 4) kernel(QLORA_PARAMS LoraDownParams p) {
-  if (!ptx::can_run<T>(0)) return;
-  constexpr int kStageBytes = kTokenBytes + kSplits * kRankBytes;
-  const int64_t first_token = static_cast<int64_t>(ptx::block_x()) * kTokens;
-  const int64_t first_rank = static_cast<int64_t>(ptx::block_y()) * kRanks;
-  // Whole chunks of 64 for each part, the last one takes what is left.
-  const int64_t chunks = ceil_div(p.elems, 64), begin = chunks * ptx::block_z() / p.parts,
-                end = chunks * (ptx::block_z() + 1) / p.parts;
-  const T* operand = static_cast<const T*>(p.operand);
-  const T* x = static_cast<const T*>(p.x);
-  float scale = 1.0f;  // only to know how large the scaled result is
-  if (p.plan.order != nullptr) {
-    const int adapter = ptx::load(p.plan.adapter_of_tile + ptx::block_x());
-    if (adapter < 0) return;
-    operand += adapter * (kSplits * p.rows * p.elems);
-    scale = ptx::load(p.plan.scale_of_adapter + adapter);
-  }
-  TokenRows<kTokens, kThreads> rows;
-  rows.set(p.plan.order, p.m, first_token);
+// Where a warp's sum of a token and a rank lies: two tokens to 128 bytes, turned from pair to pair, so that both who
+// store (four pairs, eight ranks) and who read (one pair) find 32 different banks.
+QLORA_DEVICE SharedAddress sum_at(int token_of_all, int rank) {
+  const int pair = token_of_all / 2, inside = token_of_all % 2 * kRanks + rank;
+  return ptx::shared_base() + (pair * 32 + (inside + 8 * pair) % 32) * 4;
+}
 
-  SharedAddress stage = ptx::shared_base();  // filled next; behind fetch(), the one to be read
-  int64_t next = begin;
-  const auto fetch = [&] {
-    if (next < end) {
-      rows.fetch(stage, x, p.elems, next * 64);
+// The warp's share of the products of sixteen ranks with 8 kGroups tokens: x is the row of the lane's token in each
+// group, null if there is none.
+template <class T, int kGroups, FactorPath kPath>
+QLORA_DEVICE void add_products(const LoraDownJob& job, const T* const (&x)[kGroups], int64_t adapter,
+                               int64_t first_rank, int64_t ranks, float (&sum)[kGroups][4]) {
+  const int g = ptx::lane() / 4, t = ptx::lane() % 4;
+  const LowRankFactor& factor = job.factor;
+  const bool splits = kPath != FactorPath::kVectors16 && factor.dtype != kDTypeOf<T>;
+#pragma unroll(kGroups <= 4 ? 2 : 1)
+  for (int64_t first = ptx::warp() * kFeatures; first < job.features; first += kWarps * kFeatures) {
+    const int64_t feature = first + 8 * t;
+    const bool inside = feature < job.features;
+    Words4 tokens[kGroups];
 #pragma unroll
-      for (int s = 0; s < kSplits; ++s)
-        fetch_rows<kRanks, kThreads>(stage + kTokenBytes + s * kRankBytes, operand + s * p.rows * p.elems, p.rows,
-                                     p.elems, first_rank, next * 64);
+    for (int j = 0; j < kGroups; ++j)
+      tokens[j] =
+          inside && x[j] != nullptr ? ptx::load(reinterpret_cast<const Words4*>(x[j] + feature)) : Words4{0, 0, 0, 0};
+    uint32_t high[2][4], low[2][4];  // ranks g and g + 8
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int64_t rank = first_rank + g + 8 * i;
+      const int64_t at = adapter * factor.adapter_stride + rank * factor.rank_stride + feature * factor.feature_stride;
+      float values[8];
+      load_along_features<T, kPath>(factor, at, inside && rank < ranks, values);
+#pragma unroll
+      for (int w = 0; w < 4; ++w) split_pair<T>(values[2 * w], values[2 * w + 1], high[i][w], low[i][w]);
     }
-    ++next;
-    stage =
-        stage + kStageBytes == ptx::shared_base() + kStages * kStageBytes ? ptx::shared_base() : stage + kStageBytes;
-  };
-  start_pipeline<kStages>(fetch);
-
-  float sum[kGroups][4] = {};
-  for (int64_t chunk = begin; chunk < end; ++chunk) {
-    advance_pipeline<kStages>(fetch);
-    uint32_t words[kGroups][8];
-    const Place tokens = place_in(stage + ptx::warp() * kGroups * 1024);
-    unroll<kGroups>([&](auto group) { load_fragment<decltype(group)::value>(tokens, words[decltype(group)::value]); });
 #pragma unroll
-    for (int s = 0; s < kSplits; ++s) {
-      uint32_t a[8], b[8];  // ranks g and g + 8
-      const Place ranks = place_in(stage + kTokenBytes + s * kRankBytes);
-      load_fragment<0>(ranks, a);
-      load_fragment<1>(ranks, b);
+    for (int step = 0; step < 2; ++step) {
+      const uint32_t a[4] = {high[0][2 * step], high[1][2 * step], high[0][2 * step + 1], high[1][2 * step + 1]};
+      const uint32_t rest[4] = {low[0][2 * step], low[1][2 * step], low[0][2 * step + 1], low[1][2 * step + 1]};
 #pragma unroll
-      for (int step = 0; step < 4; ++step) {
-        const uint32_t fragment[4] = {a[2 * step], b[2 * step], a[2 * step + 1], b[2 * step + 1]};
-#pragma unroll
-        for (int j = 0; j < kGroups; ++j)
-          ptx::mma<T>(sum[j], fragment, words[j][2 * step], words[j][2 * step + 1], sum[j]);
+      for (int j = 0; j < kGroups; ++j) {
+        const uint32_t b0 = step == 0 ? tokens[j].x : tokens[j].z, b1 = step == 0 ? tokens[j].y : tokens[j].w;
+        ptx::mma<T>(sum[j], a, b0, b1, sum[j]);
+        if (splits) ptx::mma<T>(sum[j], rest, b0, b1, sum[j]);
       }
     }
   }
-  ptx::cp_async_wait<0>();
+}
 
+template <class T, int kTokens>
+QLORA_KERNEL void QLORA_BOUNDS(kThreads, 1) kernel(QLORA_PARAMS LoraDownParams p) {
+  if (!ptx::can_run<T>(0)) return;
+  constexpr int kGroups = kTokens / 8;
+  const LoraDownJob& job = p.job[ptx::block_z()];
   const int g = ptx::lane() / 4, t = ptx::lane() % 4;
-  uint32_t largest = 0;
+  const int64_t first_position = int64_t{ptx::block_x()} * kTokens, first_rank = int64_t{ptx::block_y()} * kRanks;
+  const int* order = p.plan.order;
+  int64_t adapter = 0;
+  float scale = p.scale;
+  if (order != nullptr) {
+    adapter = ptx::load(p.plan.adapter_of_tile + first_position / kAdapterTile);
+    if (adapter < 0) return;
+    scale *= ptx::load(p.plan.scale_of_adapter + adapter);
+  }
+  const auto token_at = [&](int64_t position) -> int64_t {
+    if (order != nullptr) return ptx::load(order + position);
+    return position < p.m ? position : -1;
+  };
+  const T* x[kGroups];
+#pragma unroll
+  for (int j = 0; j < kGroups; ++j) {
+    const int64_t token = token_at(first_position + 8 * j + g);
+    x[j] = token < 0 ? nullptr : static_cast<const T*>(job.x) + token * job.features;
+  }
+  float sum[kGroups][4] = {};
+  switch (path_along_features<T>(job.factor)) {
+    case FactorPath::kVectors32:
+      add_products<T, kGroups, FactorPath::kVectors32>(job, x, adapter, first_rank, p.r, sum);
+      break;
+    case FactorPath::kVectors16:
+      add_products<T, kGroups, FactorPath::kVectors16>(job, x, adapter, first_rank, p.r, sum);
+      break;
+    case FactorPath::kStrided32:
+      add_products<T, kGroups, FactorPath::kStrided32>(job, x, adapter, first_rank, p.r, sum);
+      break;
+    default:
+      add_products<T, kGroups, FactorPath::kAny>(job, x, adapter, first_rank, p.r, sum);
+  }
+
 #pragma unroll
   for (int j = 0; j < kGroups; ++j)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int64_t position = first_token + (ptx::warp() * kGroups + j) * 8 + 2 * t + i % 2;
-      const int64_t token = p.plan.order != nullptr ? ptx::load(p.plan.order + position) : position;
-      const int64_t rank = first_rank + g + (i / 2) * 8;
-      if (token >= 0 && token < p.m && rank < p.rows) {
-        ptx::store(p.out + (ptx::block_z() * p.m + token) * p.rows + rank, sum[j][i]);
-        largest = larger_magnitude(largest, sum[j][i] * scale);
-      }
-    }
-  if (p.largest != nullptr) note_largest(p.largest, largest);
+    for (int i = 0; i < 4; ++i)
+      ptx::store_shared(sum_at(ptx::warp() * kTokens + 8 * j + 2 * t + i % 2, g + i / 2 * 8), sum[j][i]);
+  ptx::sync_threads();
+  uint32_t largest = 0;
+  for (int item = ptx::thread(); item < kTokens * kRanks; item += kThreads) {
+    const int position = item / kRanks, rank = item % kRanks;
+    float total = 0.0f;
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) total += ptx::load_shared<float>(sum_at(warp * kTokens + position, rank));
+    const int64_t token = token_at(first_position + position);
+    if (token < 0 || first_rank + rank >= p.r) continue;
+    ptx::store(job.out + token * p.r + first_rank + rank, total * scale);
+    largest = larger_magnitude(largest, total * scale);
+  }
+  if (job.largest != nullptr) note_largest(job.largest, largest);
 }
 
 template <class T>
 Status launch_typed(const LoraDownParams& p, cudaStream_t stream) {
-  static_assert(kTokens == kAdapterTile, "a block takes one tile of a plan");
-  const int64_t tiles = p.plan.order != nullptr ? p.plan.tiles : ceil_div(p.m, kTokens);
-  const Grid grid{tiles, ceil_div(p.rows, kRanks), p.parts};
-  const int shared_bytes = kStages * (kTokenBytes + p.splits * kRankBytes);
-  return start(p.splits == 2 ? kernel<T, 2> : kernel<T, 1>, grid, kThreads, shared_bytes, stream, p);
+  const int tokens = p.tokens_per_block;
+  const int64_t positions = p.plan.order != nullptr ? p.plan.tiles * kAdapterTile : p.m;
+  const Grid grid{ceil_div(positions, tokens), ceil_div(p.r, kRanks), p.count};
+  const auto kernel_of_size = tokens == 16 ? kernel<T, 16> : tokens == 32 ? kernel<T, 32> : kernel<T, 64>;
+  return start(kernel_of_size, grid, kThreads, kWarps * tokens * kRanks * 4, stream, p);
 }
 
 }  // namespace lora_down

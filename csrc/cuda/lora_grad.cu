@@ -1,10 +1,12 @@
-// Gradients of the low-rank factors on the tensor cores: sums over tokens, d_lora_a = Vᵀ x and d_lora_b = dyᵀ U. The
-// pass over dy gives V = dy lora_b as well, so that dy is read once for both.
+// Gradients of the low-rank factors on the tensor cores: sums over tokens, d_lora_a = Vᵀ x and d_lora_b = dyᵀ U, both
+// in one launch.
 //
-// A block owns features of x (or dy) and walks over tokens, 64 x 64 elements at a time. x is the B operand of both
-// products: as it lies where features are summed, transposed by ldmatrix where tokens are.
+// A block owns features of x (or dy) and walks over tokens, 64 x 64 elements at a time. Both operands lie by token, and
+// ldmatrix transposes them. The activations come in float32 through registers, a chunk ahead, and are split into 16-bit
+// parts once for the whole block.
 #include "cuda/device/half_range.cuh"
 #include "cuda/device/launch.cuh"
+#include "cuda/device/low_rank.cuh"
 #include "cuda/device/token_tile.cuh"
 
 namespace qlora::cuda {
@@ -13,32 +15,97 @@ namespace lora_grad {
 constexpr int kThreads = 128;
 constexpr int kStages = 3;
 constexpr int kChunk = 64;
+constexpr int kStageBytes = kChunk * 128;
 
-// Shared memory: stages of x, two chunks of the factor, and with kDown the block's part of the down operand.
-template <int kRanks>
-constexpr int kTileBytes = kRanks * 128;  // 64 elements of each rank
 template <int kRanks>
 constexpr int kColumns = lora_grad_features(kRanks) / kChunk;  // chunks of features of a block
 
-template <class T, int kRanks, bool kDown>
+// The activations of a chunk of tokens, [64][kRanks] 16-bit numbers in pieces of eight. Pieces are exchanged from token
+// to token, so that ldmatrix finds the pieces of eight tokens in different banks.
+template <class T, int kRanks>
+class ActivationTile {
+ public:
+  static constexpr int kBytes = kChunk * kRanks * 2;
+
+  QLORA_METHOD ActivationTile(SharedAddress base, const LoraGradJob& job, const LoraGradParams& p, int64_t first_rank)
+      : base_(base),
+        activations_(job.activations),
+        m_(p.m),
+        ranks_(p.ranks),
+        first_rank_(first_rank),
+        order_(p.plan.order),
+        parts_(p.splits ? 2 : 1) {
+    if (job.largest != nullptr) factor_ = to_half_range(float_of(static_cast<uint32_t>(ptx::load(job.largest))));
+  }
+
+  // Starts loading a thread's share of the chunk that begins at a position. All threads, like store().
+  QLORA_METHOD void load(int64_t first_position) {
+#pragma unroll
+    for (int i = 0; i < kQuads; ++i) {
+      const int64_t position = first_position + token_of(i);
+      const int64_t token = order_ != nullptr ? ptx::load(order_ + position) : position < m_ ? position : -1;
+      raw_[i] =
+          token < 0 ? Floats4{0, 0, 0, 0} : load_activations(activations_, token, first_rank_ + 4 * quad_of(i), ranks_);
+    }
+  }
+  QLORA_METHOD void store(int buffer) const {
+#pragma unroll
+    for (int i = 0; i < kQuads; ++i) {
+      Words2 high, low;
+      split_pair<T>(raw_[i].x * factor_, raw_[i].y * factor_, high.x, low.x);
+      split_pair<T>(raw_[i].z * factor_, raw_[i].w * factor_, high.y, low.y);
+      const SharedAddress to = at(buffer, 0, token_of(i), quad_of(i) / 2) + quad_of(i) % 2 * 8;
+      ptx::store_shared(to, high);
+      if (parts_ == 2) ptx::store_shared(to + kBytes, low);
+    }
+  }
+
+  // The fragment of 16 ranks and 16 tokens.
+  QLORA_METHOD void fragment(int buffer, int part, int sixteen_tokens, int sixteen_ranks, uint32_t (&a)[4]) const {
+    const int matrix = ptx::lane() / 8;
+    ptx::load_matrices_transposed(
+        a, at(buffer, part, 16 * sixteen_tokens + matrix / 2 * 8 + ptx::lane() % 8, 2 * sixteen_ranks + matrix % 2));
+  }
+
+  QLORA_METHOD int parts() const { return parts_; }
+  QLORA_METHOD float factor() const { return factor_; }
+
+ private:
+  static constexpr int kPieces = kRanks / 8, kQuads = kChunk * kRanks / 4 / kThreads;
+  static QLORA_METHOD int token_of(int i) { return (ptx::thread() + i * kThreads) / (kRanks / 4); }
+  static QLORA_METHOD int quad_of(int i) { return (ptx::thread() + i * kThreads) % (kRanks / 4); }
+  QLORA_METHOD SharedAddress at(int buffer, int part, int token, int piece) const {
+    const int exchanged = piece ^ (token / (8 / kPieces) % kPieces);
+    return base_ + (buffer * parts_ + part) * kBytes + (token * kPieces + exchanged) * 16;
+  }
+
+  SharedAddress base_;
+  const float* activations_;
+  int64_t m_, ranks_, first_rank_;
+  const int* order_;
+  int parts_;
+  float factor_ = 1.0f;
+  Floats4 raw_[kQuads];
+};
+
+template <class T, int kRanks>
 QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS LoraGradParams p) {
   if (!ptx::can_run<T>(0)) return;
   constexpr int kGroups = kRanks / 16;
-  constexpr int kStageBytes = kChunk * 128;
+  const int64_t rank_blocks = ceil_div(p.ranks, kRanks), jobs_behind = ptx::block_z() / rank_blocks;
+  const int64_t first_rank = ptx::block_z() % rank_blocks * kRanks, adapter = jobs_behind / p.count;
+  const LoraGradJob& job = p.job[jobs_behind % p.count];
   const int64_t first_feature = int64_t{ptx::block_x()} * kColumns<kRanks> * kChunk;
-  const int64_t rank_blocks = ceil_div(p.ranks, kRanks);
-  const int64_t first_rank = ptx::block_z() % rank_blocks * kRanks, adapter = ptx::block_z() / rank_blocks;
+  if (first_feature >= job.features || ptx::block_y() >= job.parts) return;  // the other job has more
   const int* order = p.plan.order;
   const int64_t first_chunk = order != nullptr ? ptx::load(p.plan.first_tile + adapter) : 0;
   const int64_t chunks =
       order != nullptr ? ptx::load(p.plan.first_tile + adapter + 1) - first_chunk : ceil_div(p.m, kChunk);
-  const int64_t begin = (first_chunk + chunks * ptx::block_y() / p.parts) * kChunk;
-  const int64_t end = (first_chunk + chunks * (ptx::block_y() + 1) / p.parts) * kChunk;
-  const T* x = static_cast<const T*>(p.x);
-  const T* factor = static_cast<const T*>(p.factor);
-  const SharedAddress stages = ptx::shared_base();
-  const SharedAddress factors = stages + kStages * kStageBytes;
-  const SharedAddress downs = factors + 2 * p.splits * kTileBytes<kRanks>;
+  const int64_t begin = (first_chunk + chunks * ptx::block_y() / job.parts) * kChunk;
+  const int64_t end = (first_chunk + chunks * (ptx::block_y() + 1) / job.parts) * kChunk;
+  const T* x = static_cast<const T*>(job.x);
+  const SharedAddress stages = ptx::shared_base(), stages_end = stages + kStages * kStageBytes;
+  ActivationTile<T, kRanks> activations(stages_end, job, p, first_rank);
 
   SharedAddress stage = stages;  // filled next; behind fetch(), the one to be read
   int64_t next_token = begin;
@@ -47,109 +114,50 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS LoraGradParams p
   const auto fetch = [&] {
     if (next_token < end) {
       if (next_column == 0) rows.set(order, p.m, next_token);
-      rows.fetch(stage, x, p.features, first_feature + next_column * kChunk);
-      if (next_column == 0)
-        for (int s = 0; s < p.splits; ++s) {
-          const int buffer = static_cast<int>((next_token - begin) / kChunk % 2) * p.splits + s;
-          fetch_rows<kRanks, kThreads>(factors + buffer * kTileBytes<kRanks>, factor + s * p.ranks * p.padded_m,
-                                       p.ranks, p.padded_m, first_rank, next_token);
-        }
+      rows.fetch(stage, x, job.features, first_feature + next_column * kChunk);
     }
-    stage = stage + kStageBytes == factors ? stages : stage + kStageBytes;
+    stage = stage + kStageBytes == stages_end ? stages : stage + kStageBytes;
     if (++next_column == kColumns<kRanks>) {
       next_column = 0;
       next_token += kChunk;
     }
   };
-  if constexpr (kDown)
-    for (int s = 0; s < p.splits; ++s)
-      for (int c = 0; c < kColumns<kRanks>; ++c)
-        fetch_rows<kRanks, kThreads>(
-            downs + (s * kColumns<kRanks> + c) * kTileBytes<kRanks>,
-            static_cast<const T*>(p.down_operand) + (adapter * p.splits + s) * p.ranks * p.features, p.ranks,
-            p.features, first_rank, first_feature + c * kChunk);
   start_pipeline<kStages>(fetch);
+  if (begin < end) activations.load(begin);
 
   const int g = ptx::lane() / 4, t = ptx::lane() % 4;
   // What ldmatrix asks a lane for: row lane % 16 of a tile, the piece lane / 16 or its neighbour's.
   const int matrix_row = ptx::lane() % 16, matrix_piece = ptx::lane() / 16;
   float grad[kColumns<kRanks>][kGroups][2][4] = {};  // ranks 16 group + …, 16 features of this warp
-  uint32_t largest = 0;
-  // Only to know how large the scaled result of the down projection is.
-  const float scale = order != nullptr ? ptx::load(p.plan.scale_of_adapter + adapter) : 1.0f;
-
-  for (int64_t token = begin; token < end; token += kChunk) {
-    const SharedAddress factor_tile = factors +
-                                      static_cast<int>((token - begin) / kChunk % 2) * p.splits * kTileBytes<kRanks> +
-                                      swizzled(matrix_row, matrix_piece);
-    float down[kGroups][2][4] = {};  // ranks, 16 tokens of this warp
+  int buffer = 0;
+  for (int64_t token = begin; token < end; token += kChunk, buffer ^= 1) {
+    activations.store(buffer);  // seen by all behind the barrier of the first column
+    if (token + kChunk < end) activations.load(token + kChunk);
     unroll<kColumns<kRanks>>([&](auto column) {
       constexpr int c = decltype(column)::value;
       advance_pipeline<kStages>(fetch);
-      if constexpr (kDown) {
-        uint32_t words[2][8];
-        const Place tokens = place_in(stage + ptx::warp() * 2048);
-        load_fragment<0>(tokens, words[0]);
-        load_fragment<1>(tokens, words[1]);
-#pragma unroll 1
-        for (int s = 0; s < p.splits; ++s) {
-          const Place ranks = place_in(downs + (s * kColumns<kRanks> + c) * kTileBytes<kRanks>);
-          unroll<kGroups>([&](auto group) {
-            constexpr int i = decltype(group)::value;
-            uint32_t a[8], b[8];  // ranks g and g + 8
-            load_fragment<2 * i>(ranks, a);
-            load_fragment<2 * i + 1>(ranks, b);
-#pragma unroll
-            for (int step = 0; step < 4; ++step) {
-              const uint32_t fragment[4] = {a[2 * step], b[2 * step], a[2 * step + 1], b[2 * step + 1]};
-#pragma unroll
-              for (int j = 0; j < 2; ++j)
-                ptx::mma<T>(down[i][j], fragment, words[j][2 * step], words[j][2 * step + 1], down[i][j]);
-            }
-          });
-        }
-      }
       const SharedAddress features = stage + swizzled(matrix_row, 2 * ptx::warp() + matrix_piece);
 #pragma unroll
       for (int step = 0; step < 4; ++step) {
         uint32_t b[4];
         ptx::load_matrices_transposed(b, features + step * 2048);
 #pragma unroll 1
-        for (int s = 0; s < p.splits; ++s) {
+        for (int part = 0; part < activations.parts(); ++part) {
 #pragma unroll
           for (int i = 0; i < kGroups; ++i) {
             uint32_t a[4];
-            // Piece 2 step + …: the exchange of pieces leaves the order of these two bits to xor.
-            ptx::load_matrices(a, (factor_tile + s * kTileBytes<kRanks> + i * 2048) ^ (32u * step));
+            activations.fragment(buffer, part, step, i, a);
             ptx::mma<T>(grad[c][i][0], a, b[0], b[1], grad[c][i][0]);
             ptx::mma<T>(grad[c][i][1], a, b[2], b[3], grad[c][i][1]);
           }
         }
       }
     });
-    if constexpr (kDown) {
-      float* out = p.down_out + int64_t{ptx::block_x()} * p.m * p.ranks;
-#pragma unroll
-      for (int i = 0; i < kGroups; ++i)
-#pragma unroll
-        for (int j = 0; j < 2; ++j)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const int64_t position = token + ptx::warp() * 16 + j * 8 + 2 * t + e % 2;
-            const int64_t row = order != nullptr ? ptx::load(order + position) : position;
-            const int64_t rank = first_rank + 16 * i + g + e / 2 * 8;
-            if (row >= 0 && row < p.m && rank < p.ranks) {
-              ptx::store(out + row * p.ranks + rank, down[i][j][e]);
-              largest = larger_magnitude(largest, down[i][j][e] * scale);
-            }
-          }
-    }
   }
   ptx::cp_async_wait<0>();
-  if constexpr (kDown)
-    if (p.largest != nullptr) note_largest(p.largest, largest);
 
-  float* out = p.out + (ptx::block_y() * p.plan.adapters + adapter) * p.ranks * p.features;
+  float* out = job.out + (ptx::block_y() * p.plan.adapters + adapter) * p.ranks * job.features;
+  const float factor = activations.factor();  // a power of two
 #pragma unroll
   for (int c = 0; c < kColumns<kRanks>; ++c)
 #pragma unroll
@@ -160,20 +168,30 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS LoraGradParams p
         for (int half = 0; half < 2; ++half) {
           const int64_t feature = first_feature + c * kChunk + ptx::warp() * 16 + j * 8 + 2 * t;
           const int64_t rank = first_rank + 16 * i + g + half * 8;
-          if (feature < p.features && rank < p.ranks)
-            ptx::store(reinterpret_cast<Floats2*>(out + rank * p.features + feature),
-                       Floats2{grad[c][i][j][2 * half], grad[c][i][j][2 * half + 1]});
+          if (feature >= job.features || rank >= p.ranks) continue;
+          float* to = out + rank * job.rank_stride + feature * job.feature_stride;
+          const Floats2 values{grad[c][i][j][2 * half] / factor, grad[c][i][j][2 * half + 1] / factor};
+          if (job.feature_stride == 1) {
+            ptx::store(reinterpret_cast<Floats2*>(to), values);
+          } else {
+            ptx::store(to, values.x);
+            ptx::store(to + job.feature_stride, values.y);
+          }
         }
 }
 
 template <class T, int kRanks>
 Status launch_ranks(const LoraGradParams& p, cudaStream_t stream) {
-  const bool down = p.down_operand != nullptr;
   static_assert(kChunk == kAdapterTile, "a chunk of tokens is one tile of a plan");
-  const Grid grid{ceil_div(p.features, lora_grad_features(kRanks)), p.parts,
-                  ceil_div(p.ranks, kRanks) * p.plan.adapters};
-  return start(down ? kernel<T, kRanks, true> : kernel<T, kRanks, false>, grid, kThreads,
-               lora_grad_shared_bytes(kRanks, p.splits, down), stream, p);
+  int64_t features = 0;
+  int parts = 0;
+  for (int i = 0; i < p.count; ++i) {
+    features = p.job[i].features > features ? p.job[i].features : features;
+    parts = p.job[i].parts > parts ? p.job[i].parts : parts;
+  }
+  const Grid grid{ceil_div(features, lora_grad_features(kRanks)), parts,
+                  ceil_div(p.ranks, kRanks) * p.count * p.plan.adapters};
+  return start(kernel<T, kRanks>, grid, kThreads, lora_grad_shared_bytes(kRanks, p.splits), stream, p);
 }
 
 template <class T>

@@ -91,44 +91,33 @@ constexpr GemmTile select_gemm_tile(int64_t m, int64_t rows, const GpuInfo& gpu)
   return best.tile;
 }
 
-// Stretches of the reduction in the low-rank down projection, whose results are few: enough for four blocks on every
-// SM, of at least 256 elements each.
-constexpr int select_lora_parts(int64_t m, int64_t rows, int64_t elems, const GpuInfo& gpu) {
-  const int64_t tiles = (m + 63) / 64 * ((rows + 15) / 16);
-  const int64_t wanted = tiles > 0 ? (4 * gpu.sm_count + tiles - 1) / tiles : 1, possible = elems / 256;
-  const int64_t parts = wanted < possible ? wanted : possible;
-  return static_cast<int>(parts < 1 ? 1 : parts > 16 ? 16 : parts);
+// Tokens of a block of the low-rank down projection. Each block reads the factor, and the SMs share the tokens.
+constexpr int select_lora_down_tokens(int64_t m, int64_t r, const GpuInfo& gpu) {
+  for (const int tokens : {16, 32})
+    if ((m + tokens - 1) / tokens * ((r + 15) / 16) * 2 <= gpu.sm_count) return tokens;
+  return 64;
 }
 
 // The down projection of few tokens by dot products on the CUDA cores: one launch, and the factors as they are.
 constexpr bool dots_win(int64_t m, int64_t rank) { return m <= kDecodeMostTokens && m * rank <= 1024; }
 
-// The gradients of the low-rank factors. Features of a block: the more, the fewer partial sums of the down projection.
+// The gradients of the low-rank factors. Features of a block.
 constexpr int lora_grad_features(int ranks_per_block) { return ranks_per_block == 64 ? 128 : 256; }
 
-// Three stages of x, two of the factor, and the down operand of all the block's features.
-constexpr int lora_grad_shared_bytes(int ranks_per_block, int splits, bool with_down) {
-  const int columns = with_down ? lora_grad_features(ranks_per_block) / 64 : 0;
-  return 3 * 64 * 128 + (2 + columns) * splits * ranks_per_block * 128;
+// Three stages of 64 tokens of x, two of their activations.
+constexpr int lora_grad_shared_bytes(int ranks_per_block, bool splits) {
+  return 3 * 64 * 128 + 2 * (splits ? 2 : 1) * ranks_per_block * 128;
 }
 
-struct LoraGradTile {
-  int ranks = 0;  // of a block: 16, 32 or 64
-  int parts = 0;  // stretches of the tokens
-};
+constexpr int select_lora_grad_ranks(int64_t ranks) { return ranks <= 16 ? 16 : ranks <= 32 ? 32 : 64; }
 
-// All ranks in one block, if shared memory takes them: x is read once for each block of ranks. As many stretches of
-// tokens as give two blocks to every SM, of at least 64 tokens each.
-constexpr LoraGradTile select_lora_grad(int64_t m, int64_t features, int64_t ranks, int64_t adapters, int splits,
-                                        bool with_down, const GpuInfo& gpu) {
-  int per_block = ranks <= 16 ? 16 : ranks <= 32 ? 32 : 64;
-  while (per_block > 16 && lora_grad_shared_bytes(per_block, splits, with_down) > gpu.shared_bytes_per_block)
-    per_block /= 2;
-  const int64_t wide = lora_grad_features(per_block);
-  const int64_t tiles = (features + wide - 1) / wide * ((ranks + per_block - 1) / per_block) * adapters;
+// Stretches of the tokens: as many as give two blocks to every SM, of at least 64 tokens each.
+constexpr int select_lora_grad_parts(int64_t m, int64_t features, int64_t ranks, int64_t adapters, const GpuInfo& gpu) {
+  const int ranks_per_block = select_lora_grad_ranks(ranks), wide = lora_grad_features(ranks_per_block);
+  const int64_t tiles = (features + wide - 1) / wide * ((ranks + ranks_per_block - 1) / ranks_per_block) * adapters;
   const int64_t wanted = tiles > 0 ? (2 * gpu.sm_count + tiles - 1) / tiles : 1, possible = m / 64;
   const int64_t parts = wanted < possible ? wanted : possible;
-  return {per_block, static_cast<int>(parts < 1 ? 1 : parts > 64 ? 64 : parts)};
+  return static_cast<int>(parts < 1 ? 1 : parts > 64 ? 64 : parts);
 }
 
 // From how many tokens on the GEMM of the vendor's library over dequantized panels is faster than the fused kernels,

@@ -23,8 +23,8 @@ Tensor cuda_forward_affine_grid(Tensor x, Tensor quantized_w, Tensor scale, Tens
                                 double alpha) {
   const Affine affine = check_affine(x, quantized_w, scale, zero_point, b, a, alpha);
   const GpuScope scope(x, "forward.affine", {affine.tokens.rows, affine.out, affine.in, affine.r});
-  const Activation t = token_dot(affine.tokens, columns_of(affine.b), affine.r, affine.scaling, scope.stream());
-  const Up up{columns_of(affine.a), &t};
+  const Activation t = token_dot(affine.tokens, b_factor(affine.b), affine.r, affine.scaling, scope.stream());
+  const Up up{a_factor(affine.a), &affine.a, &t};
   return general_product(integers(affine, true, affine.tokens), &up, nullptr, x, affine.out, scope.stream());
 }
 
@@ -46,17 +46,17 @@ std::tuple<Tensor, Tensor, Tensor> cuda_backward_affine_grid(Tensor grad, Tensor
   const GpuScope scope(x, "backward.affine", {affine.tokens.rows, affine.out, affine.in, affine.r});
   const cudaStream_t stream = scope.stream();
   Tensor d_x = nothing(x), d_b = nothing(x), d_a = nothing(x);
-  const Activation u = token_dot(dy, rows_of(affine.a), affine.r, affine.scaling, stream);
+  const Activation u = token_dot(dy, a_factor(affine.a), affine.r, affine.scaling, stream);
   if (needs_x) {
-    const Up down{rows_of(affine.b), &u};
+    const Up down{b_factor(affine.b), &affine.b, &u};
     d_x = general_product(integers(affine, false, dy), &down, nullptr, x, affine.in, stream);
   }
   if (needs_lora) {
-    const Activation t = token_dot(affine.tokens, columns_of(affine.b), affine.r, affine.scaling, stream);
+    const Activation t = token_dot(affine.tokens, b_factor(affine.b), affine.r, affine.scaling, stream);
     d_b = empty_of_shape(b);
     d_a = empty_of_shape(a);
-    low_rank_grad_general(as_float(u, stream), affine.tokens, false, d_b, stream);
-    low_rank_grad_general(as_float(t, stream), dy, true, d_a, stream);
+    low_rank_grad_general(u.values, affine.tokens, false, d_b, stream);
+    low_rank_grad_general(t.values, dy, true, d_a, stream);
   }
   return {d_x, d_b, d_a};
 }

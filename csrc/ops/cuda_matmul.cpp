@@ -17,24 +17,17 @@ Tensor cuda_forward(Tensor x, Tensor packed, Tensor absmax, OptionalTensor neste
   const cuda::Problem problem{base.tokens.rows, n, k, base.tokens.dtype, block_size};
   const cuda::ForwardKernel kernel = cuda::select_forward(problem, scope.gpu());
   std::optional<Activation> t;
-  Up up{};
+  std::optional<Up> term;
   if (lora) {
-    PackQueue packs(scope.stream());
-    up.matrix = rows_of(lora->b);
-    if (kernel == cuda::ForwardKernel::kGemm || kernel == cuda::ForwardKernel::kVendor)
-      up.operand = up_operand(up, lora->a.rows, n, base.tokens, packs, kernel == cuda::ForwardKernel::kGemm);
-    t = low_rank_down(dropped ? *dropped : base.tokens, rows_of(lora->a), lora->a.rows, lora->scaling, scope, packs);
-    packs.flush();
-    up.activation = &*t;
+    t = low_rank_down(dropped ? *dropped : base.tokens, a_factor(lora->a), lora->a.rows, lora->scaling, scope);
+    term = Up{b_factor(lora->b), &lora->b, &*t};
   }
-  if (kernel == cuda::ForwardKernel::kDecode)
-    return decode(w, base.tokens, lora ? &up : nullptr, bias_row ? &*bias_row : nullptr, x, scope);
-  if (kernel == cuda::ForwardKernel::kGemm)
-    return gemm(w, base.tokens, lora ? &up : nullptr, bias_row ? &*bias_row : nullptr, x, scope);
-  if (kernel == cuda::ForwardKernel::kVendor)
-    return dequantize_matmul(w, base.tokens, lora ? &up : nullptr, bias, x, scope);
-  return general_product(packed_operand(w, false, base.tokens), lora ? &up : nullptr, bias_row ? &*bias_row : nullptr,
-                         x, n, scope.stream());
+  const Up* up = term ? &*term : nullptr;
+  const Matrix* addend = bias_row ? &*bias_row : nullptr;
+  if (kernel == cuda::ForwardKernel::kDecode) return decode(w, base.tokens, up, addend, x, scope);
+  if (kernel == cuda::ForwardKernel::kGemm) return gemm(w, base.tokens, up, addend, x, scope);
+  if (kernel == cuda::ForwardKernel::kVendor) return dequantize_matmul(w, base.tokens, up, addend, x, scope);
+  return general_product(packed_operand(w, false, base.tokens), up, addend, x, n, scope.stream());
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cuda_backward(
@@ -53,40 +46,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cuda_backward(
   OptionalTensor d_x, d_lora_a, d_lora_b, d_lora_x, d_bias;
   const Matrix& lora_tokens = dropped ? *dropped : base.tokens;
   const bool low_rank_to_x = needs_x && lora && !dropped;
-  const bool on_tensor_cores = tensor_core_grads(dy, lora_tokens, scope);
-  const cuda::BackwardKernel kernel = input_grad_kernel(base.w, dy, false, x, scope);
-  const bool on_tensor_cores_to_x = low_rank_to_x && kernel != cuda::BackwardKernel::kGeneral;
-  PackQueue packs(stream), results(stream);
   std::optional<Activation> u;  // scaling * dy B, [m, r]
-  Up down{};
-  if (lora) down.matrix = columns_of(lora->a);
-  if (on_tensor_cores_to_x)
-    down.operand = up_operand(down, lora->a.rows, k, dy, packs, kernel == cuda::BackwardKernel::kGemmDx);
   if (lora && needs_lora) {
-    const cuda::DenseMatrix b = columns_of(lora->b);
-    std::optional<DownOperand> b_operand;
-    if (on_tensor_cores) b_operand = down_operand({b}, lora->b.cols, dy, packs);
-    const Activation t =
-        low_rank_down(lora_tokens, rows_of(lora->a), lora->a.rows, lora->scaling, scope, packs, on_tensor_cores);
+    const cuda::LowRankFactor a = a_factor(lora->a), b = b_factor(lora->b);
+    const int64_t r = lora->a.rows;
     d_lora_a = empty_of_shape(*lora_a);
     d_lora_b = empty_of_shape(*lora_b);
-    if (on_tensor_cores) {
-      u = low_rank_grad(t, dy, false, *d_lora_b, scope, packs, results, nullptr, &*b_operand, lora->scaling);
-      down.activation = &*u;
-      if (on_tensor_cores_to_x) down.activation_operand = activation_operand(down, dy, packs);
-      low_rank_grad(*u, lora_tokens, true, *d_lora_a, scope, packs, results, nullptr);
-      results.flush();
+    if (tensor_core_grads(dy, lora_tokens, scope)) {
+      std::vector<Activation> both =
+          low_rank_down_tiled({{lora_tokens, a}, {dy, b}}, r, lora->scaling, scope, /*note_largest=*/true);
+      low_rank_grads(both[0], both[1], lora_tokens, dy, *d_lora_a, *d_lora_b, scope);
+      u = std::move(both[1]);
     } else {
-      u = low_rank_down(dy, b, lora->b.cols, lora->scaling, scope, packs);
-      low_rank_grad_general(as_float(t, stream), dy, false, *d_lora_b, stream);
-      low_rank_grad_general(as_float(*u, stream), lora_tokens, true, *d_lora_a, stream);
+      u = low_rank_down(dy, b, r, lora->scaling, scope);
+      const Activation t = low_rank_down(lora_tokens, a, r, lora->scaling, scope);
+      low_rank_grad_general(t.values, dy, false, *d_lora_b, stream);
+      low_rank_grad_general(u->values, lora_tokens, true, *d_lora_a, stream);
     }
   } else if (lora && (low_rank_to_x || needs_lora_x)) {
-    u = low_rank_down(dy, columns_of(lora->b), lora->b.cols, lora->scaling, scope, packs);
+    u = low_rank_down(dy, b_factor(lora->b), lora->b.cols, lora->scaling, scope);
   }
-  packs.flush();
-  if (u) down.activation = &*u;
-  if (needs_x) d_x = input_grad(base.w, kernel, dy, low_rank_to_x ? &down : nullptr, x, scope);
+  Up down{};
+  if (u) down = {a_factor(lora->a), &lora->a, &*u};
+  if (needs_x) {
+    const cuda::BackwardKernel kernel = input_grad_kernel(base.w, dy, false, x, scope);
+    d_x = input_grad(base.w, kernel, dy, low_rank_to_x ? &down : nullptr, x, scope);
+  }
   if (needs_lora_x && dropped) d_lora_x = low_rank_up(dy, down, x, k, scope);
   if (needs_bias) d_bias = column_sum(dy, stream);
   const auto given = [&](const OptionalTensor& t) { return t ? *t : nothing(x); };

@@ -27,11 +27,10 @@ Tensor cuda_forward_multi(Tensor x, Tensor packed, Tensor absmax, OptionalTensor
   const std::optional<Matrix> bias_row = check_bias(bias, n, x);
   const GpuScope scope(x, "forward.multi", {base.tokens.rows, n, k, adapters.r});
   const cuda::Weight w = device_view_of(base.w);
-  const Factor a{rows_of(adapters.a), adapters.count, adapters.r * k};
   const std::optional<TokenPlan> plan = plan_if_it_pays(adapters, base.tokens, scope);
-  PackQueue packs(scope.stream());
-  const Activation t = low_rank_down_multi(base.tokens, a, adapters, plan ? &*plan : nullptr, scope, packs);
-  const Up up{rows_of(adapters.b), &t, &adapters, n * adapters.r};
+  const cuda::LowRankFactor a = a_factor(adapters.a, adapters.r * k);
+  const Activation t = low_rank_down_multi(base.tokens, a, adapters, plan ? &*plan : nullptr, scope);
+  const Up up{b_factor(adapters.b, n * adapters.r), &adapters.b, &t, &adapters};
   const cuda::Problem problem{base.tokens.rows, n, k, base.tokens.dtype, block_size, true};
   const cuda::ForwardKernel kernel = cuda::select_forward(problem, scope.gpu());
   if (kernel == cuda::ForwardKernel::kDecode)
@@ -53,8 +52,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_backward_multi(
   const cudaStream_t stream = scope.stream();
 
   OptionalTensor d_x, d_lora_a, d_lora_b, d_bias;
-  const Factor a{rows_of(adapters.a), adapters.count, adapters.r * k};
-  const Factor b{columns_of(adapters.b), adapters.count, adapters.r * n};
+  const cuda::LowRankFactor a = a_factor(adapters.a, adapters.r * k), b = b_factor(adapters.b, adapters.r * n);
   const bool on_tensor_cores = needs_lora && adapters.count > 0 && tensor_core_grads(dy, base.tokens, scope);
   std::optional<TokenPlan> tokens_by_adapter;
   if (on_tensor_cores)
@@ -62,29 +60,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_backward_multi(
   else if (needs_x || needs_lora)
     tokens_by_adapter = plan_if_it_pays(adapters, dy, scope);
   const TokenPlan* plan = tokens_by_adapter ? &*tokens_by_adapter : nullptr;
-  PackQueue packs(stream), results(stream);
   std::optional<Activation> u;  // scaling * dy B of the row's adapter, [m, r]
-  if (on_tensor_cores) {
-    const DownOperand b_operand = down_operand(b, adapters.r, dy, packs);
-    const Activation t = low_rank_down_multi(base.tokens, a, adapters, plan, scope, packs, true);
+  if (needs_lora) {
     d_lora_a = empty_of_shape(lora_a);
     d_lora_b = empty_of_shape(lora_b);
-    u = low_rank_grad(t, dy, false, *d_lora_b, scope, packs, results, plan, &b_operand);
-    low_rank_grad(*u, base.tokens, true, *d_lora_a, scope, packs, results, plan);
-    results.flush();
+  }
+  if (on_tensor_cores) {
+    std::vector<Activation> both =
+        low_rank_down_tiled({{base.tokens, a}, {dy, b}}, adapters.r, 1.0f, scope, /*note_largest=*/true, plan);
+    low_rank_grads(both[0], both[1], base.tokens, dy, *d_lora_a, *d_lora_b, scope, plan);
+    u = std::move(both[1]);
   } else if (needs_x || needs_lora) {
-    u = low_rank_down_multi(dy, b, adapters, plan, scope, packs);
+    u = low_rank_down_multi(dy, b, adapters, plan, scope);
   }
   if (needs_x) {
-    const Up down{columns_of(adapters.a), &*u, &adapters, adapters.r * k};
+    const Up down{a, &adapters.a, &*u, &adapters};
     d_x = input_grad(base.w, input_grad_kernel(base.w, dy, true, x, scope), dy, &down, x, scope);
   }
   if (needs_lora && !on_tensor_cores) {
-    const Activation t = token_dot(base.tokens, a.matrix, adapters.r, 1.0f, stream, &adapters, a.adapter_stride);
-    d_lora_a = empty_of_shape(lora_a);
-    d_lora_b = empty_of_shape(lora_b);
-    low_rank_grad_general(as_float(*u, stream), base.tokens, true, *d_lora_a, stream, &adapters);
-    low_rank_grad_general(as_float(t, stream), dy, false, *d_lora_b, stream, &adapters);
+    const Activation t = token_dot(base.tokens, a, adapters.r, 1.0f, stream, &adapters);
+    low_rank_grad_general(u->values, base.tokens, true, *d_lora_a, stream, &adapters);
+    low_rank_grad_general(t.values, dy, false, *d_lora_b, stream, &adapters);
   }
   if (needs_bias) d_bias = column_sum(dy, stream);
   const auto given = [&](const OptionalTensor& t) { return t ? *t : nothing(x); };

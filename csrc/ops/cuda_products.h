@@ -7,13 +7,6 @@ namespace qlora::ops {
 
 inline Tensor nothing(const Tensor& like) { return empty_like_device(like, {0}, ScalarType::Float); }
 
-template <class Params>
-void set_bias(Params& p, const Matrix* bias) {
-  if (bias == nullptr) return;
-  p.bias = bias->data;
-  p.bias_dtype = bias->dtype;
-}
-
 // y [..., rows] in the dtype of `like` = operand · columns + up + bias; p holds the operand, the columns and the steps.
 inline Tensor general_product(cuda::GeneralParams p, const Up* up, const Matrix* bias, const Tensor& like, int64_t rows,
                               cudaStream_t stream) {
@@ -21,16 +14,14 @@ inline Tensor general_product(cuda::GeneralParams p, const Up* up, const Matrix*
   p.rows = rows;
   p.cols = 1;
   for (int64_t d = 0; d + 1 < like.dim(); ++d) p.cols *= like.size(d);
-  std::optional<Matrix> activation;
   if (up != nullptr) {
-    activation = as_float(*up->activation, stream);
-    p.up = up->matrix;
-    p.activation = rows_of(*activation);
-    p.r = up->activation->r;
+    p.up = by_feature(up->factor);
+    p.activation = rows_of(up->activation->values);
+    p.r = up->activation->values.cols;
     if (up->adapters != nullptr) {
       p.adapter_of_col = up->adapters->of_row;
       p.adapters = up->adapters->count;
-      p.up_adapter_stride = up->adapter_stride;
+      p.up_adapter_stride = up->factor.adapter_stride;
     }
   }
   set_bias(p, bias);
@@ -51,7 +42,7 @@ inline cuda::GeneralParams packed_operand(const cuda::Weight& w, bool transposed
   return p;
 }
 
-// y [..., n] by the decode kernel, kDecodeTokens tokens at a time; up->matrix holds rows of r neighbours.
+// y [..., n] by the decode kernel, kDecodeTokens tokens at a time; up->factor is lora_b.
 inline Tensor decode(const cuda::Weight& w, const Matrix& tokens, const Up* up, const Matrix* bias, const Tensor& like,
                      const GpuScope& scope) {
   Tensor y = empty_with_last_dim(like, w.n, like.scalar_type());
@@ -61,16 +52,14 @@ inline Tensor decode(const cuda::Weight& w, const Matrix& tokens, const Up* up, 
   p.weight = w;
   p.dtype = tokens.dtype;
   p.adapters = 1;
-  std::optional<Matrix> activation;
   if (up != nullptr) {
-    activation = as_float(*up->activation, scope.stream());
-    p.lora_b = up->matrix.data;
-    p.lora_dtype = up->matrix.dtype;
-    p.r = up->activation->r;
-    p.b_is_vectorized = p.lora_dtype == p.dtype && p.r % 8 == 0 && is_aligned(p.lora_b);
+    p.lora_b = up->factor.data;
+    p.lora_dtype = up->factor.dtype;
+    p.r = up->activation->values.cols;
+    p.b_is_vectorized = p.lora_dtype == p.dtype && up->factor.is_vectorized;
     if (up->adapters != nullptr) {
       p.adapters = up->adapters->count;
-      p.b_adapter_stride = up->adapter_stride;
+      p.b_adapter_stride = up->factor.adapter_stride;
     }
   }
   set_bias(p, bias);
@@ -79,7 +68,7 @@ inline Tensor decode(const cuda::Weight& w, const Matrix& tokens, const Up* up, 
     p.m = std::min<int64_t>(cuda::kDecodeTokens, tokens.rows - first);
     p.x = static_cast<const char*>(x.const_data_ptr()) + first * w.k * kBytes;
     p.y = static_cast<char*>(y.mutable_data_ptr()) + first * w.n * kBytes;
-    if (activation) p.lora_t = static_cast<const float*>(activation->data) + first * p.r;
+    if (up != nullptr) p.lora_t = static_cast<const float*>(up->activation->values.data) + first * p.r;
     if (up != nullptr && up->adapters != nullptr) p.adapter_of_token = up->adapters->of_row + first;
     p.tile = cuda::select_decode_tile(p.m, w.n, w.k, scope.gpu());
     check(cuda::launch_decode(p, scope.stream()), "decode");
@@ -87,34 +76,11 @@ inline Tensor decode(const cuda::Weight& w, const Matrix& tokens, const Up* up, 
   return y;
 }
 
-// The result of a gemm and what its kernel needs besides the product; `low_rank` keeps the operands alive.
-inline Tensor prepare_output(cuda::GemmOutput& out, LowRank16& low_rank, const Matrix& tokens, const Up* up,
-                             const Matrix* bias, const Tensor& like, int64_t rows, cudaStream_t stream) {
-  Tensor y = empty_with_last_dim(like, rows, like.scalar_type());
-  out = {};
-  out.y = y.mutable_data_ptr();
-  out.m = tokens.rows;
-  out.rows = rows;
-  if (up != nullptr && y.numel() > 0) {
-    low_rank = low_rank_operands(*up, rows, tokens, stream);
-    out.lora_up = low_rank.up.data;
-    out.lora_t = low_rank.activation.data;
-    out.r = low_rank.up.r;
-    if (up->adapters != nullptr) {
-      out.adapter_of_token = up->adapters->of_row;
-      out.adapters = up->adapters->count;
-    }
-  }
-  set_bias(out, bias);
-  return y;
-}
-
 // y [..., n] = x Wᵀ + …, by the gemm kernel.
 inline Tensor gemm(const cuda::Weight& w, const Matrix& tokens, const Up* up, const Matrix* bias, const Tensor& like,
                    const GpuScope& scope) {
   cuda::GemmParams p{};
-  LowRank16 low_rank;
-  const Tensor y = prepare_output(p.out, low_rank, tokens, up, bias, like, w.n, scope.stream());
+  const Tensor y = prepare_output(p.out, tokens.rows, up, bias, like, w.n);
   if (y.numel() == 0) return y;
   const Tensor x = aligned(tokens.tensor);
   p.weight = w;
@@ -129,8 +95,7 @@ inline Tensor gemm(const cuda::Weight& w, const Matrix& tokens, const Up* up, co
 inline Tensor gemm_dx(const cuda::Weight& w, const Matrix& grad, const Up* down, const Tensor& like,
                       const GpuScope& scope) {
   cuda::GemmDxParams p{};
-  LowRank16 low_rank;
-  const Tensor dx = prepare_output(p.out, low_rank, grad, down, nullptr, like, w.k, scope.stream());
+  const Tensor dx = prepare_output(p.out, grad.rows, down, nullptr, like, w.k);
   if (dx.numel() == 0) return dx;
   const Tensor dy = aligned(grad.tensor);
   p.weight = w;
@@ -159,15 +124,10 @@ inline Tensor input_grad(CheckedWeight& checked, cuda::BackwardKernel kernel, co
 
 // Gradient of lora_x [..., k]: the low-rank term alone, by the lora_up kernel or on the CUDA cores.
 inline Tensor low_rank_up(const Matrix& dy, const Up& down, const Tensor& like, int64_t k, const GpuScope& scope) {
-  const cuda::Problem problem{dy.rows, down.activation->r, k, dy.dtype, 0};
+  const cuda::Problem problem{dy.rows, down.activation->values.cols, k, dy.dtype, 0};
   if (like.scalar_type() != dy.tensor.scalar_type() || cuda::why_general_low_rank(problem, scope.gpu()) != nullptr)
     return general_product({}, &down, nullptr, like, k, scope.stream());
-  cuda::LoraUpParams p{};
-  LowRank16 low_rank;
-  const Tensor out = prepare_output(p.out, low_rank, dy, &down, nullptr, like, k, scope.stream());
-  p.dtype = dy.dtype;
-  if (out.numel() > 0) check(cuda::launch_lora_up(p, scope.stream()), "lora_up");
-  return out;
+  return low_rank_up_tiled(dy.rows, dy.dtype, down, nullptr, like, k, scope.stream());
 }
 
 inline Tensor column_sum(const Matrix& m, cudaStream_t stream) {

@@ -1,6 +1,6 @@
 // Products for which the vendor's GEMM outruns our tensor-core and float32 kernels (vendor_tokens in select.h): W is
 // dequantized in panels, nested scales and all in one launch each, and multiplied by the GEMM that torch calls. Sums
-// are rounded once without an adapter; with one, its term is added to the rounded product, as torch does.
+// are rounded once without an adapter; with one, its term is rounded first, and the GEMM adds the product to it.
 #pragma once
 
 #include "ops/cuda_low_rank.h"
@@ -22,23 +22,67 @@ inline Tensor dequantize_panel(const cuda::Weight& w, int64_t first_row, int64_t
   return matrix_view(buffer, rows, cols, cols, 1);
 }
 
-// y += activation upᵀ.
-inline void add_low_rank(Tensor& y, const Up& up, int64_t rows, const Matrix& tokens, cudaStream_t stream) {
-  const LowRank16 operands = low_rank_operands(up, rows, tokens, stream, /*may_borrow=*/false);
-  addmm_out(y, y, operands.activation.storage, matrix_view(operands.up.storage, operands.up.r, rows, 1, operands.up.r),
+template <class Params>
+void set_bias(Params& p, const Matrix* bias) {
+  if (bias == nullptr) return;
+  p.bias = bias->data;
+  p.bias_dtype = bias->dtype;
+}
+
+// The result [..., rows] of a tensor-core kernel, and what it adds to its product.
+inline Tensor prepare_output(cuda::GemmOutput& out, int64_t m, const Up* up, const Matrix* bias, const Tensor& like,
+                             int64_t rows) {
+  Tensor y = empty_with_last_dim(like, rows, like.scalar_type());
+  out = {};
+  out.y = y.mutable_data_ptr();
+  out.m = m;
+  out.rows = rows;
+  if (up != nullptr) {
+    out.up = up->factor;
+    out.lora_t = static_cast<const float*>(up->activation->values.data);
+    out.r = static_cast<int>(up->activation->values.cols);
+    if (up->adapters != nullptr) {
+      out.adapter_of_token = up->adapters->of_row;
+      out.adapters = up->adapters->count;
+    }
+  }
+  set_bias(out, bias);
+  return y;
+}
+
+// The low-rank term and the bias alone, [..., rows], on the tensor cores; one adapter.
+inline Tensor low_rank_up_tiled(int64_t m, DType dtype, const Up& up, const Matrix* bias, const Tensor& like,
+                                int64_t rows, cudaStream_t stream) {
+  cuda::LoraUpParams p{};
+  const Tensor out = prepare_output(p.out, m, &up, bias, like, rows);
+  p.dtype = dtype;
+  if (out.numel() > 0) check(cuda::launch_lora_up(p, stream), "lora_up");
+  return out;
+}
+
+// y += activation · up for float32 tokens, by the same GEMM; one adapter.
+inline void add_low_rank_float(Tensor& y, const Up& up, int64_t rows) {
+  const Matrix& values = up.activation->values;
+  const Tensor& factor = up.matrix->tensor;
+  const Tensor exact =
+      factor.scalar_type() == ScalarType::Float ? factor : torch::stable::to(factor, ScalarType::Float);
+  addmm_out(y, y, values.tensor, matrix_view(exact, values.cols, rows, up.factor.rank_stride, up.factor.feature_stride),
             1.0, 1.0);
 }
 
 // y [..., n] = x Wᵀ + …, a panel of rows of W at a time.
-inline Tensor dequantize_matmul(const cuda::Weight& w, const Matrix& tokens, const Up* up, const OptionalTensor& bias,
+inline Tensor dequantize_matmul(const cuda::Weight& w, const Matrix& tokens, const Up* up, const Matrix* bias,
                                 const Tensor& like, const GpuScope& scope) {
   const ScalarType dtype = like.scalar_type();
   const int64_t m = tokens.rows;
-  Tensor out = empty_with_last_dim(like, w.n, dtype);
+  const bool is_float = tokens.dtype == DType::kFloat32, adds_to_term = up != nullptr && !is_float;
+  Tensor out = adds_to_term ? low_rank_up_tiled(m, tokens.dtype, *up, bias, like, w.n, scope.stream())
+                            : empty_with_last_dim(like, w.n, dtype);
   Tensor y = matrix_view(out, m, w.n, w.n, 1);
   const Tensor x = matrix_view(tokens.tensor, m, w.k, w.k, 1);
-  std::optional<Tensor> addend;
-  if (bias) addend = as_contiguous(bias->scalar_type() == dtype ? *bias : torch::stable::to(*bias, dtype));
+  std::optional<Tensor> addend;  // [n]
+  if (bias != nullptr && !adds_to_term)
+    addend = bias->tensor.scalar_type() == dtype ? bias->tensor : torch::stable::to(bias->tensor, dtype);
   const int64_t panel = cuda::select_vendor_panel(w.n, w.k, tokens.dtype, scope.gpu());
   const Tensor buffer = empty_like_device(like, {panel * w.k}, dtype);
   for (int64_t first = 0; first < w.n; first += panel) {
@@ -46,16 +90,18 @@ inline Tensor dequantize_matmul(const cuda::Weight& w, const Matrix& tokens, con
     Tensor weight = dequantize_panel(w, first, rows, 0, w.k, buffer, scope.stream());
     const Tensor part = matrix_view(y, m, rows, w.n, 1, first);
     addmm_out(part, addend ? vector_view(*addend, rows, first) : part, x, matrix_view(weight, w.k, rows, 1, w.k),
-              addend ? 1.0 : 0.0, 1.0);
+              addend || adds_to_term ? 1.0 : 0.0, 1.0);
   }
-  if (up != nullptr) add_low_rank(y, *up, w.n, tokens, scope.stream());
+  if (up != nullptr && is_float) add_low_rank_float(y, *up, w.n);
   return out;
 }
 
 // dx [..., k] = dy W + …, a panel of columns of W at a time: the sum over its rows is rounded once.
 inline Tensor dequantize_matmul_dx(const cuda::Weight& w, const Matrix& grad, const Up* down, const Tensor& like,
                                    const GpuScope& scope) {
-  Tensor out = empty_with_last_dim(like, w.k, like.scalar_type());
+  const bool is_float = grad.dtype == DType::kFloat32, adds_to_term = down != nullptr && !is_float;
+  Tensor out = adds_to_term ? low_rank_up_tiled(grad.rows, grad.dtype, *down, nullptr, like, w.k, scope.stream())
+                            : empty_with_last_dim(like, w.k, like.scalar_type());
   Tensor dx = matrix_view(out, grad.rows, w.k, w.k, 1);
   const Tensor dy = matrix_view(grad.tensor, grad.rows, w.n, w.n, 1);
   const int64_t panel = cuda::select_vendor_panel(w.k, w.n, grad.dtype, scope.gpu());
@@ -64,9 +110,9 @@ inline Tensor dequantize_matmul_dx(const cuda::Weight& w, const Matrix& grad, co
     const int64_t cols = std::min(panel, w.k - first);
     const Tensor weight = dequantize_panel(w, 0, w.n, first, cols, buffer, scope.stream());
     const Tensor part = matrix_view(dx, grad.rows, cols, w.k, 1, first);
-    addmm_out(part, part, dy, weight, 0.0, 1.0);
+    addmm_out(part, part, dy, weight, adds_to_term ? 1.0 : 0.0, 1.0);
   }
-  if (down != nullptr) add_low_rank(dx, *down, w.k, grad, scope.stream());
+  if (down != nullptr && is_float) add_low_rank_float(dx, *down, w.k);
   return out;
 }
 

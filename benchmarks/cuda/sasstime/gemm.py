@@ -1,8 +1,9 @@
-"""How sasstime launches gemm.cu: m n k [tile], the tiles of GemmTile."""
+"""How sasstime launches gemm.cu: m n k [r=0] [tile], the tiles of GemmTile."""
 
 from sasstime import Buffer, Launch
+from structs import output
 
-from qlora import BFLOAT16, FLAGS, output, up, weight, weight_bytes  # sasstime's own helpers
+from qlora import BFLOAT16, FLAGS, up, weight, weight_bytes  # sasstime's own helpers
 
 __all__ = ["FLAGS", "launch"]
 # GemmTile, then the template arguments of Shape: fragments, warps of a group, tokens, stages, groups, panel, batch.
@@ -15,13 +16,13 @@ TILES = {
 }
 
 
-def launch(gpu, m=64, n=4096, k=4096, tile="64x32"):
+def launch(gpu, m=64, n=4096, k=4096, r=0, tile="64x32"):
     number, fragments, warps, tokens, stages, groups, panel, batch = TILES[tile]
     rows, threads = 16 * fragments * warps, 32 * warps * groups
     shared = 32 * 1024 + groups * tokens * 128 * stages + rows * (panel | 1) * 4
     grid = (up(m, tokens), up(n, rows), 1)
     x, y = Buffer("x", m * k * 2, "bfloat16", dram=False), Buffer("y", m * n * 2, dram=False)
-    parameters = [weight(n, k, sharers=grid[0]), x, ("i", BFLOAT16), ("i", number), output(y, m, n, 0)]
+    parameters = [weight(n, k, sharers=grid[0]), x, ("i", BFLOAT16), ("i", number), output(y, m, n, r)]
     shape = f"{fragments}, {warps}, {tokens}, {stages}, {groups}, {panel}, {batch}"
     name = rf"gemm::kernel<qlora::bf16, qlora::cuda::gemm::Shape<{shape}>, false>"
     flops = 2.0 * grid[0] * tokens * n * k

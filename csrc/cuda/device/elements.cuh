@@ -70,6 +70,20 @@ QLORA_DEVICE void load_eight_elements(const void* data, DType dtype, int64_t i, 
     x[e] = dtype == DType::kBFloat16 ? ptx::unpack<bf16>(pairs[e / 2], e % 2) : ptx::unpack<fp16>(pairs[e / 2], e % 2);
 }
 
+// Elements 4i … 4i + 3, the same.
+QLORA_DEVICE void load_four_elements(const void* data, DType dtype, int64_t i, float (&x)[4]) {
+  if (dtype == DType::kFloat32) {
+    const auto all = ptx::load(static_cast<const Floats4*>(data) + i);
+    x[0] = all.x, x[1] = all.y, x[2] = all.z, x[3] = all.w;
+    return;
+  }
+  const auto words = ptx::load(static_cast<const Words2*>(data) + i);
+  const uint32_t pairs[2] = {words.x, words.y};
+#pragma unroll
+  for (int e = 0; e < 4; ++e)
+    x[e] = dtype == DType::kBFloat16 ? ptx::unpack<bf16>(pairs[e / 2], e % 2) : ptx::unpack<fp16>(pairs[e / 2], e % 2);
+}
+
 QLORA_DEVICE void store_element(void* data, DType dtype, int64_t i, float value) {
   if (dtype == DType::kBFloat16)
     ptx::store(&(static_cast<bf16*>(data) + i)->bits, from_float<bf16>(value).bits);

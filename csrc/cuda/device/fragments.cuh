@@ -32,7 +32,7 @@ constexpr int panel_bytes(int rows, int chunks) { return rows * (chunks | 1) * s
 template <int kWarps, int kRows, int kBatch>
 class ScalePanel {
  public:
-  static_assert(kRows % kWarps == 0 && kRows / kWarps % kBatch == 0 || kBatch % (kRows / kWarps) == 0,
+  static_assert(kRows % kWarps == 0 && (kRows / kWarps % kBatch == 0 || kBatch % (kRows / kWarps) == 0),
                 "a batch is whole rows, or whole chunks");
   using Batch = RawScale[kBatch];
 

@@ -141,6 +141,9 @@ QLORA_DEVICE void store_shared(SharedAddress a, Floats2 v) {
 QLORA_DEVICE void store_shared(SharedAddress a, Floats4 v) {
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(a), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w));
 }
+QLORA_DEVICE void store_shared(SharedAddress a, Words2 v) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(a), "r"(v.x), "r"(v.y));
+}
 QLORA_DEVICE void store_shared(SharedAddress a, Words4 v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(a), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w));
 }

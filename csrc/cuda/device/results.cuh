@@ -4,45 +4,66 @@
 // fragment f of lane (g, t) has rows first_row + 2Rg + 2f + {0, 1} and tokens first_token + 8j + 2t + {0, 1}.
 #pragma once
 
-#include "cuda/device/elements.cuh"
+#include "cuda/device/low_rank.cuh"
 
 namespace qlora::cuda {
 
-// A step of 16 ranks of lora_up as the A operand, straight from global memory: the matrix is small and comes from L2.
+// A step of 16 ranks of the up factor as the A operand, straight from global memory: the matrix is small and comes from
+// L2. `low` is what `high` rounds away.
 template <class T, int R>
-QLORA_DEVICE void load_up(const GemmOutput& p, const T* up, int first_row, uint32_t (&fragment)[R][4]) {
+QLORA_DEVICE void load_up(const FactorReader<T>& up, const GemmOutput& p, int first_row, int r, uint32_t (&high)[R][4],
+                          uint32_t (&low)[R][4]) {
   const int g = ptx::lane() / 4, t = ptx::lane() % 4;
 #pragma unroll
-  for (int f = 0; f < R; ++f) {
-    const int64_t row = int64_t{first_row} + 2 * R * g + 2 * f;
-    const auto a = ptx::load(reinterpret_cast<const Words2*>(up + min_i64(row, p.rows - 1) * p.r + 4 * t));
-    const auto b = ptx::load(reinterpret_cast<const Words2*>(up + min_i64(row + 1, p.rows - 1) * p.r + 4 * t));
-    fragment[f][0] = a.x;
-    fragment[f][1] = b.x;
-    fragment[f][2] = a.y;
-    fragment[f][3] = b.y;
-  }
+  for (int f = 0; f < R; ++f)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int64_t row = int64_t{first_row} + 2 * R * g + 2 * f + i;
+      float values[4];
+      up.along_ranks(min_i64(row, p.rows - 1), r + 4 * t, p.r, values);
+      split_pair<T>(values[0], values[1], high[f][i], low[f][i]);
+      split_pair<T>(values[2], values[3], high[f][2 + i], low[f][2 + i]);
+    }
 }
 
-// Activations of eight tokens, the same step of ranks.
+// The same step of ranks of eight tokens' activations, as the B operand; zeros for a token that has none.
+struct ActivationPairs {
+  uint32_t high[2], low[2];
+};
 template <class T>
-QLORA_DEVICE Words2 load_activation(const GemmOutput& p, int first_token, int r) {
-  const int64_t token = min_i64(int64_t{first_token} + ptx::lane() / 4, p.m - 1);
-  return ptx::load(
-      reinterpret_cast<const Words2*>(static_cast<const T*>(p.lora_t) + token * p.r + r + 4 * (ptx::lane() % 4)));
+QLORA_DEVICE ActivationPairs load_activation(const GemmOutput& p, int64_t token, int r) {
+  const Floats4 values =
+      token < 0 ? Floats4{0, 0, 0, 0} : load_activations(p.lora_t, token, r + 4 * (ptx::lane() % 4), p.r);
+  ActivationPairs pairs;
+  split_pair<T>(values.x, values.y, pairs.high[0], pairs.low[0]);
+  split_pair<T>(values.z, values.w, pairs.high[1], pairs.low[1]);
+  return pairs;
 }
 
-// sum += lora_up lora_tᵀ: r / 16 steps.
+// sum = before + up · activations. Factors of the tokens' type are taken as they are, with activations rounded to it,
+// as torch does; of others both parts count.
+template <class T>
+QLORA_DEVICE void low_rank_step(bool splits, const uint32_t (&high)[4], const uint32_t (&low)[4],
+                                const ActivationPairs& b, const float (&before)[4], float (&sum)[4]) {
+  ptx::mma<T>(sum, high, b.high[0], b.high[1], before);
+  if (!splits) return;
+  ptx::mma<T>(sum, high, b.low[0], b.low[1], sum);
+  ptx::mma<T>(sum, low, b.high[0], b.high[1], sum);
+}
+
+// sum += up · activations: a step for 16 ranks.
 template <class T, int R, int kTokens>
 QLORA_DEVICE void low_rank_steps(const GemmOutput& p, int first_row, int first_token, float (&sum)[R][kTokens / 8][4]) {
+  const FactorReader<T> up(p.up, 0);
   for (int r = 0; r < p.r; r += 16) {
-    uint32_t fragment[R][4];
-    load_up<T, R>(p, static_cast<const T*>(p.lora_up) + r, first_row, fragment);
+    uint32_t high[R][4], low[R][4];
+    load_up<T, R>(up, p, first_row, r, high, low);
 #pragma unroll
     for (int j = 0; j < kTokens / 8; ++j) {
-      const Words2 b = load_activation<T>(p, first_token + 8 * j, r);
+      const int64_t token = min_i64(int64_t{first_token} + 8 * j + ptx::lane() / 4, p.m - 1);
+      const ActivationPairs b = load_activation<T>(p, token, r);
 #pragma unroll
-      for (int f = 0; f < R; ++f) ptx::mma<T>(sum[f][j], fragment[f], b.x, b.y, sum[f][j]);
+      for (int f = 0; f < R; ++f) low_rank_step<T>(up.splits(), high[f], low[f], b, sum[f][j], sum[f][j]);
     }
   }
 }
@@ -55,32 +76,36 @@ QLORA_DEVICE void low_rank_steps_of_adapters(const GemmOutput& p, int first_row,
                                              float (&sum)[R][kTokens / 8][4]) {
   const int t = ptx::lane() % 4;
   for (int r = 0; r < p.r; r += 16) {
-    uint32_t fragment[R][4] = {};
+    uint32_t high[R][4] = {}, low[R][4] = {};
     int held = -1;  // whose fragment that is: neighbours mostly share an adapter
 #pragma unroll
     for (int j = 0; j < kTokens / 8; ++j) {
-      const int64_t token = int64_t{first_token} + 8 * j + ptx::lane() % 8;
-      const int64_t adapter = token < p.m ? ptx::load(p.adapter_of_token + token) : -1;
+      const int first = first_token + 8 * j;
+      const int64_t adapter =
+          first + ptx::lane() % 8 < p.m ? ptx::load(p.adapter_of_token + first + ptx::lane() % 8) : -1;
       const int mine = adapter >= 0 && adapter < p.adapters ? static_cast<int>(adapter) : -1;
-      const Words2 b = load_activation<T>(p, first_token + 8 * j, r);
+      // The token whose activations the lane holds is another one.
+      const bool has_any = ptx::shuffle(mine, ptx::lane() / 4) >= 0;
+      const ActivationPairs b = load_activation<T>(p, has_any ? first + ptx::lane() / 4 : -1, r);
       uint32_t left = ptx::ballot(mine >= 0) & 0xFFu;
       while (left != 0) {
         const int current = ptx::shuffle(mine, ptx::lowest_bit(left));
         const uint32_t has_it = ptx::ballot(mine == current);
         left &= ~has_it;
+        const FactorReader<T> up(p.up, current);
         if (current != held) {
-          load_up<T, R>(p, static_cast<const T*>(p.lora_up) + current * p.rows * p.r + r, first_row, fragment);
+          load_up<T, R>(up, p, first_row, r, high, low);
           held = current;
         }
-        const bool first = (has_it >> (2 * t) & 1u) != 0, second = (has_it >> (2 * t + 1) & 1u) != 0;
+        const bool even = (has_it >> (2 * t) & 1u) != 0, odd = (has_it >> (2 * t + 1) & 1u) != 0;
 #pragma unroll
         for (int f = 0; f < R; ++f) {
           float with[4];
-          ptx::mma<T>(with, fragment[f], b.x, b.y, sum[f][j]);
-          sum[f][j][0] = first ? with[0] : sum[f][j][0];
-          sum[f][j][1] = second ? with[1] : sum[f][j][1];
-          sum[f][j][2] = first ? with[2] : sum[f][j][2];
-          sum[f][j][3] = second ? with[3] : sum[f][j][3];
+          low_rank_step<T>(up.splits(), high[f], low[f], b, sum[f][j], with);
+          sum[f][j][0] = even ? with[0] : sum[f][j][0];
+          sum[f][j][1] = odd ? with[1] : sum[f][j][1];
+          sum[f][j][2] = even ? with[2] : sum[f][j][2];
+          sum[f][j][3] = odd ? with[3] : sum[f][j][3];
         }
       }
     }

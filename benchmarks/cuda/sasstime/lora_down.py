@@ -1,0 +1,27 @@
+"""How sasstime launches lora_down.cu: m k [r=16] [n=0] [tokens]; with n both jobs of the backward."""
+
+from sasstime import Buffer, Launch
+from structs import NO_FACTOR, factor
+
+from qlora import BFLOAT16, FLAGS, plan, up  # sasstime's own helpers
+
+__all__ = ["FLAGS", "launch"]
+
+
+def launch(gpu, m=128, k=4096, r=16, n=0, tokens=0):
+    tokens = tokens or next((t for t in (16, 32) if up(m, t) * up(r, 16) * 2 <= gpu.sms), 64)
+    blocks = up(m, tokens)
+
+    def job(name, features, rank_is_major):
+        x = Buffer(name, m * features * 2, "bfloat16", dram=False)
+        down = factor(f"factor of {name}", r, features, rank_is_major, sharers=blocks)
+        return [x, ("q", features), down, Buffer(f"out of {name}", m * r * 4, dram=False), None]
+
+    second = job("dy", n, False) if n else [None, ("q", 0), NO_FACTOR, None, None]
+    scalars = [("i", 2 if n else 1), ("i", BFLOAT16), ("q", m), ("q", r), ("f", 1.0), ("i", tokens)]
+    parameters = [[job("x", k, True), second, *scalars, plan()]]
+    grid = (blocks, up(r, 16), 2 if n else 1)
+    name = rf"lora_down::kernel<qlora::bf16, {tokens}>"
+    return Launch(
+        name, grid, 256, 8 * tokens * 16 * 4, parameters, 4 * r * (k + n), 4.0 * blocks * tokens * r * (k + n)
+    )
