@@ -8,6 +8,7 @@
 #include "cuda/device/launch.cuh"
 #include "cuda/device/levels.h"
 #include "cuda/device/results.cuh"
+#include "cuda/device/row_reader.cuh"
 #include "cuda/device/token_tile.cuh"
 #include "cuda/device/unroll.cuh"
 
@@ -29,31 +30,6 @@ struct Shape {
   static constexpr int kSharedBytes = kPairTableBytes + kTokenBytes + panel_bytes(kRows, kPanel);
   static_assert(kPanel % kGroups == 0, "a panel gives every group as many chunks");
   static_assert(Group::sum_bytes(R* kTokens / 2) <= kPairTableBytes + kTokenBytes, "the groups' sums find room");
-};
-
-// The packed bytes of a lane's 2R rows, every kStep-th chunk.
-template <int R, int kStep>
-class RowReader {
- public:
-  QLORA_METHOD RowReader(const Weight& w, int64_t first_row, int first_chunk) {
-    const int64_t row = min_i64(first_row + ptx::lane() / 4 * 2 * R, w.n - 1);
-    at_ = w.packed + row * (w.k / 2) + first_chunk * (kChunk / 2) + ptx::lane() % 4 * 8;
-    row_bytes_ = static_cast<int>(w.k / 2);
-    last_ = static_cast<int>(min_i64(2 * R - 1, w.n - 1 - row));  // rows beyond the last one are the last one
-  }
-  QLORA_METHOD void next(Words2 (&raw)[2 * R]) {
-    const uint8_t* row = at_;
-#pragma unroll
-    for (int i = 0; i < 2 * R; ++i) {
-      raw[i] = ptx::load_once(reinterpret_cast<const Words2*>(row));
-      row += i < last_ ? row_bytes_ : 0;
-    }
-    at_ += kStep * (kChunk / 2);
-  }
-
- private:
-  const uint8_t* at_;
-  int row_bytes_, last_;
 };
 
 template <class T, class S, bool kMulti>
@@ -153,6 +129,9 @@ Status launch_typed(const GemmParams& p, cudaStream_t stream) {
       return launch_shape<T, Shape<2, 2, 64, 3, 4, 64, 8>>(p, stream);
     case GemmTile::k64x32:
       return launch_shape<T, Shape<2, 2, 32, 3, 8, 64, 8>>(p, stream);
+    case GemmTile::k128x64Wgmma:
+    case GemmTile::k128x128Wgmma:
+      return launch_gemm_wgmma(p, stream);
     case GemmTile::k64x32Small:
       return launch_shape<T, Shape<2, 2, 32, 3, 4, 64, 8>>(p, stream);
     default:  // the 64 KiB of Turing's shared memory leave room for two stages; it has no bfloat16

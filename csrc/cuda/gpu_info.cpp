@@ -34,6 +34,9 @@ Status query_gpu(int device, GpuInfo* info) {
     }
     // A newer GPU runs the newest code that was compiled, with what that knows.
     gpu.arch = std::min(10 * major + minor, QLORA_NEWEST_ARCH);
+#ifdef QLORA_HAS_WGMMA
+    gpu.has_wgmma = 10 * major + minor == 90;
+#endif
   }
   *info = gpu;
   return {};

@@ -163,13 +163,15 @@ struct GemmParams {
   float level_factor;
 };
 Status launch_gemm(GemmParams p, cudaStream_t stream);
+// What launch_gemm() does with Hopper's tiles: a file of its own, compiled for sm_90a.
+Status launch_gemm_wgmma(const GemmParams& p, cudaStream_t stream);
 
 // dx = dy W + …; out.rows is k, a multiple of 32; n is a multiple of 8. Every block size.
 struct GemmDxParams {
   Weight weight;
   const void* dy;  // [m, n], aligned to 16 bytes
   DType dtype;     // of dy and dx: bfloat16 or float16
-  GemmTile tile;   // select_gemm_tile() of m and k
+  GemmTile tile;   // select_dx_tile()
   GemmOutput out;
 };
 Status launch_gemm_dx(const GemmDxParams& p, cudaStream_t stream);

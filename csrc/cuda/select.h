@@ -14,6 +14,7 @@ struct GpuInfo {
   // Of a dequantized panel of W. Most weights are one panel: each further one reads x again and ends in a wave that
   // leaves SMs idle (docs/kernels.md).
   int64_t panel_bytes = int64_t{128} << 20;
+  bool has_wgmma = false;  // compute capability 9.0, and the library was built for it
 };
 
 // The shape of a product, and what decides over its kernel besides.
@@ -61,34 +62,49 @@ constexpr DecodeTile select_decode_tile(int64_t m, int64_t n, int64_t k, const G
 
 // A block's tile: rows of the operand, out features in the forward and in features in dx, and tokens. In a block
 // several groups of warps share the reduction. Small: in the 99 KiB of shared memory that sm_86, sm_89 and sm_120 have;
-// Turing: in 64 KiB, 64 x 64, in dx 128 x 64.
-enum class GemmTile { kTuring, k64x32, k64x32Small, k64x64, k128x64 };
+// Turing: in 64 KiB, 64 x 64, in dx 128 x 64; Wgmma: by Hopper's own instructions, forward only.
+enum class GemmTile { kTuring, k64x32, k64x32Small, k64x64, k128x64, k128x64Wgmma, k128x128Wgmma };
 
-constexpr int tile_rows(GemmTile tile) { return tile == GemmTile::k128x64 ? 128 : 64; }
-constexpr int tile_tokens(GemmTile tile) { return tile == GemmTile::k64x32 || tile == GemmTile::k64x32Small ? 32 : 64; }
-constexpr int64_t gemm_waves(GemmTile tile, int64_t m, int64_t n, const GpuInfo& gpu) {
-  const int64_t blocks =
-      (m + tile_tokens(tile) - 1) / tile_tokens(tile) * ((n + tile_rows(tile) - 1) / tile_rows(tile));
+constexpr bool is_wgmma(GemmTile tile) { return tile == GemmTile::k128x64Wgmma || tile == GemmTile::k128x128Wgmma; }
+constexpr int tile_rows(GemmTile tile) { return tile == GemmTile::k128x64 || is_wgmma(tile) ? 128 : 64; }
+constexpr int tile_tokens(GemmTile tile) {
+  if (tile == GemmTile::k64x32 || tile == GemmTile::k64x32Small) return 32;
+  return tile == GemmTile::k128x128Wgmma ? 128 : 64;
+}
+constexpr int64_t gemm_waves(GemmTile tile, int64_t m, int64_t rows, const GpuInfo& gpu) {
+  const int64_t across = (m + tile_tokens(tile) - 1) / tile_tokens(tile);
+  const int64_t blocks = across * ((rows + tile_rows(tile) - 1) / tile_rows(tile));
   return (blocks + gpu.sm_count - 1) / gpu.sm_count;
 }
 
 // The tile that is through first: each SM takes one block at a time. What a block of each tile costs relative to the
 // others is predicted (docs/kernels.md).
-constexpr GemmTile select_gemm_tile(int64_t m, int64_t rows, const GpuInfo& gpu) {
+constexpr GemmTile select_gemm_tile(int64_t m, int64_t rows, const GpuInfo& gpu, bool may_use_wgmma) {
   if (gpu.shared_bytes_per_block < 96 * 1024) return GemmTile::kTuring;
   struct Candidate {
     GemmTile tile;
     int64_t cost;
   };
   const bool small = gpu.shared_bytes_per_block < 160 * 1024;
-  const Candidate candidates[] = {{small ? GemmTile::k64x32Small : GemmTile::k64x32, small ? 9 : 10},
-                                  {small ? GemmTile::k128x64 : GemmTile::k64x64, small ? 28 : 14},
-                                  {GemmTile::k128x64, small ? 28 : 26}};
-  Candidate best = candidates[0];
-  for (const Candidate& other : candidates)
+  const Candidate with_mma[] = {{small ? GemmTile::k64x32Small : GemmTile::k64x32, small ? 9 : 10},
+                                {small ? GemmTile::k128x64 : GemmTile::k64x64, small ? 28 : 14},
+                                {GemmTile::k128x64, small ? 28 : 26}};
+  const Candidate with_wgmma[] = {{GemmTile::k128x64Wgmma, 11}, {GemmTile::k128x128Wgmma, 18}};
+  Candidate best = with_mma[0];
+  const auto compare = [&](const Candidate& other) {
     if (other.cost * gemm_waves(other.tile, m, rows, gpu) < best.cost * gemm_waves(best.tile, m, rows, gpu))
       best = other;
+  };
+  for (const Candidate& other : with_mma) compare(other);
+  if (gpu.has_wgmma && may_use_wgmma)
+    for (const Candidate& other : with_wgmma) compare(other);
   return best.tile;
+}
+constexpr GemmTile select_forward_tile(int64_t m, int64_t n, const GpuInfo& gpu) {
+  return select_gemm_tile(m, n, gpu, /*may_use_wgmma=*/true);
+}
+constexpr GemmTile select_dx_tile(int64_t m, int64_t k, const GpuInfo& gpu) {
+  return select_gemm_tile(m, k, gpu, /*may_use_wgmma=*/false);
 }
 
 // Tokens of a block of the low-rank down projection. Each block reads the factor, and the SMs share the tokens.
@@ -132,6 +148,7 @@ constexpr VendorTokens vendor_tokens(const Problem& p, const GpuInfo& gpu) {
   if (gpu.arch < 80) return {INT64_MAX, INT64_MAX};
   // Predicted times of the fused kernels, and for panels those measured on an H200 (docs/gpu.md), or, elsewhere,
   // bitsandbytes' ladder between the two ways.
+  if (gpu.has_wgmma) return {513, 65};
   if (gpu.arch < 86 || (gpu.arch >= 90 && gpu.arch < 120)) return {65, 65};
   return {256, 256};
 }

@@ -60,7 +60,10 @@ def test_tiles_grow_with_the_product_and_fit_the_gpu():
     assert select(1, n=14336)["forward_tile"] == (32, 16)
     assert select(64)["forward_tile"] == (64, 64)  # 128 tiles of 32 tokens are one more than a wave of 108
     assert select(64, gpu=H100)["forward_tile"] == (64, 32)
-    assert select(64, n=14336, gpu=H100)["forward_tile"] == (128, 64)
+    assert select(64, n=14336, gpu=B200)["forward_tile"] == (128, 64)
+    assert select(64, n=14336, gpu=H100)["forward_tile"] == (128, 64)  # by wgmma
+    assert select(256, gpu=H100)["forward_tile"] == (128, 64)
+    assert select(512, gpu=H100)["forward_tile"] == (128, 128)
     assert select(64, gpu=RTX4090)["forward_tile"] == (64, 32)
     assert select(200, n=14336, gpu=RTX4090)["forward_tile"] == (128, 64)
     assert select(64, k=14336, gpu=H100)["backward_tile"] == (128, 64)
@@ -70,7 +73,7 @@ def test_tiles_grow_with_the_product_and_fit_the_gpu():
 
 @pytest.mark.parametrize(
     ("gpu", "forward", "backward"),
-    [(H100, 65, 65), (B200, 65, 65), (A100, 65, 65), (RTX4090, 256, 256), (RTX5090, 256, 256)],
+    [(H100, 513, 65), (B200, 65, 65), (A100, 65, 65), (RTX4090, 256, 256), (RTX5090, 256, 256)],
 )
 def test_the_vendors_gemm_takes_many_tokens(gpu, forward, backward):
     for tokens in (forward, 4096):

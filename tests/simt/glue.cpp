@@ -41,7 +41,7 @@ Tensor empty_like_device(const Tensor& like, const int64_t* sizes, size_t dims, 
 
 QLORA_EXPORT void qlora_simt_seed(uint64_t seed) { qlora::simt::set_seed(seed); }
 QLORA_EXPORT void qlora_simt_gpu(int arch, int sm_count, int shared_bytes, int panel_bytes) {
-  qlora::ops::pretended = {arch, sm_count, shared_bytes, panel_bytes};
+  qlora::ops::pretended = {arch, sm_count, shared_bytes, panel_bytes, arch == 90};
   qlora::simt::set_shared_limit(shared_bytes);
 }
 QLORA_EXPORT void qlora_simt_count(int on) { qlora::simt::set_counting(on != 0); }

@@ -8,9 +8,19 @@ from tolerances import accumulation, assert_within, operand_rounding, output_rou
 
 from qlora import _C, ops
 
-# (rows, tokens) of a tile, and the GPU: its SMs decide, and its shared memory.
-LARGE, SMALL = 227 * 1024, 99 * 1024
-TILES = [((64, 32), 8, LARGE), ((64, 64), 4, LARGE), ((128, 64), 2, LARGE), ((64, 32), 8, SMALL)]
+LARGE, SMALL, HOPPER = (80, 163 * 1024), (89, 99 * 1024), (90, 227 * 1024)  # arch, shared memory
+# Tokens, rows and tokens of the tile, and the GPU: with so many SMs it is chosen for the forward, and so many for dx.
+TILES = {
+    "64x32": (40, (64, 32), LARGE, 8, 32),
+    "64x64": (40, (64, 64), LARGE, 4, 13),
+    "128x64": (40, (128, 64), LARGE, 2, 7),
+    "small": (40, (64, 32), SMALL, 8, 32),
+    "wgmma-64": (40, (128, 64), HOPPER, 2, 7),
+    "wgmma-128": (100, (128, 128), HOPPER, 2, None),
+}
+CASES = [
+    (tile, k, adapters) for tile in TILES for k in (832, 4288) for adapters in (0, 1, 3) if k == 832 or adapters == 0
+]
 
 
 @pytest.fixture
@@ -21,38 +31,46 @@ def device():
         yield "simt"
 
 
-@pytest.mark.archs("sm_80", "sm_90")
-@pytest.mark.parametrize("adapters", [0, 1, 3], ids=["base", "adapter", "adapters"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize(
-    ("tile", "sm_count", "shared_bytes"), TILES, ids=lambda v: "x".join(map(str, v)) if type(v) is tuple else v
+    ("tile", "k", "adapters"),
+    [
+        pytest.param(*case, marks=pytest.mark.archs(*(["sm_90"] if "wgmma" in case[0] else ["sm_80", "sm_90"])))
+        for case in CASES
+    ],
 )
-def test_every_tile(device, tile, sm_count, shared_bytes, dtype, adapters):
-    m, n, k, r = 40, 136, 192 + 64 * 9, 5  # chunks that no number of groups divides
-    gpu = 89 if shared_bytes == SMALL else 80
-    devices.simt_library().qlora_simt_gpu(gpu, sm_count, shared_bytes, _C.GPU_PANEL_BYTES)
-    chosen = _C.cuda_select(m, n, k, str(dtype)[6:], 64, gpu, sm_count, shared_bytes)
-    assert (chosen["forward"], chosen["forward_tile"]) == ("gemm", tile)
+def test_every_tile(device, tile, k, adapters, dtype):
+    """13 or 67 chunks: no number of groups divides them, and 67 are more than a panel of scales."""
+    m, rows_and_tokens, (arch, shared_bytes), forward_sms, dx_sms = TILES[tile]
+    n, r = 136, 5
+
+    def describe_gpu(sm_count, direction, kernel):
+        devices.simt_library().qlora_simt_gpu(arch, sm_count, shared_bytes, _C.GPU_PANEL_BYTES)
+        chosen = _C.cuda_select(m, n, k, str(dtype)[6:], 64, arch, sm_count, shared_bytes)
+        if direction == "forward" or k == 832:
+            assert (chosen[direction], chosen[f"{direction}_tile"]) == (kernel, rows_and_tokens)
+
     weight, dense = weights(n, k)
     x, grad = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
     of_row = torch.arange(m) % max(1, adapters)
     a, b, s = torch.randn(max(1, adapters), r, k), torch.randn(max(1, adapters), n, r), torch.rand(max(1, adapters))
-    if adapters == 0:
-        s = s * 0
-        y = ops.forward(x, *weight)
-        dx = torch.ops.qlora.backward(grad, x, *weight, None, None, 1.0, None, True, False, False, False)[0]
-    elif adapters == 1:
-        one = a[0], b[0], s.item()
-        y = ops.forward(x, *weight, *one)
-        dx = torch.ops.qlora.backward(grad, x, *weight, *one, None, True, False, False, False)[0]
-    else:
-        y = ops.forward_multi(x, *weight, a, b, s, of_row)
-        dx = torch.ops.qlora.backward.multi(grad, x, *weight, a, b, s, of_row, True, False, False)[0]
-    A, B, S = (t.double()[of_row] for t in (a, b, s))
-    for result, given, W, inner, outer in ((y, x, dense, A, B.mT), (dx, grad, dense.T, B.mT, A)):
-        X = given.double()
-        term = S[:, None] * torch.einsum("mk,mrk,mrn->mn", X, inner, outer)
-        products = X.abs() @ W.abs().T + S[:, None] * torch.einsum("mk,mrk,mrn->mn", X.abs(), inner.abs(), outer.abs())
+    one = (None, None, 1.0) if adapters == 0 else (a[0], b[0], s[0].item())
+    describe_gpu(forward_sms, "forward", "gemm")
+    y = ops.forward_multi(x, *weight, a, b, s, of_row) if adapters > 1 else ops.forward(x, *weight, *one)
+    results = [(y, x, dense, a, b.mT)]
+    if dx_sms is not None:
+        describe_gpu(dx_sms, "backward", "gemm_dx")
+        if adapters > 1:
+            dx = torch.ops.qlora.backward.multi(grad, x, *weight, a, b, s, of_row, True, False, False)[0]
+        else:
+            dx = torch.ops.qlora.backward(grad, x, *weight, *one, None, True, False, False, False)[0]
+        results += [(dx, grad, dense.T, b.mT, a)]
+    s = s * (adapters > 0)
+    S = s.double()[of_row][:, None]
+    for result, given, W, down, up in results:
+        X, inner, outer = given.double(), down.double()[of_row], up.double()[of_row]
+        term = S * torch.einsum("mk,mrk,mrn->mn", X, inner, outer)
+        products = X.abs() @ W.abs().T + S * torch.einsum("mk,mrk,mrn->mn", X.abs(), inner.abs(), outer.abs())
         bound = accumulation(2 * X.shape[1] + 5 * r + 8, products) + operand_rounding(device, dtype, products)
         expected = X @ W.T + term
         assert_within(result, expected, bound + output_rounding(expected.abs() + bound, dtype))

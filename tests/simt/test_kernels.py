@@ -113,8 +113,8 @@ def test_17_to_32_tokens_are_decoded_in_two_launches(r):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_launches_of_an_adapted_layer(dtype):
-    """Forward: down projection, product. Backward: both down projections, both gradients, dx; from 128 tokens on the sums
-    over stretches of tokens."""
+    """Forward: down projection, product. Backward: both down projections, both gradients, dx; from 128 tokens on the
+    sums over stretches of tokens."""
     weight, _ = weights(136, 192)
     x, grad = (torch.randn(64, c).to(getattr(torch, dtype)) for c in (192, 136))
     a, b = torch.randn(8, 192), torch.randn(136, 8)
@@ -148,8 +148,8 @@ def test_many_tokens_by_the_vendors_gemm(dtype, adapter, panel_bytes):
         assert library.qlora_simt_last_range().startswith(b"qlora::forward")
         library.qlora_simt_reset()
         d_x = torch.ops.qlora.backward(grad, x, *weight, *lora, None, True, False, False, False)[0]
-        # No products of ours but the low-rank ones of 17 tiles of 64 tokens: down 17 chunks of 32 with a split factor, up
-        # 5 tiles of 8 x 16 rows with three products of parts.
+        # No products of ours but the low-rank ones of 17 tiles of 64 tokens: down 17 chunks of 32 with a split factor,
+        # up 5 tiles of 8 x 16 rows with three products of parts.
         assert devices.counters(library)["mma"] == (17 * 8 * (17 * 2 * 2 + 5 * 8 * 3) if adapter else 0)
     # Panels of 128 rows; the down and the up projection.
     assert launches == (1 if panel_bytes == 128 << 20 else 5) + (2 if adapter else 0)

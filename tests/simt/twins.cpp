@@ -109,6 +109,7 @@ void conversions() {
   }
   expect(ptx::pack<bf16>(1.00390625f, 1.01171875f) == (0x3F82u << 16 | 0x3F80u), "ties go to even", 0, 0);
   expect(ptx::byte_of<0>(0xA1B2C3D4u) == 0xD4 && ptx::byte_of<3>(0xA1B2C3D4u) == 0xA1, "byte_of", 0, 3);
+  expect(ptx::permute(0x33221100u, 0x77665544u, 0x6240) == 0x66224400u, "prmt", 0x6240, 0);
   expect(ptx::mad<128>(3, 5) == 389, "mad", 0, 0);
 }
 

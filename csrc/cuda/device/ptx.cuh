@@ -227,6 +227,13 @@ QLORA_DEVICE uint32_t byte_of(uint32_t word) {
   return v;
 }
 
+// Four bytes of eight, a's being 0 … 3 and b's 4 … 7: digit i of the selector says which one becomes byte i.
+QLORA_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t v;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(selector));
+  return v;
+}
+
 // a * kFactor + c; nvcc would write a shift and an addition.
 template <int kFactor>
 QLORA_DEVICE uint32_t mad(uint32_t a, uint32_t c) {

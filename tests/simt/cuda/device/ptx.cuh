@@ -166,6 +166,13 @@ QLORA_DEVICE uint32_t byte_of(uint32_t word) {
   return word >> (8 * kByte) & 0xFFu;
 }
 
+QLORA_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+  uint32_t v = 0;
+  for (int i = 0; i < 4; ++i) v |= static_cast<uint32_t>(bytes >> (8 * (selector >> (4 * i) & 7u)) & 0xFFu) << (8 * i);
+  return v;
+}
+
 template <int kFactor>
 QLORA_DEVICE uint32_t mad(uint32_t a, uint32_t c) {
   return a * kFactor + c;

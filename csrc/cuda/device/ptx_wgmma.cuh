@@ -1,0 +1,146 @@
+// The instructions of Hopper's asynchronous tensor cores, beside ptx.cuh; they exist on sm_90a alone. tests/simt has a
+// checked host twin.
+#pragma once
+
+#include "cuda/device/ptx.cuh"
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define QLORA_WGMMA
+#endif
+
+namespace qlora::cuda::ptx {
+
+// Whether this code was compiled for a GPU that has them; elsewhere a kernel ends at once, and select.h never starts
+// it.
+QLORA_DEVICE bool can_run_wgmma() {
+#ifdef QLORA_WGMMA
+  return true;
+#else
+  __trap();
+  return false;
+#endif
+}
+
+// What this thread wrote to shared memory, by stores and by copies that it waited for, is seen by wgmma of those who
+// meet it at a barrier.
+QLORA_DEVICE void fence_shared_for_wgmma() {
+#ifdef QLORA_WGMMA
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// Rows of 64 16-bit elements in shared memory, laid out as swizzled() in token_tile.cuh does, from a multiple of 1024
+// bytes on: the descriptor of the B operand of sixteen of them. `address` may be 32, 64 or 96 bytes into a row.
+QLORA_DEVICE uint64_t wgmma_operand(SharedAddress address) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kEightRows = uint64_t{1024 >> 4} << 32,
+                     kUnused = uint64_t{1} << 16;
+  return kSwizzle128 | kEightRows | kUnused | (address & 0x3FFFFu) >> 4;
+}
+
+// Before the first wgmma, and before one whose registers something else has written.
+QLORA_DEVICE void wgmma_fence() {
+#ifdef QLORA_WGMMA
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+QLORA_DEVICE void wgmma_commit() {
+#ifdef QLORA_WGMMA
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+
+// d[64, 8 kGroups] (+)= a[64, 16] b[16, 8 kGroups] by four warps, each with sixteen rows; registers as in mma(), d[j]
+// for columns 8j …. Under way until wgmma_wait(): neither a nor d may be touched.
+template <class T>
+QLORA_DEVICE void wgmma(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, bool adds);
+template <class T>
+QLORA_DEVICE void wgmma(float (&d)[4][4], const uint32_t (&a)[4], uint64_t b, bool adds);
+template <>
+__device__ __forceinline__ void wgmma<bf16>(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, bool adds) {
+#ifdef QLORA_WGMMA
+  asm volatile(
+      "{\n.reg .pred adds;\nsetp.ne.b32 adds, %37, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, "
+      "%13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "{%32, %33, %34, %35}, %36, adds, 1, 1, 0;\n}"
+      : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]),
+        "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]),
+        "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]),
+        "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]),
+        "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(adds)));
+#endif
+}
+template <>
+__device__ __forceinline__ void wgmma<fp16>(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, bool adds) {
+#ifdef QLORA_WGMMA
+  asm volatile(
+      "{\n.reg .pred adds;\nsetp.ne.b32 adds, %37, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, "
+      "%14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "{%32, %33, %34, %35}, %36, adds, 1, 1, 0;\n}"
+      : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]),
+        "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]),
+        "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]),
+        "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]),
+        "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(adds)));
+#endif
+}
+template <>
+__device__ __forceinline__ void wgmma<bf16>(float (&d)[4][4], const uint32_t (&a)[4], uint64_t b, bool adds) {
+#ifdef QLORA_WGMMA
+  asm volatile(
+      "{\n.reg .pred adds;\nsetp.ne.b32 adds, %21, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, "
+      "%13, %14, %15}, "
+      "{%16, %17, %18, %19}, %20, adds, 1, 1, 0;\n}"
+      : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]),
+        "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]),
+        "+f"(d[3][2]), "+f"(d[3][3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(adds)));
+#endif
+}
+template <>
+__device__ __forceinline__ void wgmma<fp16>(float (&d)[4][4], const uint32_t (&a)[4], uint64_t b, bool adds) {
+#ifdef QLORA_WGMMA
+  asm volatile(
+      "{\n.reg .pred adds;\nsetp.ne.b32 adds, %21, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, "
+      "%14, %15}, "
+      "{%16, %17, %18, %19}, %20, adds, 1, 1, 0;\n}"
+      : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]),
+        "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]),
+        "+f"(d[3][2]), "+f"(d[3][3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(adds)));
+#endif
+}
+
+// All but the last kPending committed groups are through; d belongs to them.
+template <int kPending>
+QLORA_DEVICE void wgmma_wait(float (&d)[8][4]) {
+#ifdef QLORA_WGMMA
+  asm volatile("wgmma.wait_group.sync.aligned %32;"
+               : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]),
+                 "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),
+                 "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]),
+                 "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
+                 "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]),
+                 "+f"(d[7][2]), "+f"(d[7][3])
+               : "n"(kPending)
+               : "memory");
+#endif
+}
+template <int kPending>
+QLORA_DEVICE void wgmma_wait(float (&d)[4][4]) {
+#ifdef QLORA_WGMMA
+  asm volatile("wgmma.wait_group.sync.aligned %16;"
+               : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]),
+                 "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),
+                 "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3])
+               : "n"(kPending)
+               : "memory");
+#endif
+}
+
+}  // namespace qlora::cuda::ptx
