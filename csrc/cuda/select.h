@@ -109,9 +109,9 @@ constexpr GemmTile select_dx_tile(int64_t m, int64_t k, const GpuInfo& gpu) {
 
 // Tokens of a block of the low-rank down projection. Each block reads the factor, and the SMs share the tokens.
 constexpr int select_lora_down_tokens(int64_t m, int64_t r, const GpuInfo& gpu) {
-  for (const int tokens : {16, 32})
-    if ((m + tokens - 1) / tokens * ((r + 15) / 16) * 2 <= gpu.sm_count) return tokens;
-  return 64;
+  int tokens = 16;
+  while (tokens < 64 && (m + tokens - 1) / tokens * ((r + 15) / 16) * 2 > gpu.sm_count) tokens *= 2;
+  return tokens;
 }
 
 // The down projection of few tokens by dot products on the CUDA cores: one launch, and the factors as they are.
