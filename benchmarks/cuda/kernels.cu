@@ -184,7 +184,7 @@ Call gemm_call(const Bench& b, int tile, int64_t m) {
     p.weight = w;
     p.x = b.tokens;
     p.dtype = DType::kBFloat16;
-    p.tile = tile != 0 ? static_cast<GemmTile>(tile) : select_forward_tile(m, w.n, b.gpu);
+    p.tile = tile != 0 ? static_cast<GemmTile>(tile) : select_gemm_tile(m, w.n, b.gpu);
     p.out = output(b, m, w.n);
     require(launch_gemm(p, b.stream), "gemm");
   };
@@ -196,7 +196,7 @@ Call gemm_dx_call(const Bench& b, int tile, int64_t m) {
     p.weight = w;
     p.dy = b.tokens;
     p.dtype = DType::kBFloat16;
-    p.tile = tile != 0 ? static_cast<GemmTile>(tile) : select_dx_tile(m, w.k, b.gpu);
+    p.tile = tile != 0 ? static_cast<GemmTile>(tile) : select_gemm_tile(m, w.k, b.gpu);
     p.out = output(b, m, w.k);
     require(launch_gemm_dx(p, b.stream), "gemm_dx");
   };

@@ -76,7 +76,7 @@ py::dict cuda_select(int64_t m, int64_t n, int64_t k, const std::string& dtype, 
   const ForwardKernel kernel = select_forward(problem, gpu);
   const char* why_forward = why_general_forward(problem, gpu);
   const char* why_backward = why_general_backward(problem, gpu);
-  const GemmTile tile = select_forward_tile(m, n, gpu);
+  const GemmTile tile = select_gemm_tile(m, n, gpu);
   const int64_t decode_m = m < kDecodeTokens ? m : kDecodeTokens;
   const DecodeTile decode_tile = select_decode_tile(decode_m, n, k, gpu);
   const auto tuple = [](int rows, int tokens) { return py::make_tuple(rows, tokens); };
@@ -90,7 +90,7 @@ py::dict cuda_select(int64_t m, int64_t n, int64_t k, const std::string& dtype, 
   chosen["why_not_faster"] = why_forward != nullptr ? why_forward : "";
   const BackwardKernel backward = select_backward(problem, gpu);
   chosen["backward"] = kernel_name(backward);
-  const GemmTile dx_tile = select_dx_tile(m, k, gpu);
+  const GemmTile dx_tile = select_gemm_tile(m, k, gpu);
   chosen["backward_tile"] = backward == BackwardKernel::kGemmDx
                                 ? tuple(dx_tile == GemmTile::kTuring ? 128 : tile_rows(dx_tile), tile_tokens(dx_tile))
                             : backward == BackwardKernel::kVendor

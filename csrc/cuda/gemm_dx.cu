@@ -250,6 +250,9 @@ Status launch_typed(const GemmDxParams& p, cudaStream_t stream) {
       return launch_shape<T, Shape<2, 64, 4>>(p, stream);
     case GemmTile::k64x32:
       return launch_shape<T, Shape<2, 32, 8>>(p, stream);
+    case GemmTile::k128x64Wgmma:
+    case GemmTile::k128x128Wgmma:
+      return launch_gemm_dx_wgmma(p, stream);
     case GemmTile::k64x32Small:
       return launch_shape<T, Shape<2, 32, 4>>(p, stream);
     default:  // Turing has no bfloat16

@@ -171,10 +171,11 @@ struct GemmDxParams {
   Weight weight;
   const void* dy;  // [m, n], aligned to 16 bytes
   DType dtype;     // of dy and dx: bfloat16 or float16
-  GemmTile tile;   // select_dx_tile()
+  GemmTile tile;   // select_gemm_tile() of m and k
   GemmOutput out;
 };
 Status launch_gemm_dx(const GemmDxParams& p, cudaStream_t stream);
+Status launch_gemm_dx_wgmma(const GemmDxParams& p, cudaStream_t stream);
 
 // ---- many adapters in one batch ----
 

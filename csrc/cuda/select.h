@@ -62,7 +62,7 @@ constexpr DecodeTile select_decode_tile(int64_t m, int64_t n, int64_t k, const G
 
 // A block's tile: rows of the operand, out features in the forward and in features in dx, and tokens. In a block
 // several groups of warps share the reduction. Small: in the 99 KiB of shared memory that sm_86, sm_89 and sm_120 have;
-// Turing: in 64 KiB, 64 x 64, in dx 128 x 64; Wgmma: by Hopper's own instructions, forward only.
+// Turing: in 64 KiB, 64 x 64, in dx 128 x 64; Wgmma: by Hopper's own instructions.
 enum class GemmTile { kTuring, k64x32, k64x32Small, k64x64, k128x64, k128x64Wgmma, k128x128Wgmma };
 
 constexpr bool is_wgmma(GemmTile tile) { return tile == GemmTile::k128x64Wgmma || tile == GemmTile::k128x128Wgmma; }
@@ -79,7 +79,7 @@ constexpr int64_t gemm_waves(GemmTile tile, int64_t m, int64_t rows, const GpuIn
 
 // The tile that is through first: each SM takes one block at a time. What a block of each tile costs relative to the
 // others is predicted (docs/kernels.md).
-constexpr GemmTile select_gemm_tile(int64_t m, int64_t rows, const GpuInfo& gpu, bool may_use_wgmma) {
+constexpr GemmTile select_gemm_tile(int64_t m, int64_t rows, const GpuInfo& gpu) {
   if (gpu.shared_bytes_per_block < 96 * 1024) return GemmTile::kTuring;
   struct Candidate {
     GemmTile tile;
@@ -96,15 +96,9 @@ constexpr GemmTile select_gemm_tile(int64_t m, int64_t rows, const GpuInfo& gpu,
       best = other;
   };
   for (const Candidate& other : with_mma) compare(other);
-  if (gpu.has_wgmma && may_use_wgmma)
+  if (gpu.has_wgmma)
     for (const Candidate& other : with_wgmma) compare(other);
   return best.tile;
-}
-constexpr GemmTile select_forward_tile(int64_t m, int64_t n, const GpuInfo& gpu) {
-  return select_gemm_tile(m, n, gpu, /*may_use_wgmma=*/true);
-}
-constexpr GemmTile select_dx_tile(int64_t m, int64_t k, const GpuInfo& gpu) {
-  return select_gemm_tile(m, k, gpu, /*may_use_wgmma=*/false);
 }
 
 // Tokens of a block of the low-rank down projection. Each block reads the factor, and the SMs share the tokens.
@@ -148,7 +142,7 @@ constexpr VendorTokens vendor_tokens(const Problem& p, const GpuInfo& gpu) {
   if (gpu.arch < 80) return {INT64_MAX, INT64_MAX};
   // Predicted times of the fused kernels, and for panels those measured on an H200 (docs/gpu.md), or, elsewhere,
   // bitsandbytes' ladder between the two ways.
-  if (gpu.has_wgmma) return {513, 65};
+  if (gpu.has_wgmma) return {513, 513};
   if (gpu.arch < 86 || (gpu.arch >= 90 && gpu.arch < 120)) return {65, 65};
   return {256, 256};
 }

@@ -86,7 +86,7 @@ inline Tensor gemm(const cuda::Weight& w, const Matrix& tokens, const Up* up, co
   p.weight = w;
   p.x = x.const_data_ptr();
   p.dtype = tokens.dtype;
-  p.tile = cuda::select_forward_tile(tokens.rows, w.n, scope.gpu());
+  p.tile = cuda::select_gemm_tile(tokens.rows, w.n, scope.gpu());
   check(cuda::launch_gemm(p, scope.stream()), "gemm");
   return y;
 }
@@ -101,7 +101,7 @@ inline Tensor gemm_dx(const cuda::Weight& w, const Matrix& grad, const Up* down,
   p.weight = w;
   p.dy = dy.const_data_ptr();
   p.dtype = grad.dtype;
-  p.tile = cuda::select_dx_tile(grad.rows, w.k, scope.gpu());
+  p.tile = cuda::select_gemm_tile(grad.rows, w.k, scope.gpu());
   check(cuda::launch_gemm_dx(p, scope.stream()), "gemm_dx");
   return dx;
 }

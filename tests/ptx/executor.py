@@ -62,7 +62,7 @@ def emulator():
 @functools.cache
 def ptx_of(source: Path, arch: str) -> Path:
     """Compiles one .cu, unless its PTX is newer than every source."""
-    if arch == "sm_90" and source.stem == "gemm_wgmma":
+    if arch == "sm_90" and source.stem.endswith("_wgmma"):
         arch = "sm_90a"  # Hopper's own instructions
     folder = ROOT / "build" / "ptx" / arch
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,17 +9,18 @@ from tolerances import accumulation, assert_within, operand_rounding, output_rou
 from qlora import _C, ops
 
 LARGE, SMALL, HOPPER = (80, 163 * 1024), (89, 99 * 1024), (90, 227 * 1024)  # arch, shared memory
-# Tokens, rows and tokens of the tile, and the GPU: with so many SMs it is chosen for the forward, and so many for dx.
+# Tokens, rows and tokens of the tile, and the GPU: with so many SMs it is chosen for (840, 832), forward and dx.
 TILES = {
-    "64x32": (40, (64, 32), LARGE, 8, 32),
-    "64x64": (40, (64, 64), LARGE, 4, 13),
-    "128x64": (40, (128, 64), LARGE, 2, 7),
-    "small": (40, (64, 32), SMALL, 8, 32),
-    "wgmma-64": (40, (128, 64), HOPPER, 2, 7),
-    "wgmma-128": (100, (128, 128), HOPPER, 2, None),
+    "64x32": (40, (64, 32), LARGE, 32),
+    "64x64": (40, (64, 64), LARGE, 14),
+    "128x64": (40, (128, 64), LARGE, 7),
+    "small": (40, (64, 32), SMALL, 32),
+    "wgmma-64": (40, (128, 64), HOPPER, 7),
+    "wgmma-128": (100, (128, 128), HOPPER, 7),
 }
-CASES = [
-    (tile, k, adapters) for tile in TILES for k in (832, 4288) for adapters in (0, 1, 3) if k == 832 or adapters == 0
+# 13 or 14 chunks and 67: no number of groups or stages divides them, and 67 are more than a panel of scales.
+CASES = [(tile, 840, 832, adapters) for tile in TILES for adapters in (0, 1, 3)] + [
+    (tile, 72, 4288, 0) for tile in TILES
 ]
 
 
@@ -33,38 +34,33 @@ def device():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize(
-    ("tile", "k", "adapters"),
+    ("tile", "n", "k", "adapters"),
     [
         pytest.param(*case, marks=pytest.mark.archs(*(["sm_90"] if "wgmma" in case[0] else ["sm_80", "sm_90"])))
         for case in CASES
     ],
 )
-def test_every_tile(device, tile, k, adapters, dtype):
-    """13 or 67 chunks: no number of groups divides them, and 67 are more than a panel of scales."""
-    m, rows_and_tokens, (arch, shared_bytes), forward_sms, dx_sms = TILES[tile]
-    n, r = 136, 5
+def test_every_tile(device, tile, n, k, adapters, dtype):
+    m, rows_and_tokens, (arch, shared_bytes), sm_count = TILES[tile]
+    r = 5
 
-    def describe_gpu(sm_count, direction, kernel):
-        devices.simt_library().qlora_simt_gpu(arch, sm_count, shared_bytes, _C.GPU_PANEL_BYTES)
+    devices.simt_library().qlora_simt_gpu(arch, sm_count, shared_bytes, _C.GPU_PANEL_BYTES)
+    if n == 840:
         chosen = _C.cuda_select(m, n, k, str(dtype)[6:], 64, arch, sm_count, shared_bytes)
-        if direction == "forward" or k == 832:
-            assert (chosen[direction], chosen[f"{direction}_tile"]) == (kernel, rows_and_tokens)
-
+        assert (chosen["forward"], chosen["backward"]) == ("gemm", "gemm_dx")
+        assert chosen["forward_tile"] == chosen["backward_tile"] == rows_and_tokens
     weight, dense = weights(n, k)
     x, grad = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
     of_row = torch.arange(m) % max(1, adapters)
     a, b, s = torch.randn(max(1, adapters), r, k), torch.randn(max(1, adapters), n, r), torch.rand(max(1, adapters))
     one = (None, None, 1.0) if adapters == 0 else (a[0], b[0], s[0].item())
-    describe_gpu(forward_sms, "forward", "gemm")
     y = ops.forward_multi(x, *weight, a, b, s, of_row) if adapters > 1 else ops.forward(x, *weight, *one)
     results = [(y, x, dense, a, b.mT)]
-    if dx_sms is not None:
-        describe_gpu(dx_sms, "backward", "gemm_dx")
-        if adapters > 1:
-            dx = torch.ops.qlora.backward.multi(grad, x, *weight, a, b, s, of_row, True, False, False)[0]
-        else:
-            dx = torch.ops.qlora.backward(grad, x, *weight, *one, None, True, False, False, False)[0]
-        results += [(dx, grad, dense.T, b.mT, a)]
+    if adapters > 1:
+        dx = torch.ops.qlora.backward.multi(grad, x, *weight, a, b, s, of_row, True, False, False)[0]
+    else:
+        dx = torch.ops.qlora.backward(grad, x, *weight, *one, None, True, False, False, False)[0]
+    results += [(dx, grad, dense.T, b.mT, a)]
     s = s * (adapters > 0)
     S = s.double()[of_row][:, None]
     for result, given, W, down, up in results:

@@ -104,6 +104,12 @@ QLORA_DEVICE void load_shared(uint16_t& v, SharedAddress a) {
   asm volatile("ld.shared.u16 %0, [%1 + %2];" : "=h"(v) : "r"(a), "n"(kOffset));
 }
 template <int kOffset>
+QLORA_DEVICE void load_shared(uint8_t& v, SharedAddress a) {
+  uint32_t wide;
+  asm volatile("ld.shared.u8 %0, [%1 + %2];" : "=r"(wide) : "r"(a), "n"(kOffset));
+  v = static_cast<uint8_t>(wide);
+}
+template <int kOffset>
 QLORA_DEVICE void load_shared(Words2& v, SharedAddress a) {
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2 + %3];" : "=r"(v.x), "=r"(v.y) : "r"(a), "n"(kOffset));
 }

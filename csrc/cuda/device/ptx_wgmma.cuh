@@ -116,7 +116,13 @@ __device__ __forceinline__ void wgmma<fp16>(float (&d)[4][4], const uint32_t (&a
 #endif
 }
 
-// All but the last kPending committed groups are through; d belongs to them.
+// All but the last kPending committed groups are through. With d: it belongs to them, and may be read from here on.
+template <int kPending>
+QLORA_DEVICE void wgmma_wait() {
+#ifdef QLORA_WGMMA
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+#endif
+}
 template <int kPending>
 QLORA_DEVICE void wgmma_wait(float (&d)[8][4]) {
 #ifdef QLORA_WGMMA

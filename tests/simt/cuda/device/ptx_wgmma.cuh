@@ -10,6 +10,10 @@ QLORA_DEVICE bool can_run_wgmma() { return true; }
 QLORA_DEVICE void fence_shared_for_wgmma() {}
 QLORA_DEVICE void wgmma_fence() { sync_warp(); }
 QLORA_DEVICE void wgmma_commit() { sync_warp(); }
+template <int kPending>
+QLORA_DEVICE void wgmma_wait() {
+  sync_warp();
+}
 template <int kPending, int kGroups>
 QLORA_DEVICE void wgmma_wait(float (&)[kGroups][4]) {
   sync_warp();
