@@ -179,11 +179,21 @@ auto dot_kernel_of(DType operand) {
   return operand == kX ? token_dot_vectors<kX, kX> : token_dot_vectors<kX, DType::kFloat32>;
 }
 
-QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) column_sum(QLORA_PARAMS ColumnSumParams p) {
-  const int64_t col = static_cast<int64_t>(ptx::block_x()) * kThreads + ptx::thread();
-  if (col >= p.cols) return;
+// A warp for each stretch of the rows and 32 columns; the stretches are added up in order.
+constexpr int kColumnWarps = 16;
+QLORA_KERNEL void QLORA_BOUNDS(32 * kColumnWarps, 1) column_sum(QLORA_PARAMS ColumnSumParams p) {
+  const int64_t col = int64_t{ptx::block_x()} * 32 + ptx::lane();
+  const int64_t begin = p.rows * ptx::warp() / kColumnWarps, end = p.rows * (ptx::warp() + 1) / kColumnWarps;
   float sum = 0.0f;
-  for (int64_t row = 0; row < p.rows; ++row) sum += load_element(p.matrix, p.dtype, row * p.cols + col);
+  if (col < p.cols) {
+#pragma unroll 8
+    for (int64_t row = begin; row < end; ++row) sum += load_element(p.matrix, p.dtype, row * p.cols + col);
+  }
+  const SharedAddress mine = ptx::shared_base() + ptx::lane() * 4;
+  ptx::store_shared(mine + ptx::warp() * 128, sum);
+  ptx::sync_threads();
+  if (ptx::warp() > 0 || col >= p.cols) return;
+  for (int warp = 1; warp < kColumnWarps; ++warp) sum += ptx::load_shared<float>(mine + warp * 128);
   ptx::store(p.out + col, sum);
 }
 
@@ -209,7 +219,8 @@ Status launch_token_dot(const TokenDotParams& p, cudaStream_t stream) {
 }
 
 Status launch_column_sum(const ColumnSumParams& p, cudaStream_t stream) {
-  return start(general::column_sum, {ceil_div(p.cols, general::kThreads)}, general::kThreads, 0, stream, p);
+  constexpr int kWarps = general::kColumnWarps;
+  return start(general::column_sum, {ceil_div(p.cols, 32)}, 32 * kWarps, 128 * kWarps, stream, p);
 }
 
 }  // namespace qlora::cuda

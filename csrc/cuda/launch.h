@@ -263,7 +263,7 @@ struct LoraSumJobs {
 };
 Status launch_lora_sum(const LoraSumJobs& jobs, cudaStream_t stream);
 
-// y = lora_t · up + bias alone: the gradient of lora_x, and what the vendor's GEMM adds to. r > 0, one adapter.
+// y = lora_t · up + bias alone: the gradient of lora_x, and what the vendor's GEMM adds to. r > 0.
 struct LoraUpParams {
   DType dtype;  // of y: bfloat16 or float16
   GemmOutput out;
@@ -320,7 +320,7 @@ struct TokenDotParams {
 };
 Status launch_token_dot(const TokenDotParams& p, cudaStream_t stream);
 
-// out[col] = sum over rows of matrix [rows, cols], in order, float32.
+// out[col] = sum over rows of matrix [rows, cols], float32.
 struct ColumnSumParams {
   const void* matrix;
   DType dtype;

@@ -200,9 +200,11 @@ constexpr const char* why_general_factors(const Problem& p, const GpuInfo& gpu) 
   return nullptr;
 }
 
-// `extent` is what panels divide; one with few rows is not worth the launches.
+// `extent` is what panels divide; one with few rows is not worth the launches. Many adapters in float32 have no kernel
+// for their term alone.
 constexpr bool vendor_wins(const Problem& p, int64_t extent, int64_t tokens) {
-  return p.n > 0 && p.k > 0 && p.m >= tokens && extent >= 512 && !p.many_adapters;
+  if (p.many_adapters && p.dtype == DType::kFloat32) return false;
+  return p.n > 0 && p.k > 0 && p.m >= tokens && extent >= 512;
 }
 
 constexpr ForwardKernel select_forward(const Problem& p, const GpuInfo& gpu) {

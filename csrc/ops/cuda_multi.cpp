@@ -36,6 +36,8 @@ Tensor cuda_forward_multi(Tensor x, Tensor packed, Tensor absmax, OptionalTensor
   if (kernel == cuda::ForwardKernel::kDecode)
     return decode(w, base.tokens, &up, bias_row ? &*bias_row : nullptr, x, scope);
   if (kernel == cuda::ForwardKernel::kGemm) return gemm(w, base.tokens, &up, bias_row ? &*bias_row : nullptr, x, scope);
+  if (kernel == cuda::ForwardKernel::kVendor)
+    return dequantize_matmul(w, base.tokens, &up, bias_row ? &*bias_row : nullptr, x, scope);
   return general_product(packed_operand(w, false, base.tokens), &up, bias_row ? &*bias_row : nullptr, x, n,
                          scope.stream());
 }

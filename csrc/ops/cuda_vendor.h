@@ -50,7 +50,7 @@ inline Tensor prepare_output(cuda::GemmOutput& out, int64_t m, const Up* up, con
   return y;
 }
 
-// The low-rank term and the bias alone, [..., rows], on the tensor cores; one adapter.
+// The low-rank term and the bias alone, [..., rows], on the tensor cores.
 inline Tensor low_rank_up_tiled(int64_t m, DType dtype, const Up& up, const Matrix* bias, const Tensor& like,
                                 int64_t rows, cudaStream_t stream) {
   cuda::LoraUpParams p{};

@@ -1,5 +1,6 @@
 """`qlora bench`: fair turns, figures that add up, files that people read."""
 
+import contextlib
 import json
 
 import pytest
@@ -27,6 +28,50 @@ def test_contenders_take_turns_over_all_weights(monkeypatch):
     rounds = calls[-8:]
     assert "".join(name for name, _ in rounds) == "abbaabba"
     assert [i for name, i in rounds if name == "a"] == [0, 1, 2, 0]
+
+
+class _Graph:
+    """A CUDA graph's stand-in: replays what was called while it was captured."""
+
+    def __init__(self):
+        self.replays = 0
+
+    def replay(self):
+        self.replays += 1
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """torch.cuda as far as `alternate` asks for it; the graphs that it made."""
+    graphs: list[_Graph] = []
+    monkeypatch.setattr("torch.cuda.CUDAGraph", lambda: graphs.append(_Graph()) or graphs[-1])
+    monkeypatch.setattr("torch.cuda.graph", lambda graph, stream: contextlib.nullcontext())
+    monkeypatch.setattr("torch.cuda.current_stream", lambda device: None)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda device: None)
+    monkeypatch.setattr("qlora.bench.measure.seconds", lambda call, device: call() or 6.0)
+    monkeypatch.setattr("qlora.bench.measure.ROUND_SECONDS", 0.0)
+    return graphs
+
+
+def test_on_a_gpu_a_graph_of_all_weights_is_replayed(gpu, capsys):
+    called: list[int] = []
+    refused: list[int] = []
+
+    def refuses(i):
+        refused.append(i)
+        if len(refused) == 2:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    contenders = {"a": called.append, "b": refuses}
+    times = alternate(contenders, torch.device("cuda"), copies=3, repeats=2)
+    assert called == [0, 0, 1, 2]  # once before the capture
+    assert gpu[0].replays == 2 + 2 + 2  # warm up, estimate, rounds
+    assert times == {"a": [2.0, 2.0], "b": [6.0, 6.0]}  # a turn of `a` is one replay, three calls
+    error = capsys.readouterr().err
+    assert (
+        error == "b is timed with its launches, not as a CUDA graph: operation not permitted when stream is capturing\n"
+    )
+    assert alternate({"a": called.append}, torch.device("cuda"), 3, 2, graphs=False) == {"a": [6.0, 6.0]}
 
 
 def test_the_ratio_is_that_of_rounds():

@@ -1,5 +1,8 @@
 """What only a GPU can show: graphs, streams, synchronization, memory, and tensors beyond 2^31 elements."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -37,6 +40,64 @@ def test_a_captured_graph_follows_its_inputs(m):
         graph.replay()
         for one, other in zip(captured, both_ways(weight, x, grad, a, b), strict=True):
             assert torch.equal(one, other)
+
+
+COLD = """
+import torch, qlora
+from qlora import ops
+torch.manual_seed(0)
+w = qlora.quantize(torch.randn(1024, 2048, device="cuda"))
+weight = (*w.tensors, [1024, 2048], "nf4", 64)
+x = torch.randn({m}, 2048, device="cuda", dtype=torch.float16)
+a, b = torch.randn(16, 2048, device="cuda"), torch.randn(1024, 16, device="cuda")
+x @ torch.randn(2048, 8, device="cuda", dtype=torch.float16)  # cuBLAS makes its workspace outside a graph
+torch.cuda.synchronize()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    y = ops.forward(x, *weight, a, b, 0.5)
+graph.replay()
+assert torch.equal(y, ops.forward(x, *weight, a, b, 0.5))
+"""
+
+
+@pytest.mark.parametrize("m", [1, 40, 600])
+def test_a_kernel_may_be_started_for_the_first_time_in_a_capture(m):
+    """In a process of its own: a kernel is loaded, and asks for its shared memory, at its first launch."""
+    result = subprocess.run([sys.executable, "-c", COLD.format(m=m)], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("m", [1, 40, 600])
+def test_autocast_and_compile(m):
+    weight, x, _, a, b = problem(m, torch.float32)
+    with torch.autocast("cuda", torch.float16):
+        y = ops.forward(x, *weight, a, b, 0.5)
+    assert y.dtype == torch.float16
+    assert torch.equal(y, ops.forward(x.half(), *weight, a, b, 0.5))
+
+    def both(x, a, b):
+        return ops.forward(x, *weight, a, b, 0.5).square().mean()
+
+    gradients = []
+    for function in (both, torch.compile(both, fullgraph=True)):
+        leaves = [t.half().requires_grad_() for t in (x, a, b)]
+        gradients.append(torch.autograd.grad(function(*leaves), leaves))
+    for eager, compiled in zip(*gradients, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=2e-2, atol=2e-3 * eager.abs().max().item())
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_the_vendors_gemm_keeps_torchs_switch_for_reduced_precision(allowed, monkeypatch):
+    """Many tokens are multiplied by torch's GEMM: the error is torch's own, whatever the switch says."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", allowed)
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("no bfloat16 tensor cores")
+    weight, x, _, _, _ = problem(2048, torch.bfloat16)
+    dense = ops.dequantize(*weight, torch.bfloat16)
+    expected = x.double() @ dense.double().T
+    ours, torchs = ops.forward(x, *weight), x @ dense.T
+    errors = [(y.double() - expected).square().mean().sqrt() for y in (ours, torchs)]
+    assert errors[0] <= 1.01 * errors[1]
 
 
 def test_captured_batches_of_many_adapters():

@@ -78,12 +78,15 @@ def test_ranks(device, m, rank):
 @pytest.mark.parametrize("m", [1, 64])
 def test_error_against_dequantize_then_matmul(device, m, dtype):
     """In 16 bit at most torch's own error: torch rounds W, and most kernels do not. In float32, where only the order of
-    summation differs, at most twice. Tiles round W as torch does: their error is torch's, but for the order of
+    summation differs, at most twice; for one token on a GPU, where torch takes another kernel, float64
+    alone is the measure. Tiles round W as torch does: their error is torch's, but for the order of
     summation, which moves it by 2^-24 sqrt(k) / 2^-9, about 1e-3 of itself."""
     k = 1024
     weight, dense = weights(256, k)
     x = torch.randn(m, k).to(dtype)
     y, expected = check(device, x, weight, dense)
+    if device == "cuda" and dtype == torch.float32 and m == 1:
+        return
     rounds_w = device.startswith("cpu") and multiplies_16_bit(device, dtype)
     factor = 2 if dtype == torch.float32 else 1 + 2.0**-15 * k**0.5 if rounds_w else 1
     assert_error_at_most(factor, y, reference.forward(x, *weight), expected)

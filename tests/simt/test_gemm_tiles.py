@@ -1,4 +1,5 @@
-"""Every tile of gemm and gemm_dx, on a GPU described so that select.h chooses it; run as PTX too."""
+"""Every tile of gemm and gemm_dx, and what the vendor's GEMM adds to, on GPUs described so that select.h chooses them;
+run as PTX too."""
 
 import devices
 import pytest
@@ -70,3 +71,29 @@ def test_every_tile(device, tile, n, k, adapters, dtype):
         bound = accumulation(2 * X.shape[1] + 5 * r + 8, products) + operand_rounding(device, dtype, products)
         expected = X @ W.T + term
         assert_within(result, expected, bound + output_rounding(expected.abs() + bound, dtype))
+
+
+@pytest.mark.archs("sm_80", "sm_90")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_adapters_by_the_vendors_gemm(device, dtype):
+    """The same rows as with their adapter alone, forward and dx: torch's GEMM adds to each row's own term."""
+    m, n, k, r = 70, 520, 576, 24
+    weight, _ = weights(n, k)
+    x, grad = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
+    a, b, scaling, of_row = torch.randn(3, r, k), torch.randn(3, n, r), torch.rand(3), torch.arange(m) % 4 - 1
+    of_row[1] = 7  # no such adapter
+    backward = torch.ops.qlora.backward
+    library = devices.simt_library()
+    library.qlora_simt_gpu(LARGE[0], 4, LARGE[1], _C.GPU_PANEL_BYTES)
+    library.qlora_simt_reset()
+    y = ops.forward_multi(x, *weight, a, b, scaling, of_row)
+    assert devices.counters(library)["launches"] == 5  # two for the plan, down, up, dequantize
+    dx = backward.multi(grad, x, *weight, a, b, scaling, of_row, True, False, False)[0]
+    assert y[1].isnan().all()
+    assert dx[1].isnan().all()
+    for i in range(-1, 3):
+        lora = (a[i], b[i], scaling[i].item()) if i >= 0 else (None, None, 1.0)
+        mine = of_row == i
+        assert torch.equal(y[mine], ops.forward(x, *weight, *lora)[mine])
+        alone = backward(grad, x, *weight, *lora, None, True, False, False, False)[0]
+        assert torch.equal(dx[mine], alone[mine])

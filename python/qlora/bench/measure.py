@@ -6,6 +6,7 @@ import platform
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -47,13 +48,37 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
     return first.elapsed_time(last) / 1e3
 
 
+def captured(name: str, contender: Contender, device: torch.device, copies: int) -> tuple[Contender, int]:
+    """What to call for the contender, and how many of its calls that is.
+
+    On a GPU a CUDA graph of one call with each weight, captured on the current stream, which must not be the default
+    one: with a launch for each kernel the host is measured at few tokens, not the GPU. A contender that cannot be
+    captured is timed with its launches, and stderr says so.
+    """
+    if device.type != "cuda":
+        return contender, 1
+    graph = torch.cuda.CUDAGraph()
+    try:
+        contender(0)  # what is made at a first call must not be made in a graph
+        torch.cuda.synchronize(device)
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(device)):
+            for i in range(copies):
+                contender(i)
+    except RuntimeError as error:
+        torch.cuda.synchronize(device)
+        reason = str(error).partition("\n")[0]
+        print(f"{name} is timed with its launches, not as a CUDA graph: {reason}", file=sys.stderr)
+        return contender, 1
+    return lambda _: graph.replay(), copies
+
+
 def alternate(
-    contenders: Mapping[str, Contender], device: torch.device, copies: int, repeats: int
+    contenders: Mapping[str, Contender], device: torch.device, copies: int, repeats: int, graphs: bool = True
 ) -> dict[str, list[float]]:
     """Seconds a call of each contender, once for each of ``repeats`` rounds in which all of them take turns.
 
     Each call gets the next of ``copies`` weights, so that none is still in a cache; every second round begins with the
-    last contender.
+    last contender. On a GPU calls are replayed from CUDA graphs if ``graphs``.
     """
 
     def turn(contender: Contender, first: int, calls: int) -> float:
@@ -63,15 +88,18 @@ def alternate(
 
         return seconds(run, device) / calls
 
-    calls = {}
+    calls, callables, calls_in_one = {}, {}, {}
     for name, contender in contenders.items():
-        turn(contender, 0, WARMUP_CALLS)
-        calls[name] = max(1, math.ceil(ROUND_SECONDS / max(1e-7, turn(contender, WARMUP_CALLS, WARMUP_CALLS))))
+        call, calls_in_one[name] = captured(name, contender, device, copies) if graphs else (contender, 1)
+        turn(call, 0, WARMUP_CALLS)
+        calls[name] = max(1, math.ceil(ROUND_SECONDS / max(1e-7, turn(call, WARMUP_CALLS, WARMUP_CALLS))))
+        callables[name] = call
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(repeats):
         order = list(contenders) if number % 2 == 0 else list(contenders)[::-1]
         for name in order:
-            times[name].append(turn(contenders[name], number * calls[name], calls[name]))
+            seconds_of_one = turn(callables[name], number * calls[name], calls[name])
+            times[name].append(seconds_of_one / calls_in_one[name])
     return times
 
 

@@ -60,6 +60,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(
             "--device cuda: this torch sees no GPU, or qlora was built without CUDA operators (qlora info)"
         )
+    if device.type == "cuda":
+        # On the default stream CUDA graphs cannot be captured, nor backward passes whose forward ran there.
+        torch.cuda.set_stream(torch.cuda.Stream(device))
     if "bitsandbytes" in arguments.compare:
         w.require_bitsandbytes()
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[arguments.dtype]
@@ -72,8 +75,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     results: list[Result] = []
 
-    def measure(work: w.Work) -> None:
-        results.append(Result.of(work, alternate(work.contenders, device, work.copies, arguments.repeats), limits))
+    def measure(work: w.Work, graphs: bool = True) -> None:
+        times = alternate(work.contenders, device, work.copies, arguments.repeats, graphs)
+        results.append(Result.of(work, times, limits))
 
     for n, k in arguments.shape if set(wanted) != {"step"} else ():
         weights = w.Weights(n, k, dtype, device, arguments.compare, arguments.rank)
@@ -88,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
     if "step" in wanted:
         from qlora.bench.step import step_work
 
-        measure(step_work(512, arguments.rank, dtype, device, arguments.compare))
+        measure(step_work(512, arguments.rank, dtype, device, arguments.compare), graphs=False)
     print_table(results)
     if arguments.json:
         write_json(arguments.json, machine, limits, results)
