@@ -4,8 +4,10 @@
 
 Needs nvcc 12.8 or newer and no GPU. --sass also needs nvdisasm and cuobjdump (pip install nvidia-cuda-nvdisasm
 nvidia-cuda-cuobjdump); it counts the loop with the most mma instructions of each kernel, and, of a library of others
-that contains SASS, of the kernels whose mangled names contain KERNEL. Exits with 1 if a kernel spills registers, uses a
-stack, or holds so many registers that the blocks which its launch bounds promise do not fit an SM.
+that contains SASS, of the kernels whose mangled names contain KERNEL. For each loop it says how many bytes the warps of
+an SM ask memory for in a turn, and how many instructions stand between a load and the first use of what it loads: a
+warp alone waits for the rest of the latency. Exits with 1 if a kernel spills registers, uses a stack, holds so many
+registers that the blocks which its launch bounds promise do not fit an SM, or if ptxas serializes its wgmma.
 """
 
 import argparse
@@ -23,15 +25,32 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHS = (75, 80, 86, 89, 90, 100, 120)
 REGISTERS_OF_AN_SM = 65536
-# ptxas schedules the 128 x 128 tile of gemm for sm_90 into 52 bytes of spills, 14 of the 780 instructions of its loop;
-# other forms of the same source spill on other architectures instead (docs/kernels.md).
-TOLERATED_SPILLS = {(90, "gemm", True): 52}
+# Tiles that need more shared memory than these GPUs have, so that select.h never chooses them there.
+SMALL_GPUS = (86, 89, 120)
+LARGE_TILES = ("Shape<2, 2, 32, 3, 8, 64, 8>", "gemm_dx::Shape<2, 32, 8>")
+
+
+def target(source: Path, arch: int) -> str:
+    """The architecture that a source is compiled for; empty if it has no kernels for this one."""
+    if source.stem.endswith("_wgmma"):
+        return "sm_90a" if arch == 90 else ""  # Hopper's own instructions
+    return f"sm_{arch}"
 
 
 def compile_cubin(source: Path, arch: int, folder: Path) -> tuple[Path, str]:
     cubin = folder / f"{source.stem}.sm_{arch}.cubin"
     flags = ["-std=c++17", "-O3", "-fmad=false", "-Wno-deprecated-gpu-targets", f"-I{ROOT / 'csrc'}"]
-    command = ["nvcc", "-cubin", f"-arch=sm_{arch}", *flags, "-Xptxas", "-v", str(source), "-o", str(cubin)]
+    command = [
+        "nvcc",
+        "-cubin",
+        f"-arch={target(source, arch)}",
+        *flags,
+        "-Xptxas",
+        "-v",
+        str(source),
+        "-o",
+        str(cubin),
+    ]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         sys.exit(f"{' '.join(command)}\n{result.stderr}")
@@ -58,16 +77,37 @@ def demangle(names: list[str]) -> list[str]:
     return [re.sub(r"\((?!\w+\)\d).*\)$", "", line).removeprefix("void ") for line in short]
 
 
-def launch_bounds(source: Path) -> tuple[int, int]:
-    """Threads of a block, and blocks that an SM has to hold, as the source promises."""
-    text = source.read_text()
-    threads = re.search(r"kThreads = ([\d* ]*\d|32 \* kWarps)", text)
-    warps = re.search(r"kWarps = (\d+)", text)
-    count = 32 * int(warps.group(1)) if "kWarps" in threads.group(1) else int(threads.group(1))
-    return count, max(int(n) for n in re.findall(r"QLORA_BOUNDS\(kThreads, (\d+)\)", text))
+def launch_bounds(source: Path, folder: Path) -> dict[str, tuple[int, int]]:
+    """Threads of a block of each kernel, and blocks that an SM has to hold, as the source promises."""
+    arch, ptx = "sm_90a" if source.stem.endswith("_wgmma") else "sm_80", folder / f"{source.stem}.ptx"
+    command = ["nvcc", "-ptx", f"-arch={arch}", "-std=c++17", f"-I{ROOT / 'csrc'}", str(source), "-o", str(ptx)]
+    subprocess.run(command, capture_output=True, check=True)
+    bounds: dict[str, list[int]] = {}
+    for line in ptx.read_text().splitlines():
+        if found := re.search(r"\.entry (\w+)", line):
+            name = found.group(1)
+        elif found := re.match(r"\.(?:maxntid|minnctapersm) (\d+)", line):
+            bounds.setdefault(name, []).append(int(found.group(1)))
+    return {name: (threads, blocks) for name, (threads, blocks) in bounds.items()}
 
 
-FAMILIES = ("HMMA", "LDS", "LDSM", "STS", "LDG", "STG", "LDGSTS", "LDL", "STL", "PRMT", "IMAD", "LOP3", "FFMA", "BAR")
+FAMILIES = (
+    "HMMA",
+    "HGMMA",
+    "LDS",
+    "LDSM",
+    "STS",
+    "LDG",
+    "STG",
+    "LDGSTS",
+    "LDL",
+    "STL",
+    "PRMT",
+    "IMAD",
+    "LOP3",
+    "FFMA",
+    "BAR",
+)
 
 
 def tool(name: str) -> str:
@@ -81,11 +121,14 @@ def tool(name: str) -> str:
     sys.exit(f"{name} was not found: pip install nvidia-cuda-{name}")
 
 
-def main_loops(cubin: Path) -> dict[str, collections.Counter]:
-    """Instructions by class in the main loop of each kernel: the shortest one that has half of the mma of any loop."""
+Instruction = tuple[str, str]  # opcode, operands
+
+
+def main_loops(cubin: Path) -> dict[str, list[Instruction]]:
+    """The main loop of each kernel: the shortest one that has half of the mma of any loop."""
     result = subprocess.run([tool("nvdisasm"), "-c", str(cubin)], capture_output=True, text=True, check=True)
-    loops: dict[str, list[list[str]]] = {}  # bodies, by kernel
-    code: list[str] = []
+    loops: dict[str, list[list[Instruction]]] = {}  # bodies, by kernel
+    code: list[Instruction] = []
     labels: dict[str, int] = {}
     for line in result.stdout.splitlines():
         if found := re.match(r"\s*\.section\s+\.text\.(\w+)", line):
@@ -94,34 +137,71 @@ def main_loops(cubin: Path) -> dict[str, collections.Counter]:
         elif found := re.match(r"(\.L_x_\d+):", line):
             labels[found.group(1)] = len(code)
         elif found := re.search(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*)", line):
-            code.append(found.group(1))
-            target = re.search(r"\.L_x_\d+", found.group(2)) if found.group(1).startswith("BRA") else None
-            if target is not None and target.group(0) in labels:
-                bodies.append(code[labels[target.group(0)] :])
-    return {name: main for name, bodies in loops.items() if (main := main_loop([count_families(b) for b in bodies]))}
+            code.append((found.group(1), found.group(2)))
+            destination = re.search(r"\.L_x_\d+", found.group(2)) if found.group(1).startswith("BRA") else None
+            if destination is not None and destination.group(0) in labels:
+                bodies.append(code[labels[destination.group(0)] :])
+    return {name: main for name, bodies in loops.items() if (main := main_loop(bodies))}
 
 
-def main_loop(loops: list[collections.Counter]) -> collections.Counter | None:
-    most = max((loop["HMMA"] for loop in loops), default=0)
-    return min((loop for loop in loops if loop["HMMA"] >= most / 2), key=lambda loop: loop["all"]) if most else None
+def products(body: list[Instruction]) -> int:
+    """Of the tensor cores: Hopper's own, if there are any."""
+    asynchronous = sum(op.startswith("HGMMA") for op, _ in body)
+    return asynchronous or sum(op.startswith("HMMA") for op, _ in body)
 
 
-def count_families(body: list[str]) -> collections.Counter:
-    counts = collections.Counter({"all": len(body)})
-    for op in body:
+def main_loop(bodies: list[list[Instruction]]) -> list[Instruction] | None:
+    if with_wgmma := [body for body in bodies if any(op.startswith("HGMMA") for op, _ in body)]:
+        bodies = with_wgmma
+    most = max(map(products, bodies), default=0)
+    return min((body for body in bodies if products(body) >= most / 2), key=len) if most else None
+
+
+def count_families(body: list[Instruction]) -> collections.Counter:
+    counts: collections.Counter = collections.Counter()
+    for op, _ in body:
         family = op.split(".")[0]
         if family in FAMILIES:
             counts[family + (".128" if ".128" in op else "")] += 1
     return counts
 
 
-def print_loops(title: str, cubin: Path, only: str = "") -> None:
-    loops = {name: counts for name, counts in main_loops(cubin).items() if only in name}
-    for short, counts in zip(demangle(list(loops)), loops.values(), strict=True):
-        rest = ", ".join(f"{k} {v}" for k, v in counts.most_common() if k not in {"all", "HMMA"})
-        print(
-            f"{title} {short}: {counts['all'] / counts['HMMA']:.2f} a mma ({counts['all']} / {counts['HMMA']}); {rest}"
-        )
+def access_bytes(op: str) -> int:
+    """Bytes of a lane."""
+    sizes = {"128": 16, "64": 8, "U8": 1, "S8": 1, "U16": 2, "S16": 2}
+    return next((sizes[part] for part in op.split(".")[1:] if part in sizes), 4)
+
+
+def distances_to_use(body: list[Instruction]) -> list[int]:
+    """Instructions between each load from memory and the first one that reads what it loaded, round a loop."""
+    distances = []
+    for at, (op, operands) in enumerate(body):
+        first = re.match(r"\s*R(\d+)", operands) if op.startswith("LDG.") else None
+        if first is None:
+            continue
+        loaded = {f"R{int(first.group(1)) + i}" for i in range(max(1, access_bytes(op) // 4))}
+        for step in range(1, len(body)):
+            other, text = body[(at + step) % len(body)]
+            sources = text if other.startswith(("ST", "RED", "ATOM")) else text.partition(",")[2]
+            if loaded & set(re.findall(r"\bR\d+\b", sources)):
+                distances.append(step)
+                break
+    return distances
+
+
+def print_loops(title: str, cubin: Path, bounds: dict[str, tuple[int, int]], only: str = "") -> None:
+    loops = {name: body for name, body in main_loops(cubin).items() if only in name}
+    for short, (name, body) in zip(demangle(list(loops)), loops.items(), strict=True):
+        mma = products(body)
+        rest = ", ".join(f"{k} {v}" for k, v in count_families(body).most_common() if "MMA" not in k)
+        text = f"{title} {short}: {len(body) / mma:.2f} a mma ({len(body)} / {mma}); {rest}"
+        asked = 32 * sum(access_bytes(op) for op, _ in body if op.startswith("LDG"))  # LDGSTS too
+        if name in bounds and asked:
+            threads, blocks = bounds[name]
+            text += f"; {asked * threads // 32 * blocks / 1024:.1f} KiB asked for an SM and turn"
+        if distances := distances_to_use(body):
+            text += f"; loads are used {min(distances)} to {max(distances)} instructions later"
+        print(text)
 
 
 def print_loops_of_library(library: Path, arch: int, kernel: str, folder: Path) -> None:
@@ -129,7 +209,7 @@ def print_loops_of_library(library: Path, arch: int, kernel: str, folder: Path) 
                    capture_output=True)  # fmt: skip
     for cubin in sorted(folder.glob(f"*sm_{arch}*.cubin")):
         if kernel.encode() in cubin.read_bytes():
-            print_loops(f"{library.name} sm_{arch}", cubin, kernel)
+            print_loops(f"{library.name} sm_{arch}", cubin, {}, kernel)
 
 
 def main() -> int:
@@ -139,31 +219,33 @@ def main() -> int:
     arguments = parser.parse_args()
     if shutil.which("nvcc") is None:
         sys.exit("nvcc is not on PATH: install the CUDA toolkit 12.8 or newer")
-    problems, known = [], []
+    problems = []
     table: dict[tuple[str, str], dict[int, int]] = collections.defaultdict(dict)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = {
             (source, arch): pool.submit(compile_cubin, source, arch, Path(folder))
             for source in SOURCES
             for arch in arguments.archs
+            if target(source, arch)
         }
+        bounds_of = {source: pool.submit(launch_bounds, source, Path(folder)) for source in SOURCES}
         for (source, arch), job in jobs.items():
             cubin, report = job.result()
-            kernels = resources(report)
-            threads, blocks = launch_bounds(source)
+            kernels, bounds = resources(report), bounds_of[source].result()
+            if "serialized" in report:
+                problems.append(f"sm_{arch} {source.stem}: ptxas serializes wgmma, see its (C75..) advice")
             for name, short in zip(kernels, demangle(list(kernels)), strict=True):
-                use = kernels[name]
+                use, (threads, blocks) = kernels[name], bounds[name]
                 table[source.stem, short][arch] = use["registers"]
-                if use["spills"] or use["stack"]:
-                    tolerated = TOLERATED_SPILLS.get((arch, source.stem, "2, 128" in short), 0)
-                    spill = f"sm_{arch} {short}: {use['spills']} bytes spilled, stack of {use['stack']} bytes"
-                    (problems if use["spills"] > tolerated else known).append(spill)
+                is_launched = arch not in SMALL_GPUS or not any(tile in short for tile in LARGE_TILES)
+                if is_launched and (use["spills"] or use["stack"]):
+                    problems.append(f"sm_{arch} {short}: {use['spills']} bytes spilled, stack of {use['stack']} bytes")
                 if use["registers"] * threads * blocks > REGISTERS_OF_AN_SM:
                     problems.append(
                         f"sm_{arch} {short}: {use['registers']} registers, {blocks} blocks do not fit an SM"
                     )
             if arguments.sass is not None:
-                print_loops(f"sm_{arch}", cubin)
+                print_loops(f"sm_{arch}", cubin, bounds)
         if arguments.sass:
             library, kernel = arguments.sass
             for arch in arguments.archs:
@@ -173,10 +255,8 @@ def main() -> int:
     print("| kernel | " + " | ".join(f"sm_{arch}" for arch in arguments.archs) + " |")
     print("| --- |" + " ---: |" * len(arguments.archs))
     for (_, short), registers in table.items():
-        print(f"| {short} | " + " | ".join(str(registers[arch]) for arch in arguments.archs) + " |")
-    for line in known:
-        print(f"tolerated: {line}")
-    print("\n".join(problems) if problems else "no other spills or stacks, every promise of launch bounds kept")
+        print(f"| {short} | " + " | ".join(str(registers.get(arch, "–")) for arch in arguments.archs) + " |")
+    print("\n".join(problems) if problems else "no spills or stacks, every promise of launch bounds kept")
     return 1 if problems else 0
 
 

@@ -411,7 +411,7 @@ void sweep_shape(const Bench& b, int64_t n, int64_t k, double l2_bytes) {
       for (const int tile : gemm_tiles(b.gpu)) product(kernel, tile, m);
   for (const int panels : {1, 2, 4}) row("dequantize", panels, 0, weight_bytes + 2.0 * n * k, 0);
   for (const int64_t m : {1, 16, 128, 2048, 8192})
-    for (const int tokens : {16, 32, 64}) row("lora_down", tokens, m, 2.0 * m * k, 2.0 * kRank * m * k);
+    for (const int tokens : {16, 32}) row("lora_down", tokens, m, 2.0 * m * k, 2.0 * kRank * m * k);
   for (const int64_t m : {128, 512, 2048, 8192})
     for (const int parts : {0, 1, 4, 16, 32}) row("lora_grad", parts, m, 2.0 * m * k, 2.0 * kRank * m * k);
   for (const int64_t m : {128, 512, 2048, 8192}) row("lora_up", 0, m, 2.0 * m * k, 2.0 * kRank * m * k);

@@ -27,7 +27,7 @@ QLORA_DEVICE void add_products(const LoraDownJob& job, const T* const (&x)[kGrou
   const int g = ptx::lane() / 4, t = ptx::lane() % 4;
   const LowRankFactor& factor = job.factor;
   const bool splits = kPath != FactorPath::kVectors16 && factor.dtype != kDTypeOf<T>;
-#pragma unroll(kGroups <= 4 ? 2 : 1)
+#pragma unroll 2
   for (int64_t first = ptx::warp() * kFeatures; first < job.features; first += kWarps * kFeatures) {
     const int64_t feature = first + 8 * t;
     const bool inside = feature < job.features;
@@ -125,8 +125,7 @@ Status launch_typed(const LoraDownParams& p, cudaStream_t stream) {
   const int tokens = p.tokens_per_block;
   const int64_t positions = p.plan.order != nullptr ? p.plan.tiles * kAdapterTile : p.m;
   const Grid grid{ceil_div(positions, tokens), ceil_div(p.r, kRanks), p.count};
-  const auto kernel_of_size = tokens == 16 ? kernel<T, 16> : tokens == 32 ? kernel<T, 32> : kernel<T, 64>;
-  return start(kernel_of_size, grid, kThreads, kWarps * tokens * kRanks * 4, stream, p);
+  return start(tokens == 16 ? kernel<T, 16> : kernel<T, 32>, grid, kThreads, kWarps * tokens * kRanks * 4, stream, p);
 }
 
 }  // namespace lora_down

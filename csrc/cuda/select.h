@@ -101,11 +101,9 @@ constexpr GemmTile select_gemm_tile(int64_t m, int64_t rows, const GpuInfo& gpu)
   return best.tile;
 }
 
-// Tokens of a block of the low-rank down projection. Each block reads the factor, and the SMs share the tokens.
+// Tokens of a block of the low-rank down projection: each block reads the whole factor, and every second SM gets one.
 constexpr int select_lora_down_tokens(int64_t m, int64_t r, const GpuInfo& gpu) {
-  int tokens = 16;
-  while (tokens < 64 && (m + tokens - 1) / tokens * ((r + 15) / 16) * 2 > gpu.sm_count) tokens *= 2;
-  return tokens;
+  return (m + 15) / 16 * ((r + 15) / 16) * 2 <= gpu.sm_count ? 16 : 32;
 }
 
 // The down projection of few tokens by dot products on the CUDA cores: one launch, and the factors as they are.

@@ -9,7 +9,7 @@ __all__ = ["FLAGS", "launch"]
 
 
 def launch(gpu, m=128, k=4096, r=16, n=0, tokens=0):
-    tokens = tokens or next((t for t in (16, 32) if up(m, t) * up(r, 16) * 2 <= gpu.sms), 64)
+    tokens = tokens or (16 if up(m, 16) * up(r, 16) * 2 <= gpu.sms else 32)
     blocks = up(m, tokens)
 
     def job(name, features, rank_is_major):
