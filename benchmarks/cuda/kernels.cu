@@ -6,8 +6,8 @@
 //   kernels sweep [n k …]              times as CSV: graph replays over weights that rotate beyond L2, medians of five
 //   kernels one KERNEL TILE m n k [times]
 //
-// Tiles: decode 16, 32 (rows); gemm and gemm_dx those of GemmTile by number; lora_down tokens, lora_grad parts,
-// dequantize panels. 0: what select.h chooses.
+// Tiles: decode 16, 32 (rows; 32 for more than 8 tokens); gemm and gemm_dx those of GemmTile by number; lora_down
+// tokens, lora_grad parts, dequantize panels. 0: what select.h chooses.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -329,7 +329,8 @@ int check(const Bench& b, bool small) {
                       static_cast<long long>(m), static_cast<long long>(n), static_cast<long long>(k), error);
       };
       if (m <= kDecodeTokens)
-        for (const int rows : {16, 32}) one("decode", rows);
+        for (const int rows : {16, 32})
+          if (rows == 16 || m > 8) one("decode", rows);
       for (const char* kernel : {"gemm", "gemm_dx"})
         for (const int tile : gemm_tiles(b.gpu)) one(kernel, tile);
       for (const char* kernel : {"lora_down", "lora_grad", "lora_up", "dequantize"})
@@ -405,7 +406,8 @@ void sweep_shape(const Bench& b, int64_t n, int64_t k, double l2_bytes) {
     row(kernel, tile, m, weight_bytes + 2.0 * m * (n + k), 2.0 * m * n * k);
   };
   for (const int64_t m : {1, 2, 4, 8, 12, 16})
-    for (const int rows : {16, 32}) product("decode", rows, m);
+    for (const int rows : {16, 32})
+      if (rows == 16 || m > 8) product("decode", rows, m);
   for (const int64_t m : {16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048})
     for (const char* kernel : {"gemm", "gemm_dx"})
       for (const int tile : gemm_tiles(b.gpu)) product(kernel, tile, m);

@@ -265,7 +265,8 @@ Status launch_tile(const DecodeParams& p, cudaStream_t stream) {
 
 template <class T>
 Status launch_typed(const DecodeParams& p, cudaStream_t stream) {
-  if (p.tile.rows == 32) return p.m <= 8 ? launch_tile<T, 2, 8>(p, stream) : launch_tile<T, 2, 16>(p, stream);
+  if (p.tile.rows == 32)
+    return p.m <= 8 ? Status{"32 rows are for more than 8 tokens"} : launch_tile<T, 2, 16>(p, stream);
   return p.m <= 8 ? launch_tile<T, 1, 8>(p, stream) : launch_tile<T, 1, 16>(p, stream);
 }
 

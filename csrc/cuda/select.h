@@ -32,7 +32,7 @@ inline constexpr int kDecodeMostTokens = 2 * kDecodeTokens;
 // How the decode kernel cuts its work: rows of W for a block, and chunks of 64 weights whose scales it keeps in shared
 // memory at a time.
 struct DecodeTile {
-  int rows = 0;  // 16 or 32
+  int rows = 0;  // 16, or 32 for more than eight tokens
   int panel_chunks = 0;
 };
 
@@ -46,12 +46,16 @@ constexpr int64_t decode_shared_bytes(int rows, int64_t m, int64_t panel_chunks)
   return kDecodeTableBytes + kDecodeWarps * decode_stages(m) * (32 * rows + 128 * m) + 4 * rows * (panel_chunks | 1);
 }
 
-// Twice as many rows halve what a block costs before its first product, and what L2 delivers of x, as long as every SM
-// still has a block. A panel is as long as shared memory allows (28 chunks of 16 rows at least); one that another
-// follows gives every warp as many chunks.
+// Blocks of 16 rows hide latency best: three or four of them share an SM. Above eight tokens, where x costs most and
+// shared memory has room for two of 32 rows, those deliver it half as often, as long as three of four SMs get one; both
+// by the timing model (docs/kernels.md). A panel is as long as shared memory allows (28 chunks of 16 rows at least);
+// one that another follows gives every warp as many chunks.
+constexpr bool decode_takes_32_rows(int64_t m, int64_t n, const GpuInfo& gpu) {
+  return m > 8 && gpu.shared_bytes_per_block >= 160 * 1024 && n >= int64_t{24} * gpu.sm_count;
+}
 constexpr DecodeTile select_decode_tile(int64_t m, int64_t n, int64_t k, const GpuInfo& gpu) {
   const int64_t chunks = k / 64;
-  for (int rows = n >= int64_t{32} * gpu.sm_count ? 32 : 16;; rows /= 2) {
+  for (int rows = decode_takes_32_rows(m, n, gpu) ? 32 : 16;; rows /= 2) {
     const int64_t room = (gpu.shared_bytes_per_block - decode_shared_bytes(rows, m, 0)) / (4 * rows);
     const int64_t longest = room < kDecodeMostPanelChunks ? room : kDecodeMostPanelChunks;
     const int64_t panel = chunks <= longest ? chunks : longest / kDecodeWarps * kDecodeWarps;

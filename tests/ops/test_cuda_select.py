@@ -56,8 +56,10 @@ def test_float32_takes_the_general_path_for_few_tokens_and_the_vendors_gemm_for_
 
 
 def test_tiles_grow_with_the_product_and_fit_the_gpu():
-    assert select(1, n=1024)["forward_tile"] == (16, 16)  # 32 rows a block would leave SMs idle
-    assert select(1, n=14336)["forward_tile"] == (32, 16)
+    assert select(16, n=1024)["forward_tile"] == (16, 16)  # 32 rows a block would leave SMs idle
+    assert select(16, n=14336)["forward_tile"] == (32, 16)
+    assert select(1, n=14336)["forward_tile"] == (16, 16)
+    assert select(16, n=14336, gpu=RTX4090)["forward_tile"] == (16, 16)
     assert select(64)["forward_tile"] == (64, 64)  # 128 tiles of 32 tokens are one more than a wave of 108
     assert select(64, gpu=H100)["forward_tile"] == (64, 32)
     assert select(64, n=14336, gpu=B200)["forward_tile"] == (128, 64)
