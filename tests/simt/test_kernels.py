@@ -148,8 +148,8 @@ def test_many_tokens_by_the_vendors_gemm(dtype, adapter, panel_bytes):
         assert library.qlora_simt_last_range().startswith(b"qlora::forward")
         library.qlora_simt_reset()
         d_x = torch.ops.qlora.backward(grad, x, *weight, *lora, None, True, False, False, False)[0]
-        # No products of ours but the low-rank ones: down 33 tiles of 32 tokens, 17 chunks of 32 with a split factor; up 17
-        # tiles of 64 tokens, 5 of 8 x 16 rows, with three products of parts.
+        # No products of ours but the low-rank ones: down 33 tiles of 32 tokens, 17 chunks of 32 with a split factor;
+        # up 17 tiles of 64 tokens, 5 of 8 x 16 rows, with three products of parts.
         products = 33 * 4 * 17 * 2 * 2 + 17 * 8 * 5 * 8 * 3
         assert devices.counters(library)["mma"] == (products if adapter else 0)
     # Panels of 128 rows; the down and the up projection.
