@@ -49,70 +49,38 @@ QLORA_DEVICE void wgmma_commit() {
 #endif
 }
 
+// Accumulators as operands of an instruction: those of eight columns, of 32, and the names of 16 and 32 of them.
+#define QLORA_SUMS_8(d, j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
+#define QLORA_SUMS_32(d, j) QLORA_SUMS_8(d, j), QLORA_SUMS_8(d, j + 1), QLORA_SUMS_8(d, j + 2), QLORA_SUMS_8(d, j + 3)
+#define QLORA_NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define QLORA_NAMES_32 QLORA_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+
+// shape, type: of the instruction; sums: names of the accumulators; a, b, adds: names of the operands behind them.
+#define QLORA_WGMMA_TEXT(shape, type, sums, a, b, adds)                                                            \
+  "{\n.reg .pred adds;\nsetp.ne.b32 adds, " adds ", 0;\nwgmma.mma_async.sync.aligned." shape ".f32." type "." type \
+  " {" sums "}, {" a "}, " b ", adds, 1, 1, 0;\n}"
+#define QLORA_WGMMA_INPUTS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(adds))
+
 // d[64, 8 kGroups] (+)= a[64, 16] b[16, 8 kGroups] by four warps, each with sixteen rows; registers as in mma(), d[j]
 // for columns 8j …. Under way until wgmma_wait(): neither a nor d may be touched.
 template <class T>
-QLORA_DEVICE void wgmma(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, bool adds);
+QLORA_DEVICE void wgmma(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, bool adds) {
+#ifdef QLORA_WGMMA
+#define QLORA_WGMMA_64(type) QLORA_WGMMA_TEXT("m64n64k16", type, QLORA_NAMES_32, "%32, %33, %34, %35", "%36", "%37")
+  if constexpr (std::is_same_v<T, bf16>)
+    asm volatile(QLORA_WGMMA_64("bf16") : QLORA_SUMS_32(d, 0), QLORA_SUMS_32(d, 4) : QLORA_WGMMA_INPUTS);
+  else
+    asm volatile(QLORA_WGMMA_64("f16") : QLORA_SUMS_32(d, 0), QLORA_SUMS_32(d, 4) : QLORA_WGMMA_INPUTS);
+#endif
+}
 template <class T>
-QLORA_DEVICE void wgmma(float (&d)[4][4], const uint32_t (&a)[4], uint64_t b, bool adds);
-template <>
-__device__ __forceinline__ void wgmma<bf16>(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, bool adds) {
+QLORA_DEVICE void wgmma(float (&d)[4][4], const uint32_t (&a)[4], uint64_t b, bool adds) {
 #ifdef QLORA_WGMMA
-  asm volatile(
-      "{\n.reg .pred adds;\nsetp.ne.b32 adds, %37, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, "
-      "%13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "{%32, %33, %34, %35}, %36, adds, 1, 1, 0;\n}"
-      : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]),
-        "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]),
-        "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]),
-        "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]),
-        "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(adds)));
-#endif
-}
-template <>
-__device__ __forceinline__ void wgmma<fp16>(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, bool adds) {
-#ifdef QLORA_WGMMA
-  asm volatile(
-      "{\n.reg .pred adds;\nsetp.ne.b32 adds, %37, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, "
-      "%14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "{%32, %33, %34, %35}, %36, adds, 1, 1, 0;\n}"
-      : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]),
-        "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]),
-        "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]),
-        "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]),
-        "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(adds)));
-#endif
-}
-template <>
-__device__ __forceinline__ void wgmma<bf16>(float (&d)[4][4], const uint32_t (&a)[4], uint64_t b, bool adds) {
-#ifdef QLORA_WGMMA
-  asm volatile(
-      "{\n.reg .pred adds;\nsetp.ne.b32 adds, %21, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, "
-      "%13, %14, %15}, "
-      "{%16, %17, %18, %19}, %20, adds, 1, 1, 0;\n}"
-      : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]),
-        "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]),
-        "+f"(d[3][2]), "+f"(d[3][3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(adds)));
-#endif
-}
-template <>
-__device__ __forceinline__ void wgmma<fp16>(float (&d)[4][4], const uint32_t (&a)[4], uint64_t b, bool adds) {
-#ifdef QLORA_WGMMA
-  asm volatile(
-      "{\n.reg .pred adds;\nsetp.ne.b32 adds, %21, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, "
-      "%14, %15}, "
-      "{%16, %17, %18, %19}, %20, adds, 1, 1, 0;\n}"
-      : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]),
-        "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]),
-        "+f"(d[3][2]), "+f"(d[3][3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(adds)));
+#define QLORA_WGMMA_32(type) QLORA_WGMMA_TEXT("m64n32k16", type, QLORA_NAMES_16, "%16, %17, %18, %19", "%20", "%21")
+  if constexpr (std::is_same_v<T, bf16>)
+    asm volatile(QLORA_WGMMA_32("bf16") : QLORA_SUMS_32(d, 0) : QLORA_WGMMA_INPUTS);
+  else
+    asm volatile(QLORA_WGMMA_32("f16") : QLORA_SUMS_32(d, 0) : QLORA_WGMMA_INPUTS);
 #endif
 }
 
@@ -127,12 +95,7 @@ template <int kPending>
 QLORA_DEVICE void wgmma_wait(float (&d)[8][4]) {
 #ifdef QLORA_WGMMA
   asm volatile("wgmma.wait_group.sync.aligned %32;"
-               : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]),
-                 "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),
-                 "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]),
-                 "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
-                 "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]),
-                 "+f"(d[7][2]), "+f"(d[7][3])
+               : QLORA_SUMS_32(d, 0), QLORA_SUMS_32(d, 4)
                : "n"(kPending)
                : "memory");
 #endif
@@ -140,12 +103,7 @@ QLORA_DEVICE void wgmma_wait(float (&d)[8][4]) {
 template <int kPending>
 QLORA_DEVICE void wgmma_wait(float (&d)[4][4]) {
 #ifdef QLORA_WGMMA
-  asm volatile("wgmma.wait_group.sync.aligned %16;"
-               : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]),
-                 "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),
-                 "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3])
-               : "n"(kPending)
-               : "memory");
+  asm volatile("wgmma.wait_group.sync.aligned %16;" : QLORA_SUMS_32(d, 0) : "n"(kPending) : "memory");
 #endif
 }
 
