@@ -175,6 +175,8 @@ std::vector<int> gemm_tiles(const GpuInfo& gpu) {
   std::vector<int> tiles{static_cast<int>(GemmTile::k64x32Small), static_cast<int>(GemmTile::k128x64)};
   if (gpu.shared_bytes_per_block >= 160 * 1024)
     tiles.insert(tiles.end(), {static_cast<int>(GemmTile::k64x32), static_cast<int>(GemmTile::k64x64)});
+  if (gpu.has_wgmma)
+    tiles.insert(tiles.end(), {static_cast<int>(GemmTile::k128x64Wgmma), static_cast<int>(GemmTile::k128x128Wgmma)});
   return tiles;
 }
 

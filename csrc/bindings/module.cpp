@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -67,12 +68,12 @@ py::tuple explain_forward(int64_t m, int64_t k, const std::string& dtype) {
 
 // What select.h decides for one product on one GPU, as the keys of a dictionary.
 py::dict cuda_select(int64_t m, int64_t n, int64_t k, const std::string& dtype, int64_t block_size, int arch,
-                     int sm_count, int shared_bytes_per_block) {
+                     int sm_count, int shared_bytes_per_block, std::optional<bool> has_wgmma) {
   using namespace qlora::cuda;
   const qlora::DType type = token_dtype(dtype);
   const Problem problem{m, n, k, type, block_size};
   GpuInfo gpu{arch, sm_count, shared_bytes_per_block};
-  gpu.has_wgmma = arch == 90;
+  gpu.has_wgmma = has_wgmma.value_or(arch == 90);
   const ForwardKernel kernel = select_forward(problem, gpu);
   const char* why_forward = why_general_forward(problem, gpu);
   const char* why_backward = why_general_backward(problem, gpu);
@@ -130,7 +131,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("explain_forward", &explain_forward, py::arg("m"), py::arg("k"), py::arg("dtype"),
         "(kernel, why not a faster one, kernel of the gradients) for m tokens of a dtype and k input features.");
   m.def("cuda_select", &cuda_select, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("dtype"), py::arg("block_size"),
-        py::arg("arch"), py::arg("sm_count"), py::arg("shared_bytes_per_block"),
+        py::arg("arch"), py::arg("sm_count"), py::arg("shared_bytes_per_block"), py::arg("has_wgmma") = py::none(),
         "The kernels and tiles for one product on one GPU, and why not faster ones; needs no GPU.");
   std::vector<std::string> quant_types;
   for (const qlora::QuantTypeName& entry : qlora::kQuantTypes) quant_types.emplace_back(entry.name);

@@ -1,4 +1,4 @@
-// Many tokens (m > 16): y = x Wᵀ + low-rank term + bias on the tensor cores, one accumulator. W is decoded from the
+// Many tokens (m > 32): y = x Wᵀ + low-rank term + bias on the tensor cores, one accumulator. W is decoded from the
 // registers it was loaded into, once for each tile of tokens, and never written back; x passes through shared memory in
 // a pipeline of cp.async. The low-rank term comes last, as r / 16 more steps of the same product: before the
 // others its loads would compete with theirs for registers.

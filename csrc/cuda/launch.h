@@ -230,11 +230,11 @@ Status launch_lora_down(const LoraDownParams& p, cudaStream_t stream);
 
 // out[s] [ranks, features] = activationsᵀ · x over the s-th stretch of the tokens: the gradients of low-rank factors.
 struct LoraGradJob {
-  const void* x;                      // [m, features], aligned to 16 bytes
-  int64_t features;                   // a multiple of 8
-  const float* activations;           // [m, ranks], aligned to 16 bytes
-  const unsigned long long* largest;  // of the activations, see LoraDownJob: float16 is scaled by it; null: is not
-  int parts;
+  const void* x;                        // [m, features], aligned to 16 bytes
+  int64_t features;                     // a multiple of 8
+  const float* activations;             // [m, ranks], aligned to 16 bytes
+  const unsigned long long* largest;    // of the activations, see LoraDownJob: float16 is scaled by it; null: is not
+  int parts;                            // select_lora_grad_parts()
   float* out;                           // [parts, adapters, …], each of ranks * features elements
   int64_t rank_stride, feature_stride;  // of out; one of them is 1
 };
@@ -244,7 +244,7 @@ struct LoraGradParams {
   DType dtype;  // of x: bfloat16 or float16
   int64_t m, ranks;
   bool splits;          // whether the activations count to nearly float32, by a high and a low part
-  int ranks_per_block;  // select_lora_grad()
+  int ranks_per_block;  // select_lora_grad_ranks()
   AdapterPlan plan;     // with it, a gradient for each adapter
 };
 Status launch_lora_grad(const LoraGradParams& p, cudaStream_t stream);

@@ -92,17 +92,18 @@ template <class T, int kRanks>
 QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS LoraGradParams p) {
   if (!ptx::can_run<T>(0)) return;
   constexpr int kGroups = kRanks / 16;
-  const int64_t rank_blocks = ceil_div(p.ranks, kRanks), jobs_behind = ptx::block_z() / rank_blocks;
-  const int64_t first_rank = ptx::block_z() % rank_blocks * kRanks, adapter = jobs_behind / p.count;
-  const LoraGradJob& job = p.job[jobs_behind % p.count];
+  const int64_t rank_blocks = ceil_div(p.ranks, kRanks);
+  const int64_t first_rank = ptx::block_z() % rank_blocks * kRanks, adapter = ptx::block_z() / rank_blocks;
+  const LoraGradJob& job = p.job[ptx::block_y() % p.count];
+  const int64_t part = ptx::block_y() / p.count;
   const int64_t first_feature = int64_t{ptx::block_x()} * kColumns<kRanks> * kChunk;
-  if (first_feature >= job.features || ptx::block_y() >= job.parts) return;  // the other job has more
+  if (first_feature >= job.features || part >= job.parts) return;  // the other job has more
   const int* order = p.plan.order;
   const int64_t first_chunk = order != nullptr ? ptx::load(p.plan.first_tile + adapter) : 0;
   const int64_t chunks =
       order != nullptr ? ptx::load(p.plan.first_tile + adapter + 1) - first_chunk : ceil_div(p.m, kChunk);
-  const int64_t begin = (first_chunk + chunks * ptx::block_y() / job.parts) * kChunk;
-  const int64_t end = (first_chunk + chunks * (ptx::block_y() + 1) / job.parts) * kChunk;
+  const int64_t begin = (first_chunk + chunks * part / job.parts) * kChunk;
+  const int64_t end = (first_chunk + chunks * (part + 1) / job.parts) * kChunk;
   const T* x = static_cast<const T*>(job.x);
   const SharedAddress stages = ptx::shared_base(), stages_end = stages + kStages * kStageBytes;
   ActivationTile<T, kRanks> activations(stages_end, job, p, first_rank);
@@ -156,7 +157,7 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS LoraGradParams p
   }
   ptx::cp_async_wait<0>();
 
-  float* out = job.out + (ptx::block_y() * p.plan.adapters + adapter) * p.ranks * job.features;
+  float* out = job.out + (part * p.plan.adapters + adapter) * p.ranks * job.features;
   const float factor = activations.factor();  // a power of two
 #pragma unroll
   for (int c = 0; c < kColumns<kRanks>; ++c)
@@ -189,8 +190,8 @@ Status launch_ranks(const LoraGradParams& p, cudaStream_t stream) {
     features = p.job[i].features > features ? p.job[i].features : features;
     parts = p.job[i].parts > parts ? p.job[i].parts : parts;
   }
-  const Grid grid{ceil_div(features, lora_grad_features(kRanks)), parts,
-                  ceil_div(p.ranks, kRanks) * p.count * p.plan.adapters};
+  const Grid grid{ceil_div(features, lora_grad_features(kRanks)), parts * p.count,
+                  ceil_div(p.ranks, kRanks) * p.plan.adapters};
   return start(kernel<T, kRanks>, grid, kThreads, lora_grad_shared_bytes(kRanks, p.splits), stream, p);
 }
 

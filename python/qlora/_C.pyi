@@ -23,5 +23,13 @@ def dynamic_map() -> list[float]: ...
 def unsigned_dynamic_map() -> list[float]: ...
 def explain_forward(m: int, k: int, dtype: str) -> tuple[str, str, str]: ...
 def cuda_select(
-    m: int, n: int, k: int, dtype: str, block_size: int, arch: int, sm_count: int, shared_bytes_per_block: int
+    m: int,
+    n: int,
+    k: int,
+    dtype: str,
+    block_size: int,
+    arch: int,
+    sm_count: int,
+    shared_bytes_per_block: int,
+    has_wgmma: bool | None = None,
 ) -> dict[str, Any]: ...

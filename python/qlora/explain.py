@@ -47,6 +47,7 @@ def _explain_cuda(x: Tensor, weight: QuantizedWeight, tokens: int) -> Explanatio
         min(10 * gpu.major + gpu.minor, _C.CUDA_ARCHS[-1]),  # a newer GPU runs the newest code that was compiled
         gpu.multi_processor_count,
         gpu.shared_memory_per_block_optin,
+        (gpu.major, gpu.minor) == (9, 0) and 90 in _C.CUDA_ARCHS,
     )
     general = chosen["forward"] == "general" or x.dtype == torch.float32
     return Explanation(

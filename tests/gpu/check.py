@@ -95,12 +95,19 @@ def python_path() -> list[str]:
     return [str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
 
 
+def gencode(source: Path, arch: str) -> str:
+    """Hopper's own instructions exist on sm_90a alone; elsewhere their kernels are never started."""
+    return "-arch=sm_90a" if arch == "90" and source.stem.endswith("_wgmma") else f"-arch=sm_{arch}"
+
+
 def build_driver(arch: str, results: Path) -> Outcome:
     """nvcc, one process a core, of the kernels and benchmarks/cuda/kernels.cu for this card alone."""
     start = time.monotonic()
     objects = results / "objects"
     objects.mkdir(exist_ok=True)
-    flags = [f"-arch=sm_{arch}", "-std=c++17", "-lineinfo", f"-I{ROOT / 'csrc'}", f"-DQLORA_NEWEST_ARCH={arch}"]
+    flags = ["-std=c++17", "-lineinfo", f"-I{ROOT / 'csrc'}", f"-DQLORA_NEWEST_ARCH={arch}"]
+    if arch == "90":
+        flags.append("-DQLORA_HAS_WGMMA")
     sources = [
         *sorted((ROOT / "csrc/cuda").glob("*.cu")),
         ROOT / "csrc/cuda/gpu_info.cpp",
@@ -110,14 +117,14 @@ def build_driver(arch: str, results: Path) -> Outcome:
     steps = [
         Step(
             f"build-{path.stem}",
-            ["nvcc", *flags, *compile_flags, str(path), "-o", str(objects / f"{path.stem}.o")],
+            ["nvcc", gencode(path, arch), *flags, *compile_flags, str(path), "-o", str(objects / f"{path.stem}.o")],
             600,
         )
         for path in sources
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         outcomes = list(pool.map(lambda step: run(step, results), steps))
-    link = ["nvcc", flags[0], "-cudart", "static", *(str(objects / f"{p.stem}.o") for p in sources)]
+    link = ["nvcc", f"-arch=sm_{arch}", "-cudart", "static", *(str(objects / f"{p.stem}.o") for p in sources)]
     step = Step("build", [*link, "-o", str(results / "kernels")], 120)
     outcomes += [run(step, results)]
     shutil.rmtree(objects)
@@ -162,7 +169,7 @@ def timings(python: str, driver: str) -> list[Step]:
         sections = ["--clock-control", "none", "--set", "full", "--import-source", "no", "--page", "details"]
         launch = ["--kernel-name-base", "demangled", "--launch-skip", "1", "--launch-count", "1"]
         for kernel, tile, m in PROFILED:
-            name = ["--kernel-name", f"regex:{kernel}::kernel"]
+            name = ["--kernel-name", f"regex:{kernel}(_wgmma)?::kernel"]
             one = [driver, "one", kernel, str(tile), str(m), "4096", "4096", "3"]
             steps.append(Step(f"ncu-{kernel}-{m}", ["ncu", *sections, *launch, *name, *one], 60))
     return steps

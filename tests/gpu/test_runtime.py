@@ -60,14 +60,14 @@ assert torch.equal(y, ops.forward(x, *weight, a, b, 0.5))
 """
 
 
-@pytest.mark.parametrize("m", [1, 40, 600])
+@pytest.mark.parametrize("m", [1, 40, 400, 600])
 def test_a_kernel_may_be_started_for_the_first_time_in_a_capture(m):
     """In a process of its own: a kernel is loaded, and asks for its shared memory, at its first launch."""
     result = subprocess.run([sys.executable, "-c", COLD.format(m=m)], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("m", [1, 40, 600])
+@pytest.mark.parametrize("m", [1, 40, 400, 600])
 def test_autocast_and_compile(m):
     weight, x, _, a, b = problem(m, torch.float32)
     with torch.autocast("cuda", torch.float16):

@@ -60,7 +60,7 @@ def test_every_step_has_a_log_and_a_line_of_the_summary(tools, tmp_path):
         "peak": "4396 GB/s",
         "sweep": "",
         "beside-torch": "",
-        "ncu-gemm_dx-512": "",
+        "ncu-gemm_dx-64": "",
     }.items():
         line = next(line for line in summary.splitlines() if line.startswith(f"{name} "))
         assert words in line

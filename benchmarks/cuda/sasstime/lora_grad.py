@@ -21,7 +21,7 @@ def launch(gpu, m=512, n=4096, k=4096, r=16, parts=0):
 
     (first, a), (second, b) = job("x", k, True), job("dy", n, False)
     scalars = [("i", 2), ("i", BFLOAT16), ("q", m), ("q", r), ("?", True), ("i", ranks)]
-    grid = (up(max(n, k), wide), max(a, b), 2 * up(r, ranks))
+    grid = (up(max(n, k), wide), 2 * max(a, b), up(r, ranks))
     shared = 3 * 64 * 128 + 4 * ranks * 128
     name = rf"lora_grad::kernel<qlora::bf16, {ranks}>"
     return Launch(name, grid, 128, shared, [[first, second, *scalars, plan()]], 2 * m * (n + k), 4.0 * m * r * (n + k))

@@ -1,5 +1,5 @@
 // Low-rank factors and activations as operands of the tensor cores, made in registers from what lies in memory. A
-// number of another type than the tokens' is split into a high and a low part of theirs, so that nothing of it is lost.
+// number of another type than the tokens' is split into a high and a low part of theirs, so that little of it is lost.
 #pragma once
 
 #include "cuda/device/elements.cuh"

@@ -40,6 +40,7 @@ QLORA_DEVICE uint64_t wgmma_operand(SharedAddress address) {
 // Before the first wgmma, and before one whose registers something else has written.
 QLORA_DEVICE void wgmma_fence() {
 #ifdef QLORA_WGMMA
+  __syncwarp();  // all lanes have to execute what follows together
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #endif
 }

@@ -1,5 +1,5 @@
 // A tile of rows on its way through shared memory, 64 elements of the reduction at a time: the operand of the tensor
-// cores that needs no decoding, tokens of x and dy, and low-rank factors.
+// cores that needs no decoding, tokens of x and dy.
 #pragma once
 
 #include "cuda/device/groups.cuh"
@@ -33,28 +33,6 @@ QLORA_DEVICE void advance_pipeline(const Fetch& fetch) {
 // and ldmatrix (eight rows, one piece).
 QLORA_DEVICE SharedAddress swizzled(int row, int piece) {
   return static_cast<SharedAddress>(row * 128 + (piece ^ (row & 7)) * 16);
-}
-
-// Starts the copy of kRows rows of 64 elements from (first_row, first_elem) of a matrix [rows, elems]; what lies
-// outside of it becomes zeros. elems is a multiple of 8.
-template <int kRows, int kThreads, class T>
-QLORA_DEVICE void fetch_rows(SharedAddress to, const T* matrix, int64_t rows, int64_t elems, int64_t first_row,
-                             int64_t first_elem) {
-  constexpr int kRowsAtOnce = kThreads / 8;
-  const int row = ptx::thread() / 8, piece = ptx::thread() % 8;
-  const int64_t elem = first_elem + piece * 8;
-  const T* from = matrix + (first_row + row) * elems + elem;
-  int64_t left = elem < elems ? rows - first_row - row : 0;  // of the rows from this one on
-#pragma unroll
-  for (int i = 0; i < kRows / kRowsAtOnce; ++i) {
-    const SharedAddress here = to + swizzled(row, piece) + i * kRowsAtOnce * 128;
-    if (left > 0)
-      ptx::cp_async_16(here, from);
-    else
-      ptx::store_shared(here, Words4{0, 0, 0, 0});
-    left -= kRowsAtOnce;
-    from += kRowsAtOnce * elems;
-  }
 }
 
 // The rows that a thread copies of a tile of kRows tokens: neighbours from first_token on, or, with a plan, those at
