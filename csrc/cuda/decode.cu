@@ -171,7 +171,6 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS DecodeParams p) 
   const int panel_chunks = p.tile.panel_chunks;
   using Panel = ScalePanel<kWarps, 16 * R, 4>;
   const Panel panel(table + kPairTableBytes + kWarps * Chunks::bytes(p.m), panel_chunks);
-  typename Panel::Batch raw_scales;
   SharedAddress my_x[kTokens / 8];
 #pragma unroll
   for (int j = 0; j < kTokens / 8; ++j) {
@@ -187,9 +186,8 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS DecodeParams p) 
     if (panel_chunk > 0) ptx::sync_threads();  // the panel before this one is done with
     const int my_count = (count - ptx::warp() + kWarps - 1) / kWarps;
     ring.begin(my_count);  // the copies and the scales are on their way while the table is made
-    panel.load_first(p.weight, first_row, panel_chunk, count, raw_scales);
     if (panel_chunk == 0) LevelPairs<T>::template fill<kThreads>(table, p.weight.quant_type, p.level_multiplier);
-    panel.fill(p.weight, scales, first_row, panel_chunk, count, p.level_factor, raw_scales);
+    panel.fill(p.weight, scales, first_row, panel_chunk, count, p.level_factor);
     ptx::sync_threads();
 
     SharedAddress scale_at = panel.address(2 * R * g, ptx::warp());

@@ -45,7 +45,6 @@ QLORA_KERNEL void QLORA_BOUNDS(S::kBlockThreads, S::kGroups == 1 ? 2 : 1) kernel
   const int g = ptx::lane() / 4;
 
   const typename S::Panel panel(table + kPairTableBytes + S::kTokenBytes, S::kPanel);
-  typename S::Panel::Batch raw_scales;
   typename S::Tile tokens(table + kPairTableBytes + Group::index() * S::Tile::kBytes, p.x, p.out.m, p.weight.k,
                           p.weight.k, first_token);
   const auto fetch = [&] { tokens.fetch(); };
@@ -61,8 +60,7 @@ QLORA_KERNEL void QLORA_BOUNDS(S::kBlockThreads, S::kGroups == 1 ? 2 : 1) kernel
   for (int first = 0; first < chunks; first += S::kPanel) {
     const int count = chunks - first < S::kPanel ? chunks - first : S::kPanel;
     if (first > 0) ptx::sync_threads();  // nobody reads the scales of before
-    panel.load_first(p.weight, block_row, first, count, raw_scales);
-    panel.fill(p.weight, WarpScales(p.weight), block_row, first, count, p.level_factor, raw_scales);
+    panel.fill(p.weight, WarpScales(p.weight), block_row, first, count, p.level_factor);
     ptx::sync_threads();
     for (int in_panel = Group::index(); in_panel < count; in_panel += kGroups) {
       advance_pipeline<kStages, Group>(fetch);

@@ -125,9 +125,7 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 1) kernel(QLORA_PARAMS GemmParams p) {
     const SharedAddress stage = start_chunk(chunk);
     if (chunk % kPanel == 0) {
       const int count = chunks - chunk < kPanel ? chunks - chunk : kPanel;
-      typename Panel::Batch raw_scales;
-      panel.load_first(p.weight, block_row, chunk, count, raw_scales);
-      panel.fill(p.weight, WarpScales(p.weight), block_row, chunk, count, p.level_factor, raw_scales);
+      panel.fill(p.weight, WarpScales(p.weight), block_row, chunk, count, p.level_factor);
       ptx::sync_threads();
     }
     load_scale(chunk, scale);

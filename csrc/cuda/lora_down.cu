@@ -8,7 +8,9 @@
 namespace qlora::cuda {
 namespace lora_down {
 
-constexpr int kWarps = 16, kThreads = 32 * kWarps;
+// Warps of a block: many where blocks are few, and few where blocks of 32 tokens fill the GPU and share SMs.
+template <int kTokens>
+inline constexpr int kWarpsOf = kTokens == 16 ? 16 : 8;
 constexpr int kRanks = 16;     // of a block
 constexpr int kFeatures = 32;  // of a warp at a time: lane (g, t) takes 8t … 8t + 7 of its ranks and tokens
 
@@ -21,7 +23,7 @@ QLORA_DEVICE SharedAddress sum_at(int token_of_all, int rank) {
 
 // The warp's share of the products of sixteen ranks with 8 kGroups tokens: x is the row of the lane's token in each
 // group, null if there is none.
-template <class T, int kGroups, FactorPath kPath>
+template <class T, int kWarps, int kGroups, FactorPath kPath>
 QLORA_DEVICE void add_products(const LoraDownJob& job, const T* const (&x)[kGroups], int64_t adapter,
                                int64_t first_rank, int64_t ranks, float (&sum)[kGroups][4]) {
   const int g = ptx::lane() / 4, t = ptx::lane() % 4;
@@ -61,9 +63,9 @@ QLORA_DEVICE void add_products(const LoraDownJob& job, const T* const (&x)[kGrou
 }
 
 template <class T, int kTokens>
-QLORA_KERNEL void QLORA_BOUNDS(kThreads, 1) kernel(QLORA_PARAMS LoraDownParams p) {
+QLORA_KERNEL void QLORA_BOUNDS(32 * kWarpsOf<kTokens>, 1) kernel(QLORA_PARAMS LoraDownParams p) {
   if (!ptx::can_run<T>(0)) return;
-  constexpr int kGroups = kTokens / 8;
+  constexpr int kGroups = kTokens / 8, kWarps = kWarpsOf<kTokens>;
   const LoraDownJob& job = p.job[ptx::block_z()];
   const int g = ptx::lane() / 4, t = ptx::lane() % 4;
   const int64_t first_position = int64_t{ptx::block_x()} * kTokens, first_rank = int64_t{ptx::block_y()} * kRanks;
@@ -88,16 +90,16 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 1) kernel(QLORA_PARAMS LoraDownParams p
   float sum[kGroups][4] = {};
   switch (path_along_features<T>(job.factor)) {
     case FactorPath::kVectors32:
-      add_products<T, kGroups, FactorPath::kVectors32>(job, x, adapter, first_rank, p.r, sum);
+      add_products<T, kWarps, kGroups, FactorPath::kVectors32>(job, x, adapter, first_rank, p.r, sum);
       break;
     case FactorPath::kVectors16:
-      add_products<T, kGroups, FactorPath::kVectors16>(job, x, adapter, first_rank, p.r, sum);
+      add_products<T, kWarps, kGroups, FactorPath::kVectors16>(job, x, adapter, first_rank, p.r, sum);
       break;
     case FactorPath::kStrided32:
-      add_products<T, kGroups, FactorPath::kStrided32>(job, x, adapter, first_rank, p.r, sum);
+      add_products<T, kWarps, kGroups, FactorPath::kStrided32>(job, x, adapter, first_rank, p.r, sum);
       break;
     default:
-      add_products<T, kGroups, FactorPath::kAny>(job, x, adapter, first_rank, p.r, sum);
+      add_products<T, kWarps, kGroups, FactorPath::kAny>(job, x, adapter, first_rank, p.r, sum);
   }
 
 #pragma unroll
@@ -107,7 +109,7 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 1) kernel(QLORA_PARAMS LoraDownParams p
       ptx::store_shared(sum_at(ptx::warp() * kTokens + 8 * j + 2 * t + i % 2, g + i / 2 * 8), sum[j][i]);
   ptx::sync_threads();
   uint32_t largest = 0;
-  for (int item = ptx::thread(); item < kTokens * kRanks; item += kThreads) {
+  for (int item = ptx::thread(); item < kTokens * kRanks; item += 32 * kWarps) {
     const int position = item / kRanks, rank = item % kRanks;
     float total = 0.0f;
 #pragma unroll
@@ -120,12 +122,17 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 1) kernel(QLORA_PARAMS LoraDownParams p
   if (job.largest != nullptr) note_largest(job.largest, largest);
 }
 
+template <class T, int kTokens>
+Status launch_tile(const LoraDownParams& p, cudaStream_t stream) {
+  constexpr int kWarps = kWarpsOf<kTokens>;
+  const int64_t positions = p.plan.order != nullptr ? p.plan.tiles * kAdapterTile : p.m;
+  const Grid grid{ceil_div(positions, kTokens), ceil_div(p.r, kRanks), p.count};
+  return start(kernel<T, kTokens>, grid, 32 * kWarps, kWarps * kTokens * kRanks * 4, stream, p);
+}
+
 template <class T>
 Status launch_typed(const LoraDownParams& p, cudaStream_t stream) {
-  const int tokens = p.tokens_per_block;
-  const int64_t positions = p.plan.order != nullptr ? p.plan.tiles * kAdapterTile : p.m;
-  const Grid grid{ceil_div(positions, tokens), ceil_div(p.r, kRanks), p.count};
-  return start(tokens == 16 ? kernel<T, 16> : kernel<T, 32>, grid, kThreads, kWarps * tokens * kRanks * 4, stream, p);
+  return p.tokens_per_block == 16 ? launch_tile<T, 16>(p, stream) : launch_tile<T, 32>(p, stream);
 }
 
 }  // namespace lora_down

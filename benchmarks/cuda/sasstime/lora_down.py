@@ -22,6 +22,5 @@ def launch(gpu, m=128, k=4096, r=16, n=0, tokens=0):
     parameters = [[job("x", k, True), second, *scalars, plan()]]
     grid = (blocks, up(r, 16), 2 if n else 1)
     name = rf"lora_down::kernel<qlora::bf16, {tokens}>"
-    return Launch(
-        name, grid, 512, 16 * tokens * 16 * 4, parameters, 4 * r * (k + n), 4.0 * blocks * tokens * r * (k + n)
-    )
+    warps, flops = 16 if tokens == 16 else 8, 4.0 * blocks * tokens * r * (k + n)
+    return Launch(name, grid, 32 * warps, warps * tokens * 16 * 4, parameters, 4 * r * (k + n), flops)

@@ -34,31 +34,18 @@ class ScalePanel {
  public:
   static_assert(kRows % kWarps == 0 && (kRows / kWarps % kBatch == 0 || kBatch % (kRows / kWarps) == 0),
                 "a batch is whole rows, or whole chunks");
-  using Batch = RawScale[kBatch];
-
   QLORA_METHOD ScalePanel(SharedAddress base, int count) : base_(base), pitch_(count | 1) {}
 
-  // The first batch of a panel, on its way while something else is done. All threads.
-  QLORA_METHOD void load_first(const Weight& w, int64_t first_row, int first_chunk, int count, Batch& raw) const {
-    if (w.absmax == nullptr)
-      load(w, first_row, first_chunk, count, 0, raw, [&](int64_t block) { return WarpScales::load_nested(w, block); });
-    else
-      load(w, first_row, first_chunk, count, 0, raw,
-           [&](int64_t block) { return RawScale{ptx::load(w.absmax + block), 0}; });
-  }
-
-  // All scales of the panel, the first batch loaded before. `factor` undoes level_multiplier. All threads; a barrier
-  // has to follow.
+  // All scales of the panel. `factor` undoes level_multiplier. All threads; a barrier has to follow.
   QLORA_METHOD void fill(const Weight& w, const WarpScales& scales, int64_t first_row, int first_chunk, int count,
-                         float factor, Batch& raw) const {
+                         float factor) const {
     if (scales.nested())
       fill_with(
-          w, first_row, first_chunk, count, factor, raw,
-          [&](int64_t block) { return WarpScales::load_nested(w, block); },
+          w, first_row, first_chunk, count, factor, [&](int64_t block) { return WarpScales::load_nested(w, block); },
           [&](RawScale one) { return scales.value_nested(one); });
     else
       fill_with(
-          w, first_row, first_chunk, count, factor, raw,
+          w, first_row, first_chunk, count, factor,
           [&](int64_t block) { return RawScale{ptx::load(w.absmax + block), 0}; },
           [](RawScale one) { return one.absmax; });
   }
@@ -74,32 +61,25 @@ class ScalePanel {
   static QLORA_METHOD int row_of(int turn, int i) { return (turn + i) % kRowTurns * kWarps + warp(); }
   static QLORA_METHOD int chunk_of(int turn, int i) { return (turn + i) / kRowTurns * 32 + ptx::lane(); }
 
-  template <class Load>
-  QLORA_METHOD void load(const Weight& w, int64_t first_row, int first_chunk, int count, int turn, Batch& raw,
-                         const Load& load) const {
-    const int shift = w.block_shift - 6;
-    const int64_t row_chunks = w.k / kChunk, last_row = (w.n - 1) * row_chunks;
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int64_t row = min_i64((first_row + row_of(turn, i)) * row_chunks, last_row);
-      const int chunk = chunk_of(turn, i);
-      raw[i] = load((row + first_chunk + (chunk < count ? chunk : count - 1)) >> shift);
-    }
-  }
-
   template <class Load, class Value>
-  QLORA_METHOD void fill_with(const Weight& w, int64_t first_row, int first_chunk, int count, float factor, Batch& raw,
-                              const Load& load_one, const Value& value) const {
-    const int turns = (count + 31) / 32 * kRowTurns;
+  QLORA_METHOD void fill_with(const Weight& w, int64_t first_row, int first_chunk, int count, float factor,
+                              const Load& load, const Value& value) const {
+    const int shift = w.block_shift - 6, turns = (count + 31) / 32 * kRowTurns;
+    const int64_t row_chunks = w.k / kChunk, last_row = (w.n - 1) * row_chunks;
 #pragma unroll 1
-    for (int turn = 0;;) {
+    for (int turn = 0; turn < turns; turn += kBatch) {
+      RawScale raw[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int64_t row = min_i64((first_row + row_of(turn, i)) * row_chunks, last_row);
+        const int chunk = chunk_of(turn, i);
+        raw[i] = load((row + first_chunk + (chunk < count ? chunk : count - 1)) >> shift);
+      }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         const float scale = value(raw[i]);
         if (chunk_of(turn, i) < count) ptx::store_shared(address(row_of(turn, i), chunk_of(turn, i)), scale * factor);
       }
-      if ((turn += kBatch) >= turns) return;
-      load(w, first_row, first_chunk, count, turn, raw, load_one);
     }
   }
 
