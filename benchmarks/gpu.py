@@ -82,14 +82,12 @@ def products(n: int, k: int) -> None:
         x, grad = torch.randn(m, k, device=CUDA, dtype=BF16), torch.randn(m, n, device=CUDA, dtype=BF16)
 
         def forward(i: int, *lora: Any, x: Any = x) -> Any:
-            return ops.forward(x, *packed[i].tensors, packed[i].shape, "nf4", 64, *lora)
+            return ops.forward(x, *packed[i].arguments, *lora)
 
         def backward(i: int, *lora: Any, x: Any = x, grad: Any = grad) -> Any:
             needs = (True, len(lora) > 0, False, False)
             adapter = lora or (None, None, 1.0)
-            return torch.ops.qlora.backward(
-                grad, x, *packed[i].tensors, packed[i].shape, "nf4", 64, *adapter, None, *needs
-            )
+            return torch.ops.qlora.backward(grad, x, *packed[i].arguments, *adapter, None, *needs)
 
         def dense_lora(i: int, x: Any = x) -> Any:
             return F.linear(x, dense[i]) + F.linear(F.linear(x, a16), b16)

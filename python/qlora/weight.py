@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora import _C, ops, reference
+from qlora import _C, ops
+from qlora.tables import table
 
 _BNB_STATE = "quant_state.bitsandbytes__"
 
@@ -36,6 +37,11 @@ class QuantizedWeight:
         return self.packed, self.absmax, self.nested_absmax, self.nested_offset
 
     @property
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[int, ...], str, int]:
+        """What the operators take of a weight, in their order: ``ops.forward(x, *w.arguments)``."""
+        return *self.tensors, self.shape, self.quant_type, self.block_size
+
+    @property
     def double_quant(self) -> bool:
         return self.nested_absmax.numel() > 0
 
@@ -58,7 +64,7 @@ class QuantizedWeight:
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """A dense tensor of ``shape``; ``dtype`` is float32, bfloat16 or float16."""
-        return ops.dequantize(*self.tensors, self.shape, self.quant_type, self.block_size, dtype or self.dtype)
+        return ops.dequantize(*self.arguments, dtype or self.dtype)
 
     def error_against(self, weight: Tensor) -> tuple[float, float]:
         """(relative Frobenius norm, largest absolute value) of the difference to ``weight``, of the same shape."""
@@ -115,12 +121,11 @@ class QuantizedWeight:
         entries = {
             prefix: self.packed.view(-1, 1),
             f"{prefix}.absmax": self.absmax,
-            f"{prefix}.quant_map": reference.table(_C.codebook(self.quant_type), self.packed)
-            + 0.0,  # its table has no -0
+            f"{prefix}.quant_map": table(_C.codebook(self.quant_type), self.packed) + 0.0,  # its table has no -0
         }
         if self.double_quant:
             entries[f"{prefix}.nested_absmax"] = self.nested_absmax
-            entries[f"{prefix}.nested_quant_map"] = reference.table(_C.dynamic_map(), self.packed)
+            entries[f"{prefix}.nested_quant_map"] = table(_C.dynamic_map(), self.packed)
             state["nested_blocksize"] = _C.NESTED_BLOCK
             state["nested_dtype"] = "float32"
             state["nested_offset"] = self.nested_offset.item()
@@ -152,7 +157,7 @@ class QuantizedWeight:
         )
         for name, values in maps.items():
             theirs = entries.get(f"{prefix}.{name}")
-            if theirs is not None and not torch.equal(theirs.float(), reference.table(values, theirs)):
+            if theirs is not None and not torch.equal(theirs.float(), table(values, theirs)):
                 raise ValueError(f"{prefix}.{name} is another table than {state['quant_type']}'s: it cannot be read")
         shape = tuple(int(extent) for extent in state["shape"])
         packed = entries[prefix].contiguous().view(torch.uint8).flatten()  # quant_storage may be any dtype
@@ -177,7 +182,7 @@ class QuantizedWeight:
             packed=packed,
             absmax=absmax,
             nested_absmax=entries[f"{prefix}.nested_absmax"] if nested else none,
-            nested_offset=reference.table([state["nested_offset"]], absmax) if nested else none,
+            nested_offset=table([state["nested_offset"]], absmax) if nested else none,
             shape=shape,
             quant_type=state["quant_type"],
             block_size=state["blocksize"],

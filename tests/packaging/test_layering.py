@@ -26,7 +26,7 @@ MAY_INCLUDE = {
 LAYERS = (
     "_C",
     "_load",
-    "_registration",
+    "tables",
     "ops",
     "reference",
     "weight",

@@ -74,7 +74,7 @@ class Weights:
 
         def ours(i: int) -> Tensor:
             w = self.ours[i]
-            return ops.forward(x, *w.tensors, w.shape, w.quant_type, w.block_size, a, b)
+            return ops.forward(x, *w.arguments, a, b)
 
         found: dict[str, Contender] = {"qlora": ours}
         if self.dense:
@@ -156,9 +156,7 @@ def multi_works(weights: Weights, tokens: Sequence[int]) -> Iterator[Work]:
 
         def many(i: int, x=x, of_row=of_row) -> Tensor:
             w = weights.ours[i]
-            return ops.forward_multi(
-                x, *w.tensors, w.shape, w.quant_type, w.block_size, lora_a, lora_b, scaling, of_row
-            )
+            return ops.forward_multi(x, *w.arguments, lora_a, lora_b, scaling, of_row)
 
         one = weights.contenders(x, weights.a, weights.b)["qlora"]
         flops, size = weights.cost(m, True)

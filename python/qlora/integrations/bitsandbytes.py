@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora import _C, ops, reference
+from qlora import _C, ops
 from qlora._load import has_cuda_ops
+from qlora.tables import table
 
 _METHOD = "bitsandbytes"
 
@@ -138,7 +139,7 @@ def _scales(
 
 def _check_map(code: Tensor) -> None:
     """Raises ValueError if the scales' codes are not bitsandbytes' own dynamic map, the only one that we know."""
-    if not torch.equal(code.float(), reference.table(_C.dynamic_map(), code)):
+    if not torch.equal(code.float(), table(_C.dynamic_map(), code)):
         raise ValueError("absmax_code is not the dynamic map of 8 bit: these scales cannot be decoded")
 
 

@@ -170,9 +170,7 @@ class LoraLinear4bit(PeftLinear):
         base = self.quantized
         w = base.quantized_weight
         compute = base.compute_dtype or x.dtype
-        y = ops.forward_multi(
-            x.to(compute), *w.tensors, w.shape, w.quant_type, w.block_size, a, b, scaling, of_row, base.bias
-        )
+        y = ops.forward_multi(x.to(compute), *w.arguments, a, b, scaling, of_row, base.bias)
         return y.to(x.dtype)
 
     # ---- initializations that look at the base or change it ----

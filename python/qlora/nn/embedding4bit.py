@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from qlora import ops, reference
+from qlora import ops
 from qlora.nn.packed import PackedMatrix
 from qlora.nn.replacing import require_plain
+from qlora.tables import nested_scales
 from qlora.weight import QuantizedWeight, quantize
 
 
@@ -54,7 +55,7 @@ class Embedding4bit(PackedMatrix, nn.Embedding):
         scales = torch.embedding(self.absmax.view(-1, blocks), rows)
         if self.nested_absmax.numel():
             block_of_row = rows.unsqueeze(1) * blocks + torch.arange(blocks, device=rows.device, dtype=torch.int64)
-            scales = reference.nested_scales(scales, self.nested_absmax, self.nested_offset, block_of_row)
+            scales = nested_scales(scales, self.nested_absmax, self.nested_offset, block_of_row)
         decoded = ops.dequantize(
             torch.embedding(self.weight, rows).flatten(),
             scales.flatten(),

@@ -146,7 +146,7 @@ class Experts4bit(nn.Module):
         a, b, scaling = self.low_rank.get(name, (None, None, 1.0))
         if a is not None and b is not None:
             a, b = a[index], b[index]
-        return ops.forward(x, *weight.tensors, weight.shape, self.quant_type, self.block_size, a, b, scaling, bias=bias)
+        return ops.forward(x, *weight.arguments, a, b, scaling, bias=bias)
 
     def forward(
         self,

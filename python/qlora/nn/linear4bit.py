@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora import _registration
+from qlora import ops
 from qlora.nn.packed import STATISTICS, PackedMatrix
 from qlora.nn.replacing import require_plain
 from qlora.weight import QuantizedWeight, quantize
@@ -90,13 +90,13 @@ class Linear4bit(PackedMatrix, nn.Linear):
         buffers: Any = self._buffers
         if "weight" not in parameters:  # a replica of DataParallel: tensors are plain attributes
             parameters = buffers = {name: getattr(self, name) for name in ("weight", "bias", *STATISTICS)}
-        return _registration.forward(
+        return ops.forward(
             x,
             parameters["weight"],
             buffers["absmax"],
             buffers["nested_absmax"],
             buffers["nested_offset"],
-            [self.out_features, self.in_features],
+            (self.out_features, self.in_features),
             self.quant_type,
             self.block_size,
             lora_a,

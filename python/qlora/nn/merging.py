@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qlora import _C, reference
+from qlora import _C
+from qlora.tables import scales as scales_of
+from qlora.tables import table
 from qlora.weight import QuantizedWeight, quantize
 
 # Factors of a block's largest absolute value that a search tries as its scale. Less than one clips the largest weights
@@ -95,7 +97,7 @@ def _search(exact: Tensor, weight: QuantizedWeight) -> QuantizedWeight:
     flat = torch.nn.functional.pad(exact.flatten(), (0, -exact.numel() % weight.block_size))
     blocks = flat.view(-1, weight.block_size)
     largest = blocks.abs().amax(1)
-    levels, order = reference.table(_C.codebook(weight.quant_type), exact).sort(stable=True)
+    levels, order = table(_C.codebook(weight.quant_type), exact).sort(stable=True)
     middles = (levels[1:] + levels[:-1]) / 2
 
     def codes(scale: Tensor) -> Tensor:
@@ -111,7 +113,7 @@ def _search(exact: Tensor, weight: QuantizedWeight) -> QuantizedWeight:
     carrier = torch.zeros_like(blocks)
     carrier[:, 0] = best  # a weight whose blocks have these largest values
     statistics = quantize(carrier, weight.quant_type, weight.block_size, weight.double_quant)
-    scales = reference.scales(statistics.absmax, statistics.nested_absmax, statistics.nested_offset)
+    scales = scales_of(statistics.absmax, statistics.nested_absmax, statistics.nested_offset)
     chosen = order[codes(scales)].to(torch.uint8).flatten()[: exact.numel()]
     chosen = torch.nn.functional.pad(chosen, (0, exact.numel() % 2))
     found = replace(

@@ -239,7 +239,7 @@ class QLoRALinear(nn.Module):
         if isinstance(weight, Tensor):
             return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         compute = getattr(self.base, "compute_dtype", None) or x.dtype
-        y = ops.forward(x.to(compute), *weight.tensors, weight.shape, weight.quant_type, weight.block_size, bias=bias)
+        y = ops.forward(x.to(compute), *weight.arguments, bias=bias)
         return y.to(x.dtype)
 
     # ---- merging ----

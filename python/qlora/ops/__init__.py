@@ -1,0 +1,30 @@
+"""The operators ``torch.ops.qlora.*`` as typed functions.
+
+One file for each operator: the function, its fake kernel (shapes and dtypes for compilers), its derivative and its rule
+for autocast. Their schemas stand in ``csrc/ops/schema.cpp``. Each function has a twin of the same signature in
+:mod:`qlora.reference`, in plain torch.
+
+Extents: m tokens, n out features, k in features, r rank.
+"""
+
+from qlora.ops.adamw import adamw, adamw_8bit, adamw_many
+from qlora.ops.affine import forward_affine
+from qlora.ops.common import FLOAT_DTYPES, QUANT_TYPES, check_format
+from qlora.ops.matmul import forward
+from qlora.ops.multi import forward_multi
+from qlora.ops.quantize import dequantize, quantization_error, quantize
+
+__all__ = [
+    "FLOAT_DTYPES",
+    "QUANT_TYPES",
+    "adamw",
+    "adamw_8bit",
+    "adamw_many",
+    "check_format",
+    "dequantize",
+    "forward",
+    "forward_affine",
+    "forward_multi",
+    "quantization_error",
+    "quantize",
+]

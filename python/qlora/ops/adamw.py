@@ -1,0 +1,91 @@
+"""``adamw`` and ``adamw_8bit``: one step of the optimizer in one pass, in place."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qlora import _load  # noqa: F401  (loads the operators)
+
+
+def adamw(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+) -> None:
+    """One step of AdamW in place, in one pass: ``param`` of any float dtype, moments in float32.
+
+    All tensors are of one shape; param and the moments are contiguous. step counts from 1. Every operation is rounded
+    by itself in float32, so the result is bitwise the same on every device.
+    Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization", Algorithm 2.
+    """
+    with torch.no_grad():
+        torch.ops.qlora.adamw.default(param, grad, exp_avg, exp_avg_sq, lr, beta1, beta2, eps, weight_decay, step)
+    torch.autograd.graph.increment_version((param, exp_avg, exp_avg_sq))
+
+
+def adamw_8bit(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_absmax: Tensor,
+    exp_avg_sq: Tensor,
+    exp_avg_sq_absmax: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+) -> None:
+    """:func:`adamw` with moments in 8 bit, blocks of 256 along the flat order.
+
+    exp_avg and exp_avg_sq are uint8 codes of the signed and of the unsigned dynamic map, with a float32 absmax for each
+    block, ``[ceil(numel / 256)]``. A fresh state is codes and absmax of zero. A second moment that is not zero never
+    rounds to zero, or the next step would divide by eps.
+    Source: Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization".
+    """
+    state = (exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax)
+    with torch.no_grad():
+        torch.ops.qlora.adamw_8bit.default(param, grad, *state, lr, beta1, beta2, eps, weight_decay, step)
+    torch.autograd.graph.increment_version((param, *state))
+
+
+def adamw_many(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[Sequence[Tensor]],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    steps: Sequence[int],
+) -> None:
+    """:func:`adamw` or :func:`adamw_8bit` for many parameters on one device; the same bits. A GPU needs one launch for
+    each sixteen.
+
+    ``states`` has each parameter's moments in the order of those functions: all of two tensors, or all of four.
+    """
+    if not params:
+        return
+    columns = [list(column) for column in zip(*states, strict=True)]
+    op = torch.ops.qlora.adamw.many if len(columns) == 2 else torch.ops.qlora.adamw_8bit.many
+    with torch.no_grad():
+        op(list(params), list(grads), *columns, lr, beta1, beta2, eps, weight_decay, list(steps))
+    torch.autograd.graph.increment_version([*params, *(tensor for column in columns for tensor in column)])
+
+
+@torch.library.register_fake("qlora::adamw")
+@torch.library.register_fake("qlora::adamw_8bit")
+@torch.library.register_fake("qlora::adamw.many")
+@torch.library.register_fake("qlora::adamw_8bit.many")
+def _(param, *state_and_hyperparameters):
+    return None

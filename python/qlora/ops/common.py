@@ -1,0 +1,93 @@
+"""What several operators share: names of formats and dtypes, what autograd refuses, the rule for autocast.
+
+Importing this module loads the operators.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from qlora import _C, _load  # noqa: F401  (_load loads the operators)
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+QUANT_TYPES: tuple[str, ...] = _C.QUANT_TYPES
+
+
+def check_format(quant_type: str, block_size: int) -> None:
+    """Raises ValueError unless the format knows the quant type and allows the block size."""
+    if quant_type not in QUANT_TYPES:
+        raise ValueError(f"quant_type='{quant_type}' is unknown: use one of {', '.join(QUANT_TYPES)}")
+    if not _C.MIN_BLOCK_SIZE <= block_size <= _C.MAX_BLOCK_SIZE or block_size & (block_size - 1):
+        raise ValueError(
+            f"block_size={block_size} must be a power of two from {_C.MIN_BLOCK_SIZE} to {_C.MAX_BLOCK_SIZE}"
+        )
+
+
+def needs_gradient(arguments: type, ctx: Any) -> Any:
+    """``ctx.needs_input_grad`` by the names of an operator's arguments (a NamedTuple class).
+
+    The dispatcher leaves out trailing arguments at their defaults: nothing needs their gradients.
+    """
+    given = ctx.needs_input_grad
+    return arguments(*given, *(False,) * (len(arguments._fields) - len(given)))  # type: ignore[attr-defined]
+
+
+def gradients(arguments: type, **by_name: Tensor | None) -> tuple[Tensor | None, ...]:
+    """A gradient for each of an operator's arguments, None for those that are not named."""
+    return tuple(by_name.get(name) for name in arguments._fields)  # type: ignore[attr-defined]
+
+
+def require_frozen(*statistics: Tensor | None) -> None:
+    """Raises RuntimeError if one of a weight's statistics requires a gradient."""
+    if any(t is not None and t.requires_grad for t in statistics):
+        raise RuntimeError("absmax or its nested statistics require grad: a 4-bit weight is frozen, detach them")
+
+
+def refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
+    """The derivative of every backward operator: raises RuntimeError."""
+    raise RuntimeError("qlora's backward is not differentiable: double backward (create_graph=True) is not supported")
+
+
+def refuse_forward_mode(*inputs: Any) -> None:
+    """Raises NotImplementedError if an input carries a tangent: torch would drop it without a word."""
+    if forward_ad._current_level < 0:
+        return
+    if any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in inputs):
+        raise NotImplementedError("qlora has no forward-mode derivatives (jvp, forward AD): use reverse mode")
+
+
+# torch's ready-made rule casts every float tensor, the float32 scales as well. This one casts activations only:
+# adapters and bias may have a dtype of their own.
+
+_AUTOCAST_LIBRARY = torch.library.Library("qlora", "FRAGMENT")
+_AUTOCAST_KEYS = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
+
+
+def cast_activation(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """x in autocast's dtype; None, and what has another kind of dtype, as it is."""
+    return x.to(dtype) if x is not None and x.dtype in FLOAT_DTYPES else x
+
+
+def cast_first_argument(dtype: torch.dtype, x: Tensor, *args: Any, **kwargs: Any) -> tuple[tuple, dict[str, Any]]:
+    """The rule of an operator whose one activation is its first argument."""
+    return (cast_activation(x, dtype), *args), kwargs
+
+
+def register_autocast(name: str, op: Any, cast: Callable[..., tuple[tuple, dict[str, Any]]]) -> None:
+    """Registers ``cast(dtype, *args, **kwargs) -> (args, kwargs)`` as what autocast does to a call of ``op``."""
+
+    def rule(device: str) -> Callable[..., Any]:
+        below_autocast = torch._C.DispatchKeySet(_AUTOCAST_KEYS[device])
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = cast(torch.get_autocast_dtype(device), *args, **kwargs)
+            with torch._C._ExcludeDispatchKeyGuard(below_autocast):
+                return op(*args, **kwargs)
+
+        return run
+
+    for device in _AUTOCAST_KEYS:
+        _AUTOCAST_LIBRARY.impl(name, rule(device), f"Autocast{device.upper()}")

@@ -1,0 +1,220 @@
+"""``forward`` and ``backward``: dequantize · matmul + low-rank add, one operation each."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qlora.ops.common import (
+    cast_activation,
+    gradients,
+    needs_gradient,
+    refuse_double_backward,
+    refuse_forward_mode,
+    register_autocast,
+    require_frozen,
+)
+
+_FORWARD = torch.ops.qlora.forward.default
+_BACKWARD = torch.ops.qlora.backward.default
+
+
+class Arguments(NamedTuple):
+    """The arguments of ``torch.ops.qlora.forward``, in its order."""
+
+    x: Any
+    packed: Any
+    absmax: Any
+    nested_absmax: Any
+    nested_offset: Any
+    shape: Any
+    quant_type: Any
+    block_size: Any
+    lora_a: Any = None
+    lora_b: Any = None
+    scaling: Any = 1.0
+    bias: Any = None
+    lora_x: Any = None
+
+
+def forward(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    shape: Sequence[int],
+    quant_type: str,
+    block_size: int,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    lora_x: Tensor | None = None,
+) -> Tensor:
+    """``y = x Wᵀ + bias + scaling * (lora_x or x) lora_aᵀ lora_bᵀ`` in one float32 accumulator, W unpacked on the way.
+
+    x ``[..., k]`` float32, bfloat16 or float16; shape ``(n, k)``; lora_a ``[r, k]`` and lora_b ``[n, r]`` of one float
+    dtype that may differ from x's; bias ``[n]``; lora_x is the input after dropout, of the shape and dtype of x.
+    Returns ``[..., n]`` in the dtype of x. Differentiable in x, lora_a, lora_b, bias and lora_x, once.
+    """
+    return _call_forward(
+        Arguments(
+            x,
+            packed,
+            absmax,
+            nested_absmax,
+            nested_offset,
+            list(shape),
+            quant_type,
+            block_size,
+            lora_a,
+            lora_b,
+            scaling,
+            bias,
+            lora_x,
+        )
+    )
+
+
+# Calls go around what torch.library's registrations cost: Python for each key of the dispatcher, 13 µs a call without
+# gradients and 60 with them. Compilers, autocast, functorch and subclasses of Tensor take the dispatcher's way.
+# docs/notes/cpu-kernels.md has the figures.
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = _FORWARD(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _differentiate(ctx, *grads)
+
+
+def _call_forward(inputs: Arguments) -> Tensor:
+    refuse_forward_mode(*inputs)
+    x = inputs.x
+    if (
+        torch.compiler.is_compiling()
+        or type(x) not in _PLAIN
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or not (x.is_cpu or x.is_cuda)
+    ):
+        return _FORWARD(*inputs)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+        return _Forward.apply(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _FORWARD(*inputs)
+
+
+def _call_backward(grad: Tensor, *inputs: Any) -> Any:
+    """The operator without the dispatcher's autograd key, where nothing needs it. Not around ``ctx.saved_tensors``, in
+    which a checkpoint computes its forward once more."""
+    if (
+        torch.is_grad_enabled()  # create_graph: the registration refuses it
+        or torch.compiler.is_compiling()
+        or type(grad) is not Tensor
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return _BACKWARD(grad, *inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _BACKWARD(grad, *inputs)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    given = Arguments(*inputs)
+    require_frozen(given.absmax, given.nested_absmax, given.nested_offset)
+    ctx.save_for_backward(*given[:5], given.lora_a, given.lora_b, given.lora_x)
+    ctx.weight = (list(given.shape), given.quant_type, given.block_size)
+    ctx.scaling = given.scaling
+    ctx.bias_dtype = None if given.bias is None else given.bias.dtype
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    *operands, lora_a, lora_b, lora_x = ctx.saved_tensors  # operands: x and the weight's tensors
+    needs = needs_gradient(Arguments, ctx)
+    d_x, d_a, d_b, d_lora_x, d_bias = _call_backward(
+        grad,
+        *operands,
+        *ctx.weight,
+        lora_a,
+        lora_b,
+        ctx.scaling,
+        lora_x,
+        needs.x,
+        needs.lora_a or needs.lora_b,
+        needs.lora_x,
+        needs.bias,
+    )
+    return gradients(
+        Arguments,
+        x=d_x if needs.x else None,
+        lora_a=d_a if needs.lora_a else None,
+        lora_b=d_b if needs.lora_b else None,
+        bias=d_bias.to(ctx.bias_dtype) if needs.bias else None,
+        lora_x=d_lora_x if needs.lora_x else None,
+    )
+
+
+torch.library.register_autograd("qlora::forward", _differentiate, setup_context=_setup_context)
+torch.library.register_autograd("qlora::backward", refuse_double_backward)
+
+
+@torch.library.register_fake("qlora::forward.multi")
+@torch.library.register_fake("qlora::forward")
+def _(x, packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size, *unused_lora, **unused):
+    torch._check(x.shape[-1] == shape[1], lambda: f"x has {x.shape[-1]} features: in_features={shape[1]}")
+    torch._check(
+        x.device == packed.device == absmax.device,
+        lambda: f"x is on {x.device}, packed on {packed.device}, absmax on {absmax.device}: they must be on one device",
+    )
+    return x.new_empty((*x.shape[:-1], shape[0]))
+
+
+@torch.library.register_fake("qlora::backward")
+def _(
+    grad,
+    x,
+    packed,
+    absmax,
+    nested_absmax,
+    nested_offset,
+    shape,
+    quant_type,
+    block_size,
+    lora_a,
+    lora_b,
+    scaling,
+    lora_x,
+    needs_x,
+    needs_lora,
+    needs_lora_x,
+    needs_bias,
+):
+    def nothing():
+        return x.new_empty(0, dtype=torch.float32)
+
+    has_lora = lora_a is not None
+    return (
+        x.new_empty(x.shape) if needs_x else nothing(),
+        lora_a.new_empty(lora_a.shape) if needs_lora and has_lora else nothing(),
+        lora_b.new_empty(lora_b.shape) if needs_lora and has_lora else nothing(),
+        x.new_empty(x.shape) if needs_lora_x and lora_x is not None else nothing(),
+        x.new_empty(shape[0], dtype=torch.float32) if needs_bias else nothing(),
+    )
+
+
+def _cast(dtype: torch.dtype, *args: Any, **kwargs: Any) -> tuple[tuple, dict[str, Any]]:
+    inputs = Arguments(*args, **kwargs)
+    return inputs._replace(x=cast_activation(inputs.x, dtype), lora_x=cast_activation(inputs.lora_x, dtype)), {}
+
+
+register_autocast("forward", torch.ops.qlora.forward, _cast)

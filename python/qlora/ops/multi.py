@@ -1,0 +1,124 @@
+"""``forward.multi`` and its backward: an adapter for each row of x."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qlora.ops.common import (
+    cast_first_argument,
+    gradients,
+    needs_gradient,
+    refuse_double_backward,
+    refuse_forward_mode,
+    register_autocast,
+    require_frozen,
+)
+
+
+class Arguments(NamedTuple):
+    """The arguments of ``torch.ops.qlora.forward.multi``, in its order."""
+
+    x: Any
+    packed: Any
+    absmax: Any
+    nested_absmax: Any
+    nested_offset: Any
+    shape: Any
+    quant_type: Any
+    block_size: Any
+    lora_a: Any
+    lora_b: Any
+    scaling: Any
+    adapter_of_row: Any
+    bias: Any = None
+
+
+def forward_multi(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    shape: Sequence[int],
+    quant_type: str,
+    block_size: int,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: Tensor,
+    adapter_of_row: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """:func:`qlora.ops.forward` with an adapter for each row of x; the weight is unpacked once for all of them.
+
+    lora_a ``[adapters, r, k]`` and lora_b ``[adapters, n, r]``; scaling float32 ``[adapters]``; adapter_of_row int64,
+    one for each row of x (the product of its leading dimensions), -1 for the base alone. Differentiable in x, lora_a,
+    lora_b and bias, once.
+    """
+    refuse_forward_mode(x, lora_a, lora_b, scaling, bias)
+    weight = (packed, absmax, nested_absmax, nested_offset, list(shape), quant_type, block_size)
+    return torch.ops.qlora.forward.multi(x, *weight, lora_a, lora_b, scaling, adapter_of_row, bias)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    given = Arguments(*inputs)
+    require_frozen(given.absmax, given.nested_absmax, given.nested_offset)
+    if given.scaling.requires_grad:
+        raise RuntimeError("scaling requires grad: forward.multi has no gradient for it, detach it")
+    ctx.save_for_backward(*given[:5], given.lora_a, given.lora_b, given.scaling, given.adapter_of_row)
+    ctx.weight = (list(given.shape), given.quant_type, given.block_size)
+    ctx.bias_dtype = None if given.bias is None else given.bias.dtype
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    operands, adapters = saved[:5], saved[5:]
+    needs = needs_gradient(Arguments, ctx)
+    d_x, d_a, d_b, d_bias = torch.ops.qlora.backward.multi(
+        grad, *operands, *ctx.weight, *adapters, needs.x, needs.lora_a or needs.lora_b, needs.bias
+    )
+    return gradients(
+        Arguments,
+        x=d_x if needs.x else None,
+        lora_a=d_a if needs.lora_a else None,
+        lora_b=d_b if needs.lora_b else None,
+        bias=d_bias.to(ctx.bias_dtype) if needs.bias else None,
+    )
+
+
+torch.library.register_autograd("qlora::forward.multi", _differentiate, setup_context=_setup_context)
+torch.library.register_autograd("qlora::backward.multi", refuse_double_backward)
+
+
+@torch.library.register_fake("qlora::backward.multi")
+def _(
+    grad,
+    x,
+    packed,
+    absmax,
+    nested_absmax,
+    nested_offset,
+    shape,
+    quant_type,
+    block_size,
+    lora_a,
+    lora_b,
+    scaling,
+    adapter_of_row,
+    needs_x,
+    needs_lora,
+    needs_bias,
+):
+    def nothing():
+        return x.new_empty(0, dtype=torch.float32)
+
+    return (
+        x.new_empty(x.shape) if needs_x else nothing(),
+        lora_a.new_empty(lora_a.shape) if needs_lora else nothing(),
+        lora_b.new_empty(lora_b.shape) if needs_lora else nothing(),
+        x.new_empty(shape[0], dtype=torch.float32) if needs_bias else nothing(),
+    )
+
+
+register_autocast("forward.multi", torch.ops.qlora.forward.multi, cast_first_argument)

@@ -1,0 +1,92 @@
+"""``quantize``, ``dequantize`` and ``quantization_error``: weights to 4 bit and back."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora import _C, _load  # noqa: F401  (_load loads the operators)
+
+
+def quantize(
+    weight: Tensor,
+    quant_type: str = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    check_finite: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Quantizes a float32, bfloat16 or float16 weight of any shape to 4 bit, blockwise along the flat order.
+
+    Returns ``(packed, absmax, nested_absmax, nested_offset)``: packed is uint8 ``[ceil(numel / 2)]``; absmax is float32
+    ``[blocks]``, or uint8 with double quantization; the nested tensors are float32, ``[ceil(blocks / 256)]`` and
+    ``[1]``, empty without it.
+
+    Raises RuntimeError for an unknown quant_type, a block size that is no power of two in 32 … 4096, and, with
+    check_finite, for nan or inf (naming the position).
+    Source: Dettmers et al. 2023, "QLoRA"; docs/concepts/format.md.
+    """
+    return torch.ops.qlora.quantize(weight, quant_type, block_size, double_quant, check_finite)
+
+
+def dequantize(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    shape: Sequence[int],
+    quant_type: str,
+    block_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight as a dense tensor of ``shape`` and ``dtype``: float32 level times float32 scale, rounded once."""
+    return torch.ops.qlora.dequantize(
+        packed, absmax, nested_absmax, nested_offset, list(shape), quant_type, block_size, dtype
+    )
+
+
+def quantization_error(
+    weight: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    block_size: int,
+) -> Tensor:
+    """How far a 4-bit weight is from ``weight``: float64 ``[3]``, the sum of squared differences, the sum of squares of
+    ``weight``, and the largest absolute difference. Allocates nothing of the weight's size."""
+    return torch.ops.qlora.quantization_error(
+        weight, packed, absmax, nested_absmax, nested_offset, quant_type, block_size
+    )
+
+
+def _refuse_gradient(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError("quantize and dequantize are not differentiable: a 4-bit weight is frozen")
+
+
+torch.library.register_autograd("qlora::quantize", _refuse_gradient)
+torch.library.register_autograd("qlora::dequantize", _refuse_gradient)
+
+
+@torch.library.register_fake("qlora::quantize")
+def _(weight, quant_type="nf4", block_size=64, double_quant=True, check_finite=True):
+    numel = weight.numel()
+    blocks = (numel + block_size - 1) // block_size
+    nested = (blocks + _C.NESTED_BLOCK - 1) // _C.NESTED_BLOCK if double_quant else 0
+    return (
+        weight.new_empty((numel + 1) // 2, dtype=torch.uint8),
+        weight.new_empty(blocks, dtype=torch.uint8 if double_quant else torch.float32),
+        weight.new_empty(nested, dtype=torch.float32),
+        weight.new_empty(1 if double_quant else 0, dtype=torch.float32),
+    )
+
+
+@torch.library.register_fake("qlora::dequantize")
+def _(packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size, dtype):
+    return packed.new_empty(shape, dtype=dtype)
+
+
+@torch.library.register_fake("qlora::quantization_error")
+def _(weight, packed, absmax, nested_absmax, nested_offset, quant_type, block_size):
+    return weight.new_empty(3, dtype=torch.float64)
