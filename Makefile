@@ -93,7 +93,7 @@ ptx:
 
 cuda-report:
 	$(call say,What nvcc makes of the CUDA kernels for every architecture)
-	$(PYTHON) benchmarks/cuda_report.py
+	$(PYTHON) tools/cuda_report.py
 
 clean:
 	rm -rf $(VENV) build

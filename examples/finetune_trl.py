@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("trl-adapter"))
     arguments = parser.parse_args()
     if arguments.model is None:
-        from qlora.models.smollm2 import smollm2_folder
+        from qlora.demo.smollm2 import smollm2_folder
 
         arguments.model = str(smollm2_folder())
     if arguments.quantizer == "accelerated":

@@ -8,10 +8,10 @@ from importlib.metadata import version as _version
 from typing import Any as _Any
 
 from qlora import distributed, integrations, nn, ops, optim, reference
+from qlora.adapters.files import load_adapter, save_adapter
+from qlora.adapters.merging import merge_and_unload
 from qlora.explain import Explanation, explain
 from qlora.integrations.registration import register_when_imported as _register_when_imported
-from qlora.models.adapters import load_adapter, save_adapter
-from qlora.models.merging import merge_and_unload
 from qlora.models.prepare import PreparedReport, prepare_model
 from qlora.weight import QuantizedWeight, quantize
 

@@ -9,7 +9,8 @@ import torch
 from compatibility.tiny_models import FOUR_BIT, difference, llama, logits, result_or_refusal, stir
 
 import qlora
-from qlora.models.loading import check_adapter_folder, load_adapter_into, load_quantized, save_base_facts
+from qlora.adapters.lora import check_adapter_folder, load_adapter_into, save_base_facts
+from qlora.models.loading import load_quantized
 
 
 def test_an_adapter_whose_initialization_changed_the_base_is_not_put_on_the_unchanged_one(tmp_path):

@@ -13,8 +13,8 @@ from toys import TINY_JOB, save_llama
 from training.test_finetune import StopAt
 
 from qlora.devices import choose_device, why_not_gpu
+from qlora.evaluation.perplexity import load_in_format, perplexity
 from qlora.models.loading import chat_reply, load_for_inference
-from qlora.training.evaluate import load_in_format, perplexity
 from qlora.training.finetune import Interrupted, finetune
 from qlora.training.settings import OPTIMIZERS, FinetuneSettings
 

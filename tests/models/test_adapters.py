@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from toys import TiedModel, save_llama
 
 import qlora
-from qlora.models.prepare import qlora_layers
 from qlora.nn import Linear4bit
+from qlora.nn.finding import qlora_layers
 from qlora.storage import files
 
 

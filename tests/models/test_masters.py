@@ -10,8 +10,8 @@ from toys import save_llama
 from transformers import AutoModelForCausalLM
 
 import qlora
-from qlora.models.loading import add_lora
-from qlora.models.masters import back_to_16_bit, train_in_float32
+from qlora.adapters.lora import add_lora
+from qlora.adapters.masters import back_to_16_bit, train_in_float32
 
 IDS = torch.arange(8)[None]
 

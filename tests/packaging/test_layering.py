@@ -37,9 +37,12 @@ LAYERS = (
     "distributed",
     "storage",
     "integrations",
+    "adapters",
     "models",
     "planning",
     "training",
+    "evaluation",
+    "demo",
     "bench",
     "cli",
 )

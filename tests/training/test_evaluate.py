@@ -8,8 +8,8 @@ import torch
 from toys import save_llama
 
 from qlora.cli import main
-from qlora.models.smollm2 import smollm2_folder
-from qlora.training.evaluate import load_in_format, perplexity, tokens_of
+from qlora.demo.smollm2 import smollm2_folder
+from qlora.evaluation.perplexity import load_in_format, perplexity, tokens_of
 
 TEXT = Path(__file__).parent.parent / "data" / "english.txt"
 

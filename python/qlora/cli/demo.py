@@ -9,7 +9,7 @@ from qlora.cli import choices
 
 HELP = "fine-tune SmolLM2-135M on a small data set and compare before and after"
 
-DATA = Path(__file__).parent.parent / "training" / "lighthouse.jsonl"
+DATA = Path(__file__).parents[1] / "demo" / "lighthouse.jsonl"
 MARKER = ".qlora-demo"
 PROMPTS = (
     "How do I keep bread fresh for longer?",
@@ -41,8 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from qlora.demo.smollm2 import smollm2_folder
     from qlora.models.loading import chat_reply, load_for_inference
-    from qlora.models.smollm2 import smollm2_folder
     from qlora.training.finetune import finetune
     from qlora.training.memory import MIB, peak_memory
     from qlora.training.settings import FinetuneSettings

@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.progress import Progress
     from rich.table import Table
 
-    from qlora.training.evaluate import FORMATS, load_in_format, perplexity, tokens_of
+    from qlora.evaluation.perplexity import FORMATS, load_in_format, perplexity, tokens_of
 
     for name in arguments.format:
         if name not in FORMATS:

@@ -1,1 +1,1 @@
-"""Whole models: quantize and adapt every linear layer, save and load adapters, merge."""
+"""Whole models: loaded in 4 bit, prepared in place, their loss in chunks."""

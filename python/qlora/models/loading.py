@@ -2,24 +2,17 @@
 way in of every command.
 """
 
-import json
 import logging
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qlora.models.adapters import CONFIG_FILE
-from qlora.models.masters import train_in_float32
-from qlora.storage.files import atomic_write, atomic_write_all
-from qlora.storage.fingerprint import checkpoint_fingerprint
+from qlora.adapters.lora import add_lora, check_adapter_folder, load_adapter_into
 
 logger = logging.getLogger(__name__)
 
-BASE_FILE = "qlora_config.json"  # beside PEFT's two files: how the base was quantized, and its fingerprint
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
-_FORMAT = {"quant_type": str, "block_size": int, "double_quant": bool}
 
 
 def require_train_extra() -> None:
@@ -129,145 +122,6 @@ def model_bytes(model: Any, dtype: torch.dtype) -> dict[str, int]:
 
     count = sum(p.numel() for p in model.parameters()) + hidden_parameters(model)
     return {"dense": count * dtype.itemsize, "now": tensor_bytes(model)}
-
-
-def add_lora(
-    model: Any,
-    rank: int,
-    alpha: float | None = None,
-    dropout: float = 0.0,
-    target_modules: tuple[str, ...] | list[str] | None = None,
-    **options: Any,
-) -> Any:
-    """A PeftModel with a trainable adapter; ``alpha`` None: ``rank``. Raises ValueError if no layer has such a name."""
-    from peft import LoraConfig, get_peft_model
-
-    from qlora.nn.qlora_linear import check_adapter
-
-    check_adapter(rank, dropout)
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank if alpha is None else alpha,
-        lora_dropout=dropout,
-        target_modules="all-linear" if target_modules is None else list(target_modules),
-        task_type="CAUSAL_LM",
-        **options,
-    )
-    adapted = get_peft_model(model, config)
-    train_in_float32(adapted)
-    return adapted
-
-
-# ---- adapters on disk ----
-
-
-def save_base_facts(adapter: Path, model: Any, base: Path) -> None:
-    """Records beside an adapter how its base ``model`` is quantized, and the fingerprint of the base's files."""
-    config = model.config.quantization_config
-    facts = {key: getattr(config, key) for key in _FORMAT} | {"base_fingerprint": checkpoint_fingerprint(base)}
-    atomic_write(adapter / BASE_FILE, json.dumps(facts, indent=2).encode())
-
-
-def _read_base_facts(adapter: Path) -> dict[str, Any]:
-    """What :func:`save_base_facts` wrote; nothing for an adapter from elsewhere."""
-    path = adapter / BASE_FILE
-    if not path.exists():
-        return {}
-    kinds = {**_FORMAT, "base_fingerprint": str}
-    try:
-        stored = json.loads(path.read_text())
-        if any(type(stored[name]) is not kind for name, kind in _FORMAT.items()) or not set(stored) <= set(kinds):
-            raise ValueError(f"it must hold {sorted(_FORMAT)}")
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    return stored
-
-
-def check_adapter_folder(adapter: Path, base: Path) -> dict[str, Any]:
-    """How the base of an adapter was quantized, once it is sure that ``base`` is that base.
-
-    Raises FileNotFoundError or ValueError naming the file and the rule: a folder that is none, an adapter that is not
-    PEFT's LoRA, or of another task or another base.
-    """
-    path = adapter / CONFIG_FILE
-    if not path.exists():
-        raise FileNotFoundError(f"{adapter} has no {CONFIG_FILE}: it is not an adapter folder")
-    try:
-        config = json.loads(path.read_text())
-        kind, task = config.get("peft_type"), config.get("task_type")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is not JSON of an adapter: {error}") from error
-    if kind != "LORA":
-        raise ValueError(f"{path}: peft_type={kind!r}, only LORA adapters can be loaded")
-    if task not in (None, "CAUSAL_LM"):
-        raise ValueError(f"{path}: task_type={task!r}, this adapter is no one of a causal language model")
-    facts = _read_base_facts(adapter)
-    known = facts.pop("base_fingerprint", None)
-    if known is not None and known != checkpoint_fingerprint(base):
-        raise ValueError(f"{adapter} was trained on another base than {base}: the weight files there are others")
-    return facts
-
-
-def load_adapter_into(model: Any, adapter: Path) -> Any:
-    """A PeftModel with the adapter of a folder, for inference, on the device of ``model``.
-
-    Raises ValueError if its tensors are not those of this model, by name and shape, or its file is damaged.
-    """
-    from peft import PeftConfig, PeftModel
-    from safetensors import SafetensorError
-
-    try:
-        config = PeftConfig.from_pretrained(adapter)
-        config.inference_mode = True
-        adapted = PeftModel(model, config)
-        device = str(next(model.parameters()).device)
-        result = adapted.load_adapter(adapter, "default", torch_device=device)
-    except (SafetensorError, EOFError) as error:
-        raise ValueError(f"{adapter} is not readable (truncated or damaged): {error}") from error
-    except (RuntimeError, TypeError) as error:  # shapes that differ; options that this PEFT does not know
-        raise ValueError(f"{adapter} does not fit this model: {error}") from error
-    wrong = {"has no tensor for": result.missing_keys, "has tensors for no layer of": result.unexpected_keys}
-    for what, keys in wrong.items():
-        if keys:
-            raise ValueError(f"{adapter} {what} this model: {len(keys)}, e.g. {sorted(keys)[:2]}")
-    return adapted.eval()
-
-
-def save_lora(model: Any, folder: Path, is_writer: bool = True) -> None:
-    """Writes the adapter of a PeftModel as PEFT does; parameters that FSDP2 has sharded are gathered, so that all
-    processes call it, of which one writes. Files that exist are replaced together, once all are on disk."""
-    state = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            value = parameter.detach()
-            value = value.full_tensor() if hasattr(value, "full_tensor") else value
-            if is_writer:
-                state[name] = value.cpu()
-    if not is_writer:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as staging:
-        model.save_pretrained(staging, state_dict=state, save_embedding_layers=False)
-        atomic_write_all({folder / path.name: path.read_bytes() for path in Path(staging).iterdir()})
-
-
-def restore_lora(model: Any, folder: Path) -> None:
-    """Reads what :func:`save_lora` wrote into the existing parameters of a PeftModel.
-
-    Raises ValueError if the file holds another adapter, or is damaged.
-    """
-    from peft import load_peft_weights, set_peft_model_state_dict
-    from safetensors import SafetensorError
-
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    try:
-        tensors = load_peft_weights(str(folder), device="cpu")
-        result = set_peft_model_state_dict(model, tensors)
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise ValueError(f"{folder} holds no adapter of this model, or a damaged one: {error}") from error
-    lost = [*(set(result.missing_keys) & trained), *result.unexpected_keys]
-    if lost:
-        raise ValueError(f"{folder} holds another adapter: {len(lost)} names differ, e.g. {sorted(lost)[:2]}")
 
 
 def load_for_inference(

@@ -8,11 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from qlora.adapters.files import forbid_saving
 from qlora.devices import hint_slow_bfloat16
 from qlora.distributed import refuse_fsdp1
 from qlora.nn import Experts4bit, Linear4bit, QLoRALinear
 from qlora.nn.borrowing import borrowed
 from qlora.nn.experts4bit import holds_experts, why_not_experts
+from qlora.nn.finding import is_inside
 from qlora.nn.qlora_linear import check_adapter
 from qlora.nn.replacing import head_names, replace_module, shared_names, tensor_bytes, why_not_plain
 from qlora.ops import check_format
@@ -38,12 +40,6 @@ class PreparedReport:
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     # As PEFT's target_modules: the whole name, or its last components.
     return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
-
-
-def _is_inside(model: nn.Module, name: str) -> bool:
-    """Whether a layer is part of an adapted one, ours or PEFT's."""
-    parent = model.get_submodule(name.rpartition(".")[0])
-    return isinstance(parent, QLoRALinear) or hasattr(parent, "get_base_layer")
 
 
 def _check_options(
@@ -78,26 +74,6 @@ def _require_grad(module: nn.Module, inputs: object, output: Tensor) -> None:
     # that is switched on here, has gradients without it.
     if not torch.compiler.is_compiling():
         output.requires_grad_(True)
-
-
-def forbid_saving(model: nn.Module) -> None:
-    """Makes ``save_pretrained`` of a transformers model an error: what it would write no ``from_pretrained`` reads."""
-    if callable(getattr(type(model), "save_pretrained", None)):
-        model.save_pretrained = _refuse_to_save  # type: ignore[assignment]  # of this instance
-
-
-def allow_saving(model: nn.Module) -> None:
-    """Takes :func:`forbid_saving` back."""
-    vars(model).pop("save_pretrained", None)
-
-
-def _refuse_to_save(*args: object, **kwargs: object) -> None:
-    raise ValueError(
-        "save_pretrained: prepare_model has put 4-bit layers and adapters into this model, and no from_pretrained could"
-        " read what it would write. Save the adapter by qlora.save_adapter(model, folder), or merge it first by"
-        " qlora.merge_and_unload(model). To save a model in 4 bit load it with quantization_config=qlora.QLoRAConfig();"
-        " checkpoints of a Trainer need PEFT's adapters (get_peft_model) or save_strategy='no'"
-    )
 
 
 def _left_alone(model: nn.Module, names: Sequence[str], quantize_head: bool) -> dict[str, str]:
@@ -166,7 +142,7 @@ def prepare_model(
             "the model is itself a linear layer, which cannot be replaced in place: use QLoRALinear(model, rank)"
         )
     linear_names = [
-        name for name, m in model.named_modules() if isinstance(m, nn.Linear) and not _is_inside(model, name)
+        name for name, m in model.named_modules() if isinstance(m, nn.Linear) and not is_inside(model, name)
     ]
     # A model that holds 4-bit layers was quantized when it was loaded: what is dense there is meant to be.
     packed = {name for name in linear_names if isinstance(model.get_submodule(name), Linear4bit)}
@@ -270,13 +246,3 @@ def _with_progress(names: Sequence[str], label: str, show: bool) -> Iterator[str
     from rich.progress import track
 
     yield from track(names, description=label)
-
-
-def bare_layers(model: nn.Module) -> dict[str, Linear4bit]:
-    """All 4-bit layers of a model without adapters, ours or PEFT's, by name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, Linear4bit) and not _is_inside(model, n)}
-
-
-def qlora_layers(model: nn.Module) -> dict[str, QLoRALinear]:
-    """All adapted layers of a model by name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, QLoRALinear)}

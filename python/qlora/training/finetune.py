@@ -10,17 +10,10 @@ from typing import Any
 
 import torch
 
+from qlora.adapters.lora import restore_lora, save_base_facts, save_lora
 from qlora.devices import Choice, choose_device, choose_dtype, why_not_gpu
 from qlora.distributed import Processes
-from qlora.models.loading import (
-    load_quantized,
-    load_tokenizer,
-    require_train_extra,
-    resolve_model,
-    restore_lora,
-    save_base_facts,
-    save_lora,
-)
+from qlora.models.loading import load_quantized, load_tokenizer, require_train_extra, resolve_model
 from qlora.optim import PagedAdamW
 from qlora.storage.files import atomic_write
 from qlora.training.data import (

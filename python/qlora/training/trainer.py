@@ -20,9 +20,9 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from qlora.adapters.lora import save_lora
 from qlora.distributed import ignore_frozen, largest_list
 from qlora.models.chunked_loss import ChunkedLoss
-from qlora.models.loading import save_lora
 
 _STAGING = ".saving"
 
@@ -237,7 +237,7 @@ class AdapterTrainer(Trainer):
         return result
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        pass  # the adapter is loaded before the model is sharded or wrapped: qlora.models.loading.restore_lora
+        pass  # the adapter is loaded before the model is sharded or wrapped: qlora.adapters.lora.restore_lora
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         # A process that the checkpoint does not know (there were fewer) starts from seed, step and rank.

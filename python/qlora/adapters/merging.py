@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from qlora.models.masters import back_to_16_bit
-from qlora.models.prepare import allow_saving, qlora_layers
+from qlora.adapters.files import allow_saving
+from qlora.adapters.masters import back_to_16_bit
 from qlora.nn import MergeReport
+from qlora.nn.finding import qlora_layers
 from qlora.nn.merging import MergeInto
 from qlora.nn.replacing import replace_module
 

@@ -37,7 +37,7 @@ def smollm2_folder() -> Path:
         converted = Path(scratch) / _NAME
         # A process of its own: the conversion holds the dense model twice, which the caller need not pay for.
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-m", "qlora.models.smollm2", str(gguf), str(converted)]
+        command = [sys.executable, "-m", "qlora.demo.smollm2", str(gguf), str(converted)]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if result.returncode != 0:
             raise OSError(f"converting {_GGUF} failed:\n{result.stderr[-2000:]}")

@@ -8,14 +8,9 @@ from typing import Any
 
 import torch
 
+from qlora.adapters.lora import check_adapter_folder, load_adapter_into
 from qlora.models.chunked_loss import chunked_loss, why_not_chunked
-from qlora.models.loading import (
-    check_adapter_folder,
-    load_adapter_into,
-    load_quantized,
-    load_tokenizer,
-    resolve_model,
-)
+from qlora.models.loading import load_quantized, load_tokenizer, resolve_model
 
 # Weight formats by name: a dtype of dense weights, or options of QLoRAConfig.
 DENSE_FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -8,8 +8,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from qlora.models.prepare import bare_layers, qlora_layers
 from qlora.nn import Linear4bit, QLoRALinear
+from qlora.nn.finding import bare_layers, qlora_layers
 from qlora.nn.replacing import replace_module
 from qlora.storage.files import atomic_write_all
 from qlora.storage.weights import open_safetensors
@@ -251,3 +251,23 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
         with torch.no_grad():
             layer.lora_a[name].copy_(a)
             layer.lora_b[name].copy_(b)
+
+
+def forbid_saving(model: nn.Module) -> None:
+    """Makes ``save_pretrained`` of a transformers model an error: what it would write no ``from_pretrained`` reads."""
+    if callable(getattr(type(model), "save_pretrained", None)):
+        model.save_pretrained = _refuse_to_save  # type: ignore[assignment]  # of this instance
+
+
+def allow_saving(model: nn.Module) -> None:
+    """Takes :func:`forbid_saving` back."""
+    vars(model).pop("save_pretrained", None)
+
+
+def _refuse_to_save(*args: object, **kwargs: object) -> None:
+    raise ValueError(
+        "save_pretrained: prepare_model has put 4-bit layers and adapters into this model, and no from_pretrained could"
+        " read what it would write. Save the adapter by qlora.save_adapter(model, folder), or merge it first by"
+        " qlora.merge_and_unload(model). To save a model in 4 bit load it with quantization_config=qlora.QLoRAConfig();"
+        " checkpoints of a Trainer need PEFT's adapters (get_peft_model) or save_strategy='no'"
+    )

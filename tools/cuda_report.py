@@ -1,6 +1,6 @@
 """What the compiler makes of the CUDA kernels, for every architecture: registers, spills, and the main loops in SASS.
 
-    python benchmarks/cuda_report.py [--archs 80 90] [--sass [LIBRARY.so KERNEL]]      (make cuda-report)
+    python tools/cuda_report.py [--archs 80 90] [--sass [LIBRARY.so KERNEL]]      (make cuda-report)
 
 Needs nvcc 12.8 or newer and no GPU. --sass also needs nvdisasm and cuobjdump (pip install nvidia-cuda-nvdisasm
 nvidia-cuda-cuobjdump); it counts the loop with the most mma instructions of each kernel, and, of a library of others

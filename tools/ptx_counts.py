@@ -1,6 +1,6 @@
 """Counts what the kernels execute, by PTX instructions, sectors and bank conflicts: the table of docs/kernels.md.
 
-    PTXEMU=… QLORA_SIMT_LIBRARY=… python tests/ptx/count.py [--hot]
+    PTXEMU=… QLORA_SIMT_LIBRARY=… python tools/ptx_counts.py [--hot]
 
 Counted per 1,000 four-bit weights at n=1024, k=4096: warp instructions, mma, ideal / actual sectors of global memory
 (loads, stores, cp.async), and bank conflicts of the whole launch.
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import cases
 from ptx import executor

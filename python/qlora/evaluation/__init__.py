@@ -1,0 +1,1 @@
+"""What a model in 4 bit predicts: perplexity by weight format."""
