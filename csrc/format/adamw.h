@@ -1,6 +1,6 @@
-// AdamW (Loshchilov and Hutter 2019): the update of one element, the same on every device, and the 8-bit form of its
-// moments: blocks of 256 with an absmax each, the first moment in the signed dynamic map, the second in the unsigned
-// one (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization").
+// AdamW (Loshchilov and Hutter 2019): the update of one element, the same on every device, and its 8-bit moments.
+// 8-bit moments are quantized in blocks of 256 with one absmax each. The first moment uses the signed dynamic map, the
+// second the unsigned one (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization").
 #pragma once
 
 #include <cmath>
@@ -13,10 +13,10 @@ namespace qlora {
 
 inline constexpr int kMomentBlock = 256;
 
-// What one step needs of the hyperparameters, each rounded once from double.
+// Constants of one step, derived from the hyperparameters; each is rounded once from double.
 struct AdamWStep {
   float decay;            // 1 - lr * weight_decay
-  float one_minus_beta1;  // beta1 itself is not needed: m + (1 - beta1) (g - m)
+  float one_minus_beta1;  // the update is m + (1 - beta1) (g - m), so beta1 itself is not needed
   float beta2, one_minus_beta2;
   float step_size;        // lr / (1 - beta1^step)
   float root_correction;  // sqrt(1 - beta2^step)
@@ -34,8 +34,8 @@ inline AdamWStep make_adamw_step(double lr, double beta1, double beta2, double e
           static_cast<float>(eps)};
 }
 
-// One parameter and its state, in the memory of whichever device updates it. The moments are in float32 (exp_avg …) or
-// in 8 bit (codes …); the other pointers are null.
+// One parameter and its state, in the memory of the device that updates it. The moments are float32 (exp_avg …) or
+// 8-bit (codes …); the pointers of the unused form are null.
 struct AdamWParams {
   void* param;  // [numel]
   DType param_dtype;
@@ -47,11 +47,11 @@ struct AdamWParams {
   float* exp_avg_sq;  // [numel]
   uint8_t* codes;     // [numel], first moments in the signed dynamic map
   float* absmax;      // [ceil(numel / kMomentBlock)]
-  uint8_t* codes_sq;  // [numel], second moments in the unsigned one
+  uint8_t* codes_sq;  // [numel], second moments in the unsigned dynamic map
   float* absmax_sq;   // [ceil(numel / kMomentBlock)]
 };
 
-// Every operation is rounded apart: bit-equal wherever it runs.
+// Every operation is rounded separately, so the result is bit-equal on every device.
 QLORA_INLINE void adamw_update(const AdamWStep& s, float grad, float& param, float& m, float& v) {
   m = m + s.one_minus_beta1 * (grad - m);
   v = s.beta2 * v + s.one_minus_beta2 * grad * grad;
@@ -63,7 +63,7 @@ QLORA_INLINE void adamw_update(const AdamWStep& s, float grad, float& param, flo
 QLORA_INLINE float normalised_moment(float moment, float absmax) {
   const float reciprocal = 1.0f / absmax;
   if ((bits_of(reciprocal) & 0x7F800000u) != 0x7F800000u) return moment * reciprocal;
-  return absmax > 0.0f ? moment / absmax : 0.0f;  // a subnormal absmax, or all zero
+  return absmax > 0.0f ? moment / absmax : 0.0f;  // absmax is subnormal or zero
 }
 
 }  // namespace qlora

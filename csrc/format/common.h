@@ -1,11 +1,11 @@
-// Small helpers that every header of the data contract shares; plain C++17, no torch, no allocation.
+// Small helpers shared by all headers of the format: plain C++17, no torch, no allocation.
 #pragma once
 
 #include <cstdint>
 
-// Functions of the format are compiled into translation units with different instruction sets. Internal linkage keeps
-// the linker from merging an AVX-512 body with a scalar one, which would crash older machines; inlining keeps them
-// free.
+// These functions are compiled into translation units with different instruction sets. Internal linkage keeps the
+// linker from merging an AVX-512 body with a scalar one, which would crash older machines. Forced inlining avoids
+// call overhead.
 #if defined(__CUDACC__)
 #define QLORA_INLINE static __host__ __device__ __forceinline__
 #else

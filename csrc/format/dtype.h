@@ -1,4 +1,4 @@
-// Element types that kernels meet at run time, on every device.
+// Element types of kernel arguments, chosen at run time; the same on every device.
 #pragma once
 
 namespace qlora {

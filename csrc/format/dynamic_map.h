@@ -1,6 +1,7 @@
-// The 8-bit dynamic maps (Dettmers 2015, "8-Bit Approximations for Parallelism in Deep Learning"): per decade 10^-6 …
-// 10^0 a linear grid that doubles in density, plus 0 and 1. The signed one, mirrored, stores double-quantized scales
-// and the first moments of AdamW; the unsigned one, twice as dense, its second moments.
+// The 8-bit dynamic maps (Dettmers 2015, "8-Bit Approximations for Parallelism in Deep Learning"). Each decade from
+// 10^-6 to 10^0 has a linear grid with twice as many points as the decade below; 0 and 1 are added. The signed map,
+// mirrored around 0, stores double-quantized scales and the first moments of AdamW. The unsigned map is twice as dense
+// and stores the second moments.
 #pragma once
 
 #include "format/common.h"
@@ -12,11 +13,12 @@ inline constexpr int kDynamicMapDecades = 7;
 
 struct DynamicMap {
   float value[kDynamicMapSize];          // ascending
-  float threshold[kDynamicMapSize - 1];  // fp32 midpoints; code = number of thresholds below x
+  float threshold[kDynamicMapSize - 1];  // float32 midpoints; code = number of thresholds below x
 };
 
-// torch.linspace(0.1, 1, count) in float32: upward from the start in the first half, downward from the end in the
-// second, each point rounded once from the exact product, as torch's vectorized kernel does with a fused multiply-add.
+// Point i of torch.linspace(0.1, 1, count) in float32. The first half counts up from the start, the second half counts
+// down from the end. Each point is rounded once from the exact product, like torch's vectorized kernel, which uses a
+// fused multiply-add.
 QLORA_INLINE constexpr float linspace_tenth_to_one(int i, int count) {
   const float first = 0.1f, last = 1.0f;
   const float step = (last - first) / static_cast<float>(count - 1);
@@ -41,7 +43,7 @@ QLORA_INLINE constexpr DynamicMap make_dynamic_map(bool is_signed) {
   }
   map.value[size++] = 0.0f;
   map.value[size++] = 1.0f;
-  for (int i = 1; i < size; ++i) {  // insertion sort: runs at compile time
+  for (int i = 1; i < size; ++i) {  // insertion sort, because std::sort is not constexpr in C++17
     const float v = map.value[i];
     int j = i;
     for (; j > 0 && map.value[j - 1] > v; --j) map.value[j] = map.value[j - 1];
@@ -54,13 +56,14 @@ QLORA_INLINE constexpr DynamicMap make_dynamic_map(bool is_signed) {
 inline constexpr DynamicMap kDynamicMap = make_dynamic_map(true);
 inline constexpr DynamicMap kUnsignedDynamicMap = make_dynamic_map(false);
 
-// The code of a value by two look-ups instead of a search. A cell holds the values whose sign, exponent and upper seven
-// bits of the fraction are the same, and at most one threshold; cells end at 2^-24, below every threshold, and at 1.
+// Finds the code of a value with two lookups instead of a search. Values with the same sign, exponent and upper seven
+// fraction bits share a cell, and a cell contains at most one threshold. Cells cover magnitudes from 2^-24, below every
+// threshold, to 1.
 inline constexpr int kCellsPerOctave = 128;
 inline constexpr int kCellOctaves = 24;
 inline constexpr int kCells = kCellOctaves * kCellsPerOctave + 1;
 struct DynamicCells {
-  uint8_t code[2][kCells];  // [negative][cell] -> the code of the smallest value in it
+  uint8_t code[2][kCells];  // [negative][cell] -> the code of the smallest value in the cell
 };
 
 QLORA_INLINE constexpr int dynamic_code_by_search(const DynamicMap& map, float x) {
@@ -87,8 +90,8 @@ QLORA_INLINE constexpr DynamicCells make_dynamic_cells(const DynamicMap& map) {
 inline constexpr DynamicCells kDynamicCells = make_dynamic_cells(kDynamicMap);
 inline constexpr DynamicCells kUnsignedDynamicCells = make_dynamic_cells(kUnsignedDynamicMap);
 
-// The cell of a magnitude's bits, and whether the value lies above the one threshold in it, are left to the caller's
-// loads: code = cells.code[sign][cell], plus one if x > map.threshold[code].
+// The cell of a float32 value, from its bits. The caller then looks up code = cells.code[sign][cell] and adds one if
+// x > map.threshold[code].
 QLORA_INLINE int dynamic_cell(uint32_t bits) {
   const int cell = static_cast<int>(bits >> 16 & 0x7FFFu) - (127 - kCellOctaves) * kCellsPerOctave;
   return cell < 0 ? 0 : cell < kCells ? cell : kCells - 1;

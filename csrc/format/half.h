@@ -1,4 +1,4 @@
-// bfloat16 and IEEE float16 as raw 16-bit patterns, converted with round-to-nearest-even; bit-equal to the hardware's.
+// bfloat16 and IEEE float16 as raw 16-bit patterns. Conversions round to nearest even, bit-equal to the hardware's.
 #pragma once
 
 #include <cstring>
@@ -46,11 +46,11 @@ QLORA_INLINE void assign(fp16& out, float x) {
   const uint32_t u = bits_of(x);
   const uint32_t sign = (u >> 16) & 0x8000u;
   const uint32_t magnitude = u & 0x7FFFFFFFu;
-  if (magnitude > 0x7F800000u) {  // nan: quiet, payload kept
+  if (magnitude > 0x7F800000u) {  // nan: made quiet, payload kept
     out.bits = static_cast<uint16_t>(sign | 0x7E00u | ((magnitude >> 13) & 0x1FFu));
-  } else if (magnitude >= 0x477FF000u) {  // rounds past 65504
+  } else if (magnitude >= 0x477FF000u) {  // rounds to more than 65504, the largest float16: inf
     out.bits = static_cast<uint16_t>(sign | 0x7C00u);
-  } else if (magnitude < 0x38800000u) {  // subnormal or zero: the adder rounds 0.5 + i * 2^-24 to even for us
+  } else if (magnitude < 0x38800000u) {  // subnormal or zero: adding 0.5 rounds to a multiple of 2^-24, ties to even
     out.bits = static_cast<uint16_t>(sign | (bits_of(float_of(magnitude) + 0.5f) - 0x3F000000u));
   } else {
     const uint32_t rounded = magnitude + 0xFFFu + ((magnitude >> 13) & 1u);

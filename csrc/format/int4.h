@@ -1,4 +1,4 @@
-// Symmetric INT4: the level of code c is (c - 8) / 7 times absmax, so code 8 is zero and codes 1 and 15 are +-absmax.
+// Symmetric INT4: code c stands for (c - 8) / 7 * absmax, so code 8 is zero, code 1 is -absmax and code 15 is absmax.
 #pragma once
 
 #include "format/common.h"

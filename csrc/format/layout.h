@@ -1,4 +1,4 @@
-// Where a weight's bits lie: nibble order, block sizes, scale lookup. Bit-compatible with bitsandbytes' 4-bit format.
+// Layout of a 4-bit weight: nibble order, block sizes, scales. Bit-compatible with bitsandbytes' 4-bit format.
 #pragma once
 
 #include "format/common.h"
@@ -38,14 +38,14 @@ struct Scales {
   const float* dynamic_map = nullptr;  // [256], code -> value
 };
 
-// Two roundings and no fused multiply-add: this is what bitsandbytes stores and reads.
+// Product and sum are rounded separately, without a fused multiply-add, as in bitsandbytes.
 QLORA_INLINE float scale_of_block(const Scales& s, int64_t block) {
   if (s.absmax != nullptr) return s.absmax[block];
   const float product = s.dynamic_map[s.absmax_codes[block]] * s.nested_absmax[block >> kNestedBlockShift];
   return product + s.nested_offset;
 }
 
-// A packed matrix [n, k], flattened row-major and cut into blocks along the flat order.
+// A packed matrix [n, k], flattened row-major and then cut into blocks.
 struct PackedWeight {
   const uint8_t* packed = nullptr;  // [ceil(n * k / 2)]
   Scales scales;
@@ -55,7 +55,8 @@ struct PackedWeight {
   int block_shift = 0;            // log2(weights per absmax)
 };
 
-// An integer matrix stands for value * scale + zero_point; scalars, channels and groups are strides of one grid.
+// Scales and zero points of an integer matrix, whose elements stand for value * scale + zero_point. A stride of 0 means
+// one value for all channels or for all groups.
 struct AffineGrid {
   const float* scale = nullptr;
   const float* zero_point = nullptr;

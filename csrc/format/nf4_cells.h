@@ -1,5 +1,6 @@
-// NF4 codes by a table instead of a search of four comparisons: [-1, 1] is cut into cells so narrow that at most one
-// threshold lies in each. The cell of x is the lowest five bits of x * kNf4CellsPerUnit + kNf4CellMagic in float32.
+// A table that gives NF4 codes with one comparison instead of a binary search with four. [-1, 1] is cut into cells so
+// narrow that each contains at most one threshold. The cell of x is the lowest five bits of
+// x * kNf4CellsPerUnit + kNf4CellMagic in float32.
 #pragma once
 
 #include "format/codebook.h"
@@ -8,18 +9,18 @@ namespace qlora {
 
 inline constexpr int kNf4Cells = 32;
 inline constexpr float kNf4CellsPerUnit = 15.0f;
-inline constexpr float kNf4CellMagic = 0x1.8p23f + kNf4Cells / 2;  // a sum with it ends in the rounded cell
+inline constexpr float kNf4CellMagic = 0x1.8p23f + kNf4Cells / 2;  // adding it rounds; the low bits are the cell
 
 struct Nf4CellTable {
-  float threshold[kNf4Cells];  // above it the code is one more; inf: none in this cell
-  int32_t code[kNf4Cells];     // of the smallest value in the cell
+  float threshold[kNf4Cells];  // values above it have the next code; inf if the cell has no threshold
+  int32_t code[kNf4Cells];     // code of the smallest value in the cell
 };
 
 QLORA_INLINE constexpr Nf4CellTable make_nf4_cells() {
   Nf4CellTable table{};
   int cell = 0;
   for (int code = 0; code < 15; ++code) {
-    // As float32 rounds it; no threshold lies half way between two cells.
+    // Rounds to a cell as the float32 sum does; no threshold lies halfway between two cells, so ties do not occur.
     const double place = static_cast<double>(kNf4Thresholds.value[code]) * kNf4CellsPerUnit + kNf4Cells / 2;
     const int end = static_cast<int>(place + 0.5);
     for (; cell < end; ++cell) table.threshold[cell] = __builtin_huge_valf(), table.code[cell] = code;

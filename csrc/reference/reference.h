@@ -1,5 +1,5 @@
-// Obvious scalar C++ of the format and the product: the oracle that every kernel is tested against. One element at a
-// time.
+// Reference implementation of quantization and of the matrix product in simple scalar C++, one element at a time.
+// Every kernel is tested against it.
 #pragma once
 
 #include <cmath>
@@ -54,7 +54,7 @@ inline float element(const PackedWeight& w, int64_t i) {
   return w.levels[nibble_at(w.packed, i)] * scale_of_block(w.scales, i >> w.block_shift);
 }
 
-// y [m, n] = x Wᵀ in double, and the sum of absolute products that bounds the rounding error of any order of summation.
+// y [m, n] = x Wᵀ in double, and the sums of absolute products, which bound the rounding error of any summation order.
 inline void matmul(const PackedWeight& w, const std::vector<float>& x, int64_t m, std::vector<double>& y,
                    std::vector<double>& bound) {
   y.assign(static_cast<size_t>(m * w.n), 0.0);
