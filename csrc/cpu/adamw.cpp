@@ -1,4 +1,4 @@
-// A stretch of elements at a time: moments and parameters as float32, updated, stored again.
+// AdamW on the CPU: converts 256 elements at a time to float32, updates them and stores them back.
 #include "cpu/adamw.h"
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// AdamW on the CPU: plain loops that the compiler vectorizes; a step reads and writes each moment once.
+// AdamW on the CPU: plain loops that the compiler vectorizes. A step reads and writes each moment once.
 #pragma once
 
 #include <cstdint>
@@ -7,9 +7,9 @@
 
 namespace qlora::cpu {
 
-// Elements [begin, end) with moments in float32; begin is a multiple of kMomentBlock.
+// Updates elements [begin, end) with float32 moments; begin is a multiple of kMomentBlock.
 void adamw(const AdamWParams& p, int64_t begin, int64_t end);
-// Blocks [begin, end) with moments in 8 bit.
+// Updates blocks [begin, end) with 8-bit moments.
 void adamw_8bit(const AdamWParams& p, int64_t begin, int64_t end);
 
 }  // namespace qlora::cpu

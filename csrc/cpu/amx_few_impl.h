@@ -1,8 +1,8 @@
-// Up to 32 bfloat16 tokens forward: one pass over the rows of W, four or two tiles of rows at a time, whose results
-// stay in tile registers for the whole reduction. Included by isa_amx.cpp alone.
+// Forward kernel for up to 32 bfloat16 tokens on AMX; included only by isa_amx.cpp. It makes one pass over the rows of
+// W, four or two tiles of rows at a time, and keeps their results in tile registers for the whole reduction.
 //
-// Decoding is work for the vector units and the products are work for the tile unit, so they alternate: while a chunk
-// of the rows is decoded into one half of the panel, the chunk before it is multiplied from the other.
+// The vector units unpack and the tile unit multiplies, so the two kinds of work overlap: while one half of the panel
+// receives the next chunk of the rows, the previous chunk is multiplied from the other half.
 #pragma once
 
 #include "cpu/tile_rows_impl.h"
@@ -12,8 +12,8 @@ namespace {
 
 constexpr int64_t kFewTokenTiles = 2;
 
-// Tiles of rows at a time and steps of a chunk: eight tile registers hold 4 x 1 or 2 x 2 results and their operands,
-// and L1 two chunks.
+// Tiles of rows processed together, and steps of a chunk. The eight tile registers hold 4 x 1 or 2 x 2 results and
+// their operands; L1 holds two chunks.
 template <int kCols>
 struct Few {
   static constexpr int kRows = kCols == 1 ? 4 : 2;
@@ -29,7 +29,7 @@ int64_t few_panel_rows(const Forward16Params& p) {
 
 int64_t few_items(const Forward16Params& p) { return ceil_div(p.weight.n, few_panel_rows(p)); }
 
-// Scales of the rows; the panel, twice; the low-rank steps of the rows; the results.
+// Floats for the scales of the rows, two halves of the panel, the low-rank steps of the rows, and the results.
 int64_t few_scratch(const Forward16Params& p) {
   constexpr int64_t kPanelTiles = 16, kResults = 4;
   static_assert(Few<1>::kRows * Few<1>::kSteps == kPanelTiles && Few<2>::kRows * Few<2>::kSteps == kPanelTiles);
@@ -38,12 +38,12 @@ int64_t few_scratch(const Forward16Params& p) {
          (2 * kPanelTiles + rows / kTile * all_low_rank_steps(p) + kResults) * kTileFloats;
 }
 
-// Into L2: for what is used later than L1 keeps it.
+// Prefetches into L2, for data used so late that L1 would have evicted it.
 void prefetch_far(const uint8_t* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T1);
 }
 
-// One step of the tiles of rows with kCols tiles of tokens: results in tile registers 0 … 3.
+// Multiplies one step of the row tiles with kCols tiles of tokens; results are in tile registers 0 … 3.
 template <int kCols>
 QLORA_INLINE void few_step(const uint8_t* rows, int64_t row_pitch, const uint8_t* columns, int64_t column_pitch) {
   _tile_loadd(7, columns, 64);
@@ -66,7 +66,7 @@ QLORA_INLINE void few_step(const uint8_t* rows, int64_t row_pitch, const uint8_t
 template <int kCols>
 void forward_few_typed(const Forward16Params& p, int64_t begin, int64_t end, float* scratch) {
   using F = Few<kCols>;
-  constexpr int64_t kRowsOfTurn = F::kPanelRows / F::kSteps;  // a turn: some rows decoded, one step multiplied
+  constexpr int64_t kRowsOfTurn = F::kPanelRows / F::kSteps;  // a turn unpacks these rows and multiplies one step
   constexpr int64_t kRowPitch = F::kSteps * kTileBytes, kHalf = F::kRows * kRowPitch;
   static_assert(kTile % kRowsOfTurn == 0);
   const PackedWeight& w = p.weight;
@@ -88,7 +88,7 @@ void forward_few_typed(const Forward16Params& p, int64_t begin, int64_t end, flo
     for (int64_t s0 = 0; s0 < steps; s0 += F::kSteps) {
       const int64_t now = min_i64(F::kSteps, steps - s0);
       uint8_t* out = panel + (s0 / F::kSteps % 2 != 0 ? kHalf : 0);
-      // The same stretch of the next panel, which follows this one in memory.
+      // Prefetched: the bytes of the next panel at this chunk's relative position. The panels are adjacent in memory.
       const int64_t ahead = now * panel_bytes / steps / F::kSteps;
       const uint8_t* next = w.packed + row0 * w.k / 2 + panel_bytes + s0 * panel_bytes / steps;
       for (int64_t turn = 0; turn < F::kSteps; ++turn) {
@@ -97,14 +97,14 @@ void forward_few_typed(const Forward16Params& p, int64_t begin, int64_t end, flo
         decoder.decode(first, first + kRowsOfTurn, s0, now, out + first / kTile * kRowPitch, kRowPitch);
         if (s0 > 0) few_step<kCols>(decoded + turn * kTileBytes, kRowPitch, columns + turn * kTileBytes, pitch);
       }
-      asm volatile("" ::: "memory");  // the tile loads of GCC 12 do not say that they read memory
+      asm volatile("" ::: "memory");  // GCC 12 does not know that its tile loads read memory
       decoded = out;
       columns = p.columns + s0 * kTileBytes;
     }
     for (int64_t i = 0; i < F::kPanelRows && extra > 0; ++i)
       pack_low_rank_row(p, row0 + i, low_rank + i / kTile * extra * kTileBytes + i % kTile * 64);
     asm volatile("" ::: "memory");
-    const int64_t left = steps == 0 ? 0 : steps - (steps - 1) / F::kSteps * F::kSteps;  // of the last chunk
+    const int64_t left = steps == 0 ? 0 : steps - (steps - 1) / F::kSteps * F::kSteps;  // steps of the last chunk
     for (int64_t s = 0; s < left; ++s)
       few_step<kCols>(decoded + s * kTileBytes, kRowPitch, columns + s * kTileBytes, pitch);
     for (int64_t s = 0; s < extra; ++s)

@@ -1,4 +1,4 @@
-// CPU detection through the compiler's builtins, which check the operating system's register state as well.
+// CPU detection by the compiler's builtins, which also check that the operating system saves the registers.
 #include "cpu/cpu_features.h"
 
 #include <cstring>
@@ -16,7 +16,7 @@ namespace {
 constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512", "avx512bf16", "amx"};
 
 #if defined(__x86_64__)
-// Tiles hold 8 KiB of state: Linux saves them only for a process that has asked for it.
+// Tile registers hold 8 KiB of state; Linux saves them only for processes that request permission.
 bool may_use_tiles() {
 #if defined(__linux__)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -26,8 +26,8 @@ bool may_use_tiles() {
 #endif
 }
 
-// CPUID leaf 7: EDX bit 22 is amx-bf16 and bit 24 amx-tile; subleaf 1: EAX bit 5 is avx512-bf16. GCC 12 has no names
-// for the first two in __builtin_cpu_supports.
+// CPUID leaf 7: EDX bit 22 is amx-bf16 and bit 24 is amx-tile. In subleaf 1, EAX bit 5 is avx512-bf16. GCC 12's
+// __builtin_cpu_supports has no names for the first two.
 bool has_avx512bf16() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 5 & 1u) != 0;

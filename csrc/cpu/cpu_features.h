@@ -1,4 +1,4 @@
-// What the processor and the operating system can run, as the kernels' levels.
+// The instruction set levels of the CPU kernels, and detection of those that processor and operating system support.
 #pragma once
 
 namespace qlora::cpu {
@@ -8,14 +8,14 @@ inline constexpr int kIsaCount = 5;
 
 const char* isa_name(Isa isa);
 
-// Parses the name of a level; false if it is none.
+// Parses the name of a level; false if the name is unknown.
 bool parse_isa(const char* name, Isa* out);
 
-// The best level that this machine runs: instruction set, and registers saved by the operating system.
+// The highest level this machine runs: the processor has the instructions and the operating system saves the registers.
 Isa detect_isa();
 
-// The level that is fastest here: the best one, but avx512 instead of avx512bf16 on Intel's processors, where vdpbf16ps
-// runs at half the rate of float32 products (Sapphire Rapids: 2.2 cycles). Zen 4 and 5 run it at the full rate.
+// The fastest level on this machine: the highest one, except avx512 instead of avx512bf16 on Intel processors, where
+// vdpbf16ps runs at half the rate of float32 products (Sapphire Rapids: 2.2 cycles). Zen 4 and 5 run it at full rate.
 Isa preferred_isa();
 
 }  // namespace qlora::cpu

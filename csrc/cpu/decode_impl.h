@@ -1,4 +1,5 @@
-// Few tokens: each row of W is read once, decoded in registers, and multiplied with every token; bound by memory reads.
+// Kernel for few tokens: reads each row of W once, unpacks it in registers and multiplies it with every token. Memory
+// bandwidth limits it.
 #pragma once
 
 #include <cstring>
@@ -9,25 +10,26 @@
 namespace qlora::cpu {
 namespace {
 
-inline constexpr int64_t kSegment = 32;  // the finest block: every 32-bit word of 8 weights has one scale
-// Without it the hardware prefetcher follows only some of the time (0.25 ms always against 0.25 to 1.0 ms, 4096 x 4096
-// from memory, two threads of a Zen 5). 1 KiB was enough there; a Sapphire Rapids core gains 12 % from 8 KiB.
+inline constexpr int64_t kSegment = 32;  // the smallest block size, so a 32-bit word of 8 weights has one scale
+// Prefetch distance. Without a prefetch the hardware prefetcher only sometimes keeps up: 0.25 to 1.0 ms instead of
+// always 0.25 ms (4096 x 4096 from memory, two threads of a Zen 5). 1 KiB was enough there; a Sapphire Rapids core
+// gains 12 % from 8 KiB.
 inline constexpr int64_t kPrefetchBytes = 8192;
 inline constexpr int kTokensPerPass = 4;
 
-// Floats that hold the scales of one row of k weights, and a vector of zeros behind them.
+// Floats needed for the scales of one row of k weights, followed by one vector of zeros.
 template <class V>
 constexpr int64_t row_scales_floats(int64_t k) {
   return k / kSegment + 2 + V::kLanes;
 }
 
-// The scales of all blocks that row `row` touches -> out.
+// Writes the scales of all blocks that row `row` overlaps to `out`.
 template <class V>
 void decode_row_scales(const PackedWeight& w, int64_t row, float* out) {
   const Scales& s = w.scales;
   const int64_t begin = (row * w.k) >> w.block_shift;
   const int64_t end = ((row * w.k + w.k - 1) >> w.block_shift) + 1;
-  V::store(out + (end - begin), V::zero());  // words beyond the row count as 0 * 0
+  V::store(out + (end - begin), V::zero());  // words beyond the row contribute 0 * 0
   if (s.absmax != nullptr) {
     std::memcpy(out, s.absmax + begin, static_cast<size_t>(end - begin) * sizeof(float));
     return;
@@ -55,9 +57,9 @@ QLORA_INLINE void accumulate_nibbles(typename V::Table table, typename V::I word
   }
 }
 
-// k % 32 == 0: every word of 8 weights lies in one block. The order of k inside a chunk is that of the nibbles in a
-// word, for x too (pack_words), so nothing is unpacked or shuffled: one load, 7 shifts, 8 lookups for 8 * kLanes
-// weights.
+// Dot products of one row for k % 32 == 0, where every word of 8 weights lies in one block. Inside a chunk, W and x
+// (pack_words) both follow the order of the nibbles in a word, so no shuffles are needed: one load, 7 shifts and 8
+// lookups for 8 * kLanes weights.
 template <class V, int kTokens>
 void row_dot_words(const DecodeParams& p, typename V::Table table, int64_t row, const float* scales, int64_t token0,
                    float* sums) {
@@ -72,7 +74,7 @@ void row_dot_words(const DecodeParams& p, typename V::Table table, int64_t row, 
   const int shift = p.weight.block_shift - log2_exact(kSegment);  // segment -> block
   const int64_t first_segment = row * k / kSegment, first_block = first_segment >> shift;
   const int64_t mask = (int64_t{1} << shift) - 1;
-  const bool repeats = (kChunk / kSegment & mask) == 0;  // every chunk begins at the same place in a block
+  const bool repeats = (kChunk / kSegment & mask) == 0;  // every chunk begins at the same offset in a block
   auto index = V::scale_index(static_cast<int>(first_segment & mask), shift);
   for (int64_t c = 0; c < k; c += kChunk) {
     const int words = static_cast<int>(min_i64(kChunk, k - c) / 8);
@@ -88,7 +90,7 @@ void row_dot_words(const DecodeParams& p, typename V::Table table, int64_t row, 
   for (int t = 0; t < kTokens; ++t) sums[t] = V::reduce_add(acc[t]);
 }
 
-// Any k: decode a stretch of the row in order, then a plain dot product.
+// Dot products of one row for any k: dequantizes up to 512 weights of the row, then multiplies them.
 template <class V, int kTokens>
 void row_dot_spans(const DecodeParams& p, typename V::Table table, int64_t row, int64_t token0, float* sums) {
   constexpr int64_t kStretch = 512;
@@ -110,7 +112,7 @@ void row_dot_spans(const DecodeParams& p, typename V::Table table, int64_t row, 
   for (int t = 0; t < kTokens; ++t) sums[t] = V::reduce_add(acc[t]) + tail[t];
 }
 
-// a[0 … count) · b[0 … count), a of any float type.
+// The dot product of a[0 … count), of any float type, and b[0 … count).
 template <class V, class T>
 float dense_dot(const T* a, const float* b, int64_t count) {
   auto acc = V::zero();
@@ -193,8 +195,9 @@ int64_t decode_scratch(const DecodeParams& p) {
 template <class V>
 void decode(const DecodeParams& p, int64_t begin, int64_t end, float* scales) {
   const auto table = V::table(p.weight.levels);
-  // The scales of the next row are decoded before this one is multiplied: read at once, they would wait in the store
-  // buffer, since a vector load cannot be forwarded from several stores (2.5 times the time of a 4096 x 4096 weight).
+  // The scales of the next row are dequantized before this row is multiplied. A vector load right after the stores
+  // would wait until they leave the store buffer, because several stores cannot be forwarded to one load (2.5 times
+  // the time at 4096 x 4096).
   const bool words = p.x_words != nullptr;
   const int64_t floats = words ? row_scales_floats<V>(p.weight.k) : 0;
   if (words && begin < end) decode_row_scales<V>(p.weight, begin, scales);

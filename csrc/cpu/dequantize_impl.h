@@ -1,5 +1,5 @@
-// Decoding any span of a packed weight, in flat order, for one vector type; the matmul kernels fill their panels with
-// it.
+// Dequantizes any span of a packed weight, in flat order, for one vector type. The matmul kernels also fill their
+// panels with it.
 #pragma once
 
 #include "cpu/kernel_table.h"
@@ -8,7 +8,7 @@
 namespace qlora::cpu {
 namespace {
 
-// Elements [first, first + count) -> out. Any start, any length: a span may begin on a low nibble and cross blocks.
+// Writes elements [first, first + count) to `out`. A span may begin on a low nibble and cross blocks.
 template <class V, class T>
 void dequantize_span(const PackedWeight& w, typename V::Table table, int64_t first, int64_t count, T* out) {
   const int64_t block_mask = (int64_t{1} << w.block_shift) - 1;

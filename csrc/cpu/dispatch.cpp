@@ -1,4 +1,4 @@
-// Run-time choice of the kernel table.
+// Chooses the kernel table at run time.
 #include "cpu/dispatch.h"
 
 #include <cstdlib>

@@ -1,4 +1,4 @@
-// One scale in 64 weights passes through here, so plain C++ is fast enough for every ISA.
+// Double quantization in plain C++ for every ISA; fast enough because it handles one scale per block, not every weight.
 #include "cpu/double_quantize.h"
 
 #include <algorithm>
@@ -27,7 +27,7 @@ void double_quantize(const float* absmax, int64_t blocks, float offset, uint8_t*
     }
     nested_absmax[nested] = largest;
     const float reciprocal = 1.0f / largest;
-    const bool usable = std::isfinite(reciprocal);  // all scales equal: every code stands for zero
+    const bool usable = std::isfinite(reciprocal);  // false if all scales are equal; then every code stands for zero
     for (int64_t b = first; b < last; ++b) {
       const float centred = absmax[b] - offset;
       const float x = usable ? centred * reciprocal : largest > 0.0f ? centred / largest : 0.0f;

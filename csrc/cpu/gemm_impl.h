@@ -1,9 +1,9 @@
-// Many tokens: a panel of W is decoded once into cache and used for every token; forward, backward and low-rank
-// gradients are one loop nest with different operands. out[row, col] = sum over steps of operand[row, step] *
-// columns[step, col].
+// Kernel for many tokens: a panel of W is dequantized once into cache and used for every token. Forward, backward and
+// low-rank gradients share one loop nest with different operands:
+// out[row, col] = sum over steps of operand[row, step] * columns[step, col].
 //
-// The columns (tokens) lie in vectors, the operand is broadcast: a row of W is used as it is decoded, without a
-// transpose, and the backward only swaps which index of the panel is contiguous.
+// Vectors hold columns (tokens), and elements of the operand are broadcast. So a row of W is used as it was
+// dequantized, without a transpose; the backward only swaps which index of the panel is contiguous.
 #pragma once
 
 #include <cstring>
@@ -15,20 +15,20 @@
 namespace qlora::cpu {
 namespace {
 
-// Panel sizes in float32: 32 KiB, the size of L1, in either orientation.
+// Panel sizes: 32 KiB of float32, the size of L1, in either orientation.
 template <bool kTransposed>
 struct Panel {
-  static constexpr int64_t kRows = kTransposed ? 128 : 64;  // transposed: 128 weights of a row of W are one cache line
+  static constexpr int64_t kRows = kTransposed ? 128 : 64;  // transposed: one cache line is 128 weights of a row of W
   static constexpr int64_t kSteps = kTransposed ? 64 : 128;
   static constexpr int64_t kLd = kTransposed ? kRows : kSteps;
 };
 inline constexpr int64_t kMostTilesPerBlock = 10;  // 480 columns of 128 rows: 245 KiB of accumulators stay in L2
 
-// The stretch [offset, offset + count) of one line of a dense matrix, as float32. `line` is the matrix row.
+// Loads elements [offset, offset + count) of row `line` of a dense matrix as float32.
 template <class V>
 void load_dense_line(const Operand& a, int64_t line, int64_t offset, int64_t count, float* out) {
   const int64_t base = line * a.ld + offset;
-  if (a.affine.scale != nullptr) {  // value * scale + zero_point, two roundings
+  if (a.affine.scale != nullptr) {  // value * scale + zero_point, each operation rounded
     const int64_t grid = line / a.affine.group * a.affine.group_stride;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t cell = grid + (offset + i) * a.affine.channel_stride;
@@ -44,8 +44,8 @@ void load_dense_line(const Operand& a, int64_t line, int64_t offset, int64_t cou
   for (int64_t i = 0; i < count; ++i) out[i] = load_scalar(a.dense, a.dtype, base + i);
 }
 
-// Fills panel[row][step] (or [step][row] if transposed) with rows [row0, +rows) x steps [step0, +steps); rows past the
-// end are zero up to a whole register tile.
+// Fills panel[row][step] (or [step][row] if transposed) with `rows` rows from row0 and `steps` steps from step0.
+// Missing rows of the last register tile are zero.
 template <class V, bool kTransposed>
 void fill_panel(const Operand& a, int64_t row0, int64_t rows, int64_t step0, int64_t steps, float* panel) {
   using P = Panel<kTransposed>;
@@ -70,7 +70,8 @@ void fill_panel(const Operand& a, int64_t row0, int64_t rows, int64_t step0, int
     std::memset(panel + rows * P::kLd, 0, static_cast<size_t>((padded_rows - rows) * P::kLd) * sizeof(float));
 }
 
-// kTileRows x kVecs vectors of accumulators over one stretch of steps; c is read unless this is the first stretch.
+// Multiplies one register tile, kTileRows x kVecs vectors of accumulators, over `steps` steps. It adds to c, or
+// overwrites c if `first`.
 template <class V, bool kTransposed, int kVecs>
 void tile(const float* panel, const float* columns, int64_t steps, bool first, float* c, int64_t c_ld) {
   constexpr int64_t kRowStride = kTransposed ? 1 : Panel<kTransposed>::kLd;
@@ -127,12 +128,12 @@ void store_block(const GemmParams& p, int64_t row0, int64_t rows, int64_t col0, 
   }
 }
 
-// Blocks of columns as equal as can be: threads share the items out by their number.
+// Blocks of columns, as equal as possible, because threads receive equal numbers of items.
 template <class V>
 struct ColumnBlocks {
   static constexpr int64_t kTileCols = V::kLanes * V::kTileVecs;
   static constexpr int64_t kMostCols = kMostTilesPerBlock * kTileCols;
-  int64_t count, cols;  // cols: of a block, in whole tiles
+  int64_t count, cols;  // cols: columns of a block, a multiple of the tile width
   explicit ColumnBlocks(int64_t all_cols) {
     const int64_t tiles = ceil_div(all_cols, kTileCols);
     count = ceil_div(tiles, kMostTilesPerBlock);
@@ -165,7 +166,7 @@ void gemm_items_typed(const GemmParams& p, int64_t begin, int64_t end, float* pa
         first = false;
       }
     }
-    if (first) std::memset(c, 0, static_cast<size_t>(P::kRows * kBlockCols) * sizeof(float));  // an empty sum
+    if (first) std::memset(c, 0, static_cast<size_t>(P::kRows * kBlockCols) * sizeof(float));  // no term had steps
     switch (p.out_dtype) {
       case DType::kBFloat16:
         store_block<bf16>(p, row0, rows, col0, cols, c, kBlockCols);
@@ -185,7 +186,7 @@ int64_t gemm_items(const GemmParams& p) {
   return ceil_div(p.rows, rows) * ColumnBlocks<V>(p.cols).count;
 }
 
-// One panel of the operand and the accumulators of its rows.
+// Floats for one panel of the operand and the accumulators of its rows.
 template <class V>
 int64_t gemm_scratch(const GemmParams& p) {
   if (p.transposed) return Panel<true>::kRows * (Panel<true>::kSteps + ColumnBlocks<V>::kMostCols);
@@ -217,7 +218,7 @@ void pack_tile(const PackParams& p, int64_t col0, int64_t cols) {
     }
     return;
   }
-  // A transpose: one cache line of steps at a time, so that the lines of all columns stay in L1.
+  // Transposes one cache line of steps at a time, so that the cache lines of all columns stay in L1.
   constexpr int64_t kStepsAtOnce = 16;
   for (int64_t s0 = 0; s0 < p.steps; s0 += kStepsAtOnce) {
     const int64_t steps = min_i64(kStepsAtOnce, p.steps - s0);

@@ -1,5 +1,5 @@
-// The avx512bf16 kernels: those of avx512, and products of bfloat16 tokens by vdpbf16ps. One translation unit, one set
-// of flags.
+// The avx512bf16 kernels: those of avx512, plus products of bfloat16 tokens with vdpbf16ps. One translation unit, one
+// set of flags.
 #include "cpu/kernel_table.h"
 
 #if defined(__x86_64__)
@@ -7,7 +7,7 @@
 
 namespace qlora::cpu {
 namespace {
-// Tiles multiply 16 tokens where there are fewer: as much work as decoding four or five.
+// Tiles always multiply 16 tokens, which costs as much as `decode` for four or five tokens.
 const Matmul16 matmul16 = make_matmul16(/*decode_tokens=*/4);
 const KernelTable table = make_tile_table("avx512bf16", &matmul16);
 }  // namespace

@@ -1,7 +1,7 @@
-// What every instruction set implements: parameter structs, and one table of functions per ISA. No torch, no threads.
+// Interface of the CPU kernels: parameter structs, and one table of functions per ISA. No torch, no threads.
 //
-// Extents: m tokens, n out features, k in features, r rank. A kernel works on [begin, end) of its own unit and never
-// starts a thread; the glue owns the parallel loop. A result never depends on how the range was cut.
+// Extents: m tokens, n out features, k in features, r rank. A kernel works on the range [begin, end) of its unit and
+// never starts a thread; csrc/ops owns the parallel loop. Results do not depend on how the range is divided.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@
 
 namespace qlora::cpu {
 
-// Unit: block. Returns the flat position of the first nan or inf in the range, or -1.
+// Quantizes a weight. Unit: block. Returns the flat position of the first nan or inf in the range, or -1.
 struct QuantizeParams {
   const void* weight;  // [numel], float32, bfloat16 or float16
   DType dtype;
@@ -24,20 +24,20 @@ struct QuantizeParams {
   float* absmax;    // [ceil(numel / block)]
 };
 
-// Unit: element. Range bounds must be even, or the end of the weight.
+// Dequantizes a weight. Unit: element. Range bounds must be even, or the end of the weight.
 struct DequantizeParams {
   PackedWeight weight;
-  void* out;  // elements from `first` on
+  void* out;  // begins with element `first`
   DType dtype;
   int64_t first = 0;
 };
 
-// Copies a matrix into column tiles, as float32: out[tile][step][tile_cols], zero beyond the last column. Unit: tile.
+// Copies a matrix into column tiles of float32: out[tile][step][tile_cols], zero beyond the last column. Unit: tile.
 struct PackParams {
   const void* src;
   DType dtype;
   int64_t ld;           // elements between rows of src
-  bool steps_are_rows;  // element (col, step) is src[step * ld + col]; else src[col * ld + step]
+  bool steps_are_rows;  // true: element (col, step) is src[step * ld + col]; false: src[col * ld + step]
   int64_t cols;
   int64_t steps;
   float* out;
@@ -55,16 +55,16 @@ struct Operand {
 // One product of the sum: operand (rows x steps) times columns (steps x cols).
 struct Term {
   Operand operand;
-  const float* columns = nullptr;  // as PackParams::out
+  const float* columns = nullptr;  // the layout of PackParams::out
   int64_t steps = 0;
 };
 
-// out = scale * sum over terms (operand * columns) + bias, every product in the same float32 accumulator.
-// Unit: item = one panel of rows times one block of columns; gemm_items() counts them.
+// out = scale * sum over terms (operand * columns) + bias; all terms share one float32 accumulator.
+// Unit: item, which is one panel of rows times one block of columns; gemm_items() counts them.
 struct GemmParams {
   const Term* terms = nullptr;  // [term_count]
   int64_t term_count = 1;
-  bool transposed = false;  // operands hold element (row, step) at [step * ld + row]
+  bool transposed = false;  // true: element (row, step) of an operand is at [step * ld + row]
   int64_t rows = 0;
   int64_t cols = 0;
   float scale = 1.0f;
@@ -73,17 +73,17 @@ struct GemmParams {
   void* out = nullptr;
   DType out_dtype = DType::kFloat32;
   int64_t out_ld = 0;
-  bool rows_are_major = false;  // out[row * out_ld + col]; else out[col * out_ld + row]
+  bool rows_are_major = false;  // true: out[row * out_ld + col]; false: out[col * out_ld + row]
 };
 
-inline constexpr int64_t kDecodeTokens = 8;  // up to here `decode` runs, above it `gemm`
+inline constexpr int64_t kDecodeTokens = 8;  // `decode` handles up to this many tokens, `gemm` more
 
 // y[t, row] = x[t] · W[row] + bias[row] + sum_r lora_t[t, r] * lora_b[row, r] for few tokens. Unit: row of W.
 struct DecodeParams {
   PackedWeight weight;
   int64_t m;             // <= kDecodeTokens
   const float* x_plain;  // [m, k]
-  const float* x_words;  // [m, words_floats(k)]: nibble order of `decode`; null if k % 32 != 0
+  const float* x_words;  // [m, words_floats(k)], in the nibble order of PackWordsParams; null if k % 32 != 0
   const void* bias;      // [n] or null
   DType bias_dtype;
   const float* lora_t;  // [m, r], scaling * x lora_aᵀ, or null
@@ -95,7 +95,7 @@ struct DecodeParams {
   DType dtype;
 };
 
-// x in the order in which `decode` meets the weights of a 32-bit word. Unit: token.
+// Converts x to float32 and reorders it to the nibble order in which `decode` unpacks words. Unit: token.
 struct PackWordsParams {
   const void* x;  // [m, k]
   DType dtype;
@@ -104,7 +104,7 @@ struct PackWordsParams {
   float* x_words;  // [m, words_floats(k)] or null
 };
 
-// out[t, row] = scale * x[t] · dense[row]; the small-m form of the low-rank down projection. Unit: row.
+// out[t, row] = scale * x[t] · dense[row]: the low-rank down projection for few tokens. Unit: row.
 struct DotParams {
   const void* dense;  // [rows, k]
   DType dtype;
@@ -124,20 +124,20 @@ struct KernelTable {
   void (*dequantize)(const DequantizeParams&, int64_t begin, int64_t end);
   void (*pack)(const PackParams&, int64_t begin_tile, int64_t end_tile);
   int64_t (*gemm_items)(const GemmParams&);
-  int64_t (*gemm_scratch)(const GemmParams&);  // floats that one call of gemm needs, aligned to 64 bytes
+  int64_t (*gemm_scratch)(const GemmParams&);  // scratch of one gemm call in floats, aligned to 64 bytes
   void (*gemm)(const GemmParams&, int64_t begin_item, int64_t end_item, float* scratch);
   void (*pack_words)(const PackWordsParams&, int64_t begin_token, int64_t end_token);
-  int64_t (*decode_scratch)(const DecodeParams&);  // floats that one call of decode needs
+  int64_t (*decode_scratch)(const DecodeParams&);  // scratch of one decode call in floats
   void (*decode)(const DecodeParams&, int64_t begin_row, int64_t end_row, float* scratch);
   void (*dot)(const DotParams&, int64_t begin_row, int64_t end_row);
-  const Matmul16* matmul16;  // null: bfloat16 tokens are multiplied as float32
+  const Matmul16* matmul16;  // null: bfloat16 tokens are converted to float32
 
   const Matmul16* tiles_for(DType tokens) const { return tokens == DType::kBFloat16 ? matmul16 : nullptr; }
   int64_t words_floats(int64_t k) const { return ceil_div(k, int64_t{8} * lanes) * 8 * lanes; }
   int64_t packed_floats(int64_t cols, int64_t steps) const { return ceil_div(cols, tile_cols) * tile_cols * steps; }
 };
 
-// One per isa_*.cpp; null where the compiler or the architecture has no such instruction set.
+// One table per isa_*.cpp; null if the architecture does not have the instruction set.
 extern const KernelTable* const kScalarTable;
 extern const KernelTable* const kAvx2Table;
 extern const KernelTable* const kAvx512Table;

@@ -1,4 +1,4 @@
-// Puts the kernels of one vector type into a table; included once by each isa_*.cpp.
+// Fills a table with the kernels of one vector type; included once by each isa_*.cpp.
 #pragma once
 
 #include "cpu/decode_impl.h"

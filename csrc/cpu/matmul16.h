@@ -1,9 +1,10 @@
-// Products of bfloat16 tokens on tiles: what an instruction set implements that multiplies bfloat16. No torch, no
+// Interface of the products of bfloat16 tokens on tiles, for instruction sets that multiply bfloat16. No torch, no
 // threads.
 //
-// A tile holds 16 rows of 64 bytes, 1 KiB. As the left operand (a row tile) a row is 32 elements of the reduction; as
-// the right one (a column tile) row j holds elements 2j and 2j + 1 for 16 columns. One step is one tile of each: 32
-// elements. W is rounded to bfloat16 weight by weight, as dequantize -> matmul does; sums are float32 and rounded once.
+// A tile is 16 rows of 64 bytes, 1 KiB. In a left operand (row tile) each row holds 32 elements of the reduction. In a
+// right operand (column tile) row j holds elements 2j and 2j + 1 of the reduction for 16 columns. One step multiplies
+// one tile of each, 32 elements of the reduction. Each weight is rounded to bfloat16, as if W were dequantized first;
+// sums are float32 and rounded once.
 #pragma once
 
 #include <cstdint>
@@ -16,65 +17,66 @@ namespace qlora::cpu {
 inline constexpr int64_t kTile = 16;
 inline constexpr int64_t kTileBytes = 1024;
 inline constexpr int64_t kStep = 32;
-inline constexpr int64_t kChunk = 128;  // elements of a row that are decoded together: four steps
+inline constexpr int64_t kChunk = 128;  // elements of a row that are unpacked together: four steps
 
 constexpr int64_t tiles_of(int64_t count) { return ceil_div(count, kTile); }
 constexpr int64_t steps_of(int64_t count) { return ceil_div(count, kChunk) * (kChunk / kStep); }
 
-// Whether rows are decoded 64 weights at a time (whole words, one scale), which leaves them in an order of their own.
+// Whether rows are unpacked in groups of 64 weights with one scale, which leaves the weights in nibble order instead of
+// natural order.
 QLORA_INLINE bool decodes_by_nibble(const PackedWeight& w) { return w.k % 64 == 0 && w.block_shift >= 6; }
 
-// The low-rank term is further steps of the same sum. Activations are split into high and low halves, float32 adapters
-// too: [high, high] x [high, low], or [high, high, low] x [high, low, high].
+// The low-rank term adds further steps to the same sum. Activations are split into high and low bfloat16 halves, and so
+// are float32 adapters: factor x activation is [high, high] x [high, low] or [high, high, low] x [high, low, high].
 constexpr int64_t low_rank_parts(DType adapter) { return adapter == DType::kBFloat16 ? 2 : 3; }
 constexpr int64_t low_rank_steps(int64_t r, DType adapter) {
   return ceil_div(low_rank_parts(adapter) * tiles_of(r) * kTile, kStep);
 }
 
-// Steps from one tile of tokens to the next: room for both kinds of steps, and for as much that the same chunk of many
-// tiles does not fall into the same sets of a cache (a stride of 128 KiB, k = 4096, took 1.3 times as long).
+// Steps from one tile of tokens to the next: all steps of the sum, plus padding so that the same chunk of different
+// tiles does not share cache sets (without it, a stride of 128 KiB at k = 4096 took 1.3 times as long).
 constexpr int64_t token_steps(int64_t features, int64_t low_rank) {
   const int64_t steps = steps_of(features) + low_rank, rest = steps % 32;
   return rest < 8 ? steps + 8 - rest : steps;
 }
 
-// The adapters of a batch that are in use: their low-rank steps follow each other, and meet zeros in the tokens of
-// others.
+// The adapters used by a batch. Their low-rank steps are consecutive; a token has zeros in the steps of all adapters
+// but its own.
 struct Adapters16 {
   int64_t count = 1;
   const int64_t* ids = nullptr;               // [count]; null: {0}
   const int64_t* adapter_of_token = nullptr;  // [m]; null: one adapter for all
-  const float* scales = nullptr;              // by id; null: `scale`
+  const float* scales = nullptr;              // indexed by id; null: all use `scale`
   float scale = 1.0f;
 
   int64_t id(int64_t i) const { return ids != nullptr ? ids[i] : 0; }
   float scale_of(int64_t i) const { return scales != nullptr ? scales[ids[i]] : scale; }
 };
 
-// A low-rank factor as the operand of a down projection, high and low halves apart (bfloat16 has no low one).
+// A low-rank factor as operand of a down projection, split into high and low halves; a bfloat16 factor has no low half.
 struct Factor16 {
   const void* data = nullptr;  // element (rank, feature) is data[rank * rank_stride + feature * feature_stride]
   DType dtype = DType::kFloat32;
   int64_t rank_stride = 0, feature_stride = 0;
   int64_t r = 0;               // 0: no adapter
-  int64_t features = 0;        // of the down projection
+  int64_t features = 0;        // length of the reduction
   int64_t adapter_stride = 0;  // elements
   int64_t splits() const { return dtype == DType::kBFloat16 ? 1 : 2; }
   // Bytes of the packed operand of one adapter: [tiles_of(r)][splits][steps_of(features)] tiles.
   int64_t packed_bytes() const { return tiles_of(r) * splits() * steps_of(features) * kTileBytes; }
 };
 
-// Unit: step of the features.
+// Packs a factor into tiles. Unit: chunk of kChunk features.
 struct PackFactor16Params {
   Factor16 factor;
   Adapters16 adapters;
-  bool as_rows;    // row tiles (ranks are rows); else column tiles (ranks are columns)
-  bool by_nibble;  // row tiles only: the order of decoded weights instead of the natural one
+  bool as_rows;    // true: row tiles (ranks are rows); false: column tiles (ranks are columns)
+  bool by_nibble;  // row tiles only: nibble order instead of natural order
   uint8_t* out;
 };
 
-// The tokens of the forward product as column tiles, [tiles_of(m)][token_steps] tiles; the low-rank
-// steps hold scale * x · factor. Unit: tile of 16 tokens.
+// Packs the tokens of the forward product into column tiles, [tiles_of(m)][token_steps]. The low-rank steps hold
+// scale * x · factor. Unit: tile of 16 tokens.
 struct ForwardTokens16Params {
   const void* x;  // [m, k] bfloat16
   int64_t m, k;
@@ -86,7 +88,7 @@ struct ForwardTokens16Params {
   uint8_t* out;
 };
 
-// y [m, n] = columns · W + lora_b + bias. Unit: item, see forward_items().
+// y [m, n] = x Wᵀ + low-rank term + bias. Unit: item; forward_items() counts them.
 struct Forward16Params {
   PackedWeight weight;
   int64_t m;
@@ -102,8 +104,8 @@ struct Forward16Params {
   void* y;  // bfloat16
 };
 
-// The tokens of the backward product as row tiles, [tiles_of(m)][token_steps] tiles; the low-rank
-// steps hold v = scale * dy · factor, which is also written as float32. Unit: tile of 16 tokens.
+// Packs the tokens of the backward product into row tiles, [tiles_of(m)][token_steps]. The low-rank steps hold
+// v = scale * dy · factor, which is also written as float32. Unit: tile of 16 tokens.
 struct BackwardTokens16Params {
   const void* dy;  // [m, n] bfloat16
   int64_t m, n;
@@ -111,16 +113,17 @@ struct BackwardTokens16Params {
   Factor16 factor;
   Adapters16 adapters;
   float* v;      // [m, adapters, r] or null
-  uint8_t* out;  // null: only v
+  uint8_t* out;  // null: only v is computed
 };
 
-// dx [m, k] = rows · W + lora_a. Unit: item, see backward_items(). Without a weight the low-rank term alone.
+// dx [m, k] = dy W + low-rank term, or only the low-rank term if there is no weight. Unit: item; backward_items()
+// counts them.
 struct Backward16Params {
   PackedWeight weight;  // packed == nullptr: none; k is the width of dx
   int64_t m;
   bool by_nibble;
   const uint8_t* rows;  // BackwardTokens16Params::out
-  int64_t row_steps;    // token_steps() there
+  int64_t row_steps;    // token_steps() of `rows`
   const void* lora_a;   // [r, k] of each adapter, or null
   DType lora_dtype;
   int64_t r;
@@ -129,22 +132,22 @@ struct Backward16Params {
   void* dx;  // bfloat16
 };
 
-// out = factorᵀ matrix: sums over tokens. Unit: panel of kGradFeatures features.
+// out = factorᵀ matrix, a sum over tokens. Unit: panel of kGradFeatures features.
 inline constexpr int64_t kGradFeatures = 64;
 struct FactorGrad16Params {
   const uint8_t* factor;  // PackTokenFactor16Params::out
   int64_t m, r, features;
   const void* matrix;  // [m, features] bfloat16
-  bool r_is_major;     // out [r, features]; else [features, r]
-  // Ranks are those of several adapters, `group` of each: out advances by out_stride elements for each id.
+  bool r_is_major;     // true: out [r, features]; false: [features, r]
+  // r counts the ranks of all adapters in use, `group` of each; the result of adapter id begins at id * out_stride.
   int64_t group;
   Adapters16 adapters;
   int64_t out_stride;
   void* out;
   DType out_dtype;
 };
-// A float32 matrix [m, r] as row tiles whose reduction runs over tokens, high and low halves:
-// [tiles_of(r)][2][ceil(m / kStep)] tiles. Unit: step of tokens.
+// Packs a float32 matrix [m, r] into row tiles for a reduction over tokens, split into high and low halves:
+// [tiles_of(r)][2][ceil(m / kStep)] tiles. Unit: step of kStep tokens.
 struct PackTokenFactor16Params {
   const float* values;
   int64_t m, r;
@@ -152,7 +155,7 @@ struct PackTokenFactor16Params {
 };
 
 struct Matmul16 {
-  int64_t decode_tokens;  // up to so many tokens `decode` is as fast, which does not fill tiles of 16
+  int64_t decode_tokens;  // up to this many tokens `decode` runs instead, because they fill too little of a tile of 16
   void (*pack_factor)(const PackFactor16Params&, int64_t begin, int64_t end);
   void (*forward_tokens)(const ForwardTokens16Params&, int64_t begin, int64_t end, float* scratch);
   int64_t (*forward_tokens_scratch)(const ForwardTokens16Params&);  // floats

@@ -1,4 +1,4 @@
-// Blockwise 4-bit quantization for one vector type: absmax, normalise, code, pack two codes a byte.
+// Blockwise 4-bit quantization for one vector type: finds absmax, normalises, finds codes, packs two codes per byte.
 #pragma once
 
 #include "cpu/kernel_table.h"
@@ -15,7 +15,7 @@ int64_t first_not_finite(const T* x, int64_t count) {
   return -1;
 }
 
-// A vector of values already divided by absmax -> one code a byte.
+// Converts a vector of normalised values to codes, one per byte.
 template <class V, QuantType kType>
 void encode(typename V::F x, uint8_t* codes) {
   if constexpr (kType == QuantType::kNf4) {
@@ -27,13 +27,13 @@ void encode(typename V::F x, uint8_t* codes) {
     for (int i = 0; i < V::kLanes; ++i) codes[i] = kFp4CodeOfRank[codes[i]] | (lanes[i] < 0.0f ? 8 : 0);
   } else {
     const auto steps = V::round_even(V::mul(x, V::set1(kInt4Steps)));
-    // max drops a nan in its first argument, so a nan becomes the lowest code on every ISA.
+    // max ignores a nan in its first argument, so a nan becomes the lowest code on every ISA.
     const auto clamped = V::min(V::max(steps, V::set1(-kInt4Zero)), V::set1(15 - kInt4Zero));
     V::store_bytes(V::add(clamped, V::set1(kInt4Zero)), codes);
   }
 }
 
-// Loads the block, padded with zeros to whole vectors, as float32.
+// Loads a block as float32, padded with zeros to whole vectors; returns the padded count.
 template <class V, class T>
 int64_t load_block(const T* x, int64_t count, float* out) {
   int64_t i = 0;
@@ -55,7 +55,7 @@ int64_t quantize_blocks(const QuantizeParams& p, int64_t begin, int64_t end) {
     const int64_t padded = load_block<V>(source, count, x);
 
     auto largest = V::zero();
-    auto probe = V::zero();  // x * 0 is nan for nan and inf, and survives the sum
+    auto probe = V::zero();  // x * 0 is nan if x is nan or inf, and a nan stays in the sum
     for (int64_t i = 0; i < padded; i += V::kLanes) {
       const auto v = V::load(x + i);
       largest = V::max(V::abs(v), largest);
@@ -67,7 +67,7 @@ int64_t quantize_blocks(const QuantizeParams& p, int64_t begin, int64_t end) {
 
     const float reciprocal = 1.0f / absmax;
     const bool reciprocal_is_finite = (bits_of(reciprocal) & 0x7F800000u) != 0x7F800000u;
-    if (!reciprocal_is_finite) {  // an all-zero block, or one of subnormals: divide instead
+    if (!reciprocal_is_finite) {  // absmax is zero or subnormal: divide instead of multiplying
       for (int64_t i = 0; i < padded; ++i) x[i] = absmax > 0.0f ? x[i] / absmax : 0.0f;
     }
     const auto factor = V::set1(reciprocal_is_finite ? reciprocal : 1.0f);
@@ -83,7 +83,7 @@ int64_t quantize_blocks(const QuantizeParams& p, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < padded; i += V::kLanes) encode<V, kType>(V::mul(V::load(x + i), factor), codes + i);
     const int64_t pairs = count / 2;
     for (int64_t i = 0; i < pairs; ++i) packed[i] = static_cast<uint8_t>(codes[2 * i] << 4 | codes[2 * i + 1]);
-    if (count % 2) packed[pairs] = static_cast<uint8_t>(codes[count - 1] << 4);  // the spare nibble is zero
+    if (count % 2) packed[pairs] = static_cast<uint8_t>(codes[count - 1] << 4);  // the unused nibble is zero
   }
   return -1;
 }

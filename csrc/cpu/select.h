@@ -1,4 +1,4 @@
-// Which kernel takes a shape: a pure function, so that it can be tested and explained without running anything.
+// Choice of the forward kernel for a shape: a pure function, so it can be tested and explained without running kernels.
 #pragma once
 
 #include "cpu/kernel_table.h"
@@ -7,7 +7,7 @@ namespace qlora::cpu {
 
 enum class ForwardKernel { kDecodeWords, kDecodeSpans, kTiles, kGemm };
 
-// `tiles`: how the instruction set multiplies tokens of this dtype on tiles, or null (KernelTable::tiles_for).
+// `tiles`: the tile kernels for tokens of this dtype, or null (KernelTable::tiles_for).
 constexpr ForwardKernel select_forward(int64_t m, int64_t k, const Matmul16* tiles) {
   if (tiles != nullptr && m > tiles->decode_tokens) return ForwardKernel::kTiles;
   if (m > kDecodeTokens) return ForwardKernel::kGemm;
@@ -21,7 +21,7 @@ constexpr const char* kernel_name(ForwardKernel kernel) {
                                                  : "gemm";
 }
 
-// Why not a faster one; empty if this is the fastest for the number of tokens.
+// Why no faster kernel runs; empty if this one is the fastest for the number of tokens.
 constexpr const char* why_not_faster(ForwardKernel kernel, DType dtype) {
   if (kernel == ForwardKernel::kDecodeSpans)
     return "in_features is not a multiple of 32, so rows do not start on a block boundary of words";

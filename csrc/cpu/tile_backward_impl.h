@@ -1,5 +1,5 @@
-// Many bfloat16 tokens backward: tokens are row tiles, two rows of W are paired in column tiles, results [tokens,
-// columns]; and the gradients of the low-rank factors. See tile_table.h.
+// Backward kernels on tiles for bfloat16 tokens: the gradient of x, and the gradients of the low-rank factors. Tokens
+// are row tiles, column tiles hold pairs of rows of W, and results are [tokens, columns]. See tile_table.h.
 #pragma once
 
 #include "cpu/tile_decode_impl.h"
@@ -7,7 +7,7 @@
 namespace qlora::cpu {
 namespace {
 
-constexpr int64_t kBackwardPanelChunks = 2;  // of 128 columns
+constexpr int64_t kBackwardPanelChunks = 2;  // chunks of 128 columns
 constexpr int64_t kChunkTiles = 8;           // column tiles of a chunk
 
 TokenBlocks backward_blocks(int64_t m) { return TokenBlocks(m, 32); }  // 512 tokens
@@ -23,8 +23,8 @@ int64_t backward_scratch(const Backward16Params& p) {
   return tiles * (kChunkSteps + all_low_rank_steps(p) + backward_blocks(p.m).tiles) * kTileFloats;
 }
 
-// Two rows of 128 columns as row `pair` of eight column tiles, `pitch` bytes apart. By nibble, tile 2s + h holds
-// columns 32 (c / 4) + 16 h + 4 (c % 4) + s; else tile t holds columns 16 t + c.
+// Stores two rows of 128 columns as row `pair` of eight column tiles, `pitch` bytes apart. Column c of tile 2s + h is
+// column 32 (c / 4) + 16 h + 4 (c % 4) + s of the chunk if by_nibble; else column c of tile t is column 16 t + c.
 QLORA_INLINE void store_pair(const __m512i (&even)[4], const __m512i (&odd)[4], bool by_nibble, uint8_t* out,
                              int64_t pitch) {
   for (int s = 0; s < 4; ++s) {
@@ -40,14 +40,14 @@ QLORA_INLINE void store_pair(const __m512i (&even)[4], const __m512i (&odd)[4], 
   }
 }
 
-// A step of the reduction (32 rows of W) for `count` chunks of columns.
+// Unpacks one step of the reduction (32 rows of W) for `count` chunks of columns.
 void decode_pairs(const Backward16Params& p, __m512 levels, int64_t step, int64_t chunk0, int64_t count, uint8_t* out,
                   int64_t pitch) {
   const PackedWeight& w = p.weight;
   const int64_t col0 = chunk0 * kChunk;
   for (int64_t pair = 0; pair < kTile; ++pair) {
     const int64_t row = step * kStep + 2 * pair;
-    if (p.by_nibble) {  // the rows of this place in the next step
+    if (p.by_nibble) {  // prefetch the rows of the same pair in the next step
       for (int64_t i = kStep; i < kStep + 2; ++i)
         prefetch(w.packed + (min_i64(row + i, w.n - 1) * w.k + col0) / 2, count * kChunk / 2);
     }
@@ -71,7 +71,7 @@ void decode_pairs(const Backward16Params& p, __m512 levels, int64_t step, int64_
   }
 }
 
-// lora_a as the low-rank steps of a chunk of columns.
+// Packs lora_a into the low-rank steps of a chunk of columns.
 void pack_low_rank_columns(const Backward16Params& p, int64_t chunk, uint8_t* out, int64_t pitch) {
   const int64_t ranks = tiles_of(p.r), col = chunk * kChunk, count = min_i64(kChunk, p.weight.k - col);
   for (int64_t t = 0; t < kChunkTiles; ++t)
@@ -93,7 +93,7 @@ void pack_low_rank_columns(const Backward16Params& p, int64_t chunk, uint8_t* ou
     }
 }
 
-// Results of 16 tokens and 128 columns: eight tiles, neighbours.
+// Stores the results of 16 tokens and 128 columns, held in eight adjacent tiles.
 void store_columns(const Backward16Params& p, const float* c, int64_t token0, int64_t chunk) {
   const int64_t k = p.weight.k, col = chunk * kChunk, tokens = min_i64(kTile, p.m - token0);
   auto* dx = static_cast<uint16_t*>(p.dx) + token0 * k + col;
@@ -111,7 +111,7 @@ void store_columns(const Backward16Params& p, const float* c, int64_t token0, in
                                   : _mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y));
           return _mm512_castpd_ps(v);
         };
-        // In 128-bit lane l of r[i]: columns 32 l + 16 h + 4 i … + 3.
+        // 128-bit lane l of r<i> holds columns 32 l + 16 h + 4 i … + 3.
         const __m512 r0 = join(ab_low, de_low, false), r1 = join(ab_low, de_low, true);
         const __m512 r2 = join(ab_high, de_high, false), r3 = join(ab_high, de_high, true);
         const __m512 r01_even = _mm512_shuffle_f32x4(r0, r1, 0x88), r01_odd = _mm512_shuffle_f32x4(r0, r1, 0xDD);
@@ -196,7 +196,7 @@ void factor_grad(const FactorGrad16Params& p, int64_t begin, int64_t end, float*
   const TileScope scope;
   constexpr int64_t kCols = kGradFeatures / kTile;
   const int64_t steps = ceil_div(p.m, kStep), ranks = tiles_of(p.r);
-  auto* cols = reinterpret_cast<uint8_t*>(scratch);  // [kCols] tiles, one step
+  auto* cols = reinterpret_cast<uint8_t*>(scratch);  // [kCols] tiles of one step
   float* results = scratch + kCols * kTileFloats;    // [ranks][kCols] tiles
   const auto* matrix = static_cast<const uint16_t*>(p.matrix);
   for (int64_t item = begin; item < end; ++item) {

@@ -1,4 +1,4 @@
-// Panels of W as tiles of bfloat16, and how the products on them are blocked. See tile_table.h.
+// Unpacks W into tiles of bfloat16, and defines the block sizes of the products on tiles. See tile_table.h.
 #pragma once
 
 #include <cstring>
@@ -10,29 +10,29 @@
 namespace qlora::cpu {
 namespace {
 
-// Blocks for a core with 48 KiB of L1 and 2 MiB of L2. A chunk of the reduction is 256 elements: two tiles of rows and
-// two of columns then share L1; 512 took 1.2 times as long at m = 512, because each evicted the other
-// (docs/performance.md).
+// Block sizes for a core with 48 KiB of L1 and 2 MiB of L2. With a chunk of 256 elements of the reduction, two tiles of
+// rows and two of columns fit into L1 together. 512 elements took 1.2 times as long at m = 512, because rows and
+// columns evicted each other (docs/performance.md).
 constexpr int64_t kChunkSteps = 8;
-constexpr int64_t kFewItems = 8;  // narrower panels below that, for all threads to have some
+constexpr int64_t kFewItems = 8;  // with fewer items than this, panels get narrower so that every thread has work
 
-// Blocks of tokens, as equal as pairs of tiles can be: threads share the items out by their number.
+// Blocks of tokens in pairs of tiles, as equal as possible, because threads receive equal numbers of items.
 struct TokenBlocks {
-  int64_t count, tiles;  // tiles: of a block, but for the last one
+  int64_t count, tiles;  // tiles: tiles of a block; the last block may have fewer
   TokenBlocks(int64_t m, int64_t most_tiles) {
     count = ceil_div(tiles_of(m), most_tiles);
     tiles = count > 0 ? ceil_div(tiles_of(m), 2 * count) * 2 : 0;
   }
 };
 
-// 128 weights of a row, of which the first 64 may be all that are left: out[s] holds weights 4i + s. A table of the 16
-// levels times the scale, rounded to bfloat16, for each half of the chunk; the rest is moving nibbles.
+// Unpacks 128 weights of a row, or only the first 64 if not `whole`: out[s] holds weights 4i + s. Each half of the
+// chunk has a table of the 16 levels times its scale, rounded to bfloat16, so no weight needs its own product.
 QLORA_INLINE void decode_chunk(const uint8_t* packed, bool whole, __m512 levels, float first_scale, float second_scale,
                                __m512i (&out)[4]) {
   const __m512i words = whole ? _mm512_loadu_si512(packed) : _mm512_maskz_loadu_epi64(0x0F, packed);
   const __m512i table =
       round16(_mm512_mul_ps(levels, _mm512_set1_ps(first_scale)), _mm512_mul_ps(levels, _mm512_set1_ps(second_scale)));
-  // vpermw reads five bits: four of a nibble, and the half of the table, which is the half of the vector.
+  // vpermw reads five index bits: the four bits of the nibble, and one that selects the table of this half.
   const __m512i nibbles = _mm512_set1_epi8(0x0F);
   const __m512i half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi8(0x10), 1);
   constexpr int kAndOr = 0xEA;  // (a & b) | c
@@ -44,7 +44,7 @@ QLORA_INLINE void decode_chunk(const uint8_t* packed, bool whole, __m512 levels,
   out[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(low, 8), table);
 }
 
-// Any weight: the elements of a row from `col` on, in the natural order, zeros behind the row's end.
+// Unpacks 128 elements of a row of any weight from `col` on, in natural order, with zeros beyond the end of the row.
 void decode_natural(const PackedWeight& w, __m512 table, int64_t row, int64_t col, __m512i (&out)[4]) {
   alignas(64) bf16 buffer[kChunk];
   std::memset(buffer, 0, sizeof buffer);
@@ -56,7 +56,7 @@ void prefetch(const uint8_t* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T0);
 }
 
-// Low-rank steps of all adapters together.
+// Number of low-rank steps of all adapters.
 template <class Params>
 int64_t all_low_rank_steps(const Params& p) {
   return p.adapters.count * low_rank_steps(p.r, p.lora_dtype);

@@ -1,5 +1,5 @@
-// Many bfloat16 tokens forward: rows of W are row tiles, decoded and used at once, results [rows, tokens]; the low-rank
-// term is a few more steps of the same sums. See tile_table.h.
+// Forward kernel on tiles for many bfloat16 tokens. Rows of W are unpacked into row tiles and used immediately; results
+// are [rows, tokens]. The low-rank term adds a few steps to the same sums. See tile_table.h.
 #pragma once
 
 #include "cpu/tile_rows_impl.h"
@@ -7,13 +7,13 @@
 namespace qlora::cpu {
 namespace {
 
-// 256 tokens: their chunk, 128 KiB, and the results of a panel, 256 KiB, stay in L2.
+// For 256 tokens, one chunk of the tokens (128 KiB) and the results of a panel (256 KiB) stay in L2.
 constexpr int64_t kForwardTokenTiles = 16, kForwardPanelTiles = 8, kForwardTallTiles = 16;
 constexpr int64_t kRowsAtOnce = 4;
 
 TokenBlocks forward_blocks(int64_t m) { return TokenBlocks(m, kForwardTokenTiles); }
 
-// Every panel reads all tokens again, from the last-level cache if they are many: fewer, taller panels for those.
+// Every panel reads all tokens again. Many tokens come from the last-level cache, so they get fewer, taller panels.
 int64_t forward_panel_tiles(const Forward16Params& p) {
   const int64_t most = forward_blocks(p.m).tiles == kForwardTokenTiles ? kForwardTallTiles : kForwardPanelTiles;
   const int64_t wanted = ceil_div(ceil_div(tiles_of(p.weight.n), kFewItems), 2) * 2;
@@ -49,14 +49,14 @@ void forward(const Forward16Params& p, int64_t begin, int64_t end, float* scratc
     decoder.start(row0, rows);
 
     int64_t s0 = 0;
-    do {  // once without a reduction: the bias and the low-rank term
+    do {  // runs once even if there are no steps, for the bias and the low-rank term
       const int64_t now = min_i64(kChunkSteps, steps - s0);
       const bool is_last = s0 + now == steps;
       const int64_t sum_steps = now + (is_last ? extra : 0);
-      for (int64_t i = 0; i < tiles; i += 2) {  // two tiles of rows: decoded into L1, then multiplied with all tokens
+      for (int64_t i = 0; i < tiles; i += 2) {  // unpacks two tiles of rows into L1, then multiplies all tokens
         const int64_t is = min_i64(2, tiles - i);
-        // A few rows at a time, and between them the same rows' next stretch, or that of the next panel. (The whole
-        // next panel, fetched in the order of memory, would push the tokens out of L2 where k is large.)
+        // Unpacks a few rows, then prefetches their next chunk, or in the last chunk the same rows of the next panel.
+        // (Prefetching the whole next panel in memory order would evict the tokens from L2 if k is large.)
         for (int64_t row = i * kTile; row < (i + is) * kTile; row += kRowsAtOnce) {
           decoder.decode(row, row + kRowsAtOnce, s0, now, panel + (row / kTile - i) * panel_pitch, panel_pitch);
           for (int64_t r = row0 + row; r < row0 + min_i64(row + kRowsAtOnce, rows); ++r) {

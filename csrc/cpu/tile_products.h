@@ -1,9 +1,9 @@
-// The product of tiles, by the instructions that the translation unit is compiled for. Each of its two forms defines
-//   TileScope: lives while tiles are multiplied, and
+// Multiplies tiles with the instructions that the translation unit is compiled for. Both implementations define
+//   TileScope: must exist while tiles are multiplied, and
 //   multiply<kRows, kCols>(rows, row_pitch, cols, col_pitch, steps, first, c, c_pitch):
-//     c[i][j] (+)= sum over steps of row tile i times column tile j, for up to 2 x 2 tiles of results; `first` sets c.
-//     Tiles of one row or column follow each other; pitches are the bytes from one row (column) of tiles to the next.
-//     c: [kRows][c_pitch / 256] tiles of float32, neighbours in j.
+//     c[i][j] += sum over steps of row tile i times column tile j, for up to 2 x 2 tiles of results, or = if `first`.
+//     The steps of a row or column tile are adjacent; a pitch is the bytes from one row (column) of tiles to the next.
+//     c: [kRows][c_pitch / 256] tiles of float32, adjacent in j.
 #pragma once
 
 #if defined(__AMX_BF16__)

@@ -1,4 +1,4 @@
-// The product of tiles by AMX: configuration of its registers, and four results at a time. See tile_products.h.
+// Multiplies tiles with AMX: configures its registers and computes up to four tiles of results. See tile_products.h.
 #pragma once
 
 #include <immintrin.h>
@@ -8,8 +8,8 @@
 namespace qlora::cpu {
 namespace {
 
-// Eight tiles of 16 rows of 64 bytes while it lives. The configuration belongs to the thread; other libraries set
-// their own.
+// Configures eight tiles of 16 rows of 64 bytes for its lifetime. The configuration belongs to the thread and is not
+// kept longer, because other libraries set their own.
 class TileScope {
  public:
   TileScope() {
@@ -19,7 +19,7 @@ class TileScope {
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     };
     const Config config;
-    asm volatile("" ::"m"(config) : "memory");  // GCC 12 believes that only eight bytes of it are read
+    asm volatile("" ::"m"(config) : "memory");  // GCC 12 assumes that _tile_loadconfig reads only eight bytes
     _tile_loadconfig(&config);
   }
   ~TileScope() { _tile_release(); }
@@ -27,7 +27,7 @@ class TileScope {
   TileScope& operator=(const TileScope&) = delete;
 };
 
-// See tile_products.h.
+// Documented in tile_products.h.
 template <int kRows, int kCols>
 QLORA_INLINE void multiply(const uint8_t* rows, int64_t row_pitch, const uint8_t* cols, int64_t col_pitch,
                            int64_t steps, bool first, float* c, int64_t c_pitch) {

@@ -1,4 +1,4 @@
-// The product of tiles by vectors of AVX512-BF16: vdpbf16ps adds two products to each of 16 sums. See tile_products.h.
+// Multiplies tiles with AVX512-BF16: vdpbf16ps adds two products to each of 16 sums. See tile_products.h.
 #pragma once
 
 #include <immintrin.h>
@@ -10,13 +10,14 @@
 namespace qlora::cpu {
 namespace {
 
-// Vectors have no state of their own to set up.
+// Empty: vector registers need no configuration.
 struct TileScope {
   TileScope() {}
 };
 
-// Rows [row, row + kHeight) of a row tile with kCols column tiles: kHeight * kCols sums stay in registers for all
-// steps. A word of a row, two elements, is spread over the lanes and meets the two rows of 16 columns of its pair.
+// Multiplies kHeight rows of a row tile with kCols column tiles; kHeight * kCols vectors of sums stay in registers for
+// all steps. Each word of a row holds two elements of the reduction; it is broadcast to all lanes and multiplied with
+// the matching pair of elements of 16 columns.
 template <int kHeight, int kCols>
 QLORA_INLINE void multiply_strip(const uint8_t* rows, const uint8_t* cols, int64_t col_pitch, int64_t steps, bool first,
                                  float* c) {
@@ -47,8 +48,8 @@ QLORA_INLINE void multiply_strip(const uint8_t* rows, const uint8_t* cols, int64
     for (int j = 0; j < kCols; ++j) _mm512_storeu_ps(c + j * 256 + i * 16, sum[i][j]);
 }
 
-// See tile_products.h. 16 sums at a time: eight rows of two tiles, or all of one; more hide the latency of four to six
-// cycles no better, and 32 registers hold no 32.
+// Documented in tile_products.h. It keeps 16 vectors of sums: eight rows of two column tiles, or 16 rows of one. More
+// would not hide the latency of four to six cycles better, and 32 would not fit into the 32 registers.
 template <int kRows, int kCols>
 QLORA_INLINE void multiply(const uint8_t* rows, int64_t row_pitch, const uint8_t* cols, int64_t col_pitch,
                            int64_t steps, bool first, float* c, int64_t c_pitch) {

@@ -1,5 +1,5 @@
-// Rows of W as row tiles for the forward products, the low-rank steps beside them, and their results as rows of y.
-// See tile_table.h.
+// Parts shared by the forward products on tiles: unpacks rows of W into row tiles, packs lora_b into low-rank steps,
+// and stores results to y. See tile_table.h.
 #pragma once
 
 #include "cpu/tile_decode_impl.h"
@@ -7,16 +7,16 @@
 namespace qlora::cpu {
 namespace {
 
-// Scales of 64 weights each for a row of a panel; one more for an odd half chunk, and what decode_row_scales writes
-// behind.
+// Number of scales stored for a row of a panel: one per 64 weights, rounded up to whole chunks of 128 weights.
 int64_t row_segments(const PackedWeight& w) { return ceil_div(w.k, kChunk) * 2; }
 
-// Rows of one segment after the other; row_scales is room for one row in blocks.
+// Writes the scales of each row, one per segment of 64 weights. `row_scales` is scratch for one row's block scales.
 void decode_segments(const PackedWeight& w, int64_t row0, int64_t rows, float* row_scales, float* segments) {
   const int64_t count = row_segments(w), used = w.k / 64;
   for (int64_t i = 0; i < rows; ++i, segments += count) {
     if (w.block_shift == 6) {
-      // A block is a segment; what is written behind the last one is the next row's, or row_scales.
+      // Each block is one segment. decode_row_scales also writes zeros beyond the row: into the next row's scales,
+      // which are written later, or into row_scales.
       decode_row_scales<VecAvx512>(w, row0 + i, segments);
     } else {
       decode_row_scales<VecAvx512>(w, row0 + i, row_scales);
@@ -28,12 +28,12 @@ void decode_segments(const PackedWeight& w, int64_t row0, int64_t rows, float* r
   }
 }
 
-// Floats that RowDecoder needs for so many rows.
+// Floats of scratch that RowDecoder needs for `rows` rows.
 int64_t row_scales_scratch(const PackedWeight& w, int64_t rows) {
   return ceil_div(rows * row_segments(w) + row_scales_floats<VecAvx512>(w.k), 16) * 16;
 }
 
-// Decodes stretches of the rows of a panel, whose scales it keeps.
+// Unpacks parts of the rows of a panel; start() prepares the scales of the panel.
 class RowDecoder {
  public:
   RowDecoder(const Forward16Params& p, int64_t most_rows, float* scratch)
@@ -50,8 +50,8 @@ class RowDecoder {
     if (by_nibble_) decode_segments(w_, row0, rows, row_scales_, scales_);
   }
 
-  // Steps [s0, s0 + now) of rows [begin, end) of the panel as row tiles: `out` is the one with row `begin`, `pitch`
-  // bytes later comes the next tile of rows. Zeros behind the last row.
+  // Unpacks steps [s0, s0 + now) of rows [begin, end) of the panel into row tiles. `out` is the tile that contains row
+  // `begin`; the next tile of rows is `pitch` bytes later. Rows beyond the last one are zero.
   void decode(int64_t begin, int64_t end, int64_t s0, int64_t now, uint8_t* out, int64_t pitch) const {
     if (by_nibble_ && end <= rows_ && (s0 + now) * kStep <= w_.k) return decode_whole(begin, end, s0, now, out, pitch);
     for (int64_t i = begin; i < end; ++i) {
@@ -65,7 +65,7 @@ class RowDecoder {
   }
 
  private:
-  // What nearly all rows take: no condition inside the loop, its constants in registers.
+  // The path of nearly all rows: the loop has no conditions and keeps its constants in registers.
   void decode_whole(int64_t begin, int64_t end, int64_t s0, int64_t now, uint8_t* out, int64_t pitch) const {
     const __m512 levels = levels_;
     const uint8_t* packed = w_.packed + ((row0_ + begin) * w_.k + s0 * kStep) / 2;
@@ -94,7 +94,7 @@ class RowDecoder {
   __m512 levels_;
 };
 
-// Row `row` of lora_b as the elements that meet the low-rank steps of the tokens.
+// Packs row `row` of lora_b into low-rank steps, which are multiplied with those of the tokens.
 void pack_low_rank_row(const Forward16Params& p, int64_t row, uint8_t* out) {
   const int64_t ranks = tiles_of(p.r), extra = low_rank_steps(p.r, p.lora_dtype);
   for (int64_t s = 0; s < p.adapters.count * extra; ++s)
@@ -113,7 +113,7 @@ void pack_low_rank_row(const Forward16Params& p, int64_t row, uint8_t* out) {
     }
 }
 
-// Results of up to 32 rows and 16 tokens, transposed, with bias, rounded.
+// Stores the results of up to 32 rows and 16 tokens: transposes them, adds the bias and rounds.
 void store_transposed(const Forward16Params& p, const float* c, int64_t c_pitch, int64_t row0, int64_t token0) {
   __m512i low[16], high[16];
   const int64_t rows = p.weight.n - row0, tokens = min_i64(kTile, p.m - token0);

@@ -1,4 +1,4 @@
-// Puts the kernels on tiles of bfloat16 into a table; included once by isa_amx.cpp and by isa_avx512bf16.cpp.
+// Fills a table with the kernels on tiles of bfloat16; included once each by isa_amx.cpp and isa_avx512bf16.cpp.
 #pragma once
 
 #include "cpu/make_table.h"

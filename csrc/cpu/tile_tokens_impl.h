@@ -1,4 +1,4 @@
-// Tokens and low-rank factors as tiles, and the down projections on the way. See tile_table.h.
+// Packs tokens and low-rank factors into tiles, and computes the down projections of the tokens. See tile_table.h.
 #pragma once
 
 #include <cstring>
@@ -9,7 +9,7 @@
 namespace qlora::cpu {
 namespace {
 
-// 128 elements in the order in which decoded weights come (tile_decode_impl.h): out[s] holds elements 4i + s.
+// Reorders 128 elements to the nibble order of unpacked weights (tile_decode_impl.h): out[s] holds elements 4i + s.
 QLORA_INLINE void nibble_order(const __m512i (&natural)[4], __m512i (&out)[4]) {
   __m512i index = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 60, 56, 52, 48, 44, 40, 36, 32, 28,
                                    24, 20, 16, 12, 8, 4, 0);
@@ -20,7 +20,7 @@ QLORA_INLINE void nibble_order(const __m512i (&natural)[4], __m512i (&out)[4]) {
   }
 }
 
-// `count` elements of a row from `at` on, at most 128, as high and low halves, zeros behind them.
+// Loads `count` elements of a row, at most 128, from `at` on, as high and low halves; the rest of the 128 are zero.
 QLORA_INLINE void load_chunk(const void* data, DType dtype, int64_t at, int64_t count, bool by_nibble,
                              __m512i (&high)[4], __m512i (&low)[4]) {
   __m512i h[4], l[4];
@@ -39,7 +39,7 @@ QLORA_INLINE void load_chunk(const void* data, DType dtype, int64_t at, int64_t 
   }
 }
 
-// Two rows of ranks as the words of a column tile's row.
+// Interleaves two rows of 16 ranks into the words of one row of a column tile.
 QLORA_INLINE __m512i pair_halves(__m256i even, __m256i odd) {
   return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
 }
@@ -50,7 +50,7 @@ void pack_factor_of(const PackFactor16Params& p, const Factor16& f, uint8_t* pac
     for (int64_t q = 0; q < tiles_of(f.r); ++q) {
       uint8_t* out = packed + (q * splits * steps + chunk * 4) * kTileBytes;
       const int64_t ranks = min_i64(kTile, f.r - q * kTile), first = chunk * kChunk;
-      if (f.rank_stride == 1) {  // column tiles of a matrix whose rows are features
+      if (f.rank_stride == 1) {  // the matrix is [features, ranks]: column tiles need no transpose
         for (int64_t pair = 0; pair < kChunk / 2; ++pair) {
           __m256i high[2], low[2];
           for (int i = 0; i < 2; ++i) {
@@ -90,7 +90,7 @@ void pack_factor(const PackFactor16Params& p, int64_t begin, int64_t end) {
   }
 }
 
-// 16 tokens from `first` on of x [m, k] as column tiles.
+// Packs 16 tokens of x [m, k] from `first` on into column tiles.
 void pack_columns(const uint16_t* x, int64_t m, int64_t k, int64_t first, bool by_nibble, uint8_t* out) {
   const __m512i lanes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
   const int64_t tokens = min_i64(kTile, m - first);
@@ -104,14 +104,14 @@ void pack_columns(const uint16_t* x, int64_t m, int64_t k, int64_t first, bool b
       }
       transpose(rows);
       for (int i = 0; i < 16; ++i) {
-        // By nibble: word i holds step i % 4 of elements 8j … 8j + 7, j = 4q + i / 4.
+        // If by_nibble, word i belongs to step i % 4 and holds elements of 8j … 8j + 7, where j = 4q + i / 4.
         const int step = by_nibble ? i % 4 : q, row = by_nibble ? 4 * q + i / 4 : i;
         _mm512_storeu_si512(out + (c * 4 + step) * kTileBytes + row * 64, rows[i]);
       }
     }
 }
 
-// The same as row tiles, in the natural order.
+// Packs 16 tokens into row tiles, in natural order.
 void pack_rows(const uint16_t* x, int64_t m, int64_t k, int64_t first, uint8_t* out) {
   const int64_t tokens = min_i64(kTile, m - first);
   for (int64_t t = 0; t < kTile; ++t)
@@ -124,7 +124,7 @@ int64_t token_pitch(int64_t features, const Factor16& factor, const Adapters16& 
   return token_steps(features, adapters.count * low_rank_steps(factor.r, factor.dtype)) * kTileBytes;
 }
 
-// Which of 16 tokens have an adapter.
+// Mask of the tokens, of 16 from `first` on, that use adapter i of those in use.
 __mmask16 tokens_with(const Adapters16& adapters, int64_t i, int64_t first, int64_t m) {
   if (adapters.adapter_of_token == nullptr) return 0xFFFF;
   unsigned mask = 0;

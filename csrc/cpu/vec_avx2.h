@@ -1,4 +1,4 @@
-// Eight float lanes of AVX2 + FMA + F16C; the same interface as vec_scalar.h, which documents it.
+// Eight float lanes of AVX2 + FMA + F16C. vec_scalar.h documents the interface.
 #pragma once
 
 #include <immintrin.h>
@@ -12,7 +12,7 @@ namespace {
 struct VecAvx2 {
   static constexpr const char* kIsa = "avx2";
   static constexpr int kLanes = 8;
-  static constexpr int kTileRows = 4;  // 4 x 3 accumulators + 3 columns + 1 broadcast = the 16 registers
+  static constexpr int kTileRows = 4;  // 4 x 3 accumulators + 3 columns + 1 broadcast use all 16 registers
   static constexpr int kTileVecs = 3;
   static constexpr bool kHasTables16 = false, kHasCells = false;  // see vec_avx512.h
 
@@ -69,7 +69,7 @@ struct VecAvx2 {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     return _mm256_maskload_epi32(reinterpret_cast<const int*>(p), _mm256_cmpgt_epi32(_mm256_set1_epi32(words), lane));
   }
-  // vpermps reads 3 index bits; bit 3 of the code, moved to the sign, blends between the two halves.
+  // vpermps reads 3 index bits. Bit 3 of the code, shifted to the sign bit, selects between the two halves.
   QLORA_INLINE F select(Table t, I index, I bit3_in_sign) {
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.low, index), _mm256_permutevar8x32_ps(t.high, index),
                             _mm256_castsi256_ps(bit3_in_sign));
@@ -103,7 +103,7 @@ struct VecAvx2 {
   }
   QLORA_INLINE void count_above(F x, const float* thresholds, int count, uint8_t* out) {
     __m256i rank = _mm256_setzero_si256();
-    for (int t = 0; t < count; ++t)  // a true comparison is -1
+    for (int t = 0; t < count; ++t)  // a true comparison yields -1
       rank = _mm256_sub_epi32(rank,
                               _mm256_castps_si256(_mm256_cmp_ps(x, _mm256_broadcast_ss(thresholds + t), _CMP_GT_OQ)));
     store_low_bytes(rank, out);

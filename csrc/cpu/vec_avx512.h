@@ -1,4 +1,4 @@
-// Sixteen float lanes of AVX-512 (F, BW, DQ, VL); the same interface as vec_scalar.h, which documents it.
+// Sixteen float lanes of AVX-512 (F, BW, DQ, VL). vec_scalar.h documents the interface.
 #pragma once
 
 #include <immintrin.h>
@@ -13,7 +13,7 @@ namespace {
 struct VecAvx512 {
   static constexpr const char* kIsa = "avx512";
   static constexpr int kLanes = 16;
-  static constexpr int kTileRows = 8;  // 8 x 3 accumulators + 3 columns of the 32 registers
+  static constexpr int kTileRows = 8;  // 8 x 3 accumulators + 3 columns use 27 of the 32 registers
   static constexpr int kTileVecs = 3;
 
   using F = __m512;
@@ -31,7 +31,7 @@ struct VecAvx512 {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
   QLORA_INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
-  // In integers rather than vcvtneps2bf16, which flushes subnormals and so differs from the other ISAs.
+  // Uses integer operations: vcvtneps2bf16 flushes subnormals, so its results would differ from the other ISAs.
   QLORA_INLINE void store(bf16* p, F x) {
     const __m512i u = _mm512_castps_si512(x);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
@@ -72,8 +72,8 @@ struct VecAvx512 {
         _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);  // element i is nibble i ^ 1
     return _mm512_permutexvar_ps(_mm512_srlv_epi32(word, shift), t);
   }
-  // The 16 levels times a scale, rounded once to T, in both halves: what decode_table() reads. There are only 16
-  // weights to a block, so each needs no product of its own.
+  // The table for decode_table(): the 16 levels times a scale, rounded once to T, in both halves of the vector. A block
+  // has only 16 distinct weights, so they are multiplied once per table, not once per weight.
   static constexpr bool kHasTables16 = true;
   template <class T>
   QLORA_INLINE I scaled_table(Table levels, F scale) {
@@ -81,7 +81,7 @@ struct VecAvx512 {
     store(rounded, mul(levels, scale));
     return _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(rounded)));
   }
-  // 32 consecutive weights from a byte boundary, in order.
+  // Unpacks 32 consecutive weights, in order, from a byte boundary.
   QLORA_INLINE void decode_table(I table, const uint8_t* p, void* out) {
     const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     const __m512i both =
@@ -94,8 +94,8 @@ struct VecAvx512 {
     return _mm512_srl_epi32(_mm512_add_epi32(_mm512_set1_epi32(first), word), _mm_cvtsi32_si128(shift));
   }
   QLORA_INLINE F expand_scales(const float* s, I index) { return _mm512_permutexvar_ps(index, _mm512_loadu_ps(s)); }
-  // 256 entries in sixteen registers' worth of L1: 8 two-register permutes and 7 blends for 16 codes, where a gather
-  // takes about 50 cycles on Zen.
+  // Looks up 16 codes in a table of 256 floats with 8 two-register permutes and 7 blends; the table stays in L1. A
+  // gather takes about 50 cycles on Zen.
   QLORA_INLINE F lookup_256(const float* map, I index) {
     const __mmask16 bit5 = _mm512_test_epi32_mask(index, _mm512_set1_epi32(32));
     const __mmask16 bit6 = _mm512_test_epi32_mask(index, _mm512_set1_epi32(64));
@@ -114,7 +114,7 @@ struct VecAvx512 {
   QLORA_INLINE void store_low_bytes(I x, uint8_t* out) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(x));
   }
-  // NF4 codes (format/nf4_cells.h): the cell of a value by one sum, its threshold and its first code by two lookups.
+  // NF4 codes (format/nf4_cells.h): a fused multiply-add finds the cell, two lookups its threshold and its first code.
   static constexpr bool kHasCells = true;
   QLORA_INLINE I nf4_codes(F x) {
     const Nf4CellTable& t = kNf4CellTable;
@@ -125,7 +125,7 @@ struct VecAvx512 {
     const __mmask16 above = _mm512_cmp_ps_mask(x, threshold, _CMP_GT_OQ);
     return _mm512_mask_add_epi32(code, above, code, _mm512_set1_epi32(1));
   }
-  // 32 codes, x first, two to a byte: 16 bytes.
+  // Packs 32 codes, those of x first, into 16 bytes.
   QLORA_INLINE void pack_codes(I x, I y, uint8_t* out) {
     const __m512i even =
         _mm512_permutex2var_epi32(x, _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30), y);

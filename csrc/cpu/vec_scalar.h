@@ -1,4 +1,4 @@
-// Eight float lanes in plain C++: the vector type of machines without AVX2, and the form in which to read the kernels.
+// Eight float lanes in plain C++: the vector type for machines without AVX2, and the reference for the other types.
 #pragma once
 
 #include <cmath>
@@ -12,7 +12,7 @@ namespace {
 struct VecScalar {
   static constexpr const char* kIsa = "scalar";
   static constexpr int kLanes = 8;
-  static constexpr int kTileRows = 4;  // accumulators of the gemm tile: kTileRows x kTileVecs vectors
+  static constexpr int kTileRows = 4;  // the gemm tile has kTileRows x kTileVecs vectors of accumulators
   static constexpr int kTileVecs = 1;
   static constexpr bool kHasTables16 = false, kHasCells = false;  // see vec_avx512.h
 
@@ -53,14 +53,14 @@ struct VecScalar {
   static F mul(F a, F b) {
     return make([&](int i) { return a.v[i] * b.v[i]; });
   }
-  // a * b + c; without FMA hardware the product is rounded: a call to fma() would cost a hundred times more.
+  // a * b + c with a rounded product: without FMA hardware, std::fma would take a hundred times as long.
   static F fma(F a, F b, F c) {
     return make([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
   }
   static F abs(F a) {
     return make([&](int i) { return std::fabs(a.v[i]); });
   }
-  // a > b ? a : b: a nan in `a` is dropped, as by the max instruction.
+  // a > b ? a : b ignores a nan in `a`, like the max instruction.
   static F max(F a, F b) {
     return make([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
   }
@@ -70,7 +70,7 @@ struct VecScalar {
   static F round_even(F a) {
     return make([&](int i) { return std::nearbyintf(a.v[i]); });
   }
-  // Fixed tree: halves, quarters, pairs.
+  // Sums in a fixed tree: halves, quarters, pairs.
   static float reduce_add(F a) {
     return ((a.v[0] + a.v[4]) + (a.v[2] + a.v[6])) + ((a.v[1] + a.v[5]) + (a.v[3] + a.v[7]));
   }
@@ -81,22 +81,22 @@ struct VecScalar {
   }
 
   static Table table(const float* levels) { return {levels}; }
-  // `words` 32-bit words of packed bytes, zero beyond.
+  // Loads `words` 32-bit words of packed bytes; the other lanes are zero.
   static I load_words(const uint8_t* p, int words) {
     I out{};
     std::memcpy(out.v, p, static_cast<size_t>(words) * 4);
     return out;
   }
-  // The level of nibble j (bits 4j … 4j+3) of every word.
+  // The level of nibble kNibble (bits 4 kNibble … 4 kNibble + 3) of every word.
   template <int kNibble>
   static F lookup(Table t, I words) {
     return make([&](int i) { return t.levels[(words.v[i] >> (4 * kNibble)) & 0xF]; });
   }
-  // kLanes consecutive weights from a byte boundary, in order.
+  // Unpacks kLanes consecutive weights, in order, from a byte boundary.
   static F decode_run(Table t, const uint8_t* p) {
     return make([&](int i) { return t.levels[nibble_at(p, i)]; });
   }
-  // Which scale each word has: word i lies in segment first + i / 4 of 32 weights, 2^shift segments share a scale.
+  // The index of each word's scale: word i lies in segment first + i / 4 of 32 weights; 2^shift segments share a scale.
   static I scale_index(int first, int shift) {
     I out;
     for (int i = 0; i < kLanes; ++i) out.v[i] = static_cast<uint32_t>(first + i / 4) >> shift;
@@ -105,14 +105,14 @@ struct VecScalar {
   static F expand_scales(const float* s, I index) {
     return make([&](int i) { return s[index.v[i]]; });
   }
-  // map[code] * nested + offset, two roundings.
+  // map[code] * nested + offset, each operation rounded.
   static F decode_scales(const uint8_t* codes, const float* map, F nested, F offset) {
     return make([&](int i) {
       const float product = map[codes[i]] * nested.v[i];
       return product + offset.v[i];
     });
   }
-  // How many thresholds lie strictly below each lane, as bytes.
+  // Counts the thresholds strictly below each lane; one byte per lane.
   static void count_above(F x, const float* thresholds, int count, uint8_t* out) {
     for (int i = 0; i < kLanes; ++i) {
       int rank = 0;
