@@ -1,4 +1,4 @@
-// The Python module qlora._C: what the format and the machine are, without torch.
+// The Python module qlora._C: format constants, CPU features, kernel selection and build information, without torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -66,7 +66,7 @@ py::tuple explain_forward(int64_t m, int64_t k, const std::string& dtype) {
                         qlora::cpu::kernel_name(gradients));
 }
 
-// What select.h decides for one product on one GPU, as the keys of a dictionary.
+// The decisions of select.h for one product on one GPU, as a dictionary.
 py::dict cuda_select(int64_t m, int64_t n, int64_t k, const std::string& dtype, int64_t block_size, int arch,
                      int sm_count, int shared_bytes_per_block, std::optional<bool> has_wgmma) {
   using namespace qlora::cuda;
@@ -145,7 +145,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("DECODE_TOKENS") = qlora::cpu::kDecodeTokens;
   m.attr("GPU_PANEL_BYTES") = qlora::cuda::GpuInfo{}.panel_bytes;
 #ifdef QLORA_CUDA_ARCHS
-  m.attr("CUDA_ARCHS") = py::make_tuple(QLORA_CUDA_ARCHS);  // ascending; of the last one there is PTX too
+  m.attr("CUDA_ARCHS") = py::make_tuple(QLORA_CUDA_ARCHS);  // ascending; the build includes PTX of the last one
 #else
   m.attr("CUDA_ARCHS") = py::tuple();  // this build has no CUDA operators
 #endif

@@ -1,4 +1,4 @@
-// The arguments of the optimizer's steps, checked once for every device.
+// Checks of the arguments of optimizer steps, shared by all devices.
 #pragma once
 
 #include <initializer_list>
@@ -25,7 +25,7 @@ inline AdamWStep check_hyperparameters(const Hyperparameters& h) {
   return make_adamw_step(h.lr, h.beta1, h.beta2, h.eps, h.weight_decay, h.step);
 }
 
-// The arguments of several updates, one of each for every parameter.
+// Checks that every list has one entry per parameter.
 inline void check_lists(const std::vector<Tensor>& params, const std::vector<int64_t>& steps,
                         std::initializer_list<const std::vector<Tensor>*> others) {
   bool agree = steps.size() == params.size();
@@ -33,7 +33,7 @@ inline void check_lists(const std::vector<Tensor>& params, const std::vector<int
   STD_TORCH_CHECK(agree, "there are ", params.size(), " parameters: every list must have as many tensors, and steps");
 }
 
-// A tensor that is updated in place, or read beside one: a copy would be lost.
+// Checks a tensor that is updated in place; it must be contiguous, because updates of a copy would be lost.
 inline void check_flat(const Tensor& t, const char* name, int64_t numel, const Tensor& param) {
   check_same_device(t, name, param, "param");
   STD_TORCH_CHECK(t.is_contiguous(), name, " is not contiguous: it is updated where it lies");
@@ -55,7 +55,7 @@ inline AdamWParams check_param(const Tensor& param, const Tensor& grad, const Hy
   return p;
 }
 
-// `grad` has to be contiguous, and to live as long as the result.
+// `grad` must be contiguous and must live as long as the result, which points into it.
 inline AdamWParams check_adamw(const Tensor& param, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
                                const Hyperparameters& h) {
   AdamWParams p = check_param(param, grad, h);

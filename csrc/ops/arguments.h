@@ -1,4 +1,4 @@
-// The arguments of forward and backward, checked once for every device: contiguous matrices that agree with each other.
+// Checks of the arguments of forward and backward, shared by all devices: contiguous matrices of matching shapes.
 #pragma once
 
 #include <optional>
@@ -9,7 +9,7 @@
 
 namespace qlora::ops {
 
-// A contiguous matrix [rows, cols] of the call: data, element type and extents.
+// A contiguous matrix [rows, cols]: tensor, data, element type and extents.
 struct Matrix {
   Tensor tensor;
   const void* data;
@@ -17,7 +17,7 @@ struct Matrix {
   int64_t rows, cols;
 };
 
-// `like` is the tensor on whose device all others must be: x.
+// `like` is x; all tensors must be on its device.
 inline Matrix as_matrix(const Tensor& t, const char* name, int64_t rows, int64_t cols, const Tensor& like) {
   check_same_device(t, name, like, "x");
   Tensor c = as_contiguous(t);
@@ -34,7 +34,7 @@ inline Matrix tokens_matrix(const Tensor& t, const char* name, int64_t features,
   return as_matrix(t, name, tokens, features, like);
 }
 
-// The gradient of y [..., n], with as many rows as x has.
+// The gradient of y [..., n]; it must have as many rows as x.
 inline Matrix grad_matrix(const Tensor& grad, int64_t n, const Matrix& tokens) {
   Matrix dy = tokens_matrix(grad, "grad", n, "out_features", tokens.tensor);
   STD_TORCH_CHECK(dy.rows == tokens.rows, "grad has ", dy.rows, " rows: x has ", tokens.rows);
@@ -84,7 +84,7 @@ inline std::optional<Matrix> check_lora_x(const OptionalTensor& lora_x, const Te
   return tokens_matrix(*lora_x, "lora_x", x.size(x.dim() - 1), "in_features", x);
 }
 
-// What every product begins with: the weight (n, k) and the tokens [m, k].
+// The arguments that every product has: the weight (n, k) and the tokens [m, k].
 struct Base {
   CheckedWeight w;
   Matrix tokens;
@@ -100,7 +100,7 @@ inline Base check_base(const Tensor& x, const Tensor& packed, const Tensor& absm
           tokens_matrix(x, "x", shape[1], "in_features", x)};
 }
 
-// Several adapters for one batch. Which adapter a row has is checked where it can be read: see the device's op.
+// Several adapters for one batch. The values of adapter_of_row are checked by the op or kernel of each device.
 struct Adapters {
   Matrix a, b;  // [adapters * r, k], [adapters * n, r]
   Tensor scaling, adapter_of_row;
@@ -109,7 +109,7 @@ struct Adapters {
   int64_t count, r, n;
   size_t element_size;
 
-  // One adapter's matrix, as a view.
+  // Views of the matrices of one adapter.
   Matrix a_of(int64_t adapter) const { return view(a, adapter, r); }
   Matrix b_of(int64_t adapter) const { return view(b, adapter, n); }
 
@@ -155,7 +155,8 @@ inline Adapters check_adapters(const Tensor& lora_a, const Tensor& lora_b, const
   return adapters;
 }
 
-// The textbook form. scale and zero_point: one value, one per output channel, or one row per group of input rows.
+// Arguments of the affine form: integer weights with scale and zero_point, which hold one value, one per output
+// channel, or one row per group of input rows.
 struct Affine {
   Matrix tokens;
   Tensor quantized, scale, zero_point;

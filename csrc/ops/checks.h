@@ -1,4 +1,4 @@
-// What every op checks before a kernel runs: each error names the value and the rule.
+// Argument checks shared by all ops. Each error names the value and the rule.
 #pragma once
 
 #include <optional>
@@ -20,7 +20,7 @@ inline std::string text_of(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   return text + "]";
 }
 
-// The index of a flat position in a tensor of these sizes, as text.
+// The multi-dimensional index of a flat position in a tensor of these sizes, as text.
 inline std::string position_text(int64_t flat, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   std::vector<int64_t> index(sizes.size());
   for (size_t d = sizes.size(); d-- > 0;) {
@@ -93,7 +93,7 @@ inline int64_t checked_numel(const std::vector<int64_t>& shape) {
   return numel;
 }
 
-// A packed weight whose tensors were checked and made contiguous.
+// A packed weight with checked, contiguous tensors.
 struct CheckedWeight {
   Tensor packed, absmax;
   OptionalTensor nested_absmax, nested_offset;  // both given or neither

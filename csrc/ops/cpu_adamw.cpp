@@ -1,4 +1,4 @@
-// adamw and adamw_8bit for the CPU: checks and the parallel loop.
+// The ops adamw and adamw_8bit for the CPU: checks and parallel loops.
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/adamw.h"

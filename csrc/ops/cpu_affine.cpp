@@ -1,4 +1,4 @@
-// forward.affine and its backward for the CPU: the textbook form with integer weights, scale and zero point.
+// The ops forward.affine and its backward for the CPU: integer weights with scale and zero point.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>

@@ -1,4 +1,4 @@
-// Shared by the CPU ops: the active kernels, allocation, torch's thread pool.
+// Helpers of the CPU ops: the active kernels, allocation, torch's thread pool.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -26,17 +26,17 @@ inline const cpu::KernelTable& active_kernels() {
   return *table;
 }
 
-// Asks for huge pages behind [begin, end): 32 MiB in pages of 4 KiB take 8 ms to appear, longer than to be filled.
+// Requests huge pages for [begin, end). Page faults for 32 MiB in 4 KiB pages take 8 ms, longer than filling them.
 inline void advise_huge_pages(uintptr_t begin, uintptr_t end) {
 #if defined(__linux__)
   constexpr uintptr_t kPage = 4096;
   const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
   if (end > first)
-    (void)madvise(reinterpret_cast<void*>(first), (end - first) / kPage * kPage, MADV_HUGEPAGE);  // may be refused
+    (void)madvise(reinterpret_cast<void*>(first), (end - first) / kPage * kPage, MADV_HUGEPAGE);  // may fail: a hint
 #endif
 }
 
-// The same for a new tensor, if it is large enough to gain by it.
+// Requests huge pages for a new tensor of at least 4 MiB; smaller ones gain nothing.
 inline const Tensor& on_huge_pages(const Tensor& t) {
   constexpr int64_t kWorthIt = 4 << 20;
   const int64_t bytes = t.numel() * t.element_size();
@@ -63,14 +63,14 @@ inline PackedWeight view_of(const CheckedWeight& w) {
     view.scales.nested_offset = *w.nested_offset->const_data_ptr<float>();
     view.scales.dynamic_map = kDynamicMap.value;
   } else {
-    static const float none = 0.0f;  // numel 0: never read, but absmax tells the kernels which kind of scale it is
+    static const float none = 0.0f;  // never read; a non-null absmax tells the kernels that scales are float32
     view.scales.absmax = w.n * w.k == 0 ? &none : w.absmax.const_data_ptr<float>();
   }
   return view;
 }
 
-// Working memory of a kernel on this thread, aligned to 64 bytes; what was in it before is lost. Kept for the life of
-// the thread: 300 KB from malloc at each call would be unmapped and faulted in again every time.
+// Scratch memory of this thread, aligned to 64 bytes; a call may discard its previous content. It is kept for the life
+// of the thread, because malloc would unmap and fault in 300 KB again at every call.
 inline float* thread_scratch(int64_t floats) {
   struct Buffer {
     void* data = nullptr;
@@ -81,7 +81,7 @@ inline float* thread_scratch(int64_t floats) {
   if (floats > buffer.floats) {
     std::free(buffer.data);
     buffer.floats = 0;
-    constexpr int64_t kHuge = 2 << 20;  // a panel and its results in one entry of the TLB
+    constexpr int64_t kHuge = 2 << 20;  // a huge page: a panel and its results need one TLB entry
     const int64_t align = floats * 4 > kHuge / 8 ? kHuge : 64, bytes = ceil_div(floats * 4, align) * align;
     buffer.data = std::aligned_alloc(static_cast<size_t>(align), static_cast<size_t>(bytes));
     STD_TORCH_CHECK(buffer.data != nullptr, "out of memory: ", bytes, " bytes of working memory for a kernel");
@@ -92,7 +92,7 @@ inline float* thread_scratch(int64_t floats) {
   return static_cast<float*>(buffer.data);
 }
 
-// Runs fn(begin, end) over [0, count) on torch's own threads; obeys torch.set_num_threads.
+// Runs fn(begin, end) over [0, count) on torch's threads, so that torch.set_num_threads applies.
 template <class Fn>
 void parallel(int64_t count, int64_t grain, const Fn& fn) {
   if (count > 0) torch::stable::parallel_for(0, count, grain, fn);

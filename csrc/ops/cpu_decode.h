@@ -1,5 +1,5 @@
-// The path of few tokens: x in the order of the decode kernel, the low-rank term by dot products, one launch over the
-// rows.
+// Products for few tokens on the CPU: reorders x for the `decode` kernel, computes the low-rank term by dot products and
+// runs `decode` over the rows of W.
 #pragma once
 
 #include "cpu/select.h"
@@ -13,7 +13,7 @@ constexpr int64_t kWeightsPerTask = 1 << 15;  // below this a second thread cost
 
 inline int64_t rows_per_task(int64_t k) { return std::max<int64_t>(1, kWeightsPerTask / std::max<int64_t>(1, k)); }
 
-// The tokens as float32, as they are and, if asked for, in the order of the words of W.
+// The tokens as float32, in natural order and, if with_words, also in the nibble order of the words of W.
 struct TokenFloats {
   Tensor storage;
   const float* plain;  // [m, k]
@@ -36,7 +36,7 @@ inline void low_rank_dot(const cpu::KernelTable& kernels, const Matrix& a, const
   parallel(p.rows, rows_per_task(p.k), [&](int64_t begin, int64_t end) { kernels.dot(p, begin, end); });
 }
 
-// The low-rank term of a decode: scaled activations, and the up projections.
+// The low-rank term of a `decode` call: scaled activations and the up projections.
 struct DecodeLora {
   const float* t;  // [m, r]
   const void* b;   // [n, r], or [adapters, n, r]

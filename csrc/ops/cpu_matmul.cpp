@@ -1,4 +1,4 @@
-// forward and backward for the CPU: each is a few products on the kernels' one loop nest, composed here.
+// The ops forward and backward for the CPU, composed of a few products.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>

@@ -1,12 +1,11 @@
-// forward and backward of bfloat16 tokens on an instruction set that has tiles (cpu/matmul16.h): packing, phases, the
-// parallel loops.
+// Products of bfloat16 tokens on instruction sets that have tiles (cpu/matmul16.h): packing and parallel loops.
 #pragma once
 
 #include "ops/cpu_products.h"
 
 namespace qlora::ops {
 
-// How the kernels in use multiply these tokens on tiles, or null.
+// The tile kernels for these tokens, or null if they cannot use tiles.
 inline const cpu::Matmul16* tiles_for(const cpu::KernelTable& kernels, const Matrix& tokens, const Tensor& like) {
   const bool fits = like.scalar_type() == ScalarType::BFloat16 && tokens.rows > 0;
   return fits ? kernels.tiles_for(tokens.dtype) : nullptr;
@@ -14,7 +13,8 @@ inline const cpu::Matmul16* tiles_for(const cpu::KernelTable& kernels, const Mat
 
 inline Tensor tile_buffer(int64_t bytes) { return empty_cpu({bytes}, ScalarType::Byte); }
 
-// The low-rank term of a product: the factor that meets the tokens, and the one that meets what comes of it.
+// The low-rank term of a product: the factor of the down projection, applied to the tokens, and that of the up
+// projection, applied to its result.
 struct LowRankTiles {
   cpu::Factor16 down;
   const void* up;
@@ -22,7 +22,7 @@ struct LowRankTiles {
   cpu::Adapters16 adapters;
 };
 
-// lora_a [r, k] and lora_b [n, r] as the factor of a down projection, of one adapter or of the first of several.
+// lora_a [r, k] or lora_b [n, r] as the factor of a down projection. The matrix holds one adapter or several.
 inline cpu::Factor16 factor_of_a(const Matrix& a, int64_t r) {
   return {a.data, a.dtype, a.cols, 1, r, a.cols, r * a.cols};
 }
@@ -98,8 +98,8 @@ inline Tensor forward16(const cpu::Matmul16& kernels, const PackedWeight& w, con
   return y;
 }
 
-// Sums over tokens of a float32 matrix [m, adapters * r] and a bfloat16 one [m, features], into `out`: of each adapter
-// [r, features], or [features, r].
+// Sums over tokens the products of a float32 matrix [m, adapters * r] and a bfloat16 matrix [m, features]. `out` holds
+// [r, features] if r_is_major, else [features, r], for each adapter.
 inline void factor_grad16(const cpu::Matmul16& kernels, const Matrix& factor, const Matrix& matrix,
                           const cpu::Adapters16& adapters, bool r_is_major, const Tensor& out) {
   const int64_t m = factor.rows, ranks = factor.cols, steps = ceil_div(m, cpu::kStep);
@@ -131,11 +131,11 @@ inline Tensor bias_grad16(const cpu::Matmul16& kernels, const Matrix& dy) {
   return out;
 }
 
-// The tokens of a product with a transposed weight, and scale * tokens · factor as float32.
+// The packed tokens of a backward product, and v = scale * tokens · factor as float32.
 struct BackwardTokens {
   Tensor storage;
   const uint8_t* rows = nullptr;
-  int64_t steps = 0;        // of a tile of tokens
+  int64_t steps = 0;        // steps of a tile of tokens
   std::optional<Matrix> v;  // [m, adapters * r]
 };
 
@@ -171,7 +171,7 @@ inline BackwardTokens backward_tokens16(const cpu::Matmul16& kernels, const Matr
   return result;
 }
 
-// dx [..., k] = tokens · W + low-rank term; without W (weight.packed null) the low-rank term alone.
+// dx [..., k] = dy W + low-rank term, or only the low-rank term if w.packed is null.
 inline Tensor backward16(const cpu::Matmul16& kernels, const PackedWeight& w, const BackwardTokens& tokens, int64_t m,
                          const LowRankTiles* lora, const Tensor& like) {
   const Tensor dx = on_huge_pages(empty_with_last_dim(like, w.k, like.scalar_type()));

@@ -1,4 +1,4 @@
-// forward.multi and its backward for the CPU: many adapters in one batch, W decoded once for all of them.
+// The ops forward.multi and its backward for the CPU: many adapters in one batch, with W unpacked once for all of them.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -20,15 +20,15 @@ void check_adapter_of_row(const Adapters& adapters) {
                     adapters.count - 1);
 }
 
-// The activations of one adapter [tokens, r]: zero where a token has another one, so that every adapter can be a term
-// of one sum. This costs r more steps of the product for each adapter, and saves decoding W once for each.
+// Sets the activations [tokens, r] of one adapter to zero for tokens of other adapters, so that every adapter can be a
+// term of one sum. Each adapter costs r more steps of the product, but W is unpacked only once.
 void mask_rows(const Matrix& activation, const Adapters& adapters, int64_t adapter) {
   float* data = static_cast<float*>(activation.tensor.mutable_data_ptr());
   for (int64_t t = 0; t < activation.rows; ++t)
     if (adapters.of_row[t] != adapter) std::fill_n(data + t * activation.cols, activation.cols, 0.0f);
 }
 
-// Which adapters occur; the others take no part in a product.
+// The adapters that occur in the batch; the others are left out of the product.
 std::vector<int64_t> adapters_in_use(const Adapters& adapters, int64_t tokens) {
   std::vector<bool> used(static_cast<size_t>(adapters.count));
   for (int64_t t = 0; t < tokens; ++t)
@@ -39,13 +39,13 @@ std::vector<int64_t> adapters_in_use(const Adapters& adapters, int64_t tokens) {
   return in_use;
 }
 
-// Rows of other adapters take part in an adapter's product with zeros, and 0 * inf is nan: a damaged adapter is refused
-// where it could reach rows that are not its own.
+// In the product of one adapter, rows of other adapters are zeros, and 0 * inf is nan. So an adapter with nan or inf is
+// rejected if the batch has rows of other adapters.
 void check_isolated(const Adapters& adapters, const Matrix& matrix, int64_t adapter, const char* name) {
   bool alone = true;
   for (int64_t t = 0; t < adapters.adapter_of_row.numel(); ++t) alone = alone && adapters.of_row[t] == adapter;
   if (alone) return;
-  // An exponent of ones; found in integers of the elements' own width, so that the compiler takes many at a time.
+  // nan and inf have an exponent of all ones. Comparing integers of the element's width lets the compiler vectorize.
   const auto all_finite = [&](const auto* bits, auto exponent) {
     decltype(exponent) found = 0;
     for (int64_t i = 0; i < matrix.rows * matrix.cols; ++i)
@@ -60,7 +60,7 @@ void check_isolated(const Adapters& adapters, const Matrix& matrix, int64_t adap
                   "] holds nan or inf: in a batch it would reach the rows of other adapters");
 }
 
-// The adapters in use as the low-rank term of a product on tiles; `ids` has to outlive it.
+// The adapters in use for a product on tiles; `ids` must outlive the result.
 cpu::Adapters16 adapters_of_tiles(const Adapters& adapters, const std::vector<int64_t>& ids) {
   cpu::Adapters16 t;
   t.count = static_cast<int64_t>(ids.size());

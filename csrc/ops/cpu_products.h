@@ -1,5 +1,4 @@
-// The products that forward and backward are composed of: token-major matrices, packed columns, the kernels' one loop
-// nest.
+// The products on the CPU's gemm kernel that compose forward and backward: token-major matrices and packed columns.
 #pragma once
 
 #include <string>
@@ -10,7 +9,7 @@
 
 namespace qlora::ops {
 
-// Columns for the gemm: `m` is cut into tiles along its rows (features are steps), or along its columns (tokens are).
+// Packed columns of a gemm. The steps of its reduction are the columns of a matrix (features) or its rows (tokens).
 struct Columns {
   Tensor storage;
   const float* data = nullptr;
@@ -48,7 +47,7 @@ inline void run(const cpu::KernelTable& kernels, const cpu::GemmParams& p) {
 
 enum class Operands { kAsStored, kTransposed };
 
-// [cols, rows] = scale * (operand (rows x steps) * columns)ᵀ, as float32: token-major low-rank activations.
+// Low-rank activations [tokens, r] = scale * (m · columns)ᵀ in float32, where m is used as stored or transposed.
 inline Matrix low_rank(const cpu::KernelTable& kernels, const Matrix& m, Operands form, const Columns& columns,
                        int64_t tokens, float scale) {
   cpu::GemmParams p;
@@ -65,8 +64,8 @@ inline Matrix low_rank(const cpu::KernelTable& kernels, const Matrix& m, Operand
   return {out, p.out, DType::kFloat32, tokens, p.rows};
 }
 
-// Gradient of one low-rank factor: sum over tokens of activation [tokens, r] and columns [tokens, features].
-// Written as [r, features] if r_is_major, else as [features, r].
+// Gradient of one low-rank factor: the sum over tokens of activation [tokens, r] times columns [tokens, features].
+// The result is [r, features] if r_is_major, else [features, r].
 inline Tensor low_rank_grad(const cpu::KernelTable& kernels, const Matrix& activation, const Columns& columns,
                             int64_t features, ScalarType dtype, bool r_is_major) {
   cpu::GemmParams p;
@@ -86,7 +85,7 @@ inline Tensor low_rank_grad(const cpu::KernelTable& kernels, const Matrix& activ
 
 inline Tensor nothing() { return empty_cpu({0}, ScalarType::Float); }
 
-// One low-rank product of a sum: `matrix` [rows, r] (or [r, rows] if transposed) times activations [tokens, r].
+// One low-rank term of a sum: `matrix` [rows, r] (or [r, rows] if transposed) times activations [tokens, r].
 struct LowRankTerm {
   const Matrix* matrix;
   const Matrix* activation;
@@ -121,7 +120,7 @@ inline Tensor sum_of_terms(const cpu::KernelTable& kernels, Operands form, int64
   return out;
 }
 
-// Sum over tokens, float32 [n]: a product with ones, so the order of summation is that of every other gradient.
+// Sum over tokens, float32 [n], as a product with ones, so the order of summation is that of the other gradients.
 inline Tensor bias_grad(const cpu::KernelTable& kernels, const Columns& dy_by_token, int64_t tokens, int64_t n) {
   const std::vector<float> ones(static_cast<size_t>(tokens), 1.0f);
   const Matrix ones_column{nothing(), ones.data(), DType::kFloat32, tokens, 1};

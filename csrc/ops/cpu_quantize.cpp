@@ -1,4 +1,4 @@
-// quantize and dequantize for the CPU: checks, allocation, the parallel loop.
+// The ops quantize, dequantize and quantization_error for the CPU: checks, allocation, parallel loops.
 #include <torch/csrc/stable/library.h>
 
 #include <atomic>
@@ -41,7 +41,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(Tensor weight, std::string q
   p.packed = packed.mutable_data_ptr<uint8_t>();
   p.absmax = absmax.mutable_data_ptr<float>();
   constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
-  std::atomic<int64_t> bad{kNone};  // the smallest position, whatever the thread count
+  std::atomic<int64_t> bad{kNone};  // the smallest position, so the message does not depend on the thread count
   parallel(blocks, std::max<int64_t>(1, kElementsPerTask / block_size), [&](int64_t begin, int64_t end) {
     const int64_t position = kernels.quantize(p, begin, end);
     if (position < 0) return;
@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(Tensor weight, std::string q
                   " is nan or inf: only finite weights can be quantized (check_finite=False skips this check)");
   const Tensor none = empty_cpu({0}, ScalarType::Float);
   if (!double_quant) return {packed, absmax, none, empty_cpu({0}, ScalarType::Float)};
-  if (!check_finite) {  // one infinite scale would make the mean, and so every block, infinite
+  if (!check_finite) {  // one infinite scale would make the mean infinite, and so every block
     for (int64_t b = 0; b < blocks; ++b)
       STD_TORCH_CHECK(std::isfinite(p.absmax[b]), "block ", b,
                       " of the weight contains inf: with check_finite=False only", " double_quant=False can store it");
@@ -81,7 +81,7 @@ Tensor dequantize(Tensor packed, Tensor absmax, OptionalTensor nested_absmax, Op
   cpu::DequantizeParams p{view_of(w), nullptr, float_dtype(dtype, "dtype")};
   const Tensor out = on_huge_pages(torch::stable::empty({shape.data(), shape.size()}, dtype));
   p.out = out.mutable_data_ptr();
-  // Whole bytes for every thread: the unit is a run of elements that starts on a block.
+  // Ranges consist of whole blocks, so no two threads share a byte.
   const int64_t blocks = ceil_div(numel, block_size);
   parallel(blocks, std::max<int64_t>(1, kElementsPerTask / block_size), [&](int64_t begin, int64_t end) {
     kernels.dequantize(p, begin * block_size, std::min(end * block_size, numel));
@@ -103,7 +103,7 @@ Tensor quantization_error(Tensor weight, Tensor packed, Tensor absmax, OptionalT
     double squared_error = 0.0, squares = 0.0, largest = 0.0;
   };
   const int64_t tasks = ceil_div(numel, kElementsPerTask);
-  std::vector<Sums> sums(static_cast<size_t>(tasks));  // one a task, added in order: the thread count changes nothing
+  std::vector<Sums> sums(static_cast<size_t>(tasks));  // added in order, so the thread count cannot change the result
   parallel(tasks, 1, [&](int64_t begin, int64_t end) {
     constexpr int64_t kStretch = 1024;
     for (int64_t task = begin; task < end; ++task) {

@@ -1,4 +1,4 @@
-// adamw and adamw_8bit for CUDA: one launch for up to sixteen parameters.
+// The ops adamw and adamw_8bit for CUDA: one launch for up to sixteen parameters.
 #include "ops/adamw_arguments.h"
 #include "ops/cuda_ops.h"
 #include "ops/cuda_runtime.h"
@@ -7,15 +7,15 @@ namespace qlora::ops {
 
 namespace {
 
-constexpr int64_t kLarge = int64_t{1} << 20;  // elements that are worth a launch of their own
+constexpr int64_t kLarge = int64_t{1} << 20;  // parameters with more elements get their own launch
 
-// Gathers updates, and launches them sixteen at a time. A launch has as many blocks for each parameter as the largest
-// needs, so large ones go alone.
+// Collects updates and launches them sixteen at a time. Every parameter of a launch gets as many thread blocks as the
+// largest needs, so large parameters are launched alone.
 class Updates {
  public:
   Updates(const Tensor& like, const char* op) : op_(op), scope_(like, op, {}) {}
 
-  // `grad` lives until the launch.
+  // Keeps `grad` alive until the launch.
   void add(const AdamWParams& p, Tensor grad) {
     if (p.numel == 0) return;
     if (p.numel > kLarge) launch();

@@ -1,11 +1,11 @@
-// forward.affine and its backward for CUDA: the textbook form with integer weights, scale and zero point.
+// The ops forward.affine and its backward for CUDA: integer weights with scale and zero point.
 #include "ops/cuda_ops.h"
 #include "ops/cuda_products.h"
 
 namespace qlora::ops {
 namespace {
 
-// quantized_W [in, out] as the operand of a product over its rows (in) or its columns (out).
+// A product with quantized_W [in, out] as operand, reduced over its rows (in) or its columns (out).
 cuda::GeneralParams integers(const Affine& affine, bool steps_are_in, const Matrix& columns) {
   cuda::GeneralParams p;
   p.operand = {affine.quantized.const_data_ptr(), affine.dtype, steps_are_in ? 1 : affine.out,

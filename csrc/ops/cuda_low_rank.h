@@ -19,7 +19,7 @@ inline Matrix scratch_matrix(const Tensor& like, int64_t rows, int64_t cols) {
   return {std::move(t), data, DType::kFloat32, rows, cols};
 }
 
-// lora_a [r, k] and lora_b [n, r] as factors; adapter_stride elements from adapter to adapter.
+// lora_a [r, k] or lora_b [n, r] as a factor; adapters are adapter_stride elements apart.
 inline cuda::LowRankFactor a_factor(const Matrix& a, int64_t adapter_stride = 0) {
   const bool vectorized = is_aligned(a.data) && a.cols % 8 == 0 && adapter_stride % 8 == 0;
   return {a.data, a.dtype, a.cols, 1, adapter_stride, vectorized};
@@ -28,7 +28,7 @@ inline cuda::LowRankFactor b_factor(const Matrix& b, int64_t adapter_stride = 0)
   const bool vectorized = is_aligned(b.data) && b.cols % 8 == 0 && adapter_stride % 8 == 0;
   return {b.data, b.dtype, 1, b.cols, adapter_stride, vectorized};
 }
-// A factor (rank, feature) as the matrix (rank, feature), and (feature, rank), of adapter 0.
+// The factor of adapter 0 as a matrix indexed (rank, feature) or (feature, rank).
 inline cuda::DenseMatrix by_rank(const cuda::LowRankFactor& f) {
   return {f.data, f.dtype, f.rank_stride, f.feature_stride};
 }
@@ -36,7 +36,7 @@ inline cuda::DenseMatrix by_feature(const cuda::LowRankFactor& f) {
   return {f.data, f.dtype, f.feature_stride, f.rank_stride};
 }
 
-// Low-rank activations [m, r], scaled. With a plan rows without an adapter are not set.
+// Scaled low-rank activations [m, r]. With a plan, rows without an adapter are uninitialised.
 struct Activation {
   Matrix values;
   std::optional<Tensor> largest = std::nullopt;  // see LoraDownJob
@@ -65,7 +65,7 @@ inline TokenPlan plan_tokens(const Adapters& adapters, int64_t m, const GpuScope
   return {std::move(storage), {order, p.adapter_of_tile, p.first_tile, adapters.scale, tiles, adapters.count}};
 }
 
-// The low-rank term of a sum: activation [tokens, r] times a factor (rank, row), which is `matrix`.
+// The low-rank term of a sum: activation [tokens, r] times the up factor (rank, row); `matrix` is the same factor.
 struct Up {
   cuda::LowRankFactor factor;
   const Matrix* matrix = nullptr;
@@ -73,7 +73,7 @@ struct Up {
   const Adapters* adapters = nullptr;
 };
 
-// scaling * x · factorᵀ on the CUDA cores, one adapter for each token if there are several.
+// scaling * x · factorᵀ on the CUDA cores. With `adapters`, each token uses its own adapter and scale.
 inline Activation token_dot(const Matrix& x, const cuda::LowRankFactor& factor, int64_t r, float scaling,
                             cudaStream_t stream, const Adapters* adapters = nullptr) {
   Matrix out = scratch_matrix(x.tensor, x.rows, r);
@@ -98,8 +98,8 @@ inline Activation token_dot(const Matrix& x, const cuda::LowRankFactor& factor, 
   return {std::move(out)};
 }
 
-// The down projections of up to two pairs of tokens and factors in one launch on the tensor cores: scaling * x ·
-// factorᵀ, or with a plan that of each token's adapter, whose own scale it holds.
+// One down projection of low_rank_down_tiled(), which computes scaling * x · factorᵀ for up to two pairs in one launch
+// on the tensor cores. With a plan, each token uses its own adapter, with the scale that the plan holds.
 struct DownPair {
   const Matrix& x;
   const cuda::LowRankFactor& factor;
@@ -115,10 +115,10 @@ inline std::vector<Activation> low_rank_down_tiled(std::initializer_list<DownPai
   p.scale = scaling;
   p.tokens_per_block = cuda::select_lora_down_tokens(p.m, r, scope.gpu());
   if (plan != nullptr) p.plan = plan->plan;
-  std::optional<Tensor> largest;  // float16 alone needs to know
+  std::optional<Tensor> largest;  // needed only for float16
   if (note_largest && first.dtype == DType::kFloat16)
     largest = torch::stable::new_zeros(first.tensor, {static_cast<int64_t>(pairs.size())}, ScalarType::Long);
-  std::vector<Tensor> tokens;  // alive until the launch
+  std::vector<Tensor> tokens;  // kept alive until the launch
   std::vector<Activation> results;
   for (const DownPair& pair : pairs) {
     const int64_t i = p.count++;
@@ -135,12 +135,12 @@ inline std::vector<Activation> low_rank_down_tiled(std::initializer_list<DownPai
   return results;
 }
 
-// Whether the tensor cores take a down projection of these tokens.
+// Whether a down projection of these tokens can run on the tensor cores.
 inline bool tensor_core_down(const Matrix& x, int64_t r, const GpuScope& scope) {
   return x.rows > 0 && cuda::why_general_low_rank({x.rows, r, x.cols, x.dtype, 0}, scope.gpu()) == nullptr;
 }
 
-// scaling * x · factorᵀ.
+// scaling * x · factorᵀ, on the tensor cores if they can run it and are faster.
 inline Activation low_rank_down(const Matrix& x, const cuda::LowRankFactor& factor, int64_t r, float scaling,
                                 const GpuScope& scope) {
   if (!tensor_core_down(x, r, scope) || cuda::dots_win(x.rows, r))
@@ -148,15 +148,15 @@ inline Activation low_rank_down(const Matrix& x, const cuda::LowRankFactor& fact
   return std::move(low_rank_down_tiled({{x, factor}}, r, scaling, scope, false).front());
 }
 
-// The same with an adapter for each token. A plan is given where sorting the tokens pays.
+// The same, with an adapter for each token. `plan` is null if sorting the tokens by adapter does not pay off.
 inline Activation low_rank_down_multi(const Matrix& x, const cuda::LowRankFactor& factor, const Adapters& adapters,
                                       const TokenPlan* plan, const GpuScope& scope) {
   if (plan == nullptr) return token_dot(x, factor, adapters.r, 1.0f, scope.stream(), &adapters);
   return std::move(low_rank_down_tiled({{x, factor}}, adapters.r, 1.0f, scope, false, plan).front());
 }
 
-// Gradient of a low-rank factor on the CUDA cores: sum over tokens of activation [tokens, r] and x [tokens, features],
-// for each adapter. Written as [r, features] if r_is_major, else as [features, r].
+// Gradient of a low-rank factor on the CUDA cores: for each adapter, the sum over tokens of activation [tokens, r]
+// times x [tokens, features]. The result is [r, features] if r_is_major, else [features, r].
 inline void low_rank_grad_general(const Matrix& activation, const Matrix& x, bool r_is_major, const Tensor& out,
                                   cudaStream_t stream, const Adapters* adapters = nullptr) {
   cuda::GeneralParams p;
@@ -177,14 +177,14 @@ inline void low_rank_grad_general(const Matrix& activation, const Matrix& x, boo
   check(cuda::launch_general(p, stream), "general");
 }
 
-// Whether the tensor cores take the gradients of both low-rank factors.
+// Whether the gradients of both low-rank factors can run on the tensor cores.
 inline bool tensor_core_grads(const Matrix& dy, const Matrix& x, const GpuScope& scope) {
   const cuda::Problem problem{x.rows, dy.cols, x.cols, x.dtype, 0};
   return x.rows > 0 && dy.dtype == x.dtype && cuda::why_general_factors(problem, scope.gpu()) == nullptr;
 }
 
-// d_lora_a [r, k] = uᵀ x and d_lora_b [n, r] = dyᵀ t on the tensor cores, of each adapter where there is a plan: t is
-// scaling * x lora_aᵀ, u is scaling * dy lora_b.
+// d_lora_a [r, k] = uᵀ x and d_lora_b [n, r] = dyᵀ t on the tensor cores, with a plan for each adapter. t is
+// scaling * x lora_aᵀ and u is scaling * dy lora_b.
 inline void low_rank_grads(const Activation& t, const Activation& u, const Matrix& x, const Matrix& dy,
                            const Tensor& d_lora_a, const Tensor& d_lora_b, const GpuScope& scope,
                            const TokenPlan* plan = nullptr) {
@@ -196,7 +196,7 @@ inline void low_rank_grads(const Activation& t, const Activation& u, const Matri
   p.splits = d_lora_a.scalar_type() != x.tensor.scalar_type();
   p.ranks_per_block = cuda::select_lora_grad_ranks(p.ranks);
   if (plan != nullptr) p.plan = plan->plan;
-  std::vector<Tensor> alive;  // until the launches
+  std::vector<Tensor> alive;  // tensors kept alive until the launches
   const auto add = [&](const Matrix& tokens, const Activation& activation, const Tensor& out, bool r_is_major) {
     const int64_t features = tokens.cols, count = p.plan.adapters * p.ranks * features;
     cuda::LoraGradJob& job = p.job[p.count++];

@@ -1,4 +1,4 @@
-// forward and backward for CUDA: select.h says which kernels, this file allocates and launches them.
+// The ops forward and backward for CUDA: allocates tensors and launches the kernels that select.h chooses.
 #include "ops/cuda_ops.h"
 #include "ops/cuda_products.h"
 

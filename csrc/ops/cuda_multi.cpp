@@ -1,14 +1,14 @@
-// forward.multi and its backward for CUDA: many adapters in one batch, W decoded once for all of them.
+// The ops forward.multi and its backward for CUDA: many adapters in one batch, with W unpacked once for all of them.
 //
-// Which adapter a row has stays on the device: reading it here would wait for the stream. A row whose adapter does not
-// exist comes out as nan.
+// adapter_of_row stays on the device, because reading it on the host would wait for the stream. Rows with an invalid
+// adapter become nan.
 #include "ops/cuda_ops.h"
 #include "ops/cuda_products.h"
 
 namespace qlora::ops {
 namespace {
 
-// Sorting costs two launches: few tokens read each adapter's factor once anyway.
+// Sorting costs two launches and does not pay off for few tokens, which read each adapter's factor about once anyway.
 std::optional<TokenPlan> plan_if_it_pays(const Adapters& adapters, const Matrix& x, const GpuScope& scope) {
   if (x.rows <= cuda::kDecodeMostTokens || adapters.count == 0 || !tensor_core_down(x, adapters.r, scope))
     return std::nullopt;

@@ -1,4 +1,4 @@
-// The CUDA implementations by name, and their registration for a dispatch key.
+// Declarations of the CUDA ops, and their registration for a dispatch key.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -56,7 +56,7 @@ void cuda_adamw_8bit_many(std::vector<Tensor> params, std::vector<Tensor> grads,
                           std::vector<Tensor> exp_avg_sq_absmaxs, double lr, double beta1, double beta2, double eps,
                           double weight_decay, std::vector<int64_t> steps);
 
-// Registers all of them in `library`, a block of STABLE_TORCH_LIBRARY_IMPL.
+// Registers all CUDA ops in `library`, the variable of a STABLE_TORCH_LIBRARY_IMPL block.
 template <class Library>
 void implement_cuda_ops(Library& library) {
   library.impl("quantize", TORCH_BOX(&cuda_quantize));

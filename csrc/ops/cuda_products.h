@@ -1,4 +1,4 @@
-// The products that forward and backward are composed of on a GPU: each picks its kernel, allocates, and launches.
+// The products that compose forward and backward on a GPU: each allocates its result and launches its kernel.
 #pragma once
 
 #include "ops/cuda_vendor.h"
@@ -42,7 +42,7 @@ inline cuda::GeneralParams packed_operand(const cuda::Weight& w, bool transposed
   return p;
 }
 
-// y [..., n] by the decode kernel, kDecodeTokens tokens at a time; up->factor is lora_b.
+// y [..., n] by the `decode` kernel, kDecodeTokens tokens per launch; up->factor is lora_b.
 inline Tensor decode(const cuda::Weight& w, const Matrix& tokens, const Up* up, const Matrix* bias, const Tensor& like,
                      const GpuScope& scope) {
   Tensor y = empty_with_last_dim(like, w.n, like.scalar_type());
@@ -63,7 +63,7 @@ inline Tensor decode(const cuda::Weight& w, const Matrix& tokens, const Up* up, 
     }
   }
   set_bias(p, bias);
-  constexpr int64_t kBytes = 2;  // of a token's element
+  constexpr int64_t kBytes = 2;  // bytes of one element of x and y
   for (int64_t first = 0; first < tokens.rows; first += cuda::kDecodeTokens) {
     p.m = std::min<int64_t>(cuda::kDecodeTokens, tokens.rows - first);
     p.x = static_cast<const char*>(x.const_data_ptr()) + first * w.k * kBytes;
@@ -106,7 +106,7 @@ inline Tensor gemm_dx(const cuda::Weight& w, const Matrix& grad, const Up* down,
   return dx;
 }
 
-// The kernel of the gradient of the input.
+// Selects the kernel for the gradient of x.
 inline cuda::BackwardKernel input_grad_kernel(const CheckedWeight& w, const Matrix& dy, bool many_adapters,
                                               const Tensor& like, const GpuScope& scope) {
   const cuda::Problem problem{dy.rows, w.n, w.k, dy.dtype, int64_t{1} << w.block_shift, many_adapters};
@@ -122,7 +122,7 @@ inline Tensor input_grad(CheckedWeight& checked, cuda::BackwardKernel kernel, co
   return general_product(packed_operand(w, true, dy), down, nullptr, like, w.k, scope.stream());
 }
 
-// Gradient of lora_x [..., k]: the low-rank term alone, by the lora_up kernel or on the CUDA cores.
+// Gradient of lora_x [..., k]: only the low-rank term, by the lora_up kernel or on the CUDA cores.
 inline Tensor low_rank_up(const Matrix& dy, const Up& down, const Tensor& like, int64_t k, const GpuScope& scope) {
   const cuda::Problem problem{dy.rows, down.activation->values.cols, k, dy.dtype, 0};
   if (like.scalar_type() != dy.tensor.scalar_type() || cuda::why_general_low_rank(problem, scope.gpu()) != nullptr)

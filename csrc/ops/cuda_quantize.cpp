@@ -1,4 +1,4 @@
-// quantize, dequantize and quantization_error for CUDA: checks, allocation, launches.
+// The ops quantize, dequantize and quantization_error for CUDA: checks, allocation, launches.
 #include "ops/cuda_ops.h"
 #include "ops/cuda_runtime.h"
 
@@ -6,7 +6,7 @@ namespace qlora::ops {
 
 namespace {
 
-// One number from the device; waits for the stream.
+// Copies one number from the device; waits for the stream.
 int64_t value_of(const Tensor& t) {
   const Tensor on_cpu = torch::stable::to(t, torch::stable::Device(torch::headeronly::DeviceType::CPU));
   return *on_cpu.const_data_ptr<int64_t>();
@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_quantize(Tensor weight, std::str
                                  absmax.mutable_data_ptr<float>(),
                                  reinterpret_cast<unsigned long long*>(bad.mutable_data_ptr<int64_t>())};
     check(cuda::launch_quantize(p, scope.stream()), "quantize");
-    if (check_finite || report_inf) {  // the only wait: an error has to name its position
+    if (check_finite || report_inf) {  // the only wait for the stream: an error must name its position
       const auto seen = static_cast<uint64_t>(value_of(bad));
       const auto position = static_cast<int64_t>(0x8000000000000000ull - seen);
       STD_TORCH_CHECK(seen == 0 || !check_finite, "weight", position_text(position, source.sizes()),

@@ -1,4 +1,4 @@
-// The device, the stream and the profiler's range of an op, by torch's stable ABI and NVTX.
+// Sets the device, stream and profiler range of an op, through torch's stable ABI and NVTX.
 #include "ops/cuda_runtime.h"
 
 #include <nvtx3/nvToolsExt.h>
@@ -13,7 +13,8 @@ namespace qlora::ops {
 
 namespace {
 
-// nsys and ncu name the library that they inject here; without them a range would only cost the formatting of its name.
+// nsys and ncu set this variable to the library they inject. Without a profiler, ranges would only cost time to format
+// their names.
 bool profiler_is_attached() {
   static const bool attached = std::getenv("NVTX_INJECTION64_PATH") != nullptr;
   return attached;

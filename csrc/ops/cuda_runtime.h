@@ -1,5 +1,4 @@
-// What an op needs of the GPU besides its kernels: the device of a tensor, the current stream, a range for the
-// profiler.
+// GPU context of an op: the device of a tensor, the current stream, a profiler range, and aligned views of tensors.
 #pragma once
 
 #include <memory>
@@ -13,7 +12,7 @@ struct Extents {
   int64_t m = 0, n = 0, k = 0, r = 0;
 };
 
-// While it lives, the device of `like` is the current one, and a range qlora::<op>[m=…,n=…,k=…,r=…] is open for nsys.
+// For its lifetime, makes the device of `like` current and opens a profiler range qlora::<op>[m=…,n=…,k=…,r=…].
 class GpuScope {
  public:
   GpuScope(const Tensor& like, const char* op, const Extents& extents);
@@ -21,7 +20,7 @@ class GpuScope {
   GpuScope(const GpuScope&) = delete;
   GpuScope& operator=(const GpuScope&) = delete;
 
-  cudaStream_t stream() const { return stream_; }  // the one that torch uses now
+  cudaStream_t stream() const { return stream_; }  // torch's current stream
   const cuda::GpuInfo& gpu() const { return gpu_; }
 
  private:
@@ -31,7 +30,7 @@ class GpuScope {
   std::unique_ptr<Guard> guard_;
 };
 
-// out = alpha * a b + beta * self, by the GEMM that torch calls on this device. beta 0: self is not read.
+// out = alpha * a b + beta * self, by the GEMM that torch calls on this device. If beta is 0, self is not read.
 void addmm_out(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b, double beta, double alpha);
 
 inline void check(cuda::Status status, const char* kernel) {
@@ -40,11 +39,11 @@ inline void check(cuda::Status status, const char* kernel) {
                   status.is_earlier ? " was started: " : " could not be started: ", status.error);
 }
 
-// Kernels load 16 bytes at a time; a view into the middle of a storage may need a copy for that.
+// Kernels load 16 bytes at a time, so a view that begins in the middle of a storage may have to be copied.
 inline bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 inline Tensor aligned(const Tensor& t) { return is_aligned(t.const_data_ptr()) ? t : torch::stable::clone(t); }
 
-// The weight as the kernels read it; valid while `w` lives, whose packed bytes are copied if they are not aligned.
+// The weight as the kernels read it, valid while `w` lives. Copies w.packed if it is not aligned.
 inline cuda::Weight device_view_of(CheckedWeight& w) {
   w.packed = aligned(w.packed);
   cuda::Weight view;

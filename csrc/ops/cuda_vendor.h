@@ -1,13 +1,13 @@
-// Products for which the vendor's GEMM outruns our tensor-core and float32 kernels (vendor_tokens in select.h): W is
-// dequantized in panels, nested scales and all in one launch each, and multiplied by the GEMM that torch calls. Sums
-// are rounded once without an adapter; with one, its term is rounded first, and the GEMM adds the product to it.
+// Products for which the vendor's GEMM is faster than our kernels (vendor_tokens in select.h). Each panel of W is
+// dequantized by one launch, including nested scales, and multiplied by the GEMM that torch calls. Without an adapter,
+// sums are rounded once. With an adapter, its term is rounded first and the GEMM adds the product to it.
 #pragma once
 
 #include "ops/cuda_low_rank.h"
 
 namespace qlora::ops {
 
-// Rows [first_row, first_row + rows) and columns [first_col, first_col + cols) of W, in the first elements of `buffer`.
+// Dequantizes rows [first_row, first_row + rows) and columns [first_col, first_col + cols) of W into `buffer`.
 inline Tensor dequantize_panel(const cuda::Weight& w, int64_t first_row, int64_t rows, int64_t first_col, int64_t cols,
                                const Tensor& buffer, cudaStream_t stream) {
   const bool whole_rows = cols == w.k;
@@ -29,7 +29,7 @@ void set_bias(Params& p, const Matrix* bias) {
   p.bias_dtype = bias->dtype;
 }
 
-// The result [..., rows] of a tensor-core kernel, and what it adds to its product.
+// Allocates the result [..., rows] of a tensor-core kernel, and sets the low-rank term and bias that it adds.
 inline Tensor prepare_output(cuda::GemmOutput& out, int64_t m, const Up* up, const Matrix* bias, const Tensor& like,
                              int64_t rows) {
   Tensor y = empty_with_last_dim(like, rows, like.scalar_type());
@@ -50,7 +50,7 @@ inline Tensor prepare_output(cuda::GemmOutput& out, int64_t m, const Up* up, con
   return y;
 }
 
-// The low-rank term and the bias alone, [..., rows], on the tensor cores.
+// Only the low-rank term plus bias, [..., rows], on the tensor cores.
 inline Tensor low_rank_up_tiled(int64_t m, DType dtype, const Up& up, const Matrix* bias, const Tensor& like,
                                 int64_t rows, cudaStream_t stream) {
   cuda::LoraUpParams p{};
@@ -60,7 +60,7 @@ inline Tensor low_rank_up_tiled(int64_t m, DType dtype, const Up& up, const Matr
   return out;
 }
 
-// y += activation · up for float32 tokens, by the same GEMM; one adapter.
+// y += activation · up for float32 tokens, by torch's GEMM; for one adapter.
 inline void add_low_rank_float(Tensor& y, const Up& up, int64_t rows) {
   const Matrix& values = up.activation->values;
   const Tensor& factor = up.matrix->tensor;
@@ -70,7 +70,7 @@ inline void add_low_rank_float(Tensor& y, const Up& up, int64_t rows) {
             1.0, 1.0);
 }
 
-// y [..., n] = x Wᵀ + …, a panel of rows of W at a time.
+// y [..., n] = x Wᵀ + low-rank term + bias, one panel of rows of W at a time.
 inline Tensor dequantize_matmul(const cuda::Weight& w, const Matrix& tokens, const Up* up, const Matrix* bias,
                                 const Tensor& like, const GpuScope& scope) {
   const ScalarType dtype = like.scalar_type();
@@ -96,7 +96,7 @@ inline Tensor dequantize_matmul(const cuda::Weight& w, const Matrix& tokens, con
   return out;
 }
 
-// dx [..., k] = dy W + …, a panel of columns of W at a time: the sum over its rows is rounded once.
+// dx [..., k] = dy W + low-rank term, one panel of columns of W at a time, so sums over rows of W are rounded once.
 inline Tensor dequantize_matmul_dx(const cuda::Weight& w, const Matrix& grad, const Up* down, const Tensor& like,
                                    const GpuScope& scope) {
   const bool is_float = grad.dtype == DType::kFloat32, adds_to_term = down != nullptr && !is_float;

@@ -1,4 +1,4 @@
-// The public contract: every operator of torch.ops.qlora on one page. Implementations are registered per device.
+// Schemas of all operators of torch.ops.qlora. Implementations are registered per device.
 #include <torch/csrc/stable/library.h>
 
 // m tokens, n out features, k in features, r rank; the format is described in docs/format.md.
@@ -6,15 +6,14 @@
 // nested_absmax and nested_offset: double quantization; None and an empty tensor mean the same.
 // quantization_error: float64 [3]: sum of squared differences, sum of squares of the weight, largest difference
 // forward:  y [..., n] = x Wᵀ + bias + scaling * (lora_x or x) lora_aᵀ lora_bᵀ        lora_a [r, k], lora_b [n, r]
-// backward: (d_x, d_lora_a, d_lora_b, d_lora_x, d_bias); what is not asked for is an empty tensor. d_bias is float32.
+// backward: (d_x, d_lora_a, d_lora_b, d_lora_x, d_bias); gradients not requested are empty tensors. d_bias is float32.
 // multi:    the same with adapter adapter_of_row[row] for each row of x (int64, -1: base only):
 //           lora_a [adapters, r, k], lora_b [adapters, n, r], scaling float32 [adapters]
-// adamw:    one step in place, decoupled weight decay; step counts from 1. Moments in float32 …
-// adamw_8bit: … or in 8 bit, blocks of 256 with an absmax each: codes of the signed dynamic map for the first moment,
-//           of the unsigned one for the second
-// adamw.many, adamw_8bit.many: the same for many parameters; on a GPU one launch for each sixteen
-// affine:   y [..., out] = x (q * scale + zero_point) + alpha / r * x B A             q [in, out], B [in, r], A [r,
-// out]
+// adamw:    one step in place with decoupled weight decay and float32 moments; step counts from 1
+// adamw_8bit: the same with 8-bit moments in blocks of 256 with one absmax each: the first moment holds codes of the
+//           signed dynamic map, the second of the unsigned one
+// adamw.many, adamw_8bit.many: the same for many parameters; on a GPU, one launch per sixteen parameters
+// affine:   y [..., out] = x (q * scale + zero_point) + alpha / r * x B A       q [in, out], B [in, r], A [r, out]
 STABLE_TORCH_LIBRARY(qlora, m) {
   m.def(
       "quantize(Tensor weight, str quant_type=\"nf4\", int block_size=64, bool double_quant=True,"

@@ -1,4 +1,4 @@
-// New tensors by torch's shim.
+// Creates tensors through torch's C shim.
 #include "ops/tensors.h"
 
 namespace qlora::ops {

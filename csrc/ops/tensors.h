@@ -1,5 +1,4 @@
-// Tensors made and looked at differently without the dispatcher: it takes 3 to 5 µs a call, and an operator makes a
-// dozen of them.
+// Creates tensors and views without the dispatcher, which takes 3 to 5 µs per call; an operator makes a dozen calls.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -18,10 +17,10 @@ inline void check_shim(AOTITorchError error) {
   STD_TORCH_CHECK(error == 0, "torch could not make a tensor: its message stands above");
 }
 
-// As torch::stable::contiguous, which asks the dispatcher even if there is nothing to do.
+// Like torch::stable::contiguous, but does not call the dispatcher if the tensor is contiguous.
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
-// A contiguous tensor on the device of `like`, its values not set.
+// An uninitialised contiguous tensor on the device of `like`.
 Tensor empty_like_device(const Tensor& like, const int64_t* sizes, size_t dims, ScalarType dtype);
 inline Tensor empty_like_device(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return empty_like_device(like, sizes.begin(), sizes.size(), dtype);
@@ -35,7 +34,7 @@ inline Tensor empty_with_last_dim(const Tensor& like, int64_t last, ScalarType d
   return empty_like_device(like, sizes.data(), sizes.size(), dtype);
 }
 
-// The elements of t from `first` on with other sizes and strides.
+// A view of t that begins at element `first`, with other sizes and strides.
 inline Tensor view_of(const Tensor& t, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
                       int64_t first) {
   AtenTensorHandle made = nullptr;
