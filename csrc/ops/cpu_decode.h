@@ -1,5 +1,5 @@
-// Products for few tokens on the CPU: reorders x for the `decode` kernel, computes the low-rank term by dot products and
-// runs `decode` over the rows of W.
+// Products for few tokens on the CPU: reorders x for the `decode` kernel, computes the low-rank term by dot products
+// and runs `decode` over the rows of W.
 #pragma once
 
 #include "cpu/select.h"

@@ -1,4 +1,4 @@
-// Elements of any type as float32, and the codebooks in device memory.
+// Loads and stores elements of any type as float32, and keeps the codebooks in device memory.
 #pragma once
 
 #include "cuda/device/ptx.cuh"
@@ -21,7 +21,7 @@ constexpr Tables make_tables() {
 }
 QLORA_TABLE Tables kTables = make_tables();
 
-// A GPU divides 64 bits by a call of some 70 instructions; small numbers take the short way.
+// a / b. A 64-bit division is a call of some 70 instructions, so 32-bit operands are divided in 32 bits.
 QLORA_DEVICE int64_t divide(int64_t a, int64_t b) {
   if ((a | b) >> 32 == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
   return a / b;
@@ -31,7 +31,7 @@ QLORA_DEVICE float load_as_float(const float* p) { return ptx::load(p); }
 QLORA_DEVICE float load_as_float(const bf16* p) { return to_float(bf16{ptx::load(&p->bits)}); }
 QLORA_DEVICE float load_as_float(const fp16* p) { return to_float(fp16{ptx::load(&p->bits)}); }
 
-// Element i of an array whose type is known at run time; the switch is the same for all lanes.
+// Element i of an array whose type is known only at run time; all lanes take the same case.
 QLORA_DEVICE float load_element(const void* data, DType dtype, int64_t i) {
   switch (dtype) {
     case DType::kBFloat16:
@@ -53,7 +53,7 @@ QLORA_DEVICE float load_element(const void* data, DType dtype, int64_t i) {
   }
 }
 
-// Elements 8i … 8i + 7 of a float array that is aligned to 16 bytes.
+// Elements 8i … 8i + 7 of an array of any float type, aligned to 16 bytes.
 QLORA_DEVICE void load_eight_elements(const void* data, DType dtype, int64_t i, float (&x)[8]) {
   if (dtype == DType::kFloat32) {
     const auto low = ptx::load(static_cast<const Floats4*>(data) + 2 * i);
@@ -70,7 +70,7 @@ QLORA_DEVICE void load_eight_elements(const void* data, DType dtype, int64_t i, 
     x[e] = dtype == DType::kBFloat16 ? ptx::unpack<bf16>(pairs[e / 2], e % 2) : ptx::unpack<fp16>(pairs[e / 2], e % 2);
 }
 
-// Elements 4i … 4i + 3, the same.
+// Elements 4i … 4i + 3 of such an array.
 QLORA_DEVICE void load_four_elements(const void* data, DType dtype, int64_t i, float (&x)[4]) {
   if (dtype == DType::kFloat32) {
     const auto all = ptx::load(static_cast<const Floats4*>(data) + i);
@@ -93,7 +93,8 @@ QLORA_DEVICE void store_element(void* data, DType dtype, int64_t i, float value)
     ptx::store(static_cast<float*>(data) + i, value);
 }
 
-// The scale of a block, by one lane alone. Two roundings: kernels are compiled without contraction.
+// The scale of a block, computed by one lane. Product and sum are rounded separately: kernels are compiled without
+// contraction.
 QLORA_DEVICE float scale_at(const Weight& w, int64_t block) {
   if (w.absmax != nullptr) return ptx::load(w.absmax + block);
   const float product = ptx::load(&kTables.dynamic.value[ptx::load(w.absmax_codes + block)]) *

@@ -1,9 +1,9 @@
-// The weight as the A operand of the tensor cores, decoded from global memory as it lies.
+// Unpacks W into the A operand of the tensor cores without rearranging it, and keeps scales in shared memory.
 //
-// The order of k inside 64 weights of a row is free as long as x uses the same: lane (g, t) = (lane / 4, lane % 4)
-// takes k = 16t … 16t + 15 of its rows, 8 bytes, and step s of four multiplies k = 16t + 4s + {0, 1, 2, 3}. So neither
-// W nor x is rearranged, and x is read 16 bytes at a time. The order of rows is free as well: fragment f holds rows 2Rg
-// + 2f and 2Rg + 2f + 1 where the manual says g and g + 8, so that a lane's results are neighbours in memory.
+// The order of k within 64 weights of a row is free if W and x use the same. Lane (g, t) = (lane / 4, lane % 4) takes
+// k = 16t … 16t + 15 of its rows, 8 bytes, and step s of four multiplies k = 16t + 4s + {0, 1, 2, 3}. So neither W nor
+// x is rearranged, and x is read 16 bytes at a time. The order of rows is free too: fragment f holds rows 2Rg + 2f and
+// 2Rg + 2f + 1 instead of g and g + 8, so that the results of a lane are adjacent in memory.
 #pragma once
 
 #include "cuda/device/pair_table.cuh"
@@ -11,9 +11,9 @@
 
 namespace qlora::cuda {
 
-inline constexpr int kChunk = 64;  // weights of a row that are decoded together; they share a scale
+inline constexpr int kChunk = 64;  // weights of a row that are unpacked together; they share a scale
 
-// Step s of a chunk: the fragment of rows a and b.
+// Unpacks the fragment of rows a and b for step kStep of a chunk.
 template <class T, int kStep>
 QLORA_DEVICE void decode_step(const LevelPairs<T>& pairs, Words2 a, Words2 b, uint32_t (&fragment)[4]) {
   const uint32_t word_a = kStep < 2 ? a.x : a.y, word_b = kStep < 2 ? b.x : b.y;
@@ -26,9 +26,10 @@ QLORA_DEVICE void decode_step(const LevelPairs<T>& pairs, Words2 a, Words2 b, ui
 
 constexpr int panel_bytes(int rows, int chunks) { return rows * (chunks | 1) * static_cast<int>(sizeof(float)); }
 
-// The scales of kRows rows and `count` chunks in shared memory, [kRows][count | 1]: an odd pitch, so that eight rows
-// lie in eight banks. kWarps warps decode whole rows, neighbouring lanes neighbouring scales: a lane takes one of every
-// kWarps-th row, then the same of the next 32 chunks, kBatch at a time, whose latencies pass together.
+// The scales of kRows rows and `count` chunks in shared memory, [kRows][count | 1]. The pitch is odd so that eight rows
+// lie in eight banks. Each of kWarps warps computes the scales of every kWarps-th row; its lanes take 32 adjacent
+// chunks, first of all its rows, then the next 32. A lane loads kBatch scales before it uses them, so that their
+// latencies overlap.
 template <int kWarps, int kRows, int kBatch>
 class ScalePanel {
  public:
@@ -36,7 +37,7 @@ class ScalePanel {
                 "a batch is whole rows, or whole chunks");
   QLORA_METHOD ScalePanel(SharedAddress base, int count) : base_(base), pitch_(count | 1) {}
 
-  // All scales of the panel. `factor` undoes level_multiplier. All threads; a barrier has to follow.
+  // Computes all scales of the panel; `factor` undoes level_multiplier. All threads must call it, then pass a barrier.
   QLORA_METHOD void fill(const Weight& w, const WarpScales& scales, int64_t first_row, int first_chunk, int count,
                          float factor) const {
     if (scales.nested())
@@ -49,7 +50,7 @@ class ScalePanel {
           [&](int64_t block) { return RawScale{ptx::load(w.absmax + block), 0}; },
           [](RawScale one) { return one.absmax; });
   }
-  // The scales of rows row and row + 1 lie 4 * pitch() bytes apart.
+  // The address of one scale; those of rows row and row + 1 are 4 * pitch() bytes apart.
   QLORA_METHOD SharedAddress address(int row, int chunk) const { return base_ + (row * pitch_ + chunk) * 4; }
   QLORA_METHOD int pitch() const { return pitch_; }
 
@@ -57,7 +58,7 @@ class ScalePanel {
   static constexpr int kRowTurns = kRows / kWarps;
   static QLORA_METHOD int warp() { return ptx::warp() % kWarps; }
 
-  // Scale i of a batch whose first one is `turn`: its row among those of the warp, and its chunk.
+  // The row and the chunk of scale i of the batch that begins with scale `turn` of the lane.
   static QLORA_METHOD int row_of(int turn, int i) { return (turn + i) % kRowTurns * kWarps + warp(); }
   static QLORA_METHOD int chunk_of(int turn, int i) { return (turn + i) / kRowTurns * 32 + ptx::lane(); }
 

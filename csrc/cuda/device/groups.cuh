@@ -1,5 +1,5 @@
-// A block as several groups of threads, each with its share of the reduction: while one waits for its loads another
-// multiplies, and tables in shared memory serve them all.
+// Splits a thread block into groups of threads that each take a share of the reduction. While one group waits for
+// loads another multiplies, and all groups share the tables in shared memory.
 #pragma once
 
 #include "cuda/device/ptx.cuh"
@@ -10,7 +10,7 @@ struct WholeBlock {
   static QLORA_METHOD void sync() { ptx::sync_threads(); }
 };
 
-// kGroups groups of kThreads threads, which meet at a barrier of their own.
+// kGroups groups of kThreads threads; each group has its own barrier.
 template <int kGroups, int kThreads>
 struct Groups {
   static QLORA_METHOD int index() { return kGroups == 1 ? 0 : ptx::thread() / kThreads; }
@@ -23,12 +23,12 @@ struct Groups {
       ptx::sync_group<kThreads>(index());
   }
 
-  // Adds up the sums of all groups in the first one, in the order of the groups. `base` has room for sum_bytes(), which
-  // nothing uses any more once all threads of the block have come here. True for the first group.
+  // Adds the sums of all groups to those of the first group, in order of the groups. `base` points to sum_bytes() bytes
+  // of shared memory that nothing else uses once all threads have called this. Returns true for the first group.
   template <int kOuter, int kInner>
   static QLORA_METHOD bool add_up(SharedAddress base, float (&sum)[kOuter][kInner][4]) {
     if constexpr (kGroups > 1) {
-      constexpr int kPitch = kThreads * 16;  // neighbouring threads, neighbouring words
+      constexpr int kPitch = kThreads * 16;  // adjacent threads store adjacent words
       constexpr int kGroupBytes = kThreads * kOuter * kInner * 16;
       const SharedAddress mine = base + thread() * 16;
       ptx::sync_threads();
@@ -57,7 +57,7 @@ struct Groups {
     }
     return true;
   }
-  // `values` floats of each thread.
+  // Bytes that add_up() needs for `values` floats per thread.
   static constexpr int sum_bytes(int values) { return (kGroups - 1) * kThreads * values * 4; }
 };
 

@@ -1,4 +1,4 @@
-// Starts a kernel on a stream and reports what became of it.
+// Launches a kernel on a stream and reports errors.
 #pragma once
 
 #include <mutex>
@@ -17,9 +17,8 @@ struct Grid {
 inline constexpr int64_t kMaxGridX = 0x7FFFFFFF;
 inline constexpr int64_t kMaxGridYZ = 65535;
 
-// Lets a kernel have all shared memory of the current GPU, whatever a launch asks for: the attribute belongs to the
-// kernel, and threads that ask for different sizes would take it from each other. The runtime is asked once for each
-// kernel and GPU.
+// Raises the kernel's limit to all shared memory of the current GPU, whatever this launch needs: the limit belongs to
+// the kernel, so host threads that set different sizes would overwrite each other's. Done once per kernel and GPU.
 inline cudaError_t allow_all_shared_memory(const void* kernel) {
   static std::mutex mutex;
   static std::set<std::pair<const void*, int>> asked;
@@ -42,11 +41,11 @@ Status start(void (*kernel)(Params), Grid grid, int threads, int shared_bytes, c
   if (shared_bytes > kWithoutAsking) {
     const cudaError_t refused = allow_all_shared_memory(reinterpret_cast<const void*>(kernel));
     if (refused != cudaSuccess) {
-      (void)cudaGetLastError();  // else the next launch would report it
+      (void)cudaGetLastError();  // clears the error; otherwise the next launch would report it
       return {cudaGetErrorString(refused)};
     }
   }
-  const cudaError_t earlier = cudaPeekAtLastError();  // of a kernel before, or of somebody else
+  const cudaError_t earlier = cudaPeekAtLastError();  // an error of an earlier launch or of other code
   kernel<<<dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z)), threads,
            shared_bytes, stream>>>(params);
   const cudaError_t error = cudaGetLastError();

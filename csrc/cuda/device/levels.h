@@ -1,6 +1,6 @@
-// Levels in 16 bit, for the tensor cores. Rounding the levels themselves would cost accuracy; rounded after a factor
-// that was chosen for it (and undone in the float32 scale) they cost half of what torch's rounding of each dequantized
-// weight does: root mean square error 0.49 of torch's in bfloat16, 0.41 in float16 (docs/kernels.md).
+// Factors for the 16-bit levels of the tensor cores. Rounding the levels directly would cost accuracy. Multiplied by a
+// suitable factor before rounding, which the float32 scale undoes, their root mean square error is 0.49 times that of
+// torch in bfloat16 and 0.41 times in float16; torch rounds each dequantized weight (docs/kernels.md).
 #pragma once
 
 #include "format/codebook.h"
@@ -8,8 +8,8 @@
 
 namespace qlora::cuda {
 
-// INT4 and FP4 become small integers, which 16 bits hold exactly. NF4: the best of 4096 factors from 1 to 2 for normal
-// weights in blocks of 64; tests/ops/test_levels.py recomputes what they achieve.
+// INT4 and FP4 levels become small integers or 0.0625, which 16 bits hold exactly. The NF4 factors are the
+// best of 4096 factors from 1 to 2 for normal weights in blocks of 64; tests/ops/test_levels.py recomputes the errors.
 constexpr float level_multiplier(QuantType type, DType dtype) {
   if (type == QuantType::kInt4) return kInt4Steps;
   if (type == QuantType::kFp4) return 12.0f;

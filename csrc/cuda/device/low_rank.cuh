@@ -1,5 +1,5 @@
-// Low-rank factors and activations as operands of the tensor cores, made in registers from what lies in memory. A
-// number of another type than the tokens' is split into a high and a low part of theirs, so that little of it is lost.
+// Loads low-rank factors and activations from memory as operands of the tensor cores. A number whose type differs from
+// the tokens' is split into a high and a low part of the tokens' type, so that little precision is lost.
 #pragma once
 
 #include "cuda/device/elements.cuh"
@@ -10,7 +10,8 @@ namespace qlora::cuda {
 template <class T>
 inline constexpr DType kDTypeOf = std::is_same_v<T, bf16> ? DType::kBFloat16 : DType::kFloat16;
 
-// Two numbers as a pair of T, and what that rounds away as another. An infinity has no low part: inf, not inf - inf.
+// Splits two numbers into a pair of T (high) and a pair of the rounding errors (low). For inf, low is 0, because
+// inf - inf would be nan.
 template <class T>
 QLORA_DEVICE void split_pair(float first, float second, uint32_t& high, uint32_t& low) {
   high = ptx::pack<T>(first, second);
@@ -20,8 +21,8 @@ QLORA_DEVICE void split_pair(float first, float second, uint32_t& high, uint32_t
   low = ptx::pack<T>(rest(first, ptx::unpack<T>(high, 0)), rest(second, ptx::unpack<T>(high, 1)));
 }
 
-// How eight neighbouring features of a rank are read: decided before a loop, so that its loads can be on their way
-// together.
+// How eight adjacent features of a rank are read. It is chosen before the loop, so that the loop has no branches and
+// its loads overlap.
 enum class FactorPath { kVectors32, kVectors16, kStrided32, kAny };
 
 template <class T>
@@ -31,7 +32,7 @@ QLORA_DEVICE FactorPath path_along_features(const LowRankFactor& f) {
   return vectors && f.dtype == kDTypeOf<T> ? FactorPath::kVectors16 : FactorPath::kAny;
 }
 
-// The eight from element `at` on; zeros if they do not exist.
+// Loads the eight features from element `at` on, or zeros if not `exists`.
 template <class T, FactorPath kPath>
 QLORA_DEVICE void load_along_features(const LowRankFactor& f, int64_t at, bool exists, float (&values)[8]) {
   if constexpr (kPath == FactorPath::kVectors32) {
@@ -55,7 +56,7 @@ QLORA_DEVICE void load_along_features(const LowRankFactor& f, int64_t at, bool e
   }
 }
 
-// Reads a factor of one adapter for products with T.
+// Reads the factor of one adapter for products in type T.
 template <class T>
 class FactorReader {
  public:
@@ -64,7 +65,7 @@ class FactorReader {
 
   QLORA_METHOD bool splits() const { return factor_.dtype != kDTypeOf<T>; }
 
-  // Ranks `rank` … + 3 of a feature; zeros from `ranks` on.
+  // Loads ranks `rank` … `rank` + 3 of a feature; zeros from rank `ranks` on.
   QLORA_METHOD void along_ranks(int64_t feature, int64_t rank, int64_t ranks, float (&values)[4]) const {
     const int64_t at = first_ + rank * factor_.rank_stride + feature * factor_.feature_stride;
     const int64_t left = ranks - rank;
@@ -75,7 +76,7 @@ class FactorReader {
   }
 
  private:
-  // The first `count` of kCount elements, zeros behind them.
+  // Loads the first `count` of kCount elements; the others are zero.
   template <int kCount>
   QLORA_METHOD void load_with_stride(int64_t at, int64_t stride, int64_t count, float (&values)[kCount]) const {
     if (factor_.dtype == DType::kFloat32) {
@@ -93,7 +94,7 @@ class FactorReader {
   int64_t first_;
 };
 
-// Ranks `rank` … + 3 of a token's activations [., ranks]; zeros from `ranks` on.
+// Loads ranks `rank` … `rank` + 3 of a token's activations [., ranks]; zeros from rank `ranks` on.
 QLORA_DEVICE Floats4 load_activations(const float* activations, int64_t token, int64_t rank, int64_t ranks) {
   const float* from = activations + token * ranks + rank;
   const int64_t left = ranks - rank;

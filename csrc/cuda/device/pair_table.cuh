@@ -1,6 +1,6 @@
-// Two weights by one lookup: a table of all 256 bytes in shared memory, copied so often that every lane reads a bank of
-// its own. 32 KiB, no bank conflicts; three instructions for two weights (extract the byte, form the address, load)
-// where selecting in registers by prmt takes 5.25 (docs/kernels.md).
+// Unpacks two weights with one lookup in a table of all 256 byte values in shared memory, replicated so that every lane
+// reads its own bank: 32 KiB, no bank conflicts. Two weights take three instructions (extract the byte, compute the
+// address, load); selecting them in registers with prmt takes 5.25 (docs/kernels.md).
 #pragma once
 
 #include "cuda/device/elements.cuh"
@@ -8,10 +8,10 @@
 namespace qlora::cuda {
 
 inline constexpr int kPairTableBytes = 32 * 1024;
-inline constexpr int kPairTableRow = 128;  // bytes of one entry with all its copies: 32 banks
+inline constexpr int kPairTableRow = 128;  // bytes of all copies of one entry, one in each of the 32 banks
 
-// Writes the table with all threads of a block: pair(even level, odd level) gives the two words that alternate in an
-// entry. A thread's odd level (low nibble) is the same in all its entries.
+// Writes the table; all threads of a block must call it. pair(even level, odd level) returns the two words that
+// alternate in an entry. The odd level (low nibble) of a thread is the same in all its entries.
 template <int kThreads, class Pair>
 QLORA_DEVICE void fill_pairs(SharedAddress base, float level, const Pair& pair) {
   static_assert(kThreads % 128 == 0, "a thread keeps its low nibble");
@@ -25,14 +25,14 @@ QLORA_DEVICE void fill_pairs(SharedAddress base, float level, const Pair& pair) 
   }
 }
 
-// Pairs of levels in 16 bit, 32 copies. The levels are multiplied by level_multiplier() first: its reciprocal belongs
-// into the scale.
+// Table of pairs of 16-bit levels in 32 copies. Levels are multiplied by level_multiplier() before rounding, so scales
+// must be multiplied by its reciprocal.
 template <class T>
 class LevelPairs {
  public:
   QLORA_METHOD explicit LevelPairs(SharedAddress base) : mine_(base + ptx::lane() * 4) {}
 
-  // All threads; a barrier has to follow.
+  // All threads must call it, then pass a barrier.
   template <int kThreads>
   QLORA_METHOD static void fill(SharedAddress base, int quant_type, float multiplier) {
     const float level = ptx::load(&kTables.levels[quant_type][ptx::lane() & 15]) * multiplier;
@@ -42,7 +42,7 @@ class LevelPairs {
     });
   }
 
-  // The even element (high nibble) in the lower half.
+  // The levels of byte kByte; the even element (high nibble) is in the lower half.
   template <int kByte>
   QLORA_METHOD uint32_t at(uint32_t word) const {
     return ptx::load_shared<uint32_t>(ptx::mad<kPairTableRow>(ptx::byte_of<kByte>(word), mine_));
@@ -52,7 +52,7 @@ class LevelPairs {
   SharedAddress mine_;
 };
 
-// Pairs of levels in float32, 16 copies (half a warp reads 8 bytes a lane at a time).
+// Table of pairs of float32 levels in 16 copies, because half a warp at a time reads 8 bytes per lane.
 class ValuePairs {
  public:
   QLORA_METHOD explicit ValuePairs(SharedAddress base) : mine_(base + (ptx::lane() & 15) * 8) {}

@@ -1,5 +1,5 @@
-// Every instruction of the GPU that the kernels use by name, one function each. Kernels touch memory, other lanes and
-// the tensor cores through this file only, so that tests/simt can put a checked host twin in its place.
+// Wrappers of GPU instructions, one function each. Kernels access memory, other lanes and the tensor cores only through
+// this file, so that tests/simt can replace it with a checked host implementation.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -19,7 +19,7 @@
 
 namespace qlora::cuda::ptx {
 
-// ---- where am I ----
+// ---- indices ----
 
 QLORA_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
 QLORA_DEVICE int lane() { return static_cast<int>(threadIdx.x & 31u); }
@@ -33,7 +33,7 @@ QLORA_DEVICE int block_z() { return static_cast<int>(blockIdx.z); }
 
 QLORA_DEVICE void sync_threads() { __syncthreads(); }
 QLORA_DEVICE void sync_warp() { __syncwarp(); }
-// Of kThreads neighbours, whole warps; at most 15 groups a block.
+// Barrier of a group of kThreads adjacent threads (whole warps); at most 15 groups per block.
 template <int kThreads>
 QLORA_DEVICE void sync_group(int group) {
   asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(kThreads) : "memory");
@@ -50,7 +50,7 @@ QLORA_DEVICE void store(T* p, T value) {
   *p = value;
 }
 
-// Written out: nvcc stores the members of a struct one by one unless its vectorizer puts them together again.
+// Written in PTX, because nvcc stores the members of a struct one by one unless its vectorizer merges the stores.
 QLORA_DEVICE void store(Words4* p, Words4 v) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
@@ -64,7 +64,7 @@ QLORA_DEVICE void store(Floats4* p, Floats4 v) {
   asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 }
 
-// Weights are read once: they must not push x and the scales out of L1.
+// For weights, which are read once: they must not evict x and the scales from L1.
 QLORA_DEVICE uint32_t load_once(const uint32_t* p) {
   uint32_t v;
   asm volatile("ld.global.nc.L1::no_allocate.b32 %0, [%1];" : "=r"(v) : "l"(p));
@@ -76,17 +76,17 @@ QLORA_DEVICE Words2 load_once(const Words2* p) {
   return v;
 }
 
-// Integers only: the result does not depend on the order.
+// Only for integers, whose maximum does not depend on the order of the threads.
 QLORA_DEVICE void atomic_max(unsigned long long* p, unsigned long long value) { atomicMax(p, value); }
 
-// ---- shared memory: a byte address in the block's own window ----
+// ---- shared memory: byte addresses in the block's window ----
 
 QLORA_DEVICE SharedAddress shared_base() {
   extern __shared__ __align__(1024) unsigned char qlora_dynamic_shared[];
   return static_cast<SharedAddress>(__cvta_generic_to_shared(qlora_dynamic_shared));
 }
 
-// kOffset is a constant number of bytes behind the address: it goes into the instruction.
+// kOffset is a constant byte offset that is encoded in the instruction.
 template <int kOffset>
 QLORA_DEVICE void load_shared(uint32_t& v, SharedAddress a) {
   asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(v) : "r"(a), "n"(kOffset));
@@ -154,8 +154,9 @@ QLORA_DEVICE void store_shared(SharedAddress a, Words4 v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(a), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w));
 }
 
-// Four 8 x 8 matrices of 16-bit elements: lane l gives the address of row l % 8 of matrix l / 8, and gets of each
-// matrix elements (g, 2t) and (g, 2t + 1), g = lane / 4 and t = lane % 4; transposed, elements (2t, g) and (2t + 1, g).
+// Loads four 8 x 8 matrices of 16-bit elements. Lane l passes the address of row l % 8 of matrix l / 8 and receives
+// elements (g, 2t) and (g, 2t + 1) of each matrix, with g = lane / 4 and t = lane % 4; if transposed, (2t, g) and
+// (2t + 1, g).
 QLORA_DEVICE void load_matrices(uint32_t (&m)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
@@ -167,7 +168,7 @@ QLORA_DEVICE void load_matrices_transposed(uint32_t (&m)[4], SharedAddress row) 
                : "r"(row));
 }
 
-// 16 bytes from global to shared memory, kOffset bytes behind `to`. They arrive at the wait.
+// Copies 16 bytes from global memory to shared memory at `to` + kOffset; cp_async_wait() completes the copy.
 template <int kOffset = 0>
 QLORA_DEVICE void cp_async_16(SharedAddress to, const void* from) {
 #if __CUDA_ARCH__ >= 800
@@ -190,7 +191,7 @@ QLORA_DEVICE void cp_async_wait() {
 
 // ---- other lanes of the warp ----
 
-// Written out: the intrinsics come with a move for each operand.
+// Written in PTX, because the intrinsics add a move for each operand.
 QLORA_DEVICE uint32_t shuffle(uint32_t v, int from_lane) {
   uint32_t result;
   asm volatile("shfl.sync.idx.b32 %0, %1, %2, 31, 0xFFFFFFFF;" : "=r"(result) : "r"(v), "r"(from_lane));
@@ -217,7 +218,7 @@ QLORA_DEVICE float shuffle_xor(float v, int mask) {
 }
 QLORA_DEVICE double shuffle_xor(double v, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, v, mask); }
 
-// Bit l is set if lane l says so.
+// Bit l is set if `mine` is true in lane l.
 QLORA_DEVICE uint32_t ballot(bool mine) { return __ballot_sync(0xFFFFFFFFu, mine); }
 
 // ---- arithmetic ----
@@ -233,14 +234,14 @@ QLORA_DEVICE uint32_t byte_of(uint32_t word) {
   return v;
 }
 
-// Four bytes of eight, a's being 0 … 3 and b's 4 … 7: digit i of the selector says which one becomes byte i.
+// Selects four of eight bytes, numbered 0 … 3 in a and 4 … 7 in b: hex digit i of the selector chooses byte i.
 QLORA_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
   uint32_t v;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(selector));
   return v;
 }
 
-// a * kFactor + c; nvcc would write a shift and an addition.
+// a * kFactor + c in one instruction; nvcc would generate a shift and an addition.
 template <int kFactor>
 QLORA_DEVICE uint32_t mad(uint32_t a, uint32_t c) {
   uint32_t v;
@@ -248,7 +249,7 @@ QLORA_DEVICE uint32_t mad(uint32_t a, uint32_t c) {
   return v;
 }
 
-// Two floats rounded to nearest even; `low` lands in the lower half.
+// Rounds two floats to nearest even and packs them, `low` in the lower half.
 template <class T>
 QLORA_DEVICE uint32_t pack(float low, float high);
 template <>
@@ -275,7 +276,7 @@ __device__ __forceinline__ uint32_t pack<fp16>(float low, float high) {
 #endif
 }
 
-// One half of a pair as float32; exact.
+// Converts one half of a pair to float32, exactly.
 template <class T>
 QLORA_DEVICE float unpack(uint32_t pair, int half);
 template <>
@@ -291,8 +292,8 @@ __device__ __forceinline__ float unpack<fp16>(uint32_t pair, int half) {
 
 // ---- tensor cores ----
 
-// Whether this GPU can run a kernel with operands T and so much shared memory: Turing has no bfloat16 tensor cores and
-// 64 KiB. What select.h never chooses there shrinks to nothing.
+// Whether this GPU can run a kernel with operands T and this much shared memory. Turing has no bfloat16 tensor cores and
+// 64 KiB of shared memory; kernels that select.h never chooses there compile to almost nothing.
 template <class T>
 QLORA_DEVICE bool can_run(int shared_bytes) {
 #if __CUDA_ARCH__ >= 800
@@ -304,10 +305,10 @@ QLORA_DEVICE bool can_run(int shared_bytes) {
 #endif
 }
 
-// d[16, 8] = a[16, 16] b[16, 8] + c[16, 8], float32 accumulation. With g = lane / 4 and t = lane % 4 a lane holds
-// (pairs, the lower half first): a[0] = (g, 2t), a[1] = (g + 8, 2t), a[2] = (g, 2t + 8), a[3] = (g + 8, 2t + 8); b[0] =
-// (2t, g), b[1] = (2t + 8, g); d[0], d[1] = (g, 2t), (g, 2t + 1), d[2], d[3] = (g + 8, 2t), (g + 8, 2t + 1). The sum
-// starts from c, which may be d itself.
+// d[16, 8] = a[16, 16] b[16, 8] + c[16, 8] with float32 accumulation; c may be d. With g = lane / 4 and t = lane % 4, a
+// lane holds these elements, where a and b hold pairs along the reduction, the lower half first:
+// a[0] = (g, 2t), a[1] = (g + 8, 2t), a[2] = (g, 2t + 8), a[3] = (g + 8, 2t + 8); b[0] = (2t, g), b[1] = (2t + 8, g);
+// d[0], d[1] = (g, 2t), (g, 2t + 1); d[2], d[3] = (g + 8, 2t), (g + 8, 2t + 1).
 template <class T>
 QLORA_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]);
 template <>
@@ -339,7 +340,7 @@ __device__ __forceinline__ void mma<bf16>(float (&d)[4], const uint32_t (&a)[4],
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 #else
-  // Turing has no bfloat16 tensor cores: see can_run().
+  // Turing has no bfloat16 tensor cores; can_run() ends such kernels.
 #endif
 }
 

@@ -1,5 +1,5 @@
-// The instructions of Hopper's asynchronous tensor cores, beside ptx.cuh; they exist on sm_90a alone. tests/simt has a
-// checked host twin.
+// Wrappers of the instructions of Hopper's asynchronous tensor cores (wgmma), which exist only on sm_90a. tests/simt
+// has a checked host implementation.
 #pragma once
 
 #include "cuda/device/ptx.cuh"
@@ -10,8 +10,7 @@
 
 namespace qlora::cuda::ptx {
 
-// Whether this code was compiled for a GPU that has them; elsewhere a kernel ends at once, and select.h never starts
-// it.
+// Whether this code was compiled for a GPU with wgmma. Elsewhere it traps; select.h never starts such a kernel there.
 QLORA_DEVICE bool can_run_wgmma() {
 #ifdef QLORA_WGMMA
   return true;
@@ -21,26 +20,27 @@ QLORA_DEVICE bool can_run_wgmma() {
 #endif
 }
 
-// What this thread wrote to shared memory, by stores and by copies that it waited for, is seen by wgmma of those who
-// meet it at a barrier.
+// Makes shared memory written by this thread, by stores or by copies it waited for, visible to the wgmma instructions
+// that other threads issue after the next barrier.
 QLORA_DEVICE void fence_shared_for_wgmma() {
 #ifdef QLORA_WGMMA
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
 
-// Rows of 64 16-bit elements in shared memory, laid out as swizzled() in token_tile.cuh does, from a multiple of 1024
-// bytes on: the descriptor of the B operand of sixteen of them. `address` may be 32, 64 or 96 bytes into a row.
+// The descriptor of a B operand: 16 elements of the reduction from rows of 64 16-bit elements in shared memory. The
+// rows are laid out as by swizzled() in token_tile.cuh and start at a multiple of 1024 bytes. `address` is 0, 32, 64 or
+// 96 bytes into the first row.
 QLORA_DEVICE uint64_t wgmma_operand(SharedAddress address) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kEightRows = uint64_t{1024 >> 4} << 32,
                      kUnused = uint64_t{1} << 16;
   return kSwizzle128 | kEightRows | kUnused | (address & 0x3FFFFu) >> 4;
 }
 
-// Before the first wgmma, and before one whose registers something else has written.
+// Required before the first wgmma, and before a wgmma whose registers other instructions have written.
 QLORA_DEVICE void wgmma_fence() {
 #ifdef QLORA_WGMMA
-  __syncwarp();  // all lanes have to execute what follows together
+  __syncwarp();  // all lanes must execute the following instructions together
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #endif
 }
@@ -50,20 +50,21 @@ QLORA_DEVICE void wgmma_commit() {
 #endif
 }
 
-// Accumulators as operands of an instruction: those of eight columns, of 32, and the names of 16 and 32 of them.
+// Macros for inline assembly: accumulators of 8 and 32 columns as operands, and the names of 16 and 32 operands.
 #define QLORA_SUMS_8(d, j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
 #define QLORA_SUMS_32(d, j) QLORA_SUMS_8(d, j), QLORA_SUMS_8(d, j + 1), QLORA_SUMS_8(d, j + 2), QLORA_SUMS_8(d, j + 3)
 #define QLORA_NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define QLORA_NAMES_32 QLORA_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 
-// shape, type: of the instruction; sums: names of the accumulators; a, b, adds: names of the operands behind them.
+// The text of a wgmma: shape and type of the instruction; names of the accumulators (sums) and of the operands a, b and
+// adds.
 #define QLORA_WGMMA_TEXT(shape, type, sums, a, b, adds)                                                            \
   "{\n.reg .pred adds;\nsetp.ne.b32 adds, " adds ", 0;\nwgmma.mma_async.sync.aligned." shape ".f32." type "." type \
   " {" sums "}, {" a "}, " b ", adds, 1, 1, 0;\n}"
 #define QLORA_WGMMA_INPUTS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(adds))
 
-// d[64, 8 kGroups] (+)= a[64, 16] b[16, 8 kGroups] by four warps, each with sixteen rows; registers as in mma(), d[j]
-// for columns 8j …. Under way until wgmma_wait(): neither a nor d may be touched.
+// d = a[64, 16] b[16, 8 groups], plus d if `adds`, by four warps with 16 rows each. Registers as in mma(); d[j] holds
+// columns 8j … 8j + 7. It runs asynchronously: neither a nor d may be accessed before wgmma_wait().
 template <class T>
 QLORA_DEVICE void wgmma(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, bool adds) {
 #ifdef QLORA_WGMMA
@@ -85,7 +86,8 @@ QLORA_DEVICE void wgmma(float (&d)[4][4], const uint32_t (&a)[4], uint64_t b, bo
 #endif
 }
 
-// All but the last kPending committed groups are through. With d: it belongs to them, and may be read from here on.
+// Waits until all but the last kPending committed groups are complete. The forms with d make it readable afterwards; d
+// must belong to a completed group.
 template <int kPending>
 QLORA_DEVICE void wgmma_wait() {
 #ifdef QLORA_WGMMA

@@ -1,4 +1,4 @@
-// What the gemm kernels add to their products and how they store them: the low-rank term, the bias, 16-bit results.
+// Epilogue of the gemm kernels: adds the low-rank term and the bias and stores 16-bit results.
 //
 // A warp holds 16R rows of the operand (out features in the forward, in features in the backward) for kTokens tokens:
 // fragment f of lane (g, t) has rows first_row + 2Rg + 2f + {0, 1} and tokens first_token + 8j + 2t + {0, 1}.
@@ -8,8 +8,8 @@
 
 namespace qlora::cuda {
 
-// A step of 16 ranks of the up factor as the A operand, straight from global memory: the matrix is small and comes from
-// L2. `low` is what `high` rounds away.
+// Loads 16 ranks of the up factor as the A operand, directly from global memory: the matrix is small and stays in L2.
+// `low` holds the rounding errors of `high`.
 template <class T, int R>
 QLORA_DEVICE void load_up(const FactorReader<T>& up, const GemmOutput& p, int first_row, int r, uint32_t (&high)[R][4],
                           uint32_t (&low)[R][4]) {
@@ -26,7 +26,7 @@ QLORA_DEVICE void load_up(const FactorReader<T>& up, const GemmOutput& p, int fi
     }
 }
 
-// The same step of ranks of eight tokens' activations, as the B operand; zeros for a token that has none.
+// The activations of eight tokens for 16 ranks, as the B operand; zeros for a negative token.
 struct ActivationPairs {
   uint32_t high[2], low[2];
 };
@@ -40,8 +40,8 @@ QLORA_DEVICE ActivationPairs load_activation(const GemmOutput& p, int64_t token,
   return pairs;
 }
 
-// sum = before + up · activations. Factors of the tokens' type are taken as they are, with activations rounded to it,
-// as torch does; of others both parts count.
+// sum = before + up · activations. If the factor has the tokens' type, activations are rounded to it, as torch does.
+// Otherwise the high and low parts of both are multiplied, except low times low.
 template <class T>
 QLORA_DEVICE void low_rank_step(bool splits, const uint32_t (&high)[4], const uint32_t (&low)[4],
                                 const ActivationPairs& b, const float (&before)[4], float (&sum)[4]) {
@@ -51,7 +51,7 @@ QLORA_DEVICE void low_rank_step(bool splits, const uint32_t (&high)[4], const ui
   ptx::mma<T>(sum, low, b.high[0], b.high[1], sum);
 }
 
-// sum += up · activations: a step for 16 ranks.
+// sum += up · activations, 16 ranks per step.
 template <class T, int R, int kTokens>
 QLORA_DEVICE void low_rank_steps(const GemmOutput& p, int first_row, int first_token, float (&sum)[R][kTokens / 8][4]) {
   const FactorReader<T> up(p.up, 0);
@@ -68,23 +68,23 @@ QLORA_DEVICE void low_rank_steps(const GemmOutput& p, int first_row, int first_t
   }
 }
 
-// The same where each token has an adapter of its own: eight tokens meet each adapter that is among them, and a token
-// keeps the sums of its own one. So the sums of a token are those that it would have alone, and another token's inf or
-// nan does not touch them.
+// The same with one adapter per token: each group of eight tokens is multiplied with every adapter that occurs in it,
+// and a token keeps only the sums of its own adapter. So a token gets the same sums as without the other tokens, and
+// their inf or nan does not affect it.
 template <class T, int R, int kTokens>
 QLORA_DEVICE void low_rank_steps_of_adapters(const GemmOutput& p, int first_row, int first_token,
                                              float (&sum)[R][kTokens / 8][4]) {
   const int t = ptx::lane() % 4;
   for (int r = 0; r < p.r; r += 16) {
     uint32_t high[R][4] = {}, low[R][4] = {};
-    int held = -1;  // whose fragment that is: neighbours mostly share an adapter
+    int held = -1;  // the adapter in high and low, kept because adjacent tokens mostly share an adapter
 #pragma unroll
     for (int j = 0; j < kTokens / 8; ++j) {
       const int first = first_token + 8 * j;
       const int64_t adapter =
           first + ptx::lane() % 8 < p.m ? ptx::load(p.adapter_of_token + first + ptx::lane() % 8) : -1;
       const int mine = adapter >= 0 && adapter < p.adapters ? static_cast<int>(adapter) : -1;
-      // The token whose activations the lane holds is another one.
+      // The lane loads activations of token lane / 4 of the group, but `mine` belongs to token lane % 8.
       const bool has_any = ptx::shuffle(mine, ptx::lane() / 4) >= 0;
       const ActivationPairs b = load_activation<T>(p, has_any ? first + ptx::lane() / 4 : -1, r);
       uint32_t left = ptx::ballot(mine >= 0) & 0xFFu;
@@ -112,7 +112,7 @@ QLORA_DEVICE void low_rank_steps_of_adapters(const GemmOutput& p, int first_row,
   }
 }
 
-// Stores a lane's results: 2R rows side by side for each of its tokens, so that a warp fills sectors.
+// Stores a lane's results: 2R adjacent rows for each of its tokens, so that a warp writes whole sectors.
 template <class T, int R, int kTokens, bool kMulti>
 QLORA_DEVICE void store_results(const GemmOutput& p, int first_row, int first_token,
                                 const float (&sum)[R][kTokens / 8][4]) {
@@ -137,7 +137,7 @@ QLORA_DEVICE void store_results(const GemmOutput& p, int first_row, int first_to
       }
       if constexpr (kMulti) {
         const int64_t adapter = ptx::load(p.adapter_of_token + token);
-        if (adapter < -1 || adapter >= p.adapters)  // no such adapter
+        if (adapter < -1 || adapter >= p.adapters)  // invalid adapter
 #pragma unroll
           for (int e = 0; e < 2 * R; ++e) value[e] = __builtin_nanf("");
       }

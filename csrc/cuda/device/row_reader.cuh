@@ -1,4 +1,4 @@
-// Packed rows of W on their way from memory to the registers that unpack them.
+// Loads packed rows of W from global memory into registers.
 #pragma once
 
 #include "cuda/device/fragments.cuh"
@@ -6,7 +6,7 @@
 
 namespace qlora::cuda {
 
-// The packed bytes of a lane's 2R rows, every kStep-th chunk.
+// Loads a lane's packed bytes of its 2R rows, from every kStep-th chunk.
 template <int R, int kStep>
 class RowReader {
  public:
@@ -14,7 +14,7 @@ class RowReader {
     const int64_t row = min_i64(first_row + ptx::lane() / 4 * 2 * R, w.n - 1);
     at_ = w.packed + row * (w.k / 2) + first_chunk * (kChunk / 2) + ptx::lane() % 4 * 8;
     row_bytes_ = static_cast<int>(w.k / 2);
-    last_ = static_cast<int>(min_i64(2 * R - 1, w.n - 1 - row));  // rows beyond the last one are the last one
+    last_ = static_cast<int>(min_i64(2 * R - 1, w.n - 1 - row));  // rows beyond the end repeat the last row
   }
   QLORA_METHOD void next(Words2 (&raw)[2 * R]) {
     const uint8_t* row = at_;

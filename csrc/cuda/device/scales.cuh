@@ -1,12 +1,12 @@
-// Scales of many blocks, decoded by whole warps: the dynamic map lives in the registers of a warp, four values a lane,
-// and is read by shuffles. No table in memory, so no bank conflicts and no scattered sectors.
+// Computes the scales of many blocks with whole warps. The dynamic map is kept in registers, four values per lane, and
+// read by shuffles, which avoids bank conflicts and scattered loads of a table in memory.
 #pragma once
 
 #include "cuda/device/elements.cuh"
 
 namespace qlora::cuda {
 
-// A scale as it lies in memory: absmax, or, double-quantized, the absmax of its 256 scales and its code.
+// A scale as stored in memory: absmax, or with double quantization the nested absmax and the code.
 struct RawScale {
   float absmax;
   int code;
@@ -14,7 +14,7 @@ struct RawScale {
 
 class WarpScales {
  public:
-  // Whole warps only, like every member.
+  // Whole warps must call this and every other member.
   QLORA_METHOD explicit WarpScales(const Weight& w) : nested_(w.absmax == nullptr) {
     if (!nested_) return;
     offset_ = ptx::load(w.nested_offset);
@@ -23,10 +23,10 @@ class WarpScales {
       map_[i] = bits_of(ptx::load(&kTables.dynamic.value[kZero + i * 32 + ptx::lane()]));
   }
 
-  // The scale of a block of the lane's own choice. Some 30 instructions with double quantization.
+  // The scale of a block; each lane may pass a different one. Some 30 instructions with double quantization.
   QLORA_METHOD float of_block(const Weight& w, int64_t block) const { return value(load(w, block)); }
 
-  // The same in two steps, so that loads of several scales can be on their way together.
+  // The same in two steps, so that loads of several scales can overlap.
   QLORA_METHOD RawScale load(const Weight& w, int64_t block) const {
     if (!nested_) return {ptx::load(w.absmax + block), 0};
     return load_nested(w, block);
@@ -38,8 +38,8 @@ class WarpScales {
     return {ptx::load(w.nested_absmax + (block >> kNestedBlockShift)), ptx::load(w.absmax_codes + block)};
   }
   QLORA_METHOD float value_nested(RawScale raw) const {
-    // The map is odd about its zero but for a last value of 1, so half of it is enough: magnitude 0 … 127, and 128
-    // for 1.
+    // The map is symmetric around 0 except for the last value, 1, so registers hold only its non-negative half:
+    // magnitudes 0 … 127; 128 stands for 1.
     const int code = raw.code - kZero;
     const int magnitude = code < 0 ? -code : code;
     uint32_t candidate[kPerLane];
@@ -48,7 +48,7 @@ class WarpScales {
     const bool odd = (magnitude & 32) != 0;
     const uint32_t low = odd ? candidate[1] : candidate[0], high = odd ? candidate[3] : candidate[2];
     const uint32_t value = magnitude == 128 ? bits_of(1.0f) : magnitude >= 64 ? high : low;
-    const float product = float_of(value | (code & 0x80000000u)) * raw.absmax;  // two roundings, as the format says
+    const float product = float_of(value | (code & 0x80000000u)) * raw.absmax;  // rounded before the addition
     return product + offset_;
   }
 

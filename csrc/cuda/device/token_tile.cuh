@@ -1,5 +1,5 @@
-// A tile of rows on its way through shared memory, 64 elements of the reduction at a time: the operand of the tensor
-// cores that needs no decoding, tokens of x and dy.
+// Copies tiles of tokens (rows of x or dy) through shared memory, 64 elements of the reduction at a time; they are the
+// operand of the tensor cores that needs no unpacking.
 #pragma once
 
 #include "cuda/device/groups.cuh"
@@ -8,8 +8,8 @@
 
 namespace qlora::cuda {
 
-// The pipeline that tiles share: fetch() starts the copies of one chunk for all of them, or does nothing behind the
-// last one. Every chunk is one group of cp.async.
+// Starts the pipeline that tiles share. fetch() starts the copies of one chunk for all tiles, or does nothing after the
+// last chunk. Every chunk is one cp.async group.
 template <int kStages, class Fetch>
 QLORA_DEVICE void start_pipeline(const Fetch& fetch) {
 #pragma unroll
@@ -18,8 +18,8 @@ QLORA_DEVICE void start_pipeline(const Fetch& fetch) {
     ptx::cp_async_commit();
   }
 }
-// The next chunk has arrived for all threads, one more is on its way, and the one before is done with: contains a
-// barrier of the threads that share the pipeline.
+// Waits until the next chunk has arrived for all threads of the group and starts copying one more. It contains a
+// barrier, so all threads have finished with the previous chunk.
 template <int kStages, class Group = WholeBlock, class Fetch>
 QLORA_DEVICE void advance_pipeline(const Fetch& fetch) {
   ptx::cp_async_wait<kStages - 2>();
@@ -28,15 +28,15 @@ QLORA_DEVICE void advance_pipeline(const Fetch& fetch) {
   ptx::cp_async_commit();
 }
 
-// Where a tile of rows of 64 16-bit elements has a piece of 16 bytes, eight to a row. Pieces are exchanged from row to
-// row, so that both readers of a tile find 32 different banks: the lanes of a fragment (two rows, every second piece)
-// and ldmatrix (eight rows, one piece).
+// The offset of a 16-byte piece in a tile of rows of 64 16-bit elements, eight pieces per row. The order of pieces
+// varies from row to row to avoid bank conflicts for both readers of a tile: the lanes of a fragment (two rows, every
+// second piece) and ldmatrix (eight rows, one piece).
 QLORA_DEVICE SharedAddress swizzled(int row, int piece) {
   return static_cast<SharedAddress>(row * 128 + (piece ^ (row & 7)) * 16);
 }
 
-// The rows that a thread copies of a tile of kRows tokens: neighbours from first_token on, or, with a plan, those at
-// the tile's positions; -1 where there is none.
+// The rows of a tile of kRows tokens that a thread copies: adjacent tokens or, with a plan, the tokens at the tile's
+// positions; -1 if there is none.
 template <int kRows, int kThreads>
 struct TokenRows {
   static constexpr int kRowsAtOnce = kThreads / 8;
@@ -50,7 +50,7 @@ struct TokenRows {
     }
   }
 
-  // Starts the copy of 64 elements of each from first_elem on of a matrix [., elems]; zeros outside of it.
+  // Starts copying 64 elements of each row, from first_elem on, of a matrix [., elems]; zeros outside the matrix.
   template <class T>
   QLORA_METHOD void fetch(SharedAddress to, const T* matrix, int64_t elems, int64_t first_elem) const {
     const int piece = ptx::thread() % 8;
@@ -66,8 +66,8 @@ struct TokenRows {
   }
 };
 
-// Where a lane finds its sixteen elements, 16t … 16t + 15, of row g of a tile: in two halves, neighbours in either
-// order.
+// Addresses of the two halves of a lane's 16 elements, 16t … 16t + 15, of row g of a tile. The halves are adjacent, in
+// either order.
 struct Place {
   SharedAddress low, high;
 };
@@ -76,7 +76,7 @@ QLORA_DEVICE Place place_in(SharedAddress tile) {
   return {low, low ^ 16u};
 }
 
-// The words of row 8 kGroup + g.
+// Loads the lane's elements of row 8 kGroup + g.
 template <int kGroup>
 QLORA_DEVICE void load_fragment(Place place, uint32_t (&words)[8]) {
   const auto low = ptx::load_shared<Words4, kGroup * 1024>(place.low);
@@ -85,7 +85,7 @@ QLORA_DEVICE void load_fragment(Place place, uint32_t (&words)[8]) {
   words[4] = high.x, words[5] = high.y, words[6] = high.z, words[7] = high.w;
 }
 
-// Stages of [kTokens][64] 16-bit elements, which a group of kThreads threads share: of kGroups groups, each takes every
+// Stages of [kTokens][64] 16-bit elements, shared by a group of kThreads threads. Each of kGroups groups takes every
 // kGroups-th chunk.
 template <int kTokens, int kStages, int kThreads, int kGroups = 1>
 class TokenTile {
@@ -93,8 +93,8 @@ class TokenTile {
   static constexpr int kStageBytes = kTokens * 128;
   static constexpr int kBytes = kStageBytes * kStages;
 
-  // x [m, row_stride] of which the first row_elems are taken, both multiples of 8; rows and elements beyond the last
-  // one are zeros. All threads of the group.
+  // Reads the first row_elems elements of the rows of x [m, row_stride]; both must be multiples of 8. Rows and elements
+  // beyond the end are zero. All threads of the group must call it.
   QLORA_METHOD TokenTile(SharedAddress base, const void* x, int64_t m, int64_t row_stride, int64_t row_elems,
                          int64_t first_token)
       : base_(base),
@@ -115,14 +115,14 @@ class TokenTile {
     stage_ = base;
   }
 
-  // Starts the copy of the next chunk, if there is one.
+  // Starts copying the next chunk, if there is one.
   QLORA_METHOD void fetch() {
     if (chunks_left_ > 0) copy();
     chunks_left_ -= kGroups;
     stage_ = stage_ + kStageBytes == base_ + kBytes ? base_ : stage_ + kStageBytes;
   }
 
-  // The chunk to read now: the stage that the next fetch() will fill again.
+  // The chunk to read now. The next fetch() overwrites its stage.
   QLORA_METHOD SharedAddress current() const { return stage_; }
 
  private:
@@ -132,7 +132,7 @@ class TokenTile {
   QLORA_METHOD void copy() {
     const char* from = from_;
     const SharedAddress to = stage_ + to_;
-    if (left_ <= 0) {  // the row ends before this piece
+    if (left_ <= 0) {  // the piece lies beyond the end of the row
       for (int i = 0; i < kCopies; ++i) ptx::store_shared(to + i * (kRowsAtOnce * 128), Words4{0, 0, 0, 0});
     } else if (full_) {
       unroll<kCopies>([&](auto i) {
@@ -147,7 +147,7 @@ class TokenTile {
   }
 
   SharedAddress base_, to_;
-  SharedAddress stage_;  // filled next; behind fetch(), the one to be read
+  SharedAddress stage_;  // filled by the next fetch(); after a fetch(), the stage to read
   int left_;             // elements of the row from the thread's piece on
   int chunks_left_, copies_;
   bool full_;

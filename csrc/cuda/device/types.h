@@ -1,4 +1,4 @@
-// Vectors of a lane's memory accesses; shared by the device functions and their host twins.
+// Types of a lane's memory accesses, shared by the device functions and their host implementations.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,7 @@ struct alignas(16) Floats4 {
   float x, y, z, w;
 };
 
-// A number of a compile-time loop: unroll<3>(f) calls f(Index<0>{}), f(Index<1>{}), f(Index<2>{}).
+// A compile-time loop index: unroll<3>(f) calls f(Index<0>{}), f(Index<1>{}), f(Index<2>{}).
 template <int kIndex>
 struct Index {
   static constexpr int value = kIndex;

@@ -1,4 +1,4 @@
-// Loops whose index is a constant in each turn, where an instruction needs it as one.
+// Unrolled loops with compile-time indices, for instructions that need a constant.
 #pragma once
 
 #include <utility>
