@@ -1,5 +1,5 @@
-// AdamW: one pass over parameter, gradient and moments. With moments in 8 bit a warp takes a block of 256, whose new
-// absmax it finds by shuffles.
+// AdamW on a GPU: one pass over parameter, gradient and moments. With 8-bit moments, a warp updates one block of 256
+// and finds its new absmax by shuffles.
 #include <algorithm>
 
 #include "cuda/device/elements.cuh"
@@ -80,7 +80,7 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel_8bit(QLORA_PARAMS AdamWJobs j
     if (at >= p.numel) return;
     const int code_sq = nearest_code<1>(normalised_moment(v[i], absmax_sq));
     ptx::store(p.codes + at, static_cast<uint8_t>(nearest_code<0>(normalised_moment(m[i], absmax))));
-    // A second moment that is not zero never becomes zero: the next step would divide by eps.
+    // A nonzero second moment never gets code 0, because the next step would divide by eps.
     ptx::store(p.codes_sq + at, static_cast<uint8_t>(code_sq == 0 && v[i] > 0.0f ? 1 : code_sq));
   }
 }

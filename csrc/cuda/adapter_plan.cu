@@ -1,6 +1,6 @@
-// Which tokens belong to which adapter, for the kernels that take the tokens of one adapter together: tokens sorted by
-// adapter, each adapter's tokens padded to whole tiles. One warp counts and places the tokens of one adapter, in the
-// order of the tokens, so that the plan is the same on every run.
+// Sorts tokens by adapter, for kernels that process the tokens of one adapter together; each adapter's tokens are
+// padded to whole tiles. One warp counts and places the tokens of one adapter in token order, so the plan is the same
+// on every run.
 #include "cuda/device/launch.cuh"
 #include "format/common.h"
 
@@ -10,7 +10,7 @@ namespace adapter_plan {
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
 
-// visit(token, index) for each token of an adapter, by the lane that met it. Returns how many there are.
+// Calls visit(token, index) for each token of an adapter, in the lane that read it, and returns their number.
 template <class Visit>
 QLORA_DEVICE int for_tokens_of(const AdapterPlanParams& p, int64_t adapter, const Visit& visit) {
   int count = 0;
@@ -33,7 +33,7 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 4) count(QLORA_PARAMS AdapterPlanParams
 
 QLORA_DEVICE int tiles_of(int tokens) { return (tokens + kAdapterTile - 1) / kAdapterTile; }
 
-// The warp behind the last adapter's marks the tiles that are not needed.
+// One warp per adapter, plus one warp that marks the unused tiles.
 QLORA_KERNEL void QLORA_BOUNDS(kThreads, 4) place(QLORA_PARAMS AdapterPlanParams p) {
   const int64_t adapter = ptx::block_x() * int64_t{kWarps} + ptx::warp();
   if (adapter > p.adapters) return;

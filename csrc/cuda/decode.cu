@@ -1,6 +1,6 @@
-// Few tokens (m <= 16): y = x Wᵀ + low-rank term + bias on the tensor cores, the weight read once and decoded in
-// registers. Sixteen or 32 rows a block (select.h); k is dealt to the warps in chunks of 64, whose sums are added in a
-// fixed order.
+// Kernel for few tokens (m <= 16): y = x Wᵀ + low-rank term + bias on the tensor cores. It reads the weight once and
+// unpacks it in registers. A thread block takes 16 or 32 rows (select.h). Its warps take turns in chunks of 64 along k,
+// and their sums are added in a fixed order.
 #include "cuda/device/fragments.cuh"
 #include "cuda/device/launch.cuh"
 #include "cuda/device/levels.h"
@@ -9,18 +9,18 @@
 namespace qlora::cuda {
 namespace decode {
 
-constexpr int kWarps = kDecodeWarps;  // more would each pay for its start-up with fewer chunks (docs/kernels.md)
+constexpr int kWarps = kDecodeWarps;  // with more warps, each has too few chunks for its start-up (docs/kernels.md)
 constexpr int kThreads = 32 * kWarps;
 
-// Words between the sums of two tokens and of two warps: stores of lanes (g, t) and loads of half warps meet no bank
-// twice.
+// Words between the sums of two tokens and of two warps, padded so that neither the stores of lanes (g, t) nor the
+// loads of half warps have bank conflicts.
 template <int R>
 constexpr int kTokenPitch = 16 * R + 8;
 template <int R, int kTokens>
 constexpr int kWarpPitch = kTokens * kTokenPitch<R> + 32 / kWarps;
 
-// A token's place among the sums of a warp: the two tokens of a lane lie far apart, those of neighbouring lanes side by
-// side.
+// The position of a token among the sums of a warp. The two tokens of a lane are four positions apart, and those of
+// adjacent lanes are adjacent.
 template <int kTokens>
 QLORA_DEVICE int place_of_token(int token) {
   return token / 2 % 4 + token % 2 * 4 + token / 8 * 8;
@@ -31,7 +31,7 @@ QLORA_DEVICE uint32_t word_of(const Words4& lower, const Words4& upper, int i) {
   return words[i];
 }
 
-// Part of the low-rank term of one row and token: every second group of eight ranks, or every second rank.
+// Half of the low-rank term of one row and token: every second group of eight ranks, or every second rank.
 template <class T>
 QLORA_DEVICE float low_rank_part(const DecodeParams& p, int64_t row, int64_t token, int64_t adapter, int half) {
   const float* t = p.lora_t + token * p.r;
@@ -59,8 +59,8 @@ QLORA_DEVICE float low_rank_part(const DecodeParams& p, int64_t row, int64_t tok
   return sum;
 }
 
-// Adds up the warps' sums and stores y. A half warp takes 16 rows of one token: lanes 0-15 the sums of the first half
-// of the warps, lanes 16-31 those of the others.
+// Adds the sums of the warps and stores y. A warp handles 16 rows of one token: lanes 0-15 add the sums of the first
+// half of the warps, lanes 16-31 those of the second half.
 template <class T, int R, int kTokens>
 QLORA_DEVICE void finish(const DecodeParams& p, SharedAddress sums, int64_t first_row) {
   const int half = ptx::lane() / 16;
@@ -77,7 +77,7 @@ QLORA_DEVICE void finish(const DecodeParams& p, SharedAddress sums, int64_t firs
     if (p.r > 0 && row < p.weight.n) {
       const int64_t adapter = p.adapter_of_token != nullptr ? ptx::load(p.adapter_of_token + token) : 0;
       if (adapter < -1 || adapter >= p.adapters)
-        sum = __builtin_nanf("");  // no such adapter
+        sum = __builtin_nanf("");  // invalid adapter
       else if (adapter >= 0)
         sum += low_rank_part<T>(p, row, token, adapter, half);
     }
@@ -90,8 +90,8 @@ QLORA_DEVICE void finish(const DecodeParams& p, SharedAddress sums, int64_t firs
   }
 }
 
-// The chunks of one warp on their way from global memory: a ring of stages, each with the packed bytes of 16R rows
-// (32 bytes a row, the row of lane group g and place i in slot 8i + g) and m tokens (128 bytes each).
+// Copies the chunks of one warp from global memory into a ring of stages. A stage holds the packed bytes of 16R rows
+// (32 bytes each; row i of lane group g is in slot 8i + g) and m tokens (128 bytes each).
 template <int R, int kTokens, int kStages>
 class Ring {
  public:
@@ -112,7 +112,7 @@ class Ring {
     tokens_ = static_cast<int>(p.m) - token;
   }
 
-  // Starts anew with `chunks` chunks to come, and has the first ones on their way.
+  // Restarts the ring for the next `chunks` chunks and starts copying the first ones.
   QLORA_METHOD void begin(int chunks) {
     stage_ = base_;
     left_ = chunks;
@@ -120,7 +120,7 @@ class Ring {
     for (int i = 0; i < kStages - 1; ++i) fetch();
   }
 
-  // The next chunk, arrived, and one more on its way. Whole warps.
+  // Waits for the next chunk, starts copying one more, and returns the address. Whole warps must call it.
   QLORA_METHOD SharedAddress next() {
     ptx::cp_async_wait<kStages - 2>();
     ptx::sync_warp();
@@ -129,7 +129,7 @@ class Ring {
   }
 
  private:
-  // Every call is one group, also where there is nothing left to copy.
+  // Every call commits one cp.async group, even if nothing is left to copy.
   QLORA_METHOD void fetch() {
     if (left_ > 0) {
 #pragma unroll
@@ -140,7 +140,7 @@ class Ring {
       const char* x = x_;
 #pragma unroll
       for (int i = 0; i < kTokens / 4; ++i, x += x_pitch_bytes_)
-        // More than eight tokens: the first eight are there.
+        // The variant for 16 tokens has more than eight, so the first eight need no check.
         if ((kTokens == 16 && i < 2) || 4 * i < tokens_) ptx::cp_async_16(stage_ + x_to_ + i * 512, x);
       x_ += kWarps * kChunk * 2;
     }
@@ -151,11 +151,11 @@ class Ring {
 
   SharedAddress base_, end_;
   int stage_bytes_;
-  int64_t x_pitch_bytes_;  // of four tokens
+  int64_t x_pitch_bytes_;  // bytes of four tokens
   const uint8_t* w_[R];
   const char* x_;
   SharedAddress w_to_, x_to_;
-  SharedAddress stage_ = 0;  // filled next; behind fetch(), the one to be read
+  SharedAddress stage_ = 0;  // filled by the next fetch(); after a fetch(), the stage to read
   int tokens_, left_ = 0;
 };
 
@@ -183,9 +183,9 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS DecodeParams p) 
   float sum[R][kTokens / 8][4] = {};
   for (int panel_chunk = 0; panel_chunk < chunks; panel_chunk += panel_chunks) {
     const int count = chunks - panel_chunk < panel_chunks ? chunks - panel_chunk : panel_chunks;
-    if (panel_chunk > 0) ptx::sync_threads();  // the panel before this one is done with
+    if (panel_chunk > 0) ptx::sync_threads();  // all warps have finished with the previous panel
     const int my_count = (count - ptx::warp() + kWarps - 1) / kWarps;
-    ring.begin(my_count);  // the copies and the scales are on their way while the table is made
+    ring.begin(my_count);  // the copies run while the table and the scales are written
     if (panel_chunk == 0) LevelPairs<T>::template fill<kThreads>(table, p.weight.quant_type, p.level_multiplier);
     panel.fill(p.weight, scales, first_row, panel_chunk, count, p.level_factor);
     ptx::sync_threads();
@@ -196,7 +196,7 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS DecodeParams p) 
       Words4 x[kTokens / 8][2];
 #pragma unroll
       for (int j = 0; j < kTokens / 8; ++j) {
-        // The second 16 bytes lie behind the first or, swizzled, before them.
+        // The second 16 bytes follow the first, or precede them if swizzled.
         x[j][0] = ptx::load_shared<Words4>(here + my_x[j]);
         x[j][1] = ptx::load_shared<Words4>((here + my_x[j]) ^ 16u);
       }
@@ -234,7 +234,7 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS DecodeParams p) 
     ptx::cp_async_wait<0>();
   }
 
-  ptx::sync_threads();  // the table is done with: the sums take its place
+  ptx::sync_threads();  // the table is no longer needed; the sums overwrite it
   const SharedAddress mine = table + (ptx::warp() * kWarpPitch<R, kTokens> + 2 * R * g) * 4;
 #pragma unroll
   for (int j = 0; j < kTokens / 8; ++j)

@@ -1,6 +1,6 @@
-// 4 bit back to dense, double-quantized scales decoded on the way: one launch, each weight rounded once. A lane decodes
-// the eight weights of a word; a warp takes four words a lane at a time, so that one decode of scales serves 1024
-// weights.
+// Dequantizes a 4-bit weight, including double-quantized scales, in one launch; each weight is rounded once. A lane
+// handles words of eight weights. A warp handles four words per lane in a round, so it computes its scales once for
+// 1024 weights.
 #include "cuda/device/launch.cuh"
 #include "cuda/device/pair_table.cuh"
 #include "cuda/device/scales.cuh"
@@ -11,10 +11,10 @@ namespace dequantize {
 constexpr int kThreads = 256;
 constexpr int kWords = 4;                   // words of a lane in one round
 constexpr int kPerRound = 32 * 8 * kWords;  // weights of a warp in one round
-constexpr int kRounds = 4;                  // rounds of a warp: 4096 weights pay for their share of the table
+constexpr int kRounds = 4;                  // rounds of a warp: 4096 weights amortize its share of the table
 static_assert(kPerRound >> 5 <= 32, "one lane for each block of a round");
 
-// Where a round lies. Rounds of a warp follow each other, so that only the first one divides.
+// Row and part of a round. The rounds of a warp are consecutive, so only the first one needs a division.
 class Place {
  public:
   QLORA_METHOD Place(const DequantizeParams& p, int64_t round, int64_t parts) : parts_(parts) {
@@ -34,7 +34,7 @@ class Place {
   int64_t parts_, row_, part_;
 };
 
-// What a lane loads for a round: its words, and the scale of a block of its own.
+// The data that a lane loads for a round: its words, and the scale of one block.
 struct Raw {
   uint32_t word[kWords];
   RawScale scale;
@@ -57,7 +57,7 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 4) kernel(QLORA_PARAMS DequantizeParams
   const WarpScales scales(p.weight);
   int left = static_cast<int>(min_i64(kRounds, rounds - warp * kRounds));
   Place loading(p, warp * kRounds, parts);
-  // All loads of a round at once, one round ahead: none waits for another.
+  // Issues all loads of a round together, one round ahead, so that they overlap.
   const auto load = [&](Raw& raw) {
     const int64_t begin = loading.begin(p), end = loading.row_begin(p) + p.row_elems;
     const int64_t last_block = (end - 1) >> p.weight.block_shift;

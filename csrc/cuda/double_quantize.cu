@@ -1,4 +1,5 @@
-// Double quantization of the scales: their mean, then absmax - mean in blocks of 256 to the signed 8-bit dynamic map.
+// Double quantization of the scales: computes their mean, then quantizes absmax - mean in blocks of 256 to the signed
+// 8-bit dynamic map.
 #include "cuda/device/elements.cuh"
 #include "cuda/device/launch.cuh"
 
@@ -10,7 +11,7 @@ static_assert(kThreads == kNestedBlock && kThreads == kMeanParts, "a thread is a
 constexpr int kWarps = kThreads / 32;
 constexpr int kSharedBytes = kWarps * static_cast<int>(sizeof(double));
 
-// Sum over the threads of a block, in a fixed order: a tree in each warp, then the warps. Every thread gets it.
+// Sum over the threads of a block, in a fixed order: a tree within each warp, then over the warps. All threads get it.
 QLORA_DEVICE double block_sum(double value) {
   const SharedAddress base = ptx::shared_base();
   for (int mask = 16; mask > 0; mask /= 2) value += ptx::shuffle_xor(value, mask);
@@ -23,7 +24,7 @@ QLORA_DEVICE double block_sum(double value) {
   return sum;
 }
 
-// Parts in use: a block of 256 threads for each, and no more than there is work for.
+// Number of parts of the mean, one thread block of 256 threads each, at most as many as there is work for.
 QLORA_INLINE int64_t part_count(int64_t blocks) { return min_i64(kMeanParts, ceil_div(blocks, kThreads)); }
 
 QLORA_DEVICE float block_max(float value) {
@@ -36,7 +37,7 @@ QLORA_DEVICE float block_max(float value) {
   return value;
 }
 
-// Part i of the mean: every part_count-th stretch of 256 scales from the i-th on.
+// Part i of the mean sums every part_count-th group of 256 scales, beginning with group i.
 QLORA_KERNEL void QLORA_BOUNDS(kThreads, 4) sum_parts(QLORA_PARAMS DoubleQuantizeParams p) {
   double sum = 0.0;
   for (int64_t i = ptx::block_x() * int64_t{kThreads} + ptx::thread(); i < p.blocks;

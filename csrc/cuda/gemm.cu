@@ -1,7 +1,7 @@
-// Many tokens (m > 32): y = x Wᵀ + low-rank term + bias on the tensor cores, one accumulator. W is decoded from the
-// registers it was loaded into, once for each tile of tokens, and never written back; x passes through shared memory in
-// a pipeline of cp.async. The low-rank term comes last, as r / 16 more steps of the same product: before the
-// others its loads would compete with theirs for registers.
+// Kernel for many tokens (m > 32): y = x Wᵀ + low-rank term + bias on the tensor cores in one accumulator. W is loaded
+// into registers, unpacked there once per tile of tokens and never written back. x passes through shared memory in a
+// cp.async pipeline. The low-rank term comes last, as r / 16 more steps of the same product, so that its loads do not
+// compete for registers with those of W.
 #include <type_traits>
 
 #include "cuda/device/fragments.cuh"
@@ -15,8 +15,8 @@
 namespace qlora::cuda {
 namespace gemm {
 
-// Groups of warps, one above the other: each warp decodes 16R rows of its own, for all tokens of the tile. A group
-// takes every kGroups-th chunk. Scales of kPanel chunks a row are decoded at a time, by all groups for all.
+// Each warp of a group unpacks its own 16R rows and multiplies them with all tokens of the tile. A group takes every
+// kGroups-th chunk. All groups together compute the scales of kPanel chunks per row at a time.
 template <int kFragments, int kWarpsOfGroup, int kTokensOfTile, int kStagesOfX, int kGroupsOfBlock, int kPanelChunks,
           int kScaleBatch>
 struct Shape {
@@ -38,7 +38,7 @@ QLORA_KERNEL void QLORA_BOUNDS(S::kBlockThreads, S::kGroups == 1 ? 2 : 1) kernel
   constexpr int R = S::R, kTokens = S::kTokens, kStages = S::kStages, kGroups = S::kGroups;
   using Group = typename S::Group;
   const SharedAddress table = ptx::shared_base();
-  const int block_row = ptx::block_y() * S::kRows;  // 32 bits hold a row and a token, not an element
+  const int block_row = ptx::block_y() * S::kRows;  // 32 bits are enough for rows and tokens, but not for elements
   const int warp_row = Group::warp() * 16 * R, first_row = block_row + warp_row;
   const int first_token = ptx::block_x() * kTokens;
   const int chunks = static_cast<int>(p.weight.k / kChunk);
@@ -59,7 +59,7 @@ QLORA_KERNEL void QLORA_BOUNDS(S::kBlockThreads, S::kGroups == 1 ? 2 : 1) kernel
 
   for (int first = 0; first < chunks; first += S::kPanel) {
     const int count = chunks - first < S::kPanel ? chunks - first : S::kPanel;
-    if (first > 0) ptx::sync_threads();  // nobody reads the scales of before
+    if (first > 0) ptx::sync_threads();  // all warps have finished with the previous scales
     panel.fill(p.weight, WarpScales(p.weight), block_row, first, count, p.level_factor);
     ptx::sync_threads();
     for (int in_panel = Group::index(); in_panel < count; in_panel += kGroups) {
@@ -79,10 +79,10 @@ QLORA_KERNEL void QLORA_BOUNDS(S::kBlockThreads, S::kGroups == 1 ? 2 : 1) kernel
       const auto place = place_in(tokens.current());
       unroll<kTokens / 8>([&](auto group) {
         constexpr int j = decltype(group)::value;
-        // The next bytes: not earlier, for want of registers, and early enough to arrive behind the other half.
+        // Loads the next bytes of W halfway: earlier would need too many registers; the other half hides the latency.
         if constexpr (j == kTokens / 16)
           if (first + in_panel + kGroups < chunks) rows.next(raw);
-        // Keeps the compiler from loading all of x at once, which would spill.
+        // Keeps the compiler from loading all of x at once, which would spill registers.
         if constexpr (R == 2 && j % 4 == 0) ptx::sync_warp();
         uint32_t x[8];
         load_fragment<j>(place, x);
@@ -132,7 +132,7 @@ Status launch_typed(const GemmParams& p, cudaStream_t stream) {
       return launch_gemm_wgmma(p, stream);
     case GemmTile::k64x32Small:
       return launch_shape<T, Shape<2, 2, 32, 3, 4, 64, 8>>(p, stream);
-    default:  // the 64 KiB of Turing's shared memory leave room for two stages; it has no bfloat16
+    default:  // Turing: 64 KiB of shared memory have room for two stages; no bfloat16
       if constexpr (std::is_same_v<T, fp16>) return launch_shape<T, Shape<1, 4, 64, 2, 1, 32, 4>>(p, stream);
       return {"bfloat16 needs more shared memory than this GPU has"};
   }

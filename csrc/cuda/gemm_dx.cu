@@ -1,9 +1,10 @@
-// Backward of the input: dx = dy W + low-rank term on the tensor cores, one accumulator, W decoded on the way.
+// Gradient of the input: dx = dy W + low-rank term on the tensor cores in one accumulator, with W unpacked in
+// registers.
 //
-// The reduction runs over out features, so a scale cannot wait for the accumulators: weights are decoded to float32,
-// scaled and rounded once, which gives exactly the weights that torch would multiply with. Packed rows are read as they
-// lie: a byte holds two in features of one row, the operand wants two rows of one in feature, and the rounding
-// instruction, which takes two floats, pairs them for nothing.
+// The reduction runs over out features, so scales cannot be applied to accumulators. Instead, weights are unpacked to
+// float32, scaled and rounded once, which gives exactly the weights that torch would multiply with. Packed rows are
+// read as stored. A byte holds two in features of one row, but the operand needs pairs of rows of one in feature; the
+// rounding instruction takes two floats and forms these pairs at no extra cost.
 #include <type_traits>
 
 #include "cuda/device/launch.cuh"
@@ -18,7 +19,7 @@ namespace gemm_dx {
 constexpr int kChunk = 64;  // out features at a time
 constexpr int kStages = 2;
 
-// Groups of warps side by side: each warp decodes 32 in features, for all tokens of the tile. A group takes every
+// Each warp of a group unpacks 32 in features and multiplies them with all tokens of the tile. A group takes every
 // kGroups-th chunk.
 template <int kWarpsOfGroup, int kTokensOfTile, int kGroupsOfBlock>
 struct Shape {
@@ -27,8 +28,8 @@ struct Shape {
   static constexpr int kFeatures = 32 * kWarps;  // in features of a block
   using Tile = TokenTile<kTokens, kStages, kThreads, kGroups>;
   using Group = Groups<kGroups, kThreads>;
-  // Rows of a chunk in 16 bytes a warp. The four rows that a warp reads together, 16 apart, lie in different banks: by
-  // exchanging pieces where there are four, by padding where there are two.
+  // A row of a chunk has 16 bytes per warp. The four rows that a warp reads together, 16 apart, lie in different banks:
+  // with four pieces to a row by permuting the pieces, with two by padding.
   static constexpr int kRowBytes = 16 * kWarps, kPadding = kWarps == 2 ? 32 : 0;
   static constexpr int kWeightStageBytes = kChunk * kRowBytes + 4 * kPadding;
   static constexpr int kScaleStageBytes = kWarps * kChunk * 4;
@@ -38,7 +39,7 @@ struct Shape {
   static_assert(Group::sum_bytes(kTokens) <= kSharedBytes, "the groups' sums find room");
 };
 
-// The packed tile of a chunk: 64 rows, a piece of 16 bytes for each warp of the group.
+// The packed bytes of a chunk: 64 rows with one piece of 16 bytes for each warp of the group.
 template <class S>
 class WeightTile {
  public:
@@ -58,7 +59,7 @@ class WeightTile {
     mine_ = at(16 * t, S::Group::warp()) + 2 * g;
   }
 
-  // Starts the copy of the group's next chunk, if there is one; rows that are not there are skipped.
+  // Starts copying the group's next chunk, if there is one; rows beyond the end are filled with zero bytes.
   QLORA_METHOD void fetch() {
     if (chunks_left_ > 0) {
       copy(stage_ + to_, from_, rows_left_ > 0);
@@ -71,8 +72,8 @@ class WeightTile {
         stage_ + S::kWeightStageBytes == base_ + kStages * S::kWeightStageBytes ? base_ : stage_ + S::kWeightStageBytes;
   }
 
-  // Where the lane finds the two bytes (four in features, 4g …) of its rows 16t … 16t + 15 of the chunk to read now,
-  // kRowBytes from row to row.
+  // The address of the lane's two bytes (in features 4g … 4g + 3) in row 16t of the chunk to read now; its rows are
+  // 16t … 16t + 15, kRowBytes apart.
   QLORA_METHOD SharedAddress current() const { return stage_ + mine_; }
 
  private:
@@ -83,20 +84,20 @@ class WeightTile {
   QLORA_METHOD void copy(SharedAddress to, const uint8_t* from, bool row_exists) const {
     if (row_exists && inside_)
       ptx::cp_async_16(to, from);
-    else  // any weight will do: its gradient is zero, or its result is not stored
+    else  // any weight will do: its dy is zero, or its result is not stored
       ptx::store_shared(to, Words4{0, 0, 0, 0});
   }
   SharedAddress base_, to_, upper_to_, mine_;
-  SharedAddress stage_;  // filled next; behind fetch(), the one to be read
+  SharedAddress stage_;  // filled by the next fetch(); after a fetch(), the stage to read
   int rows_left_, chunks_left_;
   bool inside_;
   const uint8_t* from_;
   int64_t half_bytes_;
 };
 
-// Scales of a chunk's 64 rows for each warp's in features, one chunk ahead in two buffers. A thread decodes the scale
-// of one row for a pair of warps, or one for each of the two where a block of scales may end between them. They are
-// loaded while the chunk before is multiplied.
+// The scales of a chunk's 64 rows for the in features of each warp, double-buffered and loaded while the previous chunk
+// is multiplied. A thread computes the scale of one row for a pair of warps, or one scale for each of the two if a
+// quantization block may end between them.
 template <class S>
 class ScaleTile {
  public:
@@ -114,7 +115,7 @@ class ScaleTile {
     if (!is_shared(w)) raw_[1] = scales.load(w, (row + feature_[1]) >> w.block_shift);
     row_ += S::kGroups * kChunk;
   }
-  // Decodes them into the buffer that is not being read.
+  // Computes the loaded scales and stores them in `buffer`, which must not be the one being read.
   QLORA_METHOD void store(const Weight& w, const WarpScales& scales, int buffer) const {
     const SharedAddress to = base_ + buffer * S::kScaleStageBytes + to_;
     const float first = scales.value(raw_[0]), second = is_shared(w) ? first : scales.value(raw_[1]);
@@ -122,7 +123,7 @@ class ScaleTile {
     ptx::store_shared(to + kChunk * 4, second);
   }
 
-  // Scales of rows 16t + 4s … 16t + 4s + 3.
+  // Scales of rows 16t + 4 step … 16t + 4 step + 3.
   QLORA_METHOD Floats4 at(int buffer, int step) const {
     const int t = ptx::lane() % 4;
     const SharedAddress mine = base_ + buffer * S::kScaleStageBytes + (S::Group::warp() * kChunk + slot(16 * t)) * 4;
@@ -130,19 +131,20 @@ class ScaleTile {
   }
 
  private:
-  // Rows 32 … 63 have neighbouring groups of four exchanged: lanes t = 0 … 3 read four different groups of banks.
+  // In rows 32 … 63, adjacent groups of four are swapped, so that lanes t = 0 … 3 read different groups of banks.
   static QLORA_METHOD int slot(int row) { return row ^ (row >> 5 << 2); }
 
-  // Both warps of a pair always have the same block of scales.
+  // Whether both warps of a pair always use the same quantization block.
   static QLORA_METHOD bool is_shared(const Weight& w) { return w.block_shift > 5 && w.k % 64 == 0; }
 
   SharedAddress base_, to_;
-  int row_;  // of the next chunk
+  int row_;  // row in the next chunk
   int feature_[2];
   RawScale raw_[2] = {};
 };
 
-// Four rows times four in features of a lane, scaled and rounded: the fragments of in features 4g + {0, 1} and {2, 3}.
+// Unpacks four rows times four in features of a lane, scales and rounds them: `first` is the fragment of in features
+// 4g + {0, 1}, `second` that of 4g + {2, 3}.
 template <class T>
 QLORA_DEVICE void decode_rows(const ValuePairs& pairs, const uint32_t (&bytes)[4], const Floats4& scale,
                               uint32_t (&first)[4], uint32_t (&second)[4]) {
@@ -172,7 +174,7 @@ QLORA_KERNEL void QLORA_BOUNDS(S::kBlockThreads, S::kGroups == 1 ? 2 : 1) kernel
   constexpr int kTokens = S::kTokens, kGroups = S::kGroups;
   using Group = typename S::Group;
   const SharedAddress table = ptx::shared_base();
-  const int block_feature = ptx::block_y() * S::kFeatures;  // 32 bits hold a feature and a token, not an element
+  const int block_feature = ptx::block_y() * S::kFeatures;  // 32 bits are enough for features, but not for elements
   const int first_feature = block_feature + Group::warp() * 32;
   const int first_token = ptx::block_x() * kTokens;
   const int chunks = static_cast<int>(ceil_div(p.weight.n, kChunk));
@@ -192,17 +194,17 @@ QLORA_KERNEL void QLORA_BOUNDS(S::kBlockThreads, S::kGroups == 1 ? 2 : 1) kernel
   ValuePairs::fill<S::kBlockThreads>(table, p.weight.quant_type);
   const ValuePairs pairs(table);
   scale_tile.store(p.weight, scales, 0);
-  if constexpr (kGroups > 1) ptx::sync_threads();  // else the pipeline's own barrier is enough
+  if constexpr (kGroups > 1) ptx::sync_threads();  // with one group, the barrier of the pipeline is enough
 
   float sum[2][kTokens / 8][4] = {};
 
   int buffer = 0;
   for (int chunk = Group::index(); chunk < chunks; chunk += kGroups, buffer ^= 1) {
     advance_pipeline<kStages, Group>(fetch);
-    scale_tile.load(p.weight, scales);  // of the next chunk; behind the last one, of its last row
+    scale_tile.load(p.weight, scales);  // scales of the next chunk; beyond the end, those of the last row
     const SharedAddress bytes_at = weights.current();
     const auto place = place_in(tokens.current());
-    unroll<2>([&](auto half) {  // two steps at a time: their fragments are what registers can hold
+    unroll<2>([&](auto half) {  // two steps at a time: registers have room for their fragments only
       constexpr int h = decltype(half)::value;
       uint32_t fragment[2][2][4];
       unroll<2>([&](auto step) {

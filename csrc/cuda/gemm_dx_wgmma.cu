@@ -1,10 +1,10 @@
-// Backward of the input on Hopper: dx = dy W + low-rank term by wgmma. As in gemm_dx.cu a scale belongs to the operand:
-// weights are unpacked to float32, scaled and rounded once. Two warpgroups, side by side in in features, hold the A
-// operand in registers; dy passes through shared memory, which is B.
+// Gradient of the input on Hopper: dx = dy W + low-rank term by wgmma. As in gemm_dx.cu, scales are applied to the
+// operand: weights are unpacked to float32, scaled and rounded once. Two warpgroups with adjacent in features hold the
+// A operand in registers; dy in shared memory is the B operand.
 //
-// Row 2g of a warp's sixteen in features is g of the operand, row 2g + 1 is g + 8: one byte of an out feature holds
-// both. The sums stay in the tensor cores' accumulators from the first chunk to the last; while they multiply one chunk
-// the next is unpacked.
+// In features 2g and 2g + 1 of a warp's sixteen are rows g and g + 8 of the operand, because one byte of a row of W
+// holds both. The sums stay in the accumulators from the first chunk to the last. While the tensor cores multiply one
+// chunk, the next is unpacked.
 #include "cuda/device/launch.cuh"
 #include "cuda/device/pair_table.cuh"
 #include "cuda/device/ptx_wgmma.cuh"
@@ -19,9 +19,9 @@ namespace gemm_dx_wgmma {
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kFeatures = 16 * kWarps;  // in features of a block
 constexpr int kChunk = 64;              // out features at a time
-constexpr int kStages = 5;              // one may still be read, one is, one is unpacked, two are on their way
+constexpr int kStages = 5;              // previous chunk, current chunk, chunk being unpacked, two being copied
 constexpr int kRowBytes = kFeatures / 2, kWeightStageBytes = kChunk * kRowBytes;
-constexpr int kPieces = kRowBytes / 16;  // of a row
+constexpr int kPieces = kRowBytes / 16;  // pieces of a row
 constexpr int kScaleStageBytes = kPieces * kChunk * 4;
 
 template <int kTokens>
@@ -30,11 +30,11 @@ template <int kTokens>
 constexpr int kSharedBytes =
     kPairTableBytes + Tile<kTokens>::kBytes + kStages * kWeightStageBytes + 2 * kScaleStageBytes;
 
-// Which of kStages comes next.
+// The index of the stage after `stage` in the ring.
 QLORA_DEVICE int stage_behind(int stage) { return stage + 1 == kStages ? 0 : stage + 1; }
 
-// The packed tile of a chunk, a piece of 16 bytes a thread, and its scales: one for each row and 32 in features, a
-// thread each, loaded one chunk before they are stored.
+// The packed bytes of a chunk, 16 per thread, and its scales: one per row and 32 in features, which is one per thread.
+// Scales are loaded one chunk before they are stored.
 class WeightTile {
  public:
   QLORA_METHOD WeightTile(SharedAddress weights, SharedAddress scales, const Weight& w, int64_t first_feature)
@@ -46,7 +46,7 @@ class WeightTile {
     scale_feature_ = static_cast<int>(min_i64(first_feature + ptx::thread() / kChunk * 32, w.k - 32));
   }
 
-  // Starts the copy of the next chunk, if there is one; weights that are not there are zeros.
+  // Starts copying the next chunk, if there is one; bytes outside W are zero.
   QLORA_METHOD void fetch(const Weight& w) {
     const SharedAddress to = weights_ + filled_ * kWeightStageBytes + to_;
     if (inside_ && next_row_ + ptx::thread() / kPieces < w.n)
@@ -66,7 +66,7 @@ class WeightTile {
     ptx::store_shared(scales_ + buffer * kScaleStageBytes + ptx::thread() * 4, scales.value(raw_));
   }
 
-  // The A operand of step kStep of the chunk in a stage.
+  // Unpacks the A operand for step kStep of the chunk in `stage`, with the scales in `buffer`.
   template <class T, int kStep>
   QLORA_METHOD void unpack(const ValuePairs& pairs, int stage, int buffer, uint32_t (&fragment)[4]) const {
     const int g = ptx::lane() / 4, t = ptx::lane() % 4;
@@ -85,8 +85,8 @@ class WeightTile {
   }
 
  private:
-  // Pieces are exchanged from pair of rows to pair of rows: the four pairs that a warp reads together lie in different
-  // banks.
+  // The order of pieces varies from pair of rows to pair of rows, so that the four pairs that a warp reads together lie
+  // in different banks.
   static QLORA_METHOD int at(int row, int piece) { return row * kRowBytes + (piece ^ (row / 2 % kPieces)) * 16; }
 
   SharedAddress weights_, scales_;
@@ -108,7 +108,7 @@ QLORA_DEVICE void unpack_chunk(const WeightTile& weights, const ValuePairs& pair
 template <class T, int kTokens, bool kMulti>
 QLORA_KERNEL void QLORA_BOUNDS(kThreads, 1) kernel(QLORA_PARAMS GemmDxParams p) {
   if (!ptx::can_run_wgmma()) return;
-  constexpr int kGroups = kTokens / 16;  // of eight tokens, in a half
+  constexpr int kGroups = kTokens / 16;  // groups of eight tokens in half of the tile
   const SharedAddress table = ptx::shared_base(), stages = table + kPairTableBytes;
   const SharedAddress weight_stages = stages + Tile<kTokens>::kBytes;
   const int block_feature = ptx::block_y() * kFeatures, first_token = ptx::block_x() * kTokens;
@@ -136,14 +136,14 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 1) kernel(QLORA_PARAMS GemmDxParams p) 
   unpack_chunk<T>(weights, pairs, 0, 0, fragment[0]);
   int stage = 0;
 
-  // Multiplies a chunk and unpacks the one behind it, whose bytes have arrived as well.
+  // Multiplies a chunk and unpacks the next one, whose bytes have also arrived.
   const auto do_chunk = [&](int chunk, auto parity) {
     constexpr int kNow = decltype(parity)::value, kNext = 1 - kNow;
     weights.store_scale(scales, kNext);
     ptx::cp_async_wait<kStages - 4>();
     ptx::fence_shared_for_wgmma();
     ptx::sync_threads();
-    fetch();  // into the stage of two chunks before, whose products everybody has waited for
+    fetch();  // into the stage of two chunks before, whose products all warps have waited for
     ptx::cp_async_commit();
     weights.load_scale(p.weight, scales, chunk + 2);
     const SharedAddress here = stages + stage * Tile<kTokens>::kStageBytes;

@@ -1,10 +1,10 @@
-// Many tokens on Hopper: y = x Wᵀ + low-rank term + bias by wgmma. Two warpgroups, one above the other, unpack W from
-// the registers that it was loaded into, which are the A operand; x passes through shared memory, which is B.
+// Kernel for many tokens on Hopper: y = x Wᵀ + low-rank term + bias by wgmma. Two warpgroups load adjacent rows of W
+// into registers and unpack them there as the A operand; x in shared memory is the B operand.
 //
-// wgmma reads x in the order of memory, so the bytes of W change lanes: lane t of four holds the bytes of k = 16t …
-// 16t + 15 and needs byte t of each word of the four, a transposition by two shuffles a word. The tokens of a tile are
-// two halves with accumulators of their own: while the tensor cores multiply one, the other's sums are scaled and added
-// up, and the next chunk is unpacked.
+// wgmma reads x in memory order, so the bytes of W must move between lanes: lane t of four holds the bytes of
+// k = 16t … 16t + 15 and needs byte t of each word of the four lanes. This transposition takes two shuffles per word.
+// The tokens of a tile form two halves with separate accumulators. While the tensor cores multiply one half, the sums
+// of the other are scaled and added up, and the next chunk is unpacked.
 #include "cuda/device/fragments.cuh"
 #include "cuda/device/launch.cuh"
 #include "cuda/device/levels.h"
@@ -19,8 +19,8 @@ namespace gemm_wgmma {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kRows = 16 * kWarps;
-constexpr int kStages = 4;  // of x: one is read, one may still be, two are on their way
-constexpr int kPanel = 64;  // chunks whose scales are decoded at a time
+constexpr int kStages = 4;  // of x: current chunk, previous chunk, two being copied
+constexpr int kPanel = 64;  // chunks whose scales are computed at a time
 
 using Panel = ScalePanel<kWarps, kRows, 8>;
 template <int kTokens>
@@ -28,7 +28,7 @@ using Tile = TokenTile<kTokens, kStages, kThreads>;
 template <int kTokens>
 constexpr int kSharedBytes = kPairTableBytes + Tile<kTokens>::kBytes + panel_bytes(kRows, kPanel);
 
-// Byte t of the words of the four lanes that share a row, in lane t.
+// Gives lane t byte t of the words of the four lanes that share a row.
 class ByteTransposition {
  public:
   QLORA_METHOD ByteTransposition()
@@ -42,7 +42,7 @@ class ByteTransposition {
   uint32_t far_, near_;
 };
 
-// A chunk of W as the A operand of four steps.
+// Unpacks a chunk of W into the A operands of four steps.
 template <class T>
 QLORA_DEVICE void unpack_chunk(const LevelPairs<T>& pairs, const ByteTransposition& bytes, const Words2 (&raw)[2],
                                uint32_t (&fragment)[4][4]) {
@@ -57,7 +57,7 @@ QLORA_DEVICE void unpack_chunk(const LevelPairs<T>& pairs, const ByteTranspositi
   }
 }
 
-// Starts the products of a chunk with one half of the tokens.
+// Starts multiplying a chunk with one half of the tokens.
 template <class T, int kGroups>
 QLORA_DEVICE void multiply(float (&part)[kGroups][4], const uint32_t (&fragment)[4][4], SharedAddress tokens) {
   ptx::wgmma_fence();
@@ -79,7 +79,7 @@ QLORA_DEVICE void add_scaled(const float (&part)[kGroups][4], const float (&scal
 template <class T, int kTokens, bool kMulti>
 QLORA_KERNEL void QLORA_BOUNDS(kThreads, 1) kernel(QLORA_PARAMS GemmParams p) {
   if (!ptx::can_run_wgmma()) return;
-  constexpr int kGroups = kTokens / 16;  // of eight tokens, in a half
+  constexpr int kGroups = kTokens / 16;  // groups of eight tokens in half of the tile
   constexpr int kHalfBytes = kTokens / 2 * 128;
   const SharedAddress table = ptx::shared_base();
   const SharedAddress stages = table + kPairTableBytes;
@@ -90,7 +90,7 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 1) kernel(QLORA_PARAMS GemmParams p) {
   const auto fetch = [&] { tokens.fetch(); };
   start_pipeline<kStages - 1>(fetch);
   RowReader<1, 1> rows(p.weight, block_row + warp_row, 0);
-  Words2 raw[2][2];  // of the chunk to be unpacked next, and of the one behind it
+  Words2 raw[2][2];  // bytes of the next two chunks to unpack, one of even and one of odd index
   rows.next(raw[0]);
   raw[1][0] = raw[0][0], raw[1][1] = raw[0][1];
   if (chunks > 1) rows.next(raw[1]);
@@ -107,12 +107,12 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 1) kernel(QLORA_PARAMS GemmParams p) {
   unpack_chunk(pairs, bytes, raw[0], fragment[0]);
   if (chunks > 2) rows.next(raw[0]);
 
-  // The tokens of a chunk have arrived; its scales. Returns where its stage lies.
+  // Waits for the tokens of a chunk, starts copying those of a later one, and returns the address of the stage.
   const auto start_chunk = [&](int chunk) {
     ptx::cp_async_wait<kStages - 3>();
     ptx::fence_shared_for_wgmma();
     ptx::sync_threads();
-    fetch();  // into the stage of two chunks before, whose products everybody has waited for
+    fetch();  // into the stage of two chunks before, whose products all warps have waited for
     ptx::cp_async_commit();
     return stages + chunk % kStages * Tile<kTokens>::kStageBytes;
   };

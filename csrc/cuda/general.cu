@@ -1,5 +1,5 @@
-// The general path: products of any shape, dtype and block size on the CUDA cores, in float32. Whatever the tensor-core
-// kernels cannot take (float32 tokens, odd extents, affine weights) runs here.
+// The general path: products of any shape, dtype and block size on the CUDA cores in float32. It runs whatever the
+// tensor-core kernels do not support (float32 tokens, odd extents, affine weights).
 #include "cuda/device/elements.cuh"
 #include "cuda/device/launch.cuh"
 
@@ -9,7 +9,7 @@ namespace general {
 constexpr int kTile = 64;          // rows and columns of a block's tile
 constexpr int kSteps = 16;         // steps in shared memory at a time
 constexpr int kThreads = 256;      // 16 x 16 threads, 4 x 4 results each
-constexpr int kPitch = kTile + 4;  // floats between steps: rows of four lanes fall into different banks
+constexpr int kPitch = kTile + 4;  // floats between steps, padded so that rows of four lanes lie in different banks
 constexpr int kSharedBytes = 2 * kSteps * kPitch * static_cast<int>(sizeof(float));
 
 template <OperandKind kKind>
@@ -25,8 +25,8 @@ QLORA_DEVICE float operand_at(const GeneralParams& p, int64_t row, int64_t step)
   return scaled + ptx::load(p.affine.zero_point + cell);
 }
 
-// Copies a tile [kSteps][kTile] to shared memory: value(index in tile, step), zero outside. Neighbouring lanes take
-// neighbouring elements of whichever extent is contiguous.
+// Writes a tile [kSteps][kTile] of value(index in tile, step) to shared memory, zero outside the matrix. Adjacent lanes
+// take adjacent elements of the contiguous extent.
 template <class Value>
 QLORA_DEVICE void fill_tile(SharedAddress tile, bool steps_are_contiguous, int64_t count, int64_t steps,
                             const Value& value) {
@@ -63,7 +63,7 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GeneralParams p)
                         : 0.0f;
     });
     ptx::sync_threads();
-    // A sum of its own for these steps: adding up sums of 16 keeps the rounding error of long rows near that of a tree.
+    // Sums these 16 steps separately: adding partial sums of 16 keeps the rounding error of long rows small.
     float part[4][4] = {};
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
@@ -94,7 +94,7 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GeneralParams p)
       float value = p.scale * sum[i][j];
       if (p.r > 0 && of_col != -1) {
         if (of_col < -1 || of_col >= p.adapters)
-          value = __builtin_nanf("");  // no such adapter: see arguments.h
+          value = __builtin_nanf("");  // invalid adapter
         else
           for (int64_t r = 0; r < p.r; ++r)
             value = fmaf(load_element(p.up.data, p.up.dtype,
@@ -110,7 +110,7 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GeneralParams p)
   }
 }
 
-// The adapter of a token and whether there is such a one, and what its results are multiplied by.
+// The adapter of a token, whether it exists, and its scaling.
 struct TokenAdapter {
   QLORA_METHOD TokenAdapter(const TokenDotParams& p, int64_t token)
       : adapter(p.adapter_of_token != nullptr ? ptx::load(p.adapter_of_token + token) : 0),
@@ -127,7 +127,7 @@ QLORA_DEVICE float sum_of_warp(float sum) {
   return sum;
 }
 
-// A warp for each token and row: any strides and dtypes.
+// One warp for each token and row; any strides and dtypes.
 QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) token_dot(QLORA_PARAMS TokenDotParams p) {
   const int64_t item = static_cast<int64_t>(ptx::block_x()) * (kThreads / 32) + ptx::warp();
   if (item >= p.tokens * p.rows) return;
@@ -144,7 +144,7 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) token_dot(QLORA_PARAMS TokenDotParam
   if (ptx::lane() == 0) ptx::store(p.out + item, of.known ? of.scaling(p) * sum : 0.0f);
 }
 
-// A block for each token and row, 16 bytes a load, four of them on their way together.
+// One thread block for each token and row, with loads of 16 bytes, four in flight.
 constexpr int kDotThreads = 128;
 template <DType kX, DType kOperand>
 QLORA_KERNEL void QLORA_BOUNDS(kDotThreads, 4) token_dot_vectors(QLORA_PARAMS TokenDotParams p) {
@@ -179,7 +179,7 @@ auto dot_kernel_of(DType operand) {
   return operand == kX ? token_dot_vectors<kX, kX> : token_dot_vectors<kX, DType::kFloat32>;
 }
 
-// A warp for each stretch of the rows and 32 columns; the stretches are added up in order.
+// One warp for each part of the rows and 32 columns; the parts are added in order.
 constexpr int kColumnWarps = 16;
 QLORA_KERNEL void QLORA_BOUNDS(32 * kColumnWarps, 1) column_sum(QLORA_PARAMS ColumnSumParams p) {
   const int64_t col = int64_t{ptx::block_x()} * 32 + ptx::lane();

@@ -1,4 +1,4 @@
-// What select.h needs to know of a GPU, asked once for each device.
+// Queries the GPU properties that select.h uses, once per device.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -28,11 +28,11 @@ Status query_gpu(int device, GpuInfo* info) {
     for (const auto& question : questions) {
       const cudaError_t error = cudaDeviceGetAttribute(question.value, question.attribute, device);
       if (error != cudaSuccess) {
-        (void)cudaGetLastError();  // else the next launch would report it
+        (void)cudaGetLastError();  // clears the error; otherwise the next launch would report it
         return {cudaGetErrorString(error)};
       }
     }
-    // A newer GPU runs the newest code that was compiled, with what that knows.
+    // A newer GPU runs the newest code in the library and is treated like the newest known architecture.
     gpu.arch = std::min(10 * major + minor, QLORA_NEWEST_ARCH);
 #ifdef QLORA_HAS_WGMMA
     gpu.has_wgmma = 10 * major + minor == 90;

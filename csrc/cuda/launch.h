@@ -1,4 +1,4 @@
-// What the glue sees of the CUDA kernels: one parameter struct and one launch function each. No torch, no CUDA headers.
+// Interface of the CUDA kernels: one parameter struct and one launch function each. No torch, no CUDA headers.
 //
 // Extents: m tokens, n out features, k in features, r rank. A launch never allocates and never synchronizes, so it can
 // be captured in a CUDA graph; workspaces come from the caller. Results are bitwise the same on every run.
@@ -16,10 +16,10 @@ using cudaStream_t = CUstream_st*;
 
 namespace qlora::cuda {
 
-// What became of a launch; `error` is a text that lives forever, or null.
+// The result of a launch; `error` is null or a text with static lifetime.
 struct Status {
   const char* error = nullptr;
-  bool is_earlier = false;  // it was there before this launch
+  bool is_earlier = false;  // the error existed before this launch
 };
 
 Status query_gpu(int device, GpuInfo* info);
@@ -45,10 +45,10 @@ struct QuantizeParams {
   int64_t numel;
   int block_shift;
   int quant_type;
-  bool check_finite;        // else an inf is reported instead: it cannot be double-quantized
+  bool check_finite;        // false: only blocks with inf are reported, which cannot be double-quantized
   uint8_t* packed;          // [ceil(numel / 2)], aligned to 4 bytes
   float* absmax;            // [blocks]
-  unsigned long long* bad;  // [1], zero before: 2^63 - the first position that is nan or inf, or 0
+  unsigned long long* bad;  // [1], must be 0: becomes 2^63 - the first position of nan or inf, or stays 0
 };
 Status launch_quantize(const QuantizeParams& p, cudaStream_t stream);
 
@@ -63,8 +63,8 @@ struct DoubleQuantizeParams {
 };
 Status launch_double_quantize(const DoubleQuantizeParams& p, cudaStream_t stream);
 
-// A panel of the flat weight: row_elems elements from first + i * row_stride on, for each of `rows` rows i. `first` is
-// a multiple of 32, so that no group of 1024 elements meets more than 32 blocks; with several rows the others are too.
+// A panel of the flat weight: row i of `rows` has row_elems elements from first + i * row_stride on. `first` must be a
+// multiple of 32, so that 1024 elements overlap at most 32 blocks; with several rows, row_elems and row_stride too.
 struct DequantizeParams {
   Weight weight;
   int64_t first;
@@ -86,7 +86,7 @@ Status launch_quantization_error(const QuantizationErrorParams& p, cudaStream_t 
 
 // ---- optimizer ----
 
-// A step of AdamW for up to sixteen parameters; all with moments in 8 bit, if codes are set, or none.
+// One step of AdamW for up to sixteen parameters. Either all have 8-bit moments (codes are set) or none.
 inline constexpr int kMostUpdates = 16;
 struct AdamWJobs {
   AdamWParams job[kMostUpdates];
@@ -119,7 +119,7 @@ struct DecodeParams {
   const int64_t* adapter_of_token;  // [m], -1: none; null: one adapter for all
   int64_t adapters;
   int64_t b_adapter_stride;  // elements
-  bool b_is_vectorized;      // lora_b has the dtype of x, r is a multiple of 8, all aligned to 16 bytes
+  bool b_is_vectorized;      // lora_b has the dtype of x and is aligned to 16 bytes; r is a multiple of 8
   const void* bias;          // [n] or null
   DType bias_dtype;
   void* y;                 // [m, n]
@@ -130,15 +130,15 @@ struct DecodeParams {
 Status launch_decode(DecodeParams p, cudaStream_t stream);
 
 // A low-rank factor: element (rank, feature) of adapter a is data[a * adapter_stride + rank * rank_stride + feature *
-// feature_stride]. As lora_a and lora_b lie in memory, one of the strides is 1.
+// feature_stride]. One of rank_stride and feature_stride is 1.
 struct LowRankFactor {
   const void* data = nullptr;
   DType dtype = DType::kFloat32;
   int64_t rank_stride = 0, feature_stride = 0, adapter_stride = 0;
-  bool is_vectorized = false;  // aligned to 16 bytes, the strides that are not 1 multiples of 8
+  bool is_vectorized = false;  // aligned to 16 bytes, and all strides other than 1 are multiples of 8
 };
 
-// y [m, rows] = product + lora_t · up + bias: rows are out features in the forward, in features in the backward.
+// y [m, rows] = product + lora_t · up + bias. Rows are out features in the forward, in features in the backward.
 struct GemmOutput {
   void* y;
   int64_t m;
@@ -152,7 +152,7 @@ struct GemmOutput {
   DType bias_dtype;
 };
 
-// y = x Wᵀ + … for any number of tokens; out.rows is n.
+// y = x Wᵀ + low-rank term + bias for any number of tokens; out.rows is n.
 struct GemmParams {
   Weight weight;
   const void* x;  // [m, k], aligned to 16 bytes
@@ -163,10 +163,10 @@ struct GemmParams {
   float level_factor;
 };
 Status launch_gemm(GemmParams p, cudaStream_t stream);
-// What launch_gemm() does with Hopper's tiles: a file of its own, compiled for sm_90a.
+// Called by launch_gemm() for Hopper's tiles; its file is compiled for sm_90a.
 Status launch_gemm_wgmma(const GemmParams& p, cudaStream_t stream);
 
-// dx = dy W + …; out.rows is k, a multiple of 32; n is a multiple of 8. Every block size.
+// dx = dy W + low-rank term, for every block size; out.rows is k, a multiple of 32; n is a multiple of 8.
 struct GemmDxParams {
   Weight weight;
   const void* dy;  // [m, n], aligned to 16 bytes
@@ -179,15 +179,15 @@ Status launch_gemm_dx_wgmma(const GemmDxParams& p, cudaStream_t stream);
 
 // ---- many adapters in one batch ----
 
-// Tokens sorted by adapter, each adapter's padded to whole tiles of kAdapterTile positions. Tokens without an adapter,
-// and those of one that does not exist, have no position.
+// Tokens sorted by adapter, those of each adapter padded to whole tiles of kAdapterTile positions. Tokens without an
+// adapter or with an invalid one have no position.
 inline constexpr int kAdapterTile = 64;
 constexpr int64_t most_adapter_tiles(int64_t m, int64_t adapters) {
   return (m + kAdapterTile - 1) / kAdapterTile + (adapters < m ? adapters : m);
 }
 struct AdapterPlan {
   const int* order = nullptr;               // [tiles * kAdapterTile], token at each position, -1: none
-  const int* adapter_of_tile = nullptr;     // [tiles], -1: not needed
+  const int* adapter_of_tile = nullptr;     // [tiles], -1: unused tile
   const int* first_tile = nullptr;          // [adapters + 1]
   const float* scale_of_adapter = nullptr;  // [adapters]
   int64_t tiles = 0;                        // most_adapter_tiles()
@@ -205,15 +205,15 @@ Status launch_adapter_plan(const AdapterPlanParams& p, cudaStream_t stream);
 
 // ---- the low-rank term ----
 
-// out [m, r] = scale * x · factorᵀ: low-rank activations, x lora_aᵀ in the forward and dy lora_b in the backward. Up to
-// two at once: what costs here is the launch.
+// out [m, r] = scale * x · factorᵀ: low-rank activations, x lora_aᵀ in the forward and dy lora_b in the backward. One
+// launch computes up to two of them, because launches dominate the cost.
 struct LoraDownJob {
   const void* x;     // [m, features], aligned to 16 bytes
   int64_t features;  // a multiple of 8
   LowRankFactor factor;
   float* out;  // [m, r]
   unsigned long long*
-      largest;  // [1], zero before: the largest magnitude in out, as the bits of a float; null: not asked
+      largest;  // [1], must be 0: becomes the largest magnitude in out, as the bits of a float; null: not computed
 };
 struct LoraDownParams {
   LoraDownJob job[2];
@@ -222,18 +222,18 @@ struct LoraDownParams {
   int64_t m, r;
   float scale;
   int tokens_per_block;  // select_lora_down_tokens()
-  // With a plan each token has its adapter's factor and its scale besides; rows of out without an adapter are not
-  // written.
+  // With a plan, each token uses its adapter's factor, and `scale` is multiplied by its adapter's scale. Rows of out
+  // without an adapter are not written.
   AdapterPlan plan;
 };
 Status launch_lora_down(const LoraDownParams& p, cudaStream_t stream);
 
-// out[s] [ranks, features] = activationsᵀ · x over the s-th stretch of the tokens: the gradients of low-rank factors.
+// out[s] [ranks, features] = activationsᵀ · x over part s of the tokens: the gradients of low-rank factors.
 struct LoraGradJob {
   const void* x;                        // [m, features], aligned to 16 bytes
   int64_t features;                     // a multiple of 8
   const float* activations;             // [m, ranks], aligned to 16 bytes
-  const unsigned long long* largest;    // of the activations, see LoraDownJob: float16 is scaled by it; null: is not
+  const unsigned long long* largest;    // LoraDownJob::largest, to scale float16 activations; null: no scaling
   int parts;                            // select_lora_grad_parts()
   float* out;                           // [parts, adapters, …], each of ranks * features elements
   int64_t rank_stride, feature_stride;  // of out; one of them is 1
@@ -243,7 +243,7 @@ struct LoraGradParams {
   int count;
   DType dtype;  // of x: bfloat16 or float16
   int64_t m, ranks;
-  bool splits;          // whether the activations count to nearly float32, by a high and a low part
+  bool splits;          // whether activations are split into high and low parts, for nearly float32 precision
   int ranks_per_block;  // select_lora_grad_ranks()
   AdapterPlan plan;     // with it, a gradient for each adapter
 };
@@ -263,7 +263,8 @@ struct LoraSumJobs {
 };
 Status launch_lora_sum(const LoraSumJobs& jobs, cudaStream_t stream);
 
-// y = lora_t · up + bias alone: the gradient of lora_x, and what the vendor's GEMM adds to. r > 0.
+// y = lora_t · up + bias, without a base product: the gradient of lora_x, and the term to which the vendor's GEMM adds
+// its product. r > 0.
 struct LoraUpParams {
   DType dtype;  // of y: bfloat16 or float16
   GemmOutput out;
@@ -297,7 +298,7 @@ struct GeneralParams {
   void* out = nullptr;
   DType out_dtype = DType::kFloat32;
   int64_t out_row_stride = 0, out_col_stride = 0;
-  // One product for each adapter, over its own steps only: out advances by out_adapter_stride.
+  // If set: one product for each adapter over its own steps only; the results are out_adapter_stride apart.
   const int64_t* adapter_of_step = nullptr;
   int64_t out_adapter_stride = 0;
 };
@@ -314,7 +315,8 @@ struct TokenDotParams {
   const float* scaling_of_adapter = nullptr;  // null: `scaling`
   float scaling = 1.0f;
   int64_t tokens = 0, rows = 0, steps = 0;
-  // Rows of x and operand are contiguous, aligned to 16 bytes, multiples of 8 long; operand is of x's dtype or float32.
+  // Rows of x and operand are contiguous, aligned to 16 bytes, and multiples of 8 long; operand has x's dtype or
+  // float32.
   bool is_vectorized = false;
   float* out = nullptr;  // [tokens, rows]
 };

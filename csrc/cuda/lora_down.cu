@@ -1,6 +1,7 @@
-// The low-rank down projection on the tensor cores, low-rank activations [m, r] = scale * x · factorᵀ: few columns, a
-// long reduction. Sixteen ranks are the rows of a product whose columns are tokens; the warps of a block share the
-// reduction and add up in order. Tokens and factors go from memory to registers as they lie: nothing is read twice.
+// The low-rank down projection on the tensor cores: activations [m, r] = scale * x · factorᵀ, with few columns and a
+// long reduction. In the product, rows are 16 ranks and columns are tokens. The warps of a block share the reduction,
+// and their sums are added in order. Tokens and factors are loaded directly into registers; a block reads each element
+// once.
 #include "cuda/device/half_range.cuh"
 #include "cuda/device/launch.cuh"
 #include "cuda/device/low_rank.cuh"
@@ -8,21 +9,21 @@
 namespace qlora::cuda {
 namespace lora_down {
 
-// Warps of a block: many where blocks are few, and few where blocks of 32 tokens fill the GPU and share SMs.
+// Warps of a block: 16 if there are few blocks, 8 if blocks of 32 tokens fill the GPU and share SMs.
 template <int kTokens>
 inline constexpr int kWarpsOf = kTokens == 16 ? 16 : 8;
-constexpr int kRanks = 16;     // of a block
-constexpr int kFeatures = 32;  // of a warp at a time: lane (g, t) takes 8t … 8t + 7 of its ranks and tokens
+constexpr int kRanks = 16;     // ranks of a block
+constexpr int kFeatures = 32;  // features of a warp at a time; lane (g, t) takes features 8t … 8t + 7
 
-// Where a warp's sum of a token and a rank lies: two tokens to 128 bytes, turned from pair to pair, so that both who
-// store (four pairs, eight ranks) and who read (one pair) find 32 different banks.
+// The address of a warp's sum for a token and a rank. Two tokens share 128 bytes, rotated from pair to pair, so that
+// neither stores (four pairs, eight ranks) nor loads (one pair) have bank conflicts.
 QLORA_DEVICE SharedAddress sum_at(int token_of_all, int rank) {
   const int pair = token_of_all / 2, inside = token_of_all % 2 * kRanks + rank;
   return ptx::shared_base() + (pair * 32 + (inside + 8 * pair) % 32) * 4;
 }
 
-// The warp's share of the products of sixteen ranks with 8 kGroups tokens: x is the row of the lane's token in each
-// group, null if there is none.
+// Adds the warp's share of the products of 16 ranks with 8 kGroups tokens. x[j] is the row of the lane's token in group
+// j, or null.
 template <class T, int kWarps, int kGroups, FactorPath kPath>
 QLORA_DEVICE void add_products(const LoraDownJob& job, const T* const (&x)[kGroups], int64_t adapter,
                                int64_t first_rank, int64_t ranks, float (&sum)[kGroups][4]) {

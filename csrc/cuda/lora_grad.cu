@@ -1,9 +1,9 @@
-// Gradients of the low-rank factors on the tensor cores: sums over tokens, d_lora_a = Vᵀ x and d_lora_b = dyᵀ U, both
-// in one launch.
+// Gradients of the low-rank factors on the tensor cores: d_lora_a = uᵀ x and d_lora_b = dyᵀ t, sums over tokens, in one
+// launch.
 //
-// A block owns features of x (or dy) and walks over tokens, 64 x 64 elements at a time. Both operands lie by token, and
-// ldmatrix transposes them. The activations come in float32 through registers, a chunk ahead, and are split into 16-bit
-// parts once for the whole block.
+// A block owns features of x (or dy) and iterates over tokens, 64 x 64 elements at a time. Both operands are stored by
+// token, and ldmatrix transposes them. The float32 activations are loaded into registers one chunk ahead and split into
+// 16-bit parts once for the whole block.
 #include "cuda/device/half_range.cuh"
 #include "cuda/device/launch.cuh"
 #include "cuda/device/low_rank.cuh"
@@ -20,8 +20,8 @@ constexpr int kStageBytes = kChunk * 128;
 template <int kRanks>
 constexpr int kColumns = lora_grad_features(kRanks) / kChunk;  // chunks of features of a block
 
-// The activations of a chunk of tokens, [64][kRanks] 16-bit numbers in pieces of eight. Pieces are exchanged from token
-// to token, so that ldmatrix finds the pieces of eight tokens in different banks.
+// The activations of a chunk of tokens, [64][kRanks] 16-bit numbers in pieces of eight. The order of pieces varies from
+// token to token, so that ldmatrix reads the pieces of eight tokens from different banks.
 template <class T, int kRanks>
 class ActivationTile {
  public:
@@ -38,7 +38,7 @@ class ActivationTile {
     if (job.largest != nullptr) factor_ = to_half_range(float_of(static_cast<uint32_t>(ptx::load(job.largest))));
   }
 
-  // Starts loading a thread's share of the chunk that begins at a position. All threads, like store().
+  // Starts loading the thread's share of the chunk at first_position. All threads must call it, and store().
   QLORA_METHOD void load(int64_t first_position) {
 #pragma unroll
     for (int i = 0; i < kQuads; ++i) {
@@ -97,7 +97,7 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS LoraGradParams p
   const LoraGradJob& job = p.job[ptx::block_y() % p.count];
   const int64_t part = ptx::block_y() / p.count;
   const int64_t first_feature = int64_t{ptx::block_x()} * kColumns<kRanks> * kChunk;
-  if (first_feature >= job.features || part >= job.parts) return;  // the other job has more
+  if (first_feature >= job.features || part >= job.parts) return;  // the grid is sized for the larger job
   const int* order = p.plan.order;
   const int64_t first_chunk = order != nullptr ? ptx::load(p.plan.first_tile + adapter) : 0;
   const int64_t chunks =
@@ -108,7 +108,7 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS LoraGradParams p
   const SharedAddress stages = ptx::shared_base(), stages_end = stages + kStages * kStageBytes;
   ActivationTile<T, kRanks> activations(stages_end, job, p, first_rank);
 
-  SharedAddress stage = stages;  // filled next; behind fetch(), the one to be read
+  SharedAddress stage = stages;  // filled by the next fetch(); after a fetch(), the stage to read
   int64_t next_token = begin;
   int next_column = 0;
   TokenRows<kChunk, kThreads> rows;
@@ -127,12 +127,12 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS LoraGradParams p
   if (begin < end) activations.load(begin);
 
   const int g = ptx::lane() / 4, t = ptx::lane() % 4;
-  // What ldmatrix asks a lane for: row lane % 16 of a tile, the piece lane / 16 or its neighbour's.
+  // The address that ldmatrix needs from a lane: row lane % 16 of 16 tokens, first or second piece of the warp.
   const int matrix_row = ptx::lane() % 16, matrix_piece = ptx::lane() / 16;
   float grad[kColumns<kRanks>][kGroups][2][4] = {};  // ranks 16 group + …, 16 features of this warp
   int buffer = 0;
   for (int64_t token = begin; token < end; token += kChunk, buffer ^= 1) {
-    activations.store(buffer);  // seen by all behind the barrier of the first column
+    activations.store(buffer);  // visible to all threads after the barrier of the first column
     if (token + kChunk < end) activations.load(token + kChunk);
     unroll<kColumns<kRanks>>([&](auto column) {
       constexpr int c = decltype(column)::value;

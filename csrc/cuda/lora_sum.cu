@@ -1,4 +1,4 @@
-// Gradients of low-rank factors from the sums over stretches of tokens, which are added up in order.
+// Adds the partial gradients of low-rank factors, one per part of the tokens, in order.
 #include <algorithm>
 
 #include "cuda/device/elements.cuh"

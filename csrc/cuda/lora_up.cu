@@ -1,5 +1,5 @@
-// The low-rank up projection alone, on the tensor cores: the gradient of lora_x, which has no base product to be added
-// to, and what the vendor's GEMM adds its product to.
+// The low-rank up projection without a base product, on the tensor cores: the gradient of lora_x, and the term to which
+// the vendor's GEMM adds its product.
 #include "cuda/device/launch.cuh"
 #include "cuda/device/results.cuh"
 
@@ -7,7 +7,7 @@ namespace qlora::cuda {
 namespace lora_up {
 
 constexpr int kThreads = 128;
-constexpr int kRows = 2 * 16 * kThreads / 32;  // of a block; two fragments a warp
+constexpr int kRows = 2 * 16 * kThreads / 32;  // rows of a block; two fragments per warp
 constexpr int kTokens = 64;
 
 template <class T, bool kMulti>

@@ -1,5 +1,5 @@
-// How far a 4-bit weight is from the dense one: sums in double, in a fixed order, nothing of the weight's size
-// allocated.
+// Error of a 4-bit weight against the dense one: sums in double, in a fixed order, without a temporary of the weight's
+// size.
 #include "cuda/device/elements.cuh"
 #include "cuda/device/launch.cuh"
 
@@ -18,7 +18,7 @@ struct Sums {
   }
 };
 
-// Over the threads of a block, in order; thread 0 gets the result.
+// Total over the threads of a block, in order; only thread 0 gets it.
 QLORA_DEVICE Sums block_total(const Sums& mine) {
   const SharedAddress base = ptx::shared_base(), at = base + ptx::thread() * 24;
   ptx::store_shared(at, mine.squared_error);

@@ -1,5 +1,6 @@
-// Blockwise 4-bit quantization: absmax, normalise, code, pack. Eight weights a lane, so that a lane loads 16 or 32
-// bytes and stores one word; a block of 64 is eight lanes, which find its absmax by shuffles.
+// Blockwise 4-bit quantization: finds absmax, normalises, finds codes, packs them. A lane takes eight weights, so it
+// loads 16 or 32 bytes and stores one word. A quantization block of 64 belongs to eight lanes, which find its absmax by
+// shuffles.
 #include "cuda/device/elements.cuh"
 #include "cuda/device/launch.cuh"
 #include "format/nf4_cells.h"
@@ -10,9 +11,9 @@ namespace quantize {
 constexpr int kThreads = 256;
 constexpr int kPerLane = 8;
 constexpr int kPerWarp = 32 * kPerLane;
-constexpr int kRounds = 4;  // of a warp: they share its start-up
+constexpr int kRounds = 4;  // rounds of a warp, to amortize its start-up
 
-// Eight neighbouring weights; zeros beyond the end.
+// Loads eight adjacent weights; zeros beyond the end.
 template <class T>
 QLORA_DEVICE void load_eight(const T* weight, int64_t first, int64_t numel, float (&x)[kPerLane]) {
   if (first + kPerLane <= numel) {
@@ -34,12 +35,12 @@ QLORA_DEVICE void load_eight(const T* weight, int64_t first, int64_t numel, floa
   }
 }
 
-// The table of cells in shared memory, copied sixteen times, so that every lane of a half warp reads a bank of its own.
+// The table of NF4 cells in shared memory, in 16 copies, so that every lane of a half warp reads its own banks.
 constexpr int kCellBytes = 16 * 8;
 constexpr int kTableBytes = kNf4Cells * kCellBytes;
 QLORA_TABLE Nf4CellTable kCellTable = kNf4CellTable;
 
-// All threads; a barrier has to follow.
+// All threads must call it, then pass a barrier.
 QLORA_DEVICE void fill_cells() {
   static_assert(kTableBytes == kThreads * 16, "16 bytes, two copies, for each thread");
   const int cell = ptx::thread() / 8;
@@ -51,7 +52,7 @@ QLORA_DEVICE void fill_cells() {
 template <QuantType kType>
 QLORA_DEVICE uint32_t code_of(float x) {
   if constexpr (kType == QuantType::kNf4) {
-    // A nan ends in the first cell, and has code 0.
+    // A nan falls into the first cell and gets code 0.
     const uint32_t cell = bits_of(fmaf(fmaxf(x, -1.0f), kNf4CellsPerUnit, kNf4CellMagic)) - bits_of(0x1.8p23f);
     const auto entry = ptx::load_shared<Words2>(
         ptx::mad<kCellBytes>(cell, ptx::shared_base() + static_cast<SharedAddress>(ptx::lane() & 15) * 8));
@@ -71,7 +72,7 @@ QLORA_DEVICE uint32_t code_of(float x) {
   }
 }
 
-// The largest magnitude of the block whose lanes are `lanes` neighbours. A nan is passed over; inf is kept.
+// The largest magnitude of a lane's eight weights and `before`. A nan is ignored; inf is kept.
 QLORA_DEVICE float absmax_of(const float (&x)[kPerLane], float before) {
   float largest = before;
 #pragma unroll
@@ -85,7 +86,7 @@ QLORA_DEVICE void report(const QuantizeParams& p, int64_t position) {
 
 template <class T>
 QLORA_DEVICE void check_finite(const QuantizeParams& p, const float (&x)[kPerLane], int64_t first) {
-  float probe = 0.0f;  // x * 0 is nan for nan and inf, and survives the sum
+  float probe = 0.0f;  // x * 0 is nan if x is nan or inf, and a nan stays in the sum
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) probe = fmaf(x[i], 0.0f, probe);
   if (probe == 0.0f) return;
@@ -96,7 +97,8 @@ QLORA_DEVICE void check_finite(const QuantizeParams& p, const float (&x)[kPerLan
   }
 }
 
-// `span` weights from `begin` on, by one warp: several blocks of `lanes` lanes each, or one of more than 256 weights.
+// Quantizes `span` weights from `begin` on with one warp: several blocks of `lanes` lanes each, or one block of at
+// least 256 weights.
 template <class T, QuantType kType>
 QLORA_DEVICE void quantize_span(const QuantizeParams& p, int64_t begin, int span, int lanes) {
   const T* weight = static_cast<const T*>(p.weight);
@@ -115,7 +117,7 @@ QLORA_DEVICE void quantize_span(const QuantizeParams& p, int64_t begin, int span
   }
 
   const float reciprocal = 1.0f / absmax;
-  const bool usable = (bits_of(reciprocal) & 0x7F800000u) != 0x7F800000u;  // else all zero, or subnormal: divide
+  const bool usable = (bits_of(reciprocal) & 0x7F800000u) != 0x7F800000u;  // false if absmax is zero or subnormal
   const float factor = usable ? reciprocal : 1.0f;
   for (int64_t first = begin; first < begin + span && first < p.numel; first += kPerWarp) {
     const int64_t mine = first + ptx::lane() * kPerLane;
@@ -131,7 +133,7 @@ QLORA_DEVICE void quantize_span(const QuantizeParams& p, int64_t begin, int span
     } else {
       for (int i = 0; mine + i < p.numel; i += 2) {
         const uint32_t byte = word >> (4 * i);
-        // The spare nibble of an odd number of weights is zero.
+        // If the number of weights is odd, the unused nibble is zero.
         ptx::store(p.packed + (mine + i) / 2, static_cast<uint8_t>(mine + i + 1 < p.numel ? byte : byte & 0xF0u));
       }
     }

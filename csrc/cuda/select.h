@@ -1,4 +1,4 @@
-// Which kernel takes a shape on a GPU: pure functions, tested and explained without one.
+// Choice of the CUDA kernels for a shape and a GPU: pure functions, which can be tested and explained without a GPU.
 #pragma once
 
 #include <cstdint>
@@ -10,14 +10,14 @@ namespace qlora::cuda {
 struct GpuInfo {
   int arch = 0;  // 75, 80, 86, 89, 90, 100, 120
   int sm_count = 0;
-  int shared_bytes_per_block = 0;  // the most that a launch may ask for
-  // Of a dequantized panel of W. Most weights are one panel: each further one reads x again and ends in a wave that
-  // leaves SMs idle (docs/kernels.md).
+  int shared_bytes_per_block = 0;  // the most that a launch may use
+  // Size of a dequantized panel of W. Most weights fit into one panel: each further panel reads x again, and its last
+  // wave leaves SMs idle (docs/kernels.md).
   int64_t panel_bytes = int64_t{128} << 20;
   bool has_wgmma = false;  // compute capability 9.0, and the library was built for it
 };
 
-// The shape of a product, and what decides over its kernel besides.
+// The shape of a product, and everything else that decides its kernel.
 struct Problem {
   int64_t m = 0, n = 0, k = 0;
   DType dtype = DType::kFloat32;  // of the tokens
@@ -25,12 +25,12 @@ struct Problem {
   bool many_adapters = false;
 };
 
-inline constexpr int kDecodeTokens = 16;  // of one launch: up to here the weight's bytes are the cost
-// Two launches of the decode kernel are still faster than what multiplies large tiles (docs/kernels.md).
+inline constexpr int kDecodeTokens = 16;  // tokens of one launch; up to here, reading the weight dominates the cost
+// Two launches of the `decode` kernel are still faster than the kernels with large tiles (docs/kernels.md).
 inline constexpr int kDecodeMostTokens = 2 * kDecodeTokens;
 
-// How the decode kernel cuts its work: rows of W for a block, and chunks of 64 weights whose scales it keeps in shared
-// memory at a time.
+// Division of work in the `decode` kernel: rows of W per thread block, and the number of chunks of 64 weights whose
+// scales are in shared memory at a time.
 struct DecodeTile {
   int rows = 0;  // 16, or 32 for more than eight tokens
   int panel_chunks = 0;
@@ -41,15 +41,15 @@ constexpr int kDecodeTableBytes = 32 * 1024;
 constexpr int kDecodeMostPanelChunks = 256;
 constexpr int decode_stages(int64_t m) { return m <= 8 ? 5 : 3; }
 
-// Table, ring of stages for each warp, and scales, of `rows` rows.
+// Bytes of the table, a ring of stages for each warp, and scales, for `rows` rows.
 constexpr int64_t decode_shared_bytes(int rows, int64_t m, int64_t panel_chunks) {
   return kDecodeTableBytes + kDecodeWarps * decode_stages(m) * (32 * rows + 128 * m) + 4 * rows * (panel_chunks | 1);
 }
 
-// Blocks of 16 rows hide latency best: three or four of them share an SM. Above eight tokens, where x costs most and
-// shared memory has room for two of 32 rows, those deliver it half as often, as long as three of four SMs get one; both
-// by the timing model (docs/kernels.md). A panel is as long as shared memory allows (28 chunks of 16 rows at least);
-// one that another follows gives every warp as many chunks.
+// Blocks of 16 rows hide latency best, because three or four of them share an SM. Above eight tokens, reading x costs
+// most. Blocks of 32 rows read it half as often; they are used if shared memory has room for two per SM and at least
+// three of four SMs get one. Both rules come from the timing model (docs/kernels.md). A panel is as long as shared
+// memory allows (at least 28 chunks for 16 rows); if another panel follows, every warp gets the same number of chunks.
 constexpr bool decode_takes_32_rows(int64_t m, int64_t n, const GpuInfo& gpu) {
   return m > 8 && gpu.shared_bytes_per_block >= 160 * 1024 && n >= int64_t{24} * gpu.sm_count;
 }
@@ -59,14 +59,14 @@ constexpr DecodeTile select_decode_tile(int64_t m, int64_t n, int64_t k, const G
     const int64_t room = (gpu.shared_bytes_per_block - decode_shared_bytes(rows, m, 0)) / (4 * rows);
     const int64_t longest = room < kDecodeMostPanelChunks ? room : kDecodeMostPanelChunks;
     const int64_t panel = chunks <= longest ? chunks : longest / kDecodeWarps * kDecodeWarps;
-    // More rows are not worth many short panels.
+    // 32 rows are not worth it if panels become short.
     if (panel == chunks || panel >= 16 || rows == 16) return {rows, static_cast<int>(panel)};
   }
 }
 
-// A block's tile: rows of the operand, out features in the forward and in features in dx, and tokens. In a block
-// several groups of warps share the reduction. Small: in the 99 KiB of shared memory that sm_86, sm_89 and sm_120 have;
-// Turing: in 64 KiB, 64 x 64, in dx 128 x 64; Wgmma: by Hopper's own instructions.
+// The tile of a thread block, rows x tokens; rows are out features in the forward and in features in dx. Several groups
+// of warps share the reduction. Small: fits into the 99 KiB of shared memory of sm_86, sm_89 and sm_120. Turing: 64 x
+// 64 (128 x 64 in dx) in 64 KiB. Wgmma: uses Hopper's own instructions.
 enum class GemmTile { kTuring, k64x32, k64x32Small, k64x64, k128x64, k128x64Wgmma, k128x128Wgmma };
 
 constexpr bool is_wgmma(GemmTile tile) { return tile == GemmTile::k128x64Wgmma || tile == GemmTile::k128x128Wgmma; }
@@ -81,8 +81,8 @@ constexpr int64_t gemm_waves(GemmTile tile, int64_t m, int64_t rows, const GpuIn
   return (blocks + gpu.sm_count - 1) / gpu.sm_count;
 }
 
-// The tile that is through first: each SM takes one block at a time. What a block of each tile costs relative to the
-// others is predicted (docs/kernels.md).
+// The tile with the shortest predicted time: the number of waves, with one block per SM at a time, times the predicted
+// relative cost of a block (docs/kernels.md).
 constexpr GemmTile select_gemm_tile(int64_t m, int64_t rows, const GpuInfo& gpu) {
   if (gpu.shared_bytes_per_block < 96 * 1024) return GemmTile::kTuring;
   struct Candidate {
@@ -105,25 +105,26 @@ constexpr GemmTile select_gemm_tile(int64_t m, int64_t rows, const GpuInfo& gpu)
   return best.tile;
 }
 
-// Tokens of a block of the low-rank down projection: each block reads the whole factor, and every second SM gets one.
+// Tokens per thread block in the low-rank down projection: 16 if such blocks occupy at most half of the SMs, else 32,
+// because each block reads the factor of its ranks again.
 constexpr int select_lora_down_tokens(int64_t m, int64_t r, const GpuInfo& gpu) {
   return (m + 15) / 16 * ((r + 15) / 16) * 2 <= gpu.sm_count ? 16 : 32;
 }
 
-// The down projection of few tokens by dot products on the CUDA cores: one launch, and the factors as they are.
+// Whether dot products on the CUDA cores are faster for the down projection, which is the case for few tokens.
 constexpr bool dots_win(int64_t m, int64_t rank) { return m <= kDecodeMostTokens && m * rank <= 1024; }
 
-// The gradients of the low-rank factors. Features of a block.
+// Features per thread block in the gradients of the low-rank factors.
 constexpr int lora_grad_features(int ranks_per_block) { return ranks_per_block == 64 ? 128 : 256; }
 
-// Three stages of 64 tokens of x, two of their activations.
+// Bytes of three stages of 64 tokens of x and two stages of their activations.
 constexpr int lora_grad_shared_bytes(int ranks_per_block, bool splits) {
   return 3 * 64 * 128 + 2 * (splits ? 2 : 1) * ranks_per_block * 128;
 }
 
 constexpr int select_lora_grad_ranks(int64_t ranks) { return ranks <= 16 ? 16 : ranks <= 32 ? 32 : 64; }
 
-// Stretches of the tokens: as many as give two blocks to every SM, of at least 64 tokens each.
+// Number of parts into which the tokens are divided: enough for two blocks per SM, with at least 64 tokens each.
 constexpr int select_lora_grad_parts(int64_t m, int64_t features, int64_t ranks, int64_t adapters, const GpuInfo& gpu) {
   const int ranks_per_block = select_lora_grad_ranks(ranks), wide = lora_grad_features(ranks_per_block);
   const int64_t tiles = (features + wide - 1) / wide * ((ranks + ranks_per_block - 1) / ranks_per_block) * adapters;
@@ -132,25 +133,25 @@ constexpr int select_lora_grad_parts(int64_t m, int64_t features, int64_t ranks,
   return static_cast<int>(parts < 1 ? 1 : parts > 64 ? 64 : parts);
 }
 
-// From how many tokens on the GEMM of the vendor's library over dequantized panels is faster than the fused kernels,
-// forward and dx.
+// The number of tokens from which the vendor's GEMM on dequantized panels is faster than the fused kernels, for forward
+// and dx.
 struct VendorTokens {
   int64_t forward, backward;
 };
 constexpr VendorTokens vendor_tokens(const Problem& p, const GpuInfo& gpu) {
-  // The fused kernels multiply float32 on the CUDA cores, tile by tile: panels pay once a weight is used often.
+  // The fused kernels multiply float32 tokens on the CUDA cores, so panels pay off as soon as weights are reused.
   if (p.dtype == DType::kFloat32) return {kDecodeTokens + 1, kDecodeTokens + 1};
-  // sm_75: its own tensor core instructions are those of the fused kernels.
+  // sm_75: the fused kernels use the same tensor-core instructions as the vendor's GEMM.
   if (gpu.arch < 80) return {INT64_MAX, INT64_MAX};
-  // Predicted times of the fused kernels, and for panels those measured on an H200 (docs/gpu.md), or, elsewhere,
-  // bitsandbytes' ladder between the two ways.
+  // Times of the fused kernels are predicted. Times of panels are measured on an H200 (docs/gpu.md); other GPUs use
+  // bitsandbytes' thresholds between the two ways.
   if (gpu.has_wgmma) return {513, 513};
   if (gpu.arch < 86 || (gpu.arch >= 90 && gpu.arch < 120)) return {65, 65};
   return {256, 256};
 }
 
-// Rows of W (or columns, in the backward) of a dequantized panel: all, or panels of equal size, a multiple of 64;
-// `across` is the panel's other extent.
+// Rows of W (columns in the backward) per dequantized panel: all of them, or equal panels with a multiple of 64.
+// `across` is the other extent of the panel.
 constexpr int64_t select_vendor_panel(int64_t extent, int64_t across, DType dtype, const GpuInfo& gpu) {
   const int64_t room = gpu.panel_bytes / (across * (dtype == DType::kFloat32 ? 4 : 2));
   if (extent <= room) return extent;
@@ -167,7 +168,7 @@ constexpr const char* why_no_tensor_cores(DType dtype, const GpuInfo& gpu) {
   return nullptr;
 }
 
-// Why the tensor-core kernels cannot take a forward product; null if they can.
+// Why the tensor-core kernels cannot compute a forward product; null if they can.
 constexpr const char* why_general_forward(const Problem& p, const GpuInfo& gpu) {
   if (p.n == 0 || p.k == 0) return "the weight is empty";
   if (const char* why = why_no_tensor_cores(p.dtype, gpu)) return why;
@@ -202,8 +203,8 @@ constexpr const char* why_general_factors(const Problem& p, const GpuInfo& gpu) 
   return nullptr;
 }
 
-// `extent` is what panels divide; one with few rows is not worth the launches. Many adapters in float32 have no kernel
-// for their term alone.
+// Whether dequantized panels are faster. `extent` is the extent that panels divide; a small one is not worth the
+// launches. For many adapters in float32, no kernel computes the low-rank term alone.
 constexpr bool vendor_wins(const Problem& p, int64_t extent, int64_t tokens) {
   if (p.many_adapters && p.dtype == DType::kFloat32) return false;
   return p.n > 0 && p.k > 0 && p.m >= tokens && extent >= 512;

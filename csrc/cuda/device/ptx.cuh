@@ -292,8 +292,8 @@ __device__ __forceinline__ float unpack<fp16>(uint32_t pair, int half) {
 
 // ---- tensor cores ----
 
-// Whether this GPU can run a kernel with operands T and this much shared memory. Turing has no bfloat16 tensor cores and
-// 64 KiB of shared memory; kernels that select.h never chooses there compile to almost nothing.
+// Whether this GPU can run a kernel with operands T and this much shared memory. Turing has no bfloat16 tensor cores
+// and 64 KiB of shared memory; kernels that select.h never chooses there compile to almost nothing.
 template <class T>
 QLORA_DEVICE bool can_run(int shared_bytes) {
 #if __CUDA_ARCH__ >= 800
