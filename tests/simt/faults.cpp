@@ -1,5 +1,5 @@
-// Kernels with one planted fault each: the simt executor has to report every one, under every schedule it is given
-// here, and has to pass the same kernels without the fault.
+// Tests the simt executor with kernels that have one planted fault each. It must report every fault under every
+// schedule tried here, and must accept the same kernels without the fault.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -21,14 +21,14 @@ struct Params {
 
 constexpr int kThreads = 64;
 
-// Each thread hands a value to its neighbour in the other warp.
+// Each thread passes a value to the thread of the same lane in the other warp.
 void exchange(Params p) {
   const SharedAddress mine = static_cast<SharedAddress>(ptx::thread() * 4);
   const SharedAddress other = static_cast<SharedAddress>((ptx::thread() + 32) % kThreads * 4);
   ptx::store_shared(mine, ptx::load(p.in + ptx::thread()));
   if (p.fault != 1) ptx::sync_threads();  // 1: missing barrier
   const float value = ptx::load_shared<float>(other);
-  if (p.fault != 2) ptx::sync_threads();  // 2: missing barrier before the memory is used again
+  if (p.fault != 2) ptx::sync_threads();  // 2: missing barrier before the memory is reused
   ptx::store_shared(mine, value + 1.0f);
   ptx::sync_threads();
   ptx::store(p.out + ptx::thread(), ptx::load_shared<float>(other));
@@ -42,7 +42,7 @@ void copy_async(Params p) {
   if (p.fault == 2)
     ptx::sync_warp();
   else
-    ptx::sync_threads();  // 2: the other warp's copy is read behind a barrier of this warp only
+    ptx::sync_threads();  // 2: the other warp's copy is read after a barrier of this warp only
   ptx::store(p.out + ptx::thread(),
              ptx::load_shared<float>(static_cast<SharedAddress>((ptx::thread() + 32) % kThreads * 16)));
   ptx::cp_async_wait<0>();
@@ -54,7 +54,7 @@ void pipeline(Params p) {
     ptx::cp_async_commit();
   }
   ptx::cp_async_wait<1>();
-  const int stage = p.fault == 1 ? 1 : 0;  // 1: reads the group that may still be on its way
+  const int stage = p.fault == 1 ? 1 : 0;  // 1: reads the copy group that may not have arrived
   ptx::store(p.out + ptx::thread(),
              ptx::load_shared<float>(static_cast<SharedAddress>((stage * kThreads + ptx::thread()) * 16)));
   ptx::cp_async_wait<0>();
@@ -76,33 +76,33 @@ void uninitialised(Params p) {
 }
 
 void divergent_barrier(Params p) {
-  if (p.fault != 1 || ptx::thread() != 40) ptx::sync_threads();  // 1: one thread goes past it
+  if (p.fault != 1 || ptx::thread() != 40) ptx::sync_threads();  // 1: one thread skips it
   ptx::store(p.out + ptx::thread(), 3.0f);
 }
 
 void race_on_a_word(Params p) {
   if (ptx::lane() == 0 && (p.fault == 1 || ptx::warp() == 0))
-    ptx::store_shared(0, static_cast<float>(ptx::warp()));  // 1: both
+    ptx::store_shared(0, static_cast<float>(ptx::warp()));  // 1: both warps write
   ptx::sync_threads();
   ptx::store(p.out + ptx::thread(), ptx::load_shared<float>(0));
 }
 
 void race_in_a_warp(Params p) {
   ptx::store_shared(static_cast<SharedAddress>(ptx::thread() * 4), 4.0f);
-  if (p.fault != 1) ptx::sync_warp();  // 1: neighbours of a warp do not run in step
+  if (p.fault != 1) ptx::sync_warp();  // 1: lanes of a warp do not run in lockstep
   ptx::store(p.out + ptx::thread(), ptx::load_shared<float>(static_cast<SharedAddress>((ptx::thread() ^ 1) * 4)));
 }
 
 void partial_shuffle(Params p) {
   float value = 1.0f;
-  if (p.fault != 1 || ptx::lane() != 7) value = ptx::shuffle_xor(value, 1);  // 1: a lane stays away
+  if (p.fault != 1 || ptx::lane() != 7) value = ptx::shuffle_xor(value, 1);  // 1: one lane does not take part
   ptx::store(p.out + ptx::thread(), value);
 }
 
 void never_waited(Params p) {
   ptx::cp_async_16(static_cast<SharedAddress>(ptx::thread() * 16), p.in + ptx::thread() * 4);
   ptx::cp_async_commit();
-  if (p.fault != 1) ptx::cp_async_wait<0>();  // 1: the block ends with copies under way
+  if (p.fault != 1) ptx::cp_async_wait<0>();  // 1: the block ends with unfinished copies
   ptx::store(p.out + ptx::thread(), 5.0f);
 }
 
@@ -111,13 +111,13 @@ void misaligned(Params p) {
   ptx::store(p.out + ptx::thread(), 6.0f);
 }
 
-// Two groups of two warps, each with a barrier of its own: values go from warp to warp within a group.
+// Two groups of two warps, each with its own barrier; values pass between the warps of a group.
 void groups(Params p) {
   const int group = ptx::thread() / kThreads, inside = ptx::thread() % kThreads;
   const SharedAddress mine = static_cast<SharedAddress>(ptx::thread() * 4);
   ptx::store_shared(mine, 7.0f);
   if (p.fault != 1) ptx::sync_group<kThreads>(group);  // 1: missing barrier
-  const int of = p.fault == 2 ? 1 - group : group;     // 2: another group's value behind this one's barrier
+  const int of = p.fault == 2 ? 1 - group : group;     // 2: another group's value after this group's barrier
   const int other = of * kThreads + (inside + 32) % kThreads;
   const float value = ptx::load_shared<float>(static_cast<SharedAddress>(other * 4));
   ptx::sync_threads();
@@ -130,7 +130,7 @@ struct Case {
   void (*kernel)(Params);
   int faults;
   const char*
-      expected[2];  // part of the report of fault 1 and 2, or of either report: which one depends on the schedule
+      expected[2];  // part of the report of fault 1 and 2; alternatives, because the report depends on the schedule
   int shared_bytes;
   int threads = kThreads;
 };
@@ -160,7 +160,7 @@ bool matches(const char* text, const std::string& alternatives) {
   return false;
 }
 
-// Reads one element behind a buffer of its own: only AddressSanitizer can see it.
+// Reads one element beyond a separate buffer, which only AddressSanitizer detects.
 void global_bounds(Params p) { ptx::store(p.out + ptx::thread(), ptx::load(p.in + ptx::thread() + p.fault)); }
 
 int run_out_of_bounds() {

@@ -1,5 +1,5 @@
-// The CUDA ops on the simt executor: registered under a dispatch key of its own, so that tests can send CPU tensors
-// there, with a scope that needs no GPU and entry points for ctypes.
+// Runs the CUDA ops on the simt executor. They are registered under a separate dispatch key, so that tests can call
+// them with CPU tensors. This file also has a GpuScope that needs no GPU, and entry points for ctypes.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <cstring>
@@ -30,7 +30,7 @@ void addmm_out(const Tensor& out, const Tensor& self, const Tensor& a, const Ten
   STD_TORCH_CHECK(error == 0, "torch's addmm failed");
 }
 
-// By the dispatcher: tests/ptx sees there what an operator allocates.
+// Uses the dispatcher, where tests/ptx observes the allocations of an operator.
 Tensor empty_like_device(const Tensor& like, const int64_t* sizes, size_t dims, ScalarType dtype) {
   return torch::stable::new_empty(like, {sizes, dims}, dtype);
 }

@@ -1,4 +1,4 @@
-// The executor behind simt.h: fibers, the random schedule, the watch over shared memory, the counters.
+// The executor declared in simt.h: fibers, random schedules, checks of shared memory, counters.
 #include "simt.h"
 
 #include <dlfcn.h>
@@ -18,7 +18,7 @@
 #define QLORA_ASAN 1
 #endif
 
-// A switch of stacks: what the calling convention asks a function to keep, and nothing else.
+// Switches stacks; it saves only the registers that the calling convention requires a function to preserve.
 #if defined(__x86_64__)
 extern "C" void qlora_simt_switch(void** save, void* load);
 asm(R"(
@@ -63,8 +63,9 @@ struct Copy {
   const void* from;
 };
 
-// Accesses of one kind between two meetings of a warp: the i-th access of each lane belongs to one instruction, as long
-// as the lanes take the same way. Predicated accesses may shift the order; the counts are then a little too high.
+// Accesses of one kind between two collectives of a warp. The i-th accesses of all lanes count as one instruction,
+// which is right if the lanes take the same path. Predicated accesses may shift the order; counts are then a little too
+// high.
 struct Access {
   uint64_t address;
   int bytes, lane;
@@ -85,19 +86,19 @@ struct Thread {
 
 struct Warp {
   int arrived = 0;        // lanes at a collective
-  uint32_t meetings = 0;  // collectives so far: accesses of two lanes between the same two are unordered
+  uint32_t meetings = 0;  // collectives so far; accesses of two lanes between the same two collectives are unordered
   std::vector<Lanes> accesses[kKinds];
 };
 
-// How far a thread has come: two threads are in order if one has passed a barrier that both share since.
+// The barriers a thread has passed. Accesses of two threads are ordered if a barrier that both share lies between them.
 struct Moment {
   uint32_t barriers = 0, group_barriers = 0, meetings = 0;  // of the block, its group, its warp
 };
 
-// Who touched two bytes of shared memory since when.
+// The last accesses to two bytes of shared memory, and the barriers passed before them.
 struct Cell {
   bool written = false, pending = false;
-  int16_t writer = -1, first_reader = -1, last_reader = -1;  // threads: those who read lie between these two
+  int16_t writer = -1, first_reader = -1, last_reader = -1;  // threads; readers lie in first_reader … last_reader
   Moment write, read;
 };
 
@@ -114,7 +115,7 @@ struct Machine {
   std::unique_ptr<uint8_t[]> shared;
   int shared_bytes = 0;
   uint32_t barriers = 0;  // of this block
-  int group_size = 0;     // threads of a group that has a barrier of its own; 0: none has met
+  int group_size = 0;     // threads of a group with its own barrier; 0: no group barrier yet
   std::vector<uint32_t> group_barriers;
   char* stacks = nullptr;
   void* scheduler = nullptr;
@@ -150,7 +151,7 @@ void to_scheduler(bool for_good = false) {
 #endif
 }
 
-// The launch is given up: this fiber never runs again, so nothing on its stack is destroyed.
+// Aborts the launch. This fiber never runs again, so objects on its stack are not destroyed.
 void fail(const std::string& text) {
   if (machine.error.empty()) machine.error = text + where();
   self().state = State::kDone;
@@ -183,10 +184,9 @@ void prepare(Thread& t, int thread) {
   t = Thread{};
   t.state = State::kRunnable;
 #ifdef QLORA_ASAN
-  __asan_unpoison_memory_region(stack_of(thread), kStackBytes);  // a fiber that was given up never left its frames
+  __asan_unpoison_memory_region(stack_of(thread), kStackBytes);  // an aborted fiber never left its frames
 #endif
-  // The frame that qlora_simt_switch pops: six registers and the address to return to, on a stack aligned as after a
-  // call.
+  // The frame that qlora_simt_switch pops: six registers and the return address, on a stack aligned as after a call.
   auto* top = reinterpret_cast<uint64_t*>(stack_of(thread) + kStackBytes) - 2;
   *top = reinterpret_cast<uint64_t>(&fiber_main);
   for (int i = 1; i <= 6; ++i) top[-i] = 0;
@@ -217,7 +217,7 @@ uint64_t sectors_of(const Lanes& lanes, uint64_t* ideal_bytes) {
   return sectors;
 }
 
-// A request of 4 bytes a lane is one phase of 32 lanes, of 8 bytes two of 16, of 16 bytes four of 8.
+// A request of 4 bytes per lane is one phase of 32 lanes; 8 bytes are two phases of 16, 16 bytes are four of 8.
 uint64_t waves_of(const Lanes& lanes, uint64_t* ideal) {
   uint64_t waves = 0;
   const int per_phase = lanes[0].bytes == 16 ? 8 : lanes[0].bytes == 8 ? 16 : 32;
@@ -281,8 +281,8 @@ Moment now() {
           machine.warps[static_cast<size_t>(warp_of(me))].meetings};
 }
 
-// Whether no barrier, of the block, of their group or of their warp, stands between what the threads from `first` to
-// `last` did then and this one now.
+// Whether there was no barrier of the block, their group or their warp between the earlier access of threads `first` to
+// `last` and the current access of this thread.
 bool unordered(int first, int last, const Moment& then) {
   const int me = machine.index.thread;
   const Moment here = now();
@@ -314,7 +314,7 @@ void note_read(Cell& cell, uint32_t address) {
   if (unordered(cell.writer, cell.writer, cell.write))
     fail("race: written by thread " + std::to_string(cell.writer) + " and read by this one without a barrier between" +
          at(address));
-  // Earlier readers who are in order with this one have nothing to say any more: who is in order with it is with them.
+  // Earlier readers that are ordered before this one can be forgotten: whatever is ordered after it is after them too.
   const bool alone = cell.first_reader < 0 || !unordered(cell.first_reader, cell.last_reader, cell.read);
   cell.first_reader = alone ? me : std::min(cell.first_reader, me);
   cell.last_reader = alone ? me : std::max(cell.last_reader, me);
@@ -339,7 +339,7 @@ void start_block(int threads, int shared_bytes) {
   machine.index.threads = threads;
   machine.threads.resize(static_cast<size_t>(threads));
   machine.warps.assign(static_cast<size_t>((threads + 31) / 32), Warp{});
-  // An allocation of its own, exactly as long: AddressSanitizer sees one byte too many.
+  // A separate allocation of exactly this length, so that AddressSanitizer detects a single byte too many.
   machine.shared.reset(new uint8_t[static_cast<size_t>(shared_bytes)]);
   std::memset(machine.shared.get(), kPoison, static_cast<size_t>(shared_bytes));
   machine.cells.assign(static_cast<size_t>((shared_bytes + kCellBytes - 1) / kCellBytes), Cell{});
@@ -357,7 +357,7 @@ std::string standing(int thread) {
                                              : std::string("waits at ") + t.place;
 }
 
-// Nobody can run: a barrier that all reached, or a mistake.
+// No thread can run: either all have reached a barrier, or there is an error.
 void release_barrier() {
   const int threads = machine.index.threads;
   int waiting = 0, first = -1, other = -1;
@@ -371,7 +371,7 @@ void release_barrier() {
     int stuck = first;
     for (int i = 0; i < threads && stuck < 0; ++i)
       if (machine.threads[static_cast<size_t>(i)].state != State::kDone) stuck = i;
-    for (int i = 0; i < threads; ++i)  // the other side of the mistake
+    for (int i = 0; i < threads; ++i)  // a thread that stands elsewhere, for the message
       if (machine.threads[static_cast<size_t>(i)].state != machine.threads[static_cast<size_t>(stuck)].state ||
           machine.threads[static_cast<size_t>(i)].place != machine.threads[static_cast<size_t>(stuck)].place)
         other = i;
@@ -393,7 +393,7 @@ void run_block() {
     std::shuffle(warps.begin(), warps.end(), machine.random);
     bool ran = false, alive = false;
     for (const int warp : warps) {
-      // One warp goes on as long as it can; another one may overtake it between any two meetings.
+      // One warp continues as long as it can; another may overtake it between any two collectives.
       const uint64_t patience = machine.random() % 64 + 1;
       for (uint64_t step = 0; step < patience; ++step) {
         int count = 0;
@@ -501,7 +501,7 @@ void collective(const char* place, void* mine, const std::function<void(void* co
   for (int i = first; i < first + 32; ++i) machine.threads[static_cast<size_t>(i)].state = State::kRunnable;
   ++warp.meetings;
   flush(warp, first);
-  all(lanes);  // this lane goes on at once; the others when it is their turn
+  all(lanes);  // this lane continues immediately, the others when they are scheduled
 }
 
 void* shared_read(uint32_t address, int bytes) {

@@ -1,5 +1,5 @@
-"""Every tile of gemm and gemm_dx, and what the vendor's GEMM adds to, on GPUs described so that select.h chooses them;
-run as PTX too."""
+"""Tests every tile of gemm and gemm_dx, and the vendor's GEMM with many adapters, on simulated GPUs for which select.h
+chooses them; the same tests also run as PTX."""
 
 import devices
 import pytest
@@ -10,7 +10,7 @@ from tolerances import accumulation, assert_within, operand_rounding, output_rou
 from qlora import _C, ops
 
 LARGE, SMALL, HOPPER = (80, 163 * 1024), (89, 99 * 1024), (90, 227 * 1024)  # arch, shared memory
-# Tokens, rows and tokens of the tile, and the GPU: with so many SMs it is chosen for (840, 832), forward and dx.
+# Tokens, the tile's rows and tokens, the GPU, and the number of SMs for which (840, 832) selects it, forward and dx.
 TILES = {
     "64x32": (40, (64, 32), LARGE, 32),
     "64x64": (40, (64, 64), LARGE, 14),
@@ -19,7 +19,7 @@ TILES = {
     "wgmma-64": (40, (128, 64), HOPPER, 7),
     "wgmma-128": (100, (128, 128), HOPPER, 7),
 }
-# 13 or 14 chunks and 67: no number of groups or stages divides them, and 67 are more than a panel of scales.
+# 13 or 14 chunks, and 67: not multiples of the numbers of groups or stages, and 67 are more than a panel of scales.
 CASES = [(tile, 840, 832, adapters) for tile in TILES for adapters in (0, 1, 3)] + [
     (tile, 72, 4288, 0) for tile in TILES
 ]
@@ -76,12 +76,12 @@ def test_every_tile(device, tile, n, k, adapters, dtype):
 @pytest.mark.archs("sm_80", "sm_90")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_many_adapters_by_the_vendors_gemm(device, dtype):
-    """The same rows as with their adapter alone, forward and dx: torch's GEMM adds to each row's own term."""
+    """Each row equals the result with only its adapter, forward and dx: torch's GEMM adds to each row's own term."""
     m, n, k, r = 70, 520, 576, 24
     weight, _ = weights(n, k)
     x, grad = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
     a, b, scaling, of_row = torch.randn(3, r, k), torch.randn(3, n, r), torch.rand(3), torch.arange(m) % 4 - 1
-    of_row[1] = 7  # no such adapter
+    of_row[1] = 7  # invalid adapter
     backward = torch.ops.qlora.backward
     library = devices.simt_library()
     library.qlora_simt_gpu(LARGE[0], 4, LARGE[1], _C.GPU_PANEL_BYTES)

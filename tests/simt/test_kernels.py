@@ -1,4 +1,4 @@
-"""What only the simt executor can see of the CUDA kernels: schedules, memory traffic, the ranges for a profiler."""
+"""Tests of the CUDA kernels that need the simt executor: schedules, memory traffic, launches, profiler ranges."""
 
 import devices
 import pytest
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(devices.simt_library() is None, reason="libqlora
 
 
 def run(m, n=136, k=256, dtype=torch.bfloat16, **options):
-    """Forward and backward with an adapter; the results, and what was counted."""
+    """Run forward and backward with an adapter; return the results and the counters of the forward."""
     torch.manual_seed(0)
     weight, _ = weights(n, k)
     x, a, b = torch.randn(m, k).to(dtype), torch.randn(16, k).to(dtype), torch.randn(n, 16).to(dtype)
@@ -39,7 +39,7 @@ def test_every_schedule_gives_the_same_bits(m, dtype):
 
 @pytest.mark.parametrize("arch", [75, 86, 90])
 def test_every_gpu_gives_a_result(arch):
-    """The tiles differ from GPU to GPU, and with them the order of sums; nothing else may."""
+    """Tiles, and so the order of sums, differ between GPUs; results must agree otherwise."""
     for m in (1, 70, 200):
         results = [run(m, dtype=torch.float16, arch=a, sm_count=s)[0] for a, s in ((80, 4), (arch, 108))]
         for one, other in zip(*results, strict=True):
@@ -56,7 +56,7 @@ def test_forward_reads_whole_sectors_without_bank_conflicts():
 
 
 def test_weights_are_read_once_by_decode():
-    """4.2 bits a parameter: packed bytes and scale codes; x, lora_a and lora_b come on top."""
+    """4.2 bits per parameter for packed bytes and scale codes, plus x, lora_a and lora_b."""
     n, k = 256, 2048
     _, counts = run(1, n=n, k=k)
     others = (k + 16 * k + n * 16) * 2
@@ -97,11 +97,11 @@ def test_17_to_32_tokens_are_decoded_in_two_launches(r):
     with devices.simt() as library:
         library.qlora_simt_reset()
         y = ops.forward(x, *weight, *lora, 0.5, bias)
-        assert devices.counters(library)["launches"] == (3 if r else 2)  # the dot products with lora_a
+        assert devices.counters(library)["launches"] == (3 if r else 2)  # with an adapter, one for x lora_aᵀ
         halves = [ops.forward(part, *weight, *lora, 0.5, bias) for part in x.split(16)]
         assert torch.equal(y, torch.cat(halves))
         adapters = tuple(torch.stack([t, 2 * t]) for t in lora) if r else ()
-        if adapters:  # each row's adapter goes with it
+        if adapters:  # each row keeps its adapter when the rows are split
             scaling, of_row = torch.ones(2), torch.arange(29) % 3 - 1
             y = ops.forward_multi(x, *weight, *adapters, scaling, of_row)
             halves = [
@@ -113,8 +113,8 @@ def test_17_to_32_tokens_are_decoded_in_two_launches(r):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_launches_of_an_adapted_layer(dtype):
-    """Forward: down projection, product. Backward: both down projections, both gradients, dx; from 128 tokens on the
-    sums over stretches of tokens."""
+    """Forward: down projection, product. Backward: both down projections in one launch, both gradients in one, dx; from
+    128 tokens on also the sums over parts of the tokens."""
     weight, _ = weights(136, 192)
     x, grad = (torch.randn(64, c).to(getattr(torch, dtype)) for c in (192, 136))
     a, b = torch.randn(8, 192), torch.randn(136, 8)
@@ -135,7 +135,7 @@ def test_launches_of_an_adapted_layer(dtype):
 @pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.parametrize("panel_bytes", [200_000, 128 << 20], ids=["panels", "whole"])
 def test_many_tokens_by_the_vendors_gemm(dtype, adapter, panel_bytes):
-    """sm_90: W dequantized, torch's own matmul, which adds to the adapter's term, rounded before."""
+    """sm_90: W is dequantized, and torch's own matmul adds the product to the adapter's rounded term."""
     m, n, k, r, s = 1030, 520, 576, 5, 0.5
     weight, dense = weights(n, k)
     x, grad, bias = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype), torch.randn(n)
@@ -148,8 +148,8 @@ def test_many_tokens_by_the_vendors_gemm(dtype, adapter, panel_bytes):
         assert library.qlora_simt_last_range().startswith(b"qlora::forward")
         library.qlora_simt_reset()
         d_x = torch.ops.qlora.backward(grad, x, *weight, *lora, None, True, False, False, False)[0]
-        # No products of ours but the low-rank ones: down 33 tiles of 32 tokens, 17 chunks of 32 with a split factor;
-        # up 17 tiles of 64 tokens, 5 of 8 x 16 rows, with three products of parts.
+        # Only the low-rank products run in our kernels. Down: 33 tiles of 32 tokens, 17 chunks of 32 with a split
+        # factor. Up: 17 tiles of 64 tokens, 5 of 8 x 16 rows, with three products of parts.
         products = 33 * 4 * 17 * 2 * 2 + 17 * 8 * 5 * 8 * 3
         assert devices.counters(library)["mma"] == (products if adapter else 0)
     # Panels of 128 rows; the down and the up projection.
@@ -174,7 +174,7 @@ def test_many_tokens_by_the_vendors_gemm(dtype, adapter, panel_bytes):
 
 @pytest.mark.parametrize("runs", [False, True])
 def test_a_row_is_computed_as_if_its_adapter_were_the_only_one(runs):
-    """Bit by bit, in a tile of tokens with other adapters, one of which holds nan and inf."""
+    """Bit-equal, in a tile of tokens with other adapters, one of which holds nan and inf."""
     m, n, k, r = 150, 72, 256, 24
     weight, _ = weights(n, k)
     x, a, b = (torch.randn(s).bfloat16() for s in ((m, k), (3, r, k), (3, n, r)))
@@ -193,7 +193,7 @@ def test_a_row_is_computed_as_if_its_adapter_were_the_only_one(runs):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("m", [3, 40])
 def test_a_row_with_an_adapter_that_is_not_there_is_nan(m, dtype):
-    """Reading adapter_of_row back would wait for the GPU; no other row notices."""
+    """An error would need adapter_of_row on the host, which waits for the GPU; other rows are not affected."""
     weight, _ = weights(24, 64)
     x, a, b = torch.randn(m, 64).to(dtype), torch.randn(2, 4, 64), torch.randn(2, 24, 4)
     of_row = torch.arange(m) % 3 - 1
@@ -208,7 +208,7 @@ def test_a_row_with_an_adapter_that_is_not_there_is_nan(m, dtype):
 
 @pytest.mark.parametrize(("arch", "m", "n", "k"), [(75, 8, 16, 13824), (75, 1, 160, 64 * 401), (86, 8, 160, 64 * 301)])
 def test_decode_with_several_panels_of_scales(arch, m, n, k):
-    """Little shared memory or long rows: the rows' scales are decoded in stretches, whose ends no warp may miss."""
+    """With little shared memory or long rows, scales are computed in several panels; no warp may skip a chunk."""
     weight, dense = weights(n, k)
     x = torch.randn(m, k).half()
     with devices.simt(arch=arch):
@@ -217,5 +217,5 @@ def test_decode_with_several_panels_of_scales(arch, m, n, k):
     products = x.double().abs() @ dense.abs().T
     bound = accumulation(k, products) + operand_rounding("simt", x.dtype, products)
     assert_within(y, expected, bound + output_rounding(expected.abs() + bound, x.dtype))
-    # The bound is wide over so long a row; a missed chunk is a hundredth of it and shows in the mean.
+    # The bound is wide for such long rows; a missed chunk is a hundredth of it and shows only in the norm.
     assert (y.double() - expected).norm() < 2e-3 * expected.norm()

@@ -1,5 +1,5 @@
-// The host twins of single instructions against the tables of the PTX manual, lane by lane. The tables below are
-// written out from the manual's figures, not computed by the twins' own formulas.
+// Tests the host implementations of single instructions against the PTX manual, lane by lane. The tables below are
+// copied from the manual's figures and are independent of the formulas in the implementations.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -18,7 +18,7 @@ void expect(bool ok, const char* what, int a, int b) {
   std::printf("%s: %d, %d\n", what, a, b);
 }
 
-// mma.m16n8k16: the (row, column) of a0 … a7 of lane 0, and how far lanes move it (PTX ISA, section on m16n8k16,
+// mma.m16n8k16: (row, column) of the elements of lane 0, and the offset of other lanes (PTX ISA, section on m16n8k16,
 // fragment of A: "groupID = laneid >> 2, threadID_in_group = laneid % 4").
 struct Element {
   int row, col;
@@ -73,8 +73,8 @@ void shuffles(int) {
   expect(ptx::shuffle(lane, lane + 33) == (lane + 1) % 32, "shuffle takes the lane modulo 32", lane, 0);
 }
 
-// ldmatrix.x4: element (row, col) of matrix i is 1000 i + 10 row + col. The manual's figure of a matrix: thread 4 row +
-// col / 2 holds columns col and col + 1; with .trans it holds what stands at the mirrored place.
+// ldmatrix.x4: element (row, col) of matrix i is 1000 i + 10 row + col. In the manual's figure, thread 4 row + col / 2
+// holds columns col and col + 1; with .trans it holds the elements with row and column swapped.
 void matrices(int) {
   const int lane = ptx::lane();
   for (int i = 0; i < 4; ++i) {

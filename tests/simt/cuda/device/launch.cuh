@@ -1,4 +1,4 @@
-// The host twin of csrc/cuda/device/launch.cuh: blocks one after another, threads as fibers.
+// Host implementation of csrc/cuda/device/launch.cuh: runs blocks one after another, with threads as fibers.
 #pragma once
 
 #include "cuda/device/ptx.cuh"

@@ -1,4 +1,4 @@
-// The host twin of csrc/cuda/device/ptx.cuh: the same functions on fibers, each written from the PTX manual's tables.
+// Host implementation of csrc/cuda/device/ptx.cuh: the same functions on fibers, written from the PTX manual's tables.
 #pragma once
 
 #include <cmath>

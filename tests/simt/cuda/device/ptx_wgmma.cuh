@@ -1,5 +1,5 @@
-// The host twin of csrc/cuda/device/ptx_wgmma.cuh: products at once, by each warp for its sixteen rows. That nothing is
-// touched under way, and the fences, is for tests/ptx to see.
+// Host implementation of csrc/cuda/device/ptx_wgmma.cuh: each warp computes the products of its 16 rows immediately.
+// Only tests/ptx checks the fences, and that registers are not accessed while wgmma runs.
 #pragma once
 
 #include "cuda/device/ptx.cuh"
@@ -29,7 +29,7 @@ struct WgmmaLane {
   float d[kGroups][4];
 };
 
-// Element (k, column) of B: row `column` of 128 bytes, whose pieces of 16 bytes are exchanged by its number modulo 8.
+// Element (k, column) of B, in row `column` of 128 bytes. Piece i of 16 bytes is stored at i XOR (row modulo 8).
 template <class T>
 float wgmma_b(uint64_t start, int k, int column) {
   const auto plain = static_cast<uint32_t>(start) + static_cast<uint32_t>(column * 128 + 2 * k);
