@@ -1,9 +1,9 @@
-# Decides whether libqlora_cuda.so is built, and with which nvcc for which GPUs.
+# Decides whether libqlora_cuda.so is built, with which nvcc, and for which GPUs.
 #
-#   QLORA_CUDA        AUTO (when torch has CUDA and nvcc is found), ON, OFF; also an environment variable
-#   QLORA_CUDA_ARCHS  compute capabilities, e.g. "86;90"; all that the kernels know by default; also an environment variable
+#   QLORA_CUDA        AUTO (builds it if torch has CUDA and nvcc is found), ON or OFF
+#   QLORA_CUDA_ARCHS  compute capabilities, e.g. "86;90"; default: all that the kernels support
 #
-# Result: QLORA_WITH_CUDA; with it the language CUDA is enabled.
+# Both can also be environment variables. Result: QLORA_WITH_CUDA; if true, the language CUDA is enabled.
 
 foreach(variable QLORA_CUDA QLORA_CUDA_ARCHS)
   if(DEFINED ENV{${variable}} AND NOT DEFINED ${variable})
@@ -23,13 +23,13 @@ else()
   set(QLORA_CUDA_ARCHS "75;80;86;89;90;100;120")
 endif()
 
-set(oldest_nvcc 12.8)  # the first that knows sm_100 and sm_120
+set(oldest_nvcc 12.8)  # the first release that supports sm_100 and sm_120
 string(CONCAT how_to_get_nvcc
   "Install the CUDA toolkit ${oldest_nvcc} or newer (its nvcc on PATH, or CUDACXX or CUDA_HOME set), or for CUDA 13 the "
   "compiler from PyPI, of torch's release, beside torch: pip install nvidia-cuda-nvcc==${TORCH_CUDA_VERSION}.* and the same of "
   "nvidia-cuda-crt, nvidia-nvvm, nvidia-cuda-runtime, nvidia-cuda-cccl, nvidia-nvtx. QLORA_CUDA=OFF builds for the CPU only.")
 
-# Sets `problem` to what is wrong with an nvcc, empty if it can be used, and nvcc_version.
+# Sets nvcc_version, and `problem` to the reason why this nvcc cannot be used, or to an empty string.
 function(check_nvcc nvcc)
   set(problem "")
   execute_process(COMMAND "${nvcc}" --version OUTPUT_VARIABLE text ERROR_QUIET)
@@ -41,14 +41,14 @@ function(check_nvcc nvcc)
   elseif(nvcc_version VERSION_LESS oldest_nvcc)
     set(problem "${nvcc} is release ${nvcc_version}, which is too old. ${how_to_get_nvcc}")
   elseif(NOT nvcc_version MATCHES "^${torch_cuda_major}\\.")
-    # The library brings its own CUDA runtime, which asks for a driver of its own release.
+    # The library contains its own CUDA runtime, which needs a driver of its release.
     set(problem "${nvcc} is release ${nvcc_version}, but torch was built for CUDA ${TORCH_CUDA_VERSION}: the driver may be too old for it. Use an nvcc ${torch_cuda_major}.x. ${how_to_get_nvcc}")
   endif()
   set(problem "${problem}" PARENT_SCOPE)
   set(nvcc_version "${nvcc_version}" PARENT_SCOPE)
 endfunction()
 
-# Sets `nvcc` to that of the packages of PyPI beside torch, empty if there is none.
+# Sets `nvcc` to the nvcc of the PyPI packages installed beside torch, empty if there is none.
 function(find_nvcc_of_pypi)
   execute_process(
     COMMAND "${Python_EXECUTABLE}" -c
@@ -94,13 +94,13 @@ else()
   else()
     set(QLORA_WITH_CUDA TRUE)
     set(CMAKE_CUDA_COMPILER "${nvcc}")
-    # nvcc looks for its libraries in lib64; the packages of PyPI have them in lib.
+    # nvcc looks for its libraries in lib64; the PyPI packages have them in lib.
     cmake_path(GET nvcc PARENT_PATH nvcc_bin)
     cmake_path(GET nvcc_bin PARENT_PATH toolkit)
     if(NOT EXISTS "${toolkit}/lib64" AND EXISTS "${toolkit}/lib/libcudart_static.a")
       set(CMAKE_CUDA_FLAGS "${CMAKE_CUDA_FLAGS} -L${toolkit}/lib")
     endif()
-    # Machine code for every listed GPU, and PTX of the newest one for GPUs to come.
+    # Machine code for every listed GPU, and PTX of the newest one for future GPUs.
     list(TRANSFORM QLORA_CUDA_ARCHS APPEND "-real" OUTPUT_VARIABLE CMAKE_CUDA_ARCHITECTURES)
     list(GET QLORA_CUDA_ARCHS -1 newest_arch)
     list(APPEND CMAKE_CUDA_ARCHITECTURES "${newest_arch}-virtual")

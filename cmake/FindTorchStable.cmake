@@ -1,7 +1,8 @@
-# Finds what a LibTorch stable-ABI library needs of the torch in the build environment: one include folder, one library.
-# find_package(Torch) would do the same and go looking for a CUDA toolkit as well.
+# Finds the include folder and the library of the installed torch that a LibTorch stable-ABI library needs.
+# find_package(Torch) would also search for a CUDA toolkit.
 #
-# Result: targets TorchStable::TorchStable and TorchStable::Cuda, variables TORCH_VERSION_FOUND and TORCH_CUDA_VERSION (empty without CUDA).
+# Result: targets TorchStable::TorchStable and TorchStable::Cuda, variables TORCH_VERSION_FOUND and TORCH_CUDA_VERSION
+# (empty without CUDA).
 
 execute_process(
   COMMAND "${Python_EXECUTABLE}" -c
@@ -31,6 +32,6 @@ add_library(TorchStable::TorchStable INTERFACE IMPORTED)
 target_include_directories(TorchStable::TorchStable SYSTEM INTERFACE "${torch_root}/include")
 target_link_libraries(TorchStable::TorchStable INTERFACE "${torch_root}/lib/libtorch_cpu.so")
 
-# What only a torch with CUDA has: the current stream.
+# Only in a torch with CUDA: needed for the current stream.
 add_library(TorchStable::Cuda INTERFACE IMPORTED)
 target_link_libraries(TorchStable::Cuda INTERFACE TorchStable::TorchStable "${torch_root}/lib/libtorch_cuda.so")

@@ -1,10 +1,10 @@
-"""What `make` needs to build the CUDA operators for the GPU at hand: the compiler from PyPI, and the build's variables.
+"""Print what `make` needs to build the CUDA operators for the local GPU: compiler packages and build variables.
 
-    python cmake/cuda_tools.py --requirements    packages that bring nvcc, nothing if there is no need
+    python cmake/cuda_tools.py --requirements    PyPI packages that contain nvcc; nothing if they are not needed
     python cmake/cuda_tools.py --environment     QLORA_CUDA=… QLORA_CUDA_ARCHS=…, for env(1)
 
-Run by the Python that has torch. A driver (nvidia-smi) and a torch with CUDA are needed for both; without them nothing
-is printed, and the build is one for the CPU. Why is said on stderr.
+Run it with the Python that has torch. Both need a driver (nvidia-smi) and a torch with CUDA. Without them nothing is
+printed and the build is for the CPU; the reason goes to stderr if there is a GPU.
 """
 
 import importlib.metadata
@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-# What nvcc of the wheels needs to compile and link; 150 MB together.
+# Packages that nvcc from PyPI needs to compile and link; 150 MB together.
 PACKAGES = tuple(f"nvidia-{name}" for name in ("cuda-nvcc", "cuda-crt", "nvvm", "cuda-runtime", "cuda-cccl", "nvtx"))
 OLDEST_NVCC = (12, 8)
 OLDEST_ARCH = 75
@@ -38,8 +38,8 @@ def torch_cuda() -> str | None:
 
 
 def nvcc_release() -> tuple[int, int] | None:
-    """The release of the nvcc that a build would find without the wheels."""
-    # In the order of cmake/FindCudaCompiler.cmake.
+    """The release of the nvcc that a build would find without the PyPI packages."""
+    # The same order as in cmake/FindCudaCompiler.cmake.
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     candidates = [os.environ.get("CUDACXX"), f"{home}/bin/nvcc", shutil.which("nvcc")]
     candidates += [] if home else ["/usr/local/cuda/bin/nvcc"]

@@ -1,13 +1,13 @@
-// The tensor-core kernels of csrc/cuda without torch: checked against the general path, timed over all tiles, and
-// callable once for a profiler or a sanitizer. `make gpu-check` builds and runs it.
+// Runs the tensor-core kernels of csrc/cuda without torch: checks them against the general path, times all tiles, or
+// runs one kernel for a profiler or a sanitizer. `make gpu-check` builds and runs it.
 //
-//   kernels peak                       what this GPU reads a second, and multiplies by mma.sync
+//   kernels peak                       this GPU's rates of memory reads and of mma.sync
 //   kernels check [small]              every kernel and tile against the general path; small: a few shapes
 //   kernels sweep [n k …]              times as CSV: graph replays over weights that rotate beyond L2, medians of five
 //   kernels one KERNEL TILE m n k [times]
 //
-// Tiles: decode 16, 32 (rows; 32 for more than 8 tokens); gemm and gemm_dx those of GemmTile by number; lora_down
-// tokens, lora_grad parts, dequantize panels. 0: what select.h chooses.
+// TILE is, for decode, 16 or 32 rows (32 only for more than 8 tokens); for gemm and gemm_dx, a number of GemmTile; for
+// lora_down, tokens; for lora_grad, parts; for dequantize, panels. 0: select.h chooses.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -29,7 +29,7 @@ namespace {
 
 constexpr int64_t kMostTokens = 8192, kMostFeatures = 16384;
 constexpr int kRank = 16;
-constexpr double kTolerance = 6e-3;  // of bfloat16 results: rounded to 8 bits, levels and sums besides
+constexpr double kTolerance = 6e-3;  // for bfloat16: results rounded to 8 bits, plus rounded levels and sums
 constexpr int kMillisecondsPerTiming = 12;
 
 void require(cudaError_t error, const char* what) {
@@ -63,7 +63,7 @@ __global__ void fill(int64_t count, Value value) {
   for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count; i += step) value(i);
 }
 
-// Device memory that lives as long as the process.
+// Device memory that is never freed.
 template <class T>
 T* device_array(int64_t count) {
   void* data = nullptr;
@@ -90,7 +90,7 @@ uint16_t* random_bfloat16(int64_t count, uint32_t seed, float scale) {
   return p;
 }
 
-// ---- what the kernels work on ----
+// ---- operands and calls ----
 
 struct Bench {
   cudaStream_t stream = nullptr;
@@ -113,7 +113,7 @@ struct Bench {
   }
 };
 
-// `copies` random NF4 weights (n, k), blocks of 64, double-quantized.
+// `copies` random NF4 weights (n, k) in blocks of 64, double-quantized.
 std::vector<Weight> random_weights(int64_t n, int64_t k, int copies) {
   std::vector<Weight> weights;
   const int64_t blocks = n * k / 64, nested = (blocks + 255) / 256;
@@ -169,7 +169,7 @@ GemmOutput output(const Bench& b, int64_t m, int64_t rows) {
   return out;
 }
 
-// Those that this GPU's shared memory takes.
+// The tiles that fit into this GPU's shared memory.
 std::vector<int> gemm_tiles(const GpuInfo& gpu) {
   if (gpu.shared_bytes_per_block < 96 * 1024) return {0};
   std::vector<int> tiles{static_cast<int>(GemmTile::k64x32Small), static_cast<int>(GemmTile::k128x64)};
@@ -281,14 +281,14 @@ __global__ void add_errors(const uint16_t* ours, const float* right, int64_t cou
   for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count; i += step) {
     const float value = __uint_as_float(uint32_t{ours[i]} << 16), expected = right[i];
     const double difference = static_cast<double>(value) - expected;
-    wrong += value == value ? difference * difference : 1e30;  // nan: not written
+    wrong += value == value ? difference * difference : 1e30;  // nan: the kernel did not write it
     all += static_cast<double>(expected) * expected;
   }
   atomicAdd(sums, wrong);
   atomicAdd(sums + 1, all);
 }
 
-// ‖ours - right‖ / ‖right‖, `right` by the general path.
+// ‖ours - right‖ / ‖right‖, where `right` comes from the general path.
 double relative_error(const Bench& b, const std::string& kernel, int tile, int64_t m, const Weight& w) {
   const bool is_dx = kernel == "gemm_dx";
   const int64_t rows = is_dx ? w.k : w.n, steps = is_dx ? w.n : w.k;
@@ -368,9 +368,9 @@ class Stopwatch {
   cudaEvent_t begin_, end_;
 };
 
-// Microseconds of a call: the median of five groups of graph replays, each replay over all weights.
+// Microseconds per call: the median of five groups of graph replays; each replay runs over all weights.
 double microseconds(const Bench& b, const Call& call, const std::vector<Weight>& weights) {
-  call(weights[0]);  // modules load
+  call(weights[0]);  // loads the module
   require(cudaStreamSynchronize(b.stream), "warm-up");
   cudaGraph_t graph;
   cudaGraphExec_t replay;

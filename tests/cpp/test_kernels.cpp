@@ -1,5 +1,5 @@
-// Every kernel of every ISA that this machine runs, against the scalar oracle; and indices beyond 2^31 without the
-// memory.
+// Tests every CPU kernel of every ISA that this machine runs against the scalar reference, and indices beyond 2^31
+// without allocating that much memory.
 #include <sys/mman.h>
 
 #include <cstdio>
@@ -37,7 +37,7 @@ std::vector<float> normal(int64_t count, unsigned seed) {
   return x;
 }
 
-// Fresh memory at each call, poisoned: a kernel that reads before it writes gives nan.
+// Scratch memory filled with nan at each call, so that a kernel that reads before it writes gives nan.
 float* scratch(int64_t floats) {
   static std::vector<float> memory;
   memory.assign(static_cast<size_t>(floats) + 16, NAN);
@@ -95,7 +95,7 @@ void test_dequantize_typed(const KernelTable& kernels, DType dtype) {
     const PackedWeight w = view(q, entry.type, n, k, block);
     std::vector<T> out(static_cast<size_t>(n * k));
     const DequantizeParams p{w, out.data(), dtype};
-    kernels.dequantize(p, 0, 38);  // cut in the middle of a block and of a vector
+    kernels.dequantize(p, 0, 38);  // split in the middle of a block and of a vector
     kernels.dequantize(p, 38, n * k);
     bool equal = true;
     for (int64_t i = 0; i < n * k; ++i) {
@@ -106,8 +106,8 @@ void test_dequantize_typed(const KernelTable& kernels, DType dtype) {
   }
 }
 
-// Every float that lies between two 16-bit neighbours must round as IEEE says, on every ISA. The weight 1.0 (code 15 of
-// NF4) with absmax = x makes dequantize a plain conversion of x.
+// Floats between two adjacent 16-bit numbers must round as IEEE requires, on every ISA. The weight 1.0 (code 15 of NF4)
+// with absmax = x turns dequantize into a conversion of x.
 void test_rounding_to_16_bit(const KernelTable& kernels) {
   std::vector<float> absmax;
   for (uint32_t half = 0; half < 0x7F80; half += 3) absmax.push_back(float_of(half << 16 | (half * 2654435761u >> 16)));
@@ -136,7 +136,7 @@ void test_rounding_to_16_bit(const KernelTable& kernels) {
     bf16_equal = bf16_equal && b[i * block].bits == from_float<bf16>(absmax[i]).bits;
     const fp16 half = from_float<fp16>(absmax[i]);
     fp16_equal = fp16_equal && h[i * block].bits == half.bits;
-    if (half.bits < 0x7BFF && half.bits > 0) {  // no neighbour is nearer, a tie is even
+    if (half.bits < 0x7BFF && half.bits > 0) {  // neither neighbour is nearer, and ties are even
       const double error = std::fabs(static_cast<double>(absmax[i]) - to_float(half));
       for (const int step : {-1, 1}) {
         const double other =
@@ -187,7 +187,7 @@ void test_forward(const KernelTable& kernels) {
         kernels.gemm(p, 0, kernels.gemm_items(p), scratch(kernels.gemm_scratch(p)));
       }
       bool near =
-          true;  // any order of summation of k rounded products stays within (k + 2) u * sum of absolute products
+          true;  // sums of k rounded products in any order have errors up to (k + 2) u * sum of absolute products
       for (size_t i = 0; i < y.size(); ++i)
         near = near && std::fabs(y[i] - expected[i]) <= (k + 2) * 0x1p-24 * bound[i];
       expect(near, std::string(kernels.isa) + " forward n=" + std::to_string(n) + " k=" + std::to_string(k) +
@@ -195,7 +195,7 @@ void test_forward(const KernelTable& kernels) {
     }
 }
 
-// Address space without memory: only the pages that are touched exist.
+// Reserves address space; only pages that are accessed use memory.
 template <class T>
 T* reserve(int64_t count) {
   void* p = mmap(nullptr, static_cast<size_t>(count) * sizeof(T), PROT_READ | PROT_WRITE,
@@ -204,7 +204,7 @@ T* reserve(int64_t count) {
   return static_cast<T*>(p);
 }
 
-// A weight of 2^33 elements (n * k and the byte offsets overflow 32 bits): its last row is decoded and multiplied.
+// Dequantizes and multiplies the last row of a weight of 2^33 elements; n * k and the byte offsets overflow 32 bits.
 void test_indices_beyond_32_bits(const KernelTable& kernels) {
   const int64_t k = 4096, n = int64_t{1} << 21, block = 64, numel = n * k, last = n - 1;
   uint8_t* packed = reserve<uint8_t>(packed_bytes(numel));

@@ -1,4 +1,4 @@
-"""How sasstime launches lora_grad.cu: m n k [r=16] [parts], both gradients of float32 adapters."""
+"""Launch of lora_grad.cu for sasstime: m n k [r=16] [parts], both gradients of a float32 adapter."""
 
 from sasstime import Buffer, Launch
 

@@ -1,4 +1,4 @@
-"""How sasstime launches lora_up.cu: m n [r=16], the low-rank term that the vendor's GEMM adds to."""
+"""Launch of lora_up.cu for sasstime: m n [r=16], the low-rank term to which the vendor's GEMM adds its product."""
 
 from sasstime import Buffer, Launch
 from structs import output

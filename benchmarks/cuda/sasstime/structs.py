@@ -1,4 +1,4 @@
-"""The structs of csrc/cuda/launch.h as sasstime's specs write them: one float32 adapter of rank r, no bias."""
+"""The structs of csrc/cuda/launch.h in sasstime's notation: one float32 adapter of rank r, no bias."""
 
 from sasstime import Buffer
 
