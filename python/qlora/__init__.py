@@ -21,7 +21,7 @@ _register_when_imported()
 
 
 def __getattr__(name: str) -> _Any:
-    """QLoRAConfig, which is a class of transformers', and is imported when it is used."""
+    """Imports QLoRAConfig on first use, because it needs transformers."""
     if name == "QLoRAConfig":
         from qlora.integrations.transformers import QLoRAConfig
 

@@ -12,7 +12,7 @@ CUDA_LIBRARY = "libqlora_cuda.so"
 
 
 def _find_library(name: str) -> Path | None:
-    # An installed package keeps its libraries beside this file; an editable one beside the compiled module.
+    # An installed package has its libraries beside this file, an editable install beside the compiled module.
     from qlora import _C
 
     for folder in (_PACKAGE, Path(_C.__file__).parent):
@@ -26,7 +26,7 @@ _cuda_library_is_broken = False
 
 
 def has_cuda_ops() -> bool:
-    """Whether ``torch.ops.qlora.*`` takes CUDA tensors: this build has the kernels, and torch has CUDA."""
+    """Whether ``torch.ops.qlora.*`` accepts CUDA tensors: this build has the kernels, and torch has CUDA."""
     return torch.version.cuda is not None and not _cuda_library_is_broken and _find_library(CUDA_LIBRARY) is not None
 
 
@@ -34,14 +34,17 @@ def _load_cuda() -> None:
     global _cuda_library_is_broken
     try:
         torch.ops.load_library(str(_find_library(CUDA_LIBRARY)))
-    except OSError as error:  # the operators for the CPU are whole
+    except OSError as error:  # the CPU operators still work
         _cuda_library_is_broken = True
         reason = error.__cause__ or error
-        warnings.warn(f"{CUDA_LIBRARY} cannot be loaded, qlora runs on the CPU only: {reason}", stacklevel=2)
+        warnings.warn(f"{CUDA_LIBRARY} cannot be loaded, so qlora runs on the CPU only: {reason}", stacklevel=2)
 
 
 def load_ops() -> None:
-    """Registers ``torch.ops.qlora.*`` (idempotent: torch ignores a library that is loaded already)."""
+    """Registers ``torch.ops.qlora.*``. Idempotent: torch ignores a library that is already loaded.
+
+    Raises ImportError if torch is older than 2.11 or the compiled CPU library is missing.
+    """
     if torch.torch_version.TorchVersion(torch.__version__) < "2.11":
         from qlora import _C
 

@@ -1,4 +1,4 @@
-"""Which device and which dtype a job computes on, and why: pure choices that say their reason."""
+"""Chooses the device and the dtype that a job computes with, and gives the reason for each choice."""
 
 import warnings
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from qlora._load import has_cuda_ops
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 AUTO = "auto"
-OLDEST_GPU = (7, 5)  # compute capability of the oldest GPUs that our kernels know
-# Instruction sets with bfloat16 products, for our kernels and for torch's.
+OLDEST_GPU = (7, 5)  # compute capability of the oldest GPUs that the kernels support
+# Instruction sets with bfloat16 products, which the kernels of qlora and of torch use.
 _BFLOAT16_ISAS = ("avx512bf16", "amx")
 
 
@@ -21,14 +21,14 @@ T = TypeVar("T", torch.device, torch.dtype)
 
 @dataclass(frozen=True)
 class Choice(Generic[T]):
-    """A device or a dtype, and the reason for it in words."""
+    """A chosen device or dtype, and the reason in words."""
 
     value: T
     reason: str
 
     @property
     def name(self) -> str:
-        """cuda:0, or bfloat16."""
+        """The value in words, e.g. ``cuda:0`` or ``bfloat16``."""
         return str(self.value).removeprefix("torch.")
 
     def __str__(self) -> str:
@@ -36,7 +36,7 @@ class Choice(Generic[T]):
 
 
 def why_not_gpu(index: int | None = None) -> str | None:
-    """Why our operators cannot run on a GPU (of that index); None if they can."""
+    """Why qlora's operators cannot run on the GPU ``index`` (default: the current one); None if they can."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} has no CUDA"
     if not has_cuda_ops():
@@ -45,27 +45,31 @@ def why_not_gpu(index: int | None = None) -> str | None:
         return "torch sees no GPU"
     count = torch.cuda.device_count()
     if index is not None and index >= count:
-        return f"there are {count} GPUs, numbered from 0"
+        return f"there are {count} GPUs, counted from 0"
     major, minor = torch.cuda.get_device_capability(index)
     return why_not_arch(major, minor)
 
 
 def why_not_arch(major: int, minor: int, archs: tuple[int, ...] | None = None) -> str | None:
-    """Why no compiled code (for ``archs``, by default this build's) runs on a GPU of compute capability major.minor."""
+    """Why code compiled for ``archs`` (default: this build's) cannot run on a GPU of compute capability major.minor.
+
+    None if it can. An arch is 10 * major + minor.
+    """
     archs = _C.CUDA_ARCHS if archs is None else archs
     name, arch = f"sm_{major}{minor}", 10 * major + minor
     if (major, minor) < OLDEST_GPU:
         return f"the GPU is {name}: the kernels need sm_{OLDEST_GPU[0]}{OLDEST_GPU[1]} or newer"
-    # Machine code runs on its own major version from its minor version on; PTX of the newest on all that are newer.
+    # Machine code runs on its own major version, from its minor version on. The PTX of the newest arch runs on all
+    # newer GPUs.
     if not any(known // 10 == major and known <= arch for known in archs) and arch < max(archs, default=0):
         return f"the GPU is {name}: this build has code for {', '.join(f'sm_{known}' for known in archs)} only"
     return None
 
 
 def choose_device(name: str = AUTO) -> Choice[torch.device]:
-    """auto, cpu, cuda or cuda:N to a device. auto takes a GPU that has our operators, else the CPU.
+    """The device for ``name``: auto, cpu, cuda or cuda:N. auto takes a GPU that can run the operators, else the CPU.
 
-    Raises ValueError for another name, and for a GPU that is not there or that our operators do not run on.
+    Raises ValueError for any other name, and for a GPU that does not exist or cannot run the operators.
     """
     if name == "cpu":
         return Choice(torch.device("cpu"), "as named")
@@ -79,14 +83,14 @@ def choose_device(name: str = AUTO) -> Choice[torch.device]:
             return Choice(torch.device("cpu"), problem)
         raise ValueError(f"device='{name}' cannot be used: {problem}")
     device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
-    return Choice(device, f"{torch.cuda.get_device_name(device)}, which has our operators")
+    return Choice(device, f"{torch.cuda.get_device_name(device)}, which can run qlora's operators")
 
 
 def choose_dtype(name: str, device: torch.device, capability: tuple[int, int] | None = None) -> Choice[torch.dtype]:
-    """auto, bf16, fp16 or fp32 to a compute dtype. auto is what the device multiplies fast.
+    """The compute dtype for ``name``: auto, bf16, fp16 or fp32. auto takes the fast dtype of the device.
 
-    ``capability`` of a GPU is asked of torch unless it is given. Raises ValueError for another name, and for fp16 on a
-    CPU: training in it needs a gradient scaler that only GPUs have, and a CPU that is fast in fp16 is so in bf16.
+    ``capability`` of the GPU comes from torch unless it is given. Raises ValueError for any other name, and for fp16 on
+    a CPU: training in fp16 needs a gradient scaler, which only GPUs have, and CPUs fast in fp16 are also fast in bf16.
     """
     if name not in (AUTO, *DTYPES):
         raise ValueError(f"compute_dtype='{name}' must be one of {AUTO}, {', '.join(DTYPES)}")
@@ -101,7 +105,7 @@ def choose_dtype(name: str, device: torch.device, capability: tuple[int, int] | 
     if name != AUTO:
         return Choice(DTYPES[name], "as named")
     if (reason := why_slow_in_bfloat16()) is None:
-        return Choice(torch.bfloat16, f"the CPU multiplies bf16 ({_C.active_isa()})")
+        return Choice(torch.bfloat16, f"the CPU multiplies in bf16 ({_C.active_isa()})")
     return Choice(torch.float32, reason)
 
 
@@ -109,7 +113,7 @@ _hinted = False
 
 
 def hint_slow_bfloat16(dtype: torch.dtype, device: torch.device) -> None:
-    """Warns, once in a process, that training in bfloat16 on this CPU is slower than in float32."""
+    """Warns, once per process, if training in bfloat16 on this CPU is slower than in float32."""
     global _hinted
     if _hinted or device.type != "cpu" or dtype != torch.bfloat16:
         return
@@ -120,8 +124,8 @@ def hint_slow_bfloat16(dtype: torch.dtype, device: torch.device) -> None:
 
 
 def why_slow_in_bfloat16() -> str | None:
-    """Why this CPU should not compute in bfloat16; None if it multiplies bfloat16 itself."""
+    """Why this CPU is slow in bfloat16; None if it has bfloat16 instructions."""
     isa = _C.active_isa()
     if isa in _BFLOAT16_ISAS:
         return None
-    return f"the CPU ({isa}) has no bf16 products: a training step in bf16 takes 4 times as long there, or more"
+    return f"the CPU ({isa}) has no bf16 instructions: a training step in bf16 takes at least 4 times as long"

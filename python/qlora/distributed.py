@@ -1,6 +1,6 @@
-"""Training on several processes: what DDP should not send around, and what FSDP1 cannot do.
+"""Training on several processes: keeps frozen tensors out of DDP's broadcasts, and refuses FSDP1.
 
-FSDP2 (``torch.distributed.fsdp.fully_shard``) needs nothing of this: it shards the packed weights as they are.
+FSDP2 (``torch.distributed.fsdp.fully_shard``) shards packed weights as they are and needs nothing from this module.
 """
 
 import os
@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that torchrun has started, or the only one."""
+    """This process's place among those that torchrun started; world is 1 without torchrun."""
 
     world: int
     rank: int
@@ -29,10 +29,10 @@ class Processes:
 
 
 def ignore_frozen(model: nn.Module) -> list[str]:
-    """Tells DistributedDataParallel to leave frozen parameters and buffers alone, and returns their names.
+    """Makes DistributedDataParallel ignore frozen parameters and all buffers, and returns their names.
 
-    Every process has loaded the same ones; without this DDP broadcasts all packed weights when it is made, and all
-    statistics before each forward. Call it on the module that is given to DistributedDataParallel.
+    Every process has loaded the same ones. Without this call DDP broadcasts all packed weights when it is constructed,
+    and all statistics before each forward. Call it on the module that you pass to DistributedDataParallel.
     """
     names = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     names += [name for name, _ in model.named_buffers()]
@@ -50,12 +50,11 @@ def largest_list(model: nn.Module) -> list[nn.Module]:
 
 
 def refuse_fsdp1() -> None:
-    """Raises ValueError if this process was launched by accelerate for the first FSDP, which flattens parameters of one
-    dtype and cannot take packed ones."""
+    """Raises ValueError if accelerate launched this process for FSDP1, which cannot flatten packed weights."""
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes") and (
         os.environ.get("FSDP_VERSION", "1") == "1"
     ):
         raise ValueError(
-            "FSDP1 flattens parameters and cannot take 4-bit weights, which are integers: set fsdp_version: 2"
+            "FSDP1 flattens parameters and cannot flatten 4-bit weights, which are integers: set fsdp_version: 2"
             " (accelerate launch --fsdp_version 2)"
         )

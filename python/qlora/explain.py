@@ -1,4 +1,4 @@
-"""Says which kernel a call takes, and why not a faster one: a fallback is never silent."""
+"""Reports which kernel a call uses, and why it does not use a faster one, so that no fallback is silent."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +14,14 @@ from qlora.weight import QuantizedWeight
 
 @dataclass(frozen=True)
 class Explanation:
-    """What ``qlora.ops.forward`` does with one input and one weight."""
+    """How ``qlora.ops.forward`` computes one input and one weight."""
 
-    device: str  # where it runs
+    device: str  # cpu or cuda
     isa: str  # instruction set in use
     kernel: str  # decode_words, decode_spans, tiles or gemm; on a GPU decode, gemm, dequantize_matmul or general
     compute: str  # precision of products and sums
-    why_not_faster: str  # empty if nothing stands in the way
-    backward: str = "gemm"  # kernel of the input's gradient, or tiles; on a GPU gemm_dx, dequantize_matmul or general
+    why_not_faster: str  # empty if the fastest kernel is used
+    backward: str = "gemm"  # of the input's gradient: gemm or tiles; on a GPU gemm_dx, dequantize_matmul or general
     why_not_faster_backward: str = ""
     gradients: str = "gemm"  # kernel of the gradients of lora_a and lora_b; on a GPU lora_grad or general
     why_not_faster_gradients: str = ""
@@ -44,7 +44,7 @@ def _explain_cuda(x: Tensor, weight: QuantizedWeight, tokens: int) -> Explanatio
         k,
         str(x.dtype).removeprefix("torch."),
         weight.block_size,
-        min(10 * gpu.major + gpu.minor, _C.CUDA_ARCHS[-1]),  # a newer GPU runs the newest code that was compiled
+        min(10 * gpu.major + gpu.minor, _C.CUDA_ARCHS[-1]),  # a newer GPU runs the newest compiled code
         gpu.multi_processor_count,
         gpu.shared_memory_per_block_optin,
         (gpu.major, gpu.minor) == (9, 0) and 90 in _C.CUDA_ARCHS,
@@ -66,26 +66,26 @@ def _explain_cuda(x: Tensor, weight: QuantizedWeight, tokens: int) -> Explanatio
 
 
 def explain(x: Tensor, weight: QuantizedWeight) -> Explanation:
-    """The kernel that ``forward`` takes for ``x`` [..., k] and ``weight`` (n, k); nothing is computed.
+    """The kernels that ``forward`` uses for ``x`` [..., k] and ``weight`` (n, k), without running them.
 
-    Raises ValueError if x and weight do not fit, or x has a dtype or device that no kernel takes.
+    Raises ValueError if the shapes of x and weight do not match, or no kernel supports the dtype or device of x.
     """
     if x.dtype not in FLOAT_DTYPES:
-        raise ValueError(f"x is {x.dtype}: the kernels take float32, bfloat16 and float16")
+        raise ValueError(f"x is {x.dtype}: the kernels support float32, bfloat16 and float16")
     if len(weight.shape) != 2 or x.dim() == 0:
-        raise ValueError(f"x has shape {tuple(x.shape)} and the weight {weight.shape}: needed are [..., k] and (n, k)")
+        raise ValueError(f"x has shape {tuple(x.shape)} and weight {weight.shape}: they must be [..., k] and (n, k)")
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x has {x.shape[-1]} features: the weight has in_features={weight.shape[1]}")
     tokens = x.numel() // max(1, x.shape[-1])
     if x.device.type == "cuda":
         return _explain_cuda(x, weight, tokens)
     if x.device.type != "cpu":
-        raise ValueError(f"x is on {x.device}: there are kernels for the CPU and for CUDA")
+        raise ValueError(f"x is on {x.device}: kernels exist only for the CPU and for CUDA")
     kernel, reason, other = _C.explain_forward(tokens, weight.shape[1], str(x.dtype).removeprefix("torch."))
     reasons = [reason] if reason else []
     isa, preferred = _C.active_isa(), _C.preferred_isa()
     if isa != preferred:
-        reasons.append(f"QLORA_CPU_ISA chooses {isa}, this machine's fastest level is {preferred}")
+        reasons.append(f"QLORA_CPU_ISA chooses {isa}, but this machine's fastest level is {preferred}")
     products = "bfloat16 products of W rounded once" if kernel == "tiles" else "float32 products"
     return Explanation(
         "cpu", isa, kernel, f"{products}, float32 sums, rounded once", "; ".join(reasons), other, "", other, "", other

@@ -1,8 +1,7 @@
-"""Plain torch twins of the operators: what the kernels are tested and benchmarked against. Slow, dense, obviously
-right.
+"""Operators in plain torch, slow and dense, as the reference for tests and benchmarks of the kernels.
 
-Same signatures as :mod:`qlora.ops`. ``forward`` computes in the dtype of x, so float64 x gives a float64 reference of
-the same (float32) dequantized weight.
+Same signatures as :mod:`qlora.ops`. ``forward`` computes in the dtype of x: with float64 x it is a float64 reference
+for the same float32 dequantized weight.
 """
 
 from collections.abc import Sequence
@@ -11,7 +10,13 @@ import torch
 from torch import Tensor
 
 from qlora import _C
-from qlora.tables import scales, table
+
+_DYNAMIC_MAP = tuple(_C.dynamic_map())  # read at import, because torch.compile cannot trace a call into _C
+
+
+def table(values: Sequence[float], like: Tensor) -> Tensor:
+    """A table of the format as a float32 tensor on the device of ``like``, regardless of torch's default dtype."""
+    return torch.tensor(values, dtype=torch.float32, device=like.device)
 
 
 def _nf4_codes(x: Tensor) -> Tensor:
@@ -66,6 +71,20 @@ def quantize(
     thresholds = (levels[1:] + levels[:-1]) / 2
     scale_codes = torch.bucketize(x, thresholds, right=False).flatten()[: absmax.numel()].to(torch.uint8)
     return packed, scale_codes, nested_absmax, offset.view(1)
+
+
+def scales(absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None) -> Tensor:
+    """The float32 scale of every block: absmax itself, or absmax dequantized from its 8-bit codes (two roundings)."""
+    if nested_absmax is None or nested_absmax.numel() == 0:
+        return absmax.float()
+    assert nested_offset is not None
+    return nested_scales(absmax, nested_absmax, nested_offset, torch.arange(absmax.numel(), device=absmax.device))
+
+
+def nested_scales(codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor, block: Tensor) -> Tensor:
+    """The float32 scales of some blocks, from their uint8 codes and their block indices (of the same shape)."""
+    values = table(_DYNAMIC_MAP, codes)[codes.long()]
+    return values * nested_absmax[block // _C.NESTED_BLOCK] + nested_offset
 
 
 def dequantize(
@@ -146,7 +165,7 @@ def forward_multi(
 ) -> Tensor:
     weight = (packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size)
     rows = x.reshape(-1, x.shape[-1])
-    outputs = [forward(rows, *weight, bias=bias)]  # index -1 + 1: the base alone
+    outputs = [forward(rows, *weight, bias=bias)]  # adapter -1, the base alone, is at index 0
     for a, b, s in zip(lora_a, lora_b, scaling.tolist(), strict=True):
         outputs.append(forward(rows, *weight, a, b, s, bias))
     y = torch.stack(outputs)[adapter_of_row + 1, torch.arange(len(rows), device=x.device)]
@@ -183,7 +202,7 @@ def adamw(
     weight_decay: float,
     step: int,
 ) -> None:
-    """In the dtype of the moments: float64 moments give a float64 step."""
+    """Computes in the dtype of the moments: float64 moments give a float64 step."""
 
     def number(value: float) -> Tensor:
         return torch.tensor(value, dtype=exp_avg.dtype, device=exp_avg.device)
@@ -191,7 +210,7 @@ def adamw(
     g, p = grad.to(exp_avg.dtype), param.detach().to(exp_avg.dtype)
     exp_avg += number(1 - beta1) * (g - exp_avg)
     exp_avg_sq.copy_(number(beta2) * exp_avg_sq + number(1 - beta2) * g * g)
-    root = exp_avg_sq.double().sqrt().to(exp_avg_sq.dtype)  # torch's own float32 root may be off in the last bit
+    root = exp_avg_sq.double().sqrt().to(exp_avg_sq.dtype)  # torch's float32 root may be wrong in the last bit
     denominator = root / number((1 - beta2**step) ** 0.5) + number(eps)
     p = p * number(1 - lr * weight_decay) - number(lr / (1 - beta1**step)) * (exp_avg / denominator)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""QuantizedWeight: the four tensors of a 4-bit weight, and what a caller needs to know to read them."""
+"""QuantizedWeight: the four tensors of a 4-bit weight, with its shape and format."""
 
 import json
 import math
@@ -16,10 +16,10 @@ _BNB_STATE = "quant_state.bitsandbytes__"
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
-    """A weight of ``shape``, quantized blockwise to 4 bit. Immutable; moves, pickles and shards.
+    """A weight of ``shape``, quantized blockwise to 4 bit. Immutable; can be moved, pickled and sharded.
 
-    The format is bit-compatible with bitsandbytes (docs/format.md). ``dtype`` is what the weight had before and what
-    :meth:`dequantize` returns unless told otherwise.
+    The format is bit-compatible with bitsandbytes (docs/format.md). ``dtype`` is the weight's dtype before quantization
+    and the default dtype of :meth:`dequantize`.
     """
 
     packed: Tensor  # uint8 [ceil(numel / 2)], high nibble first
@@ -33,7 +33,7 @@ class QuantizedWeight:
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """In the order in which the operators take them."""
+        """The four tensors in the operators' order of arguments."""
         return self.packed, self.absmax, self.nested_absmax, self.nested_offset
 
     @property
@@ -55,7 +55,7 @@ class QuantizedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed weight and all its statistics."""
+        """Bytes of the packed weight and all of its statistics."""
         return sum(t.nbytes for t in self.tensors)
 
     @property
@@ -67,23 +67,26 @@ class QuantizedWeight:
         return ops.dequantize(*self.arguments, dtype or self.dtype)
 
     def error_against(self, weight: Tensor) -> tuple[float, float]:
-        """(relative Frobenius norm, largest absolute value) of the difference to ``weight``, of the same shape."""
+        """(relative Frobenius norm, largest absolute value) of the difference to ``weight``.
+
+        Raises ValueError if ``weight`` has another shape.
+        """
         if tuple(weight.shape) != self.shape:
-            raise ValueError(f"weight has shape {tuple(weight.shape)}: this one has {self.shape}")
+            raise ValueError(f"weight has shape {tuple(weight.shape)}: the quantized one has {self.shape}")
         squared, squares, largest = ops.quantization_error(
             weight.detach(), *self.tensors, self.quant_type, self.block_size
         ).tolist()
         return math.sqrt(squared / squares) if squares > 0 else 0.0, largest
 
     def to(self, device: torch.device | str) -> "QuantizedWeight":
-        """On another device. The dtypes of the tensors are part of the format and never change."""
+        """This weight on another device. The dtypes of the tensors are part of the format and never change."""
         packed, absmax, nested_absmax, nested_offset = (t.to(device) for t in self.tensors)
         return replace(self, packed=packed, absmax=absmax, nested_absmax=nested_absmax, nested_offset=nested_offset)
 
     def shard(self, index: int, count: int) -> "QuantizedWeight":
         """Rows ``[index * n / count, (index + 1) * n / count)`` of a matrix, as views.
 
-        Raises ValueError if a shard would not begin on a block (with double quantization: on a block of 256 scales).
+        Raises ValueError if a shard would not start at a block (with double quantization: at a block of 256 scales).
         """
         n, k = self.shape
         unit = self.block_size * (_C.NESTED_BLOCK if self.double_quant else 1)
@@ -106,9 +109,9 @@ class QuantizedWeight:
         )
 
     def to_bnb(self, prefix: str = "weight") -> dict[str, Tensor]:
-        """The entries that bitsandbytes' Linear4bit has in a state dict: ``weight``, ``weight.absmax``, ….
+        """The state-dict entries of a bitsandbytes Linear4bit: ``weight``, ``weight.absmax``, ….
 
-        Raises ValueError for int4, which bitsandbytes does not know.
+        Raises ValueError for int4, which bitsandbytes does not have.
         """
         if self.quant_type not in ("nf4", "fp4"):
             raise ValueError(f"quant_type='{self.quant_type}' does not exist in bitsandbytes: only nf4 and fp4 do")
@@ -138,7 +141,7 @@ class QuantizedWeight:
     def from_bnb(cls, entries: dict[str, Tensor], prefix: str = "weight") -> "QuantizedWeight":
         """Reads the state-dict entries of a bitsandbytes Linear4bit; extra keys are ignored.
 
-        Raises KeyError naming a missing entry, ValueError for a state that this format cannot hold.
+        Raises KeyError naming a missing entry, and ValueError for a state that this format cannot represent.
         """
         markers = [key for key in entries if key.startswith(f"{prefix}.{_BNB_STATE}")]
         if len(markers) != 1:
@@ -149,7 +152,7 @@ class QuantizedWeight:
             raise ValueError(f"nested_blocksize={state['nested_blocksize']} must be {_C.NESTED_BLOCK}")
         dtype = getattr(torch, str(state["dtype"]), None)
         if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"dtype={state['dtype']!r} is no torch dtype")
+            raise ValueError(f"dtype={state['dtype']!r} is not a torch dtype")
         ops.check_format(state["quant_type"], state["blocksize"])
         entries = dict(entries)
         maps = {"quant_map": _C.codebook(state["quant_type"])} | (
@@ -199,8 +202,8 @@ def quantize(
 ) -> QuantizedWeight:
     """Quantizes ``weight`` (float32, bfloat16 or float16, any shape) to 4 bit.
 
-    Arguments and errors as :func:`qlora.ops.quantize`. The result is for training too where this is called under
-    torch.inference_mode.
+    Same arguments and errors as :func:`qlora.ops.quantize`. The result can be used in training, even if this function
+    is called under torch.inference_mode.
     """
     with torch.inference_mode(False):
         packed, absmax, nested_absmax, nested_offset = ops.quantize(

@@ -110,7 +110,7 @@ def test_explain_names_the_slower_path_and_its_reason(monkeypatch):
     else:
         assert (bfloat.kernel, bfloat.backward) == ("gemm", "gemm")
         assert "AMX" in bfloat.why_not_faster
-    with pytest.raises(ValueError, match="needed are"):
+    with pytest.raises(ValueError, match="they must be"):
         qlora.explain(torch.zeros(()), qlora.quantize(torch.randn(8, 64)))
     if len(_C.runnable_isas()) > 1:
         monkeypatch.setenv("QLORA_CPU_ISA", "scalar")
