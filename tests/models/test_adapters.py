@@ -163,7 +163,7 @@ KEY = "base_model.model.blocks.0.up.lora_A.weight"
         (lambda d: (d / "adapter_config.json").write_text("[]"), "must hold a JSON object, not list"),
         (lambda d: edit_config(d, lora_dropout=1.0), r"lora_dropout=1.0 must be in \[0, 1\)"),
         (lambda d: edit_config(d, lora_alpha=None), "lora_alpha=None must be a number"),
-        (lambda d: edit_config(d, alpha_pattern={"(": 8}), "'\\(' is no regular expression"),
+        (lambda d: edit_config(d, alpha_pattern={"(": 8}), "'\\(' is not a regular expression"),
         (lambda d: edit_config(d, alpha_pattern={"up": "x"}), "alpha_pattern='x' must be a number"),
         (lambda d: (d / "adapter_config.json").write_text('{"peft_type": "IA3"}'), "peft_type='IA3'"),
         (lambda d: (d / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 0}'), "r=0 must be"),

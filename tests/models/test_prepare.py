@@ -210,7 +210,7 @@ def test_persistent_buffers_are_loaded_too():
 def test_an_index_that_leaves_its_folder_is_refused(tmp_path):
     for content, message in (
         ('{"weight_map": {"x": "../secret.safetensors"}}', "must be the name of a file in the same folder"),
-        ("{}", "is no index of a checkpoint"),
+        ("{}", "is not a checkpoint index"),
     ):
         (tmp_path / "model.safetensors.index.json").write_text(content)
         with pytest.raises(ValueError, match=message):

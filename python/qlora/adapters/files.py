@@ -16,7 +16,7 @@ from qlora.storage.weights import open_safetensors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-# Options of PEFT that load_adapter follows, or that say nothing about what the adapter computes.
+# Options of PEFT that load_adapter implements, or that do not affect what the adapter computes.
 _SUPPORTED = (
     *("peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights"),
@@ -31,8 +31,8 @@ _SUPPORTED = (
         "qalora_group_size",
     ),
 )
-_NOTHING: tuple[Any, ...] = (None, False, "none", [], {}, "")  # values of other options that ask for nothing
-# Initializations that leave the base as it is.
+_NOTHING: tuple[Any, ...] = (None, False, "none", [], {}, "")  # values that switch any other option off
+# Initializations that do not change the base.
 _ADDITIVE_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 _PREFIX = "base_model.model."  # PEFT's wrapper modules
 
@@ -42,12 +42,12 @@ def _keys_of(layer_name: str) -> tuple[str, str]:
 
 
 def _pattern_of(layer_name: str) -> str:
-    """A key of PEFT's rank_pattern and alpha_pattern that fits this layer and no other."""
+    """A key for PEFT's rank_pattern and alpha_pattern that matches only this layer."""
     return "^" + re.escape(layer_name)
 
 
 def _from_pattern(patterns: dict[str, Any], layer_name: str, default: Any) -> Any:
-    """The value of the first key that fits, as PEFT reads it: a regular expression for the end of the layer's name."""
+    """The value of the first matching key. As in PEFT, a key is a regular expression for the end of a layer's name."""
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", layer_name):
             return value
@@ -57,7 +57,7 @@ def _from_pattern(patterns: dict[str, Any], layer_name: str, default: Any) -> An
 def bare_model(model: nn.Module) -> nn.Module:
     """The model inside wrappers: torch.compile, (Distributed)DataParallel, AveragedModel.
 
-    Raises ValueError if a part of it is compiled on its own, for then the names of its layers are not the model's.
+    Raises ValueError if a part of it is compiled on its own, because that changes the names of its layers.
     """
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
     while True:
@@ -74,16 +74,15 @@ def bare_model(model: nn.Module) -> nn.Module:
 
 
 def save_adapter(model: nn.Module, folder: str | Path, name: str = "default", base_model: str | None = None) -> Path:
-    """Writes one adapter of every :class:`QLoRALinear` of ``model`` to ``folder``; PEFT reads it.
+    """Writes the adapter ``name`` of every :class:`QLoRALinear` of ``model`` to ``folder``, readable by PEFT.
 
-    Both files are on disk before either is renamed: a full disk leaves the old ones, and so does a crash, but for one
-    in the instant between the two renames. ``base_model`` is recorded as
-    ``base_model_name_or_path``. Layers of different rank or alpha go into PEFT's ``rank_pattern`` and
-    ``alpha_pattern``.
+    Both files are on disk before either is renamed, so a full disk or a crash leaves the old ones, except for a crash
+    between the two renames. ``base_model`` is recorded as ``base_model_name_or_path``. Layers with a different rank or
+    alpha are recorded in PEFT's ``rank_pattern`` and ``alpha_pattern``.
 
-    A wrapper (torch.compile, DistributedDataParallel, an average of weights) is looked through: names are the model's.
-    Raises ValueError if no layer has an adapter of that name, and naming parameters that were trained besides the
-    adapters, which this file cannot hold.
+    Wrappers (torch.compile, DistributedDataParallel, AveragedModel) are removed first, so layer names are the model's.
+    Returns the folder. Raises ValueError if no layer has an adapter of that name, or if parameters other than adapters
+    require grad, because the file cannot hold them.
     """
     from safetensors.torch import save
 
@@ -95,9 +94,9 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default", ba
     others = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in ours]
     if others:
         raise ValueError(
-            f"save_adapter: {len(others)} parameters that are no adapters require grad, e.g. {others[:3]}, and would be"
-            " lost. Freeze them (requires_grad_(False)) if they were not trained; to train them use PEFT's"
-            " LoraConfig(modules_to_save=[...]) instead of prepare_model's adapters"
+            f"save_adapter: {len(others)} parameters outside the adapters require grad and would be lost, e.g."
+            f" {others[:3]}. Freeze them (requires_grad_(False)) if they were not trained. To train them, use PEFT's"
+            " LoraConfig(modules_to_save=[...]) instead of the adapters of prepare_model"
         )
     tensors = {}
     for layer_name, layer in layers.items():
@@ -134,7 +133,7 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default", ba
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """The checked ``adapter_config.json``. Raises FileNotFoundError or ValueError naming the file and the rule."""
+    """The validated ``adapter_config.json``. Raises FileNotFoundError or ValueError with the file and the rule."""
     path = folder / CONFIG_FILE
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: an adapter folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
@@ -145,17 +144,17 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a JSON object, not {type(config).__name__}")
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type={config.get('peft_type')!r}, only LORA adapters can be loaded")
+        raise ValueError(f"{path}: peft_type={config.get('peft_type')!r}, but only LORA adapters can be loaded")
     for option, value in config.items():
         if option not in _SUPPORTED and value not in _NOTHING:
             raise ValueError(
-                f"{path}: {option}={value!r} is not supported by qlora.load_adapter: load this adapter by PEFT,"
-                " PeftModel.from_pretrained, on a model that was loaded with qlora.QLoRAConfig"
+                f"{path}: {option}={value!r} is not supported by qlora.load_adapter: load this adapter with PEFT"
+                " (PeftModel.from_pretrained) on a model that was loaded with qlora.QLoRAConfig"
             )
     if config.get("init_lora_weights") not in _ADDITIVE_INITS:
         raise ValueError(
-            f"{path}: init_lora_weights={config['init_lora_weights']!r} means that the adapter belongs to a base that"
-            " its initialization has changed, not to the model on disk: load it by PEFT, or convert it there"
+            f"{path}: init_lora_weights={config['init_lora_weights']!r} changes the base weights, so the adapter does"
+            " not fit the model on disk: load it with PEFT, or convert it there"
             " (save_pretrained(path_initial_model_for_weight_conversion=...))"
         )
     if not isinstance(config.get("r"), int) or config["r"] < 1:
@@ -169,7 +168,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ValueError(f"{path}: alpha_pattern {pattern!r} is no regular expression: {error}") from error
+            raise ValueError(f"{path}: alpha_pattern {pattern!r} is not a regular expression: {error}") from error
     for name, value in (
         ("lora_alpha", config["lora_alpha"]),
         ("lora_dropout", config["lora_dropout"]),
@@ -185,10 +184,11 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> None:
     """Loads an adapter written by :func:`save_adapter` or by PEFT into the layers of ``model`` and makes it active.
 
-    4-bit layers without adapters (of a model that was loaded with QLoRAConfig) become QLoRALinear where the file has
-    one for them, and everything else of the model is frozen. An adapter ``name`` that exists is replaced. Nothing is
-    changed unless every key and shape fits. A wrapper is looked through as by :func:`save_adapter`.
-    Raises ValueError naming the keys if the file belongs to another model, or naming the file if it is damaged.
+    If the model was loaded with QLoRAConfig, its 4-bit layers that have an adapter in the file become QLoRALinear, and
+    the rest of the model is frozen. An existing adapter ``name`` is replaced. Nothing changes unless every key and
+    shape fits. Wrappers are removed first, as in :func:`save_adapter`.
+    Raises FileNotFoundError if a file is missing, ValueError if the file belongs to another model (with the keys) or is
+    damaged, and RuntimeError if an adapter is merged.
     """
     folder = Path(folder)
     config = read_adapter_config(folder)
@@ -212,9 +212,9 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     adapted = {expected[key] for key in tensors}
     half = [key for key in missing if expected[key] in adapted]
     if half:
-        raise ValueError(f"{path} lacks {half[:3]}: an adapter needs lora_A and lora_B of a layer")
+        raise ValueError(f"{path} lacks {half[:3]}: an adapter needs both lora_A and lora_B of each layer")
     if not adapted:
-        raise ValueError(f"{path} holds no adapter")
+        raise ValueError(f"{path} contains no adapter")
     for layer_name in adapted:
         a, b = (tensors[key] for key in _keys_of(layer_name))
         target = every[layer_name]
@@ -226,10 +226,10 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
 
     merged = [layer_name for layer_name, layer in layers.items() if layer.merged_adapter is not None]
     if merged:
-        raise RuntimeError(f"load_adapter: {merged[0]} is merged, call unmerge() first")
+        raise RuntimeError(f"load_adapter: {merged[0]} is merged; call unmerge() first")
 
     if adapted & bare.keys():
-        model.requires_grad_(False)  # as prepare_model: what trains is the adapter
+        model.requires_grad_(False)  # as in prepare_model, only the adapter is trained
     for layer_name in adapted & bare.keys():
         layer = QLoRALinear(bare[layer_name], rank=1)
         layer.delete_adapter("default")
@@ -246,7 +246,7 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
         rank = a.shape[0]
         alpha = float(_from_pattern(config["alpha_pattern"], layer_name, config["lora_alpha"]))
         if config.get("use_rslora"):
-            alpha *= rank**0.5  # alpha / sqrt(r), as alpha' / r
+            alpha *= rank**0.5  # the scaling alpha / sqrt(r), written as alpha' / r
         layer.add_adapter(name, rank, alpha, float(config["lora_dropout"]))
         with torch.no_grad():
             layer.lora_a[name].copy_(a)

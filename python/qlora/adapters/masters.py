@@ -1,4 +1,4 @@
-"""Trained parameters of 16 bit in float32, while their layers compute in 16 bit as before."""
+"""Keeps trainable 16-bit parameters in float32 while their layers still compute in 16 bit."""
 
 import functools
 from typing import Any
@@ -10,8 +10,11 @@ from qlora.nn.packed import PackedMatrix
 
 
 def train_in_float32(model: nn.Module) -> None:
-    """Makes trainable parameters of 16 bit float32: bf16 weights lose updates below 1/256 of themselves, and gradient
-    scalers refuse fp16 gradients. PEFT does it for its own, not for ``modules_to_save``."""
+    """Converts trainable 16-bit parameters to float32, in place.
+
+    A bf16 weight loses updates below 1/256 of its value, and gradient scalers refuse fp16 gradients. PEFT converts its
+    own adapters but not ``modules_to_save``.
+    """
     found = []
     for module in model.modules():
         dtypes = {
@@ -21,17 +24,17 @@ def train_in_float32(model: nn.Module) -> None:
         }
         if dtypes:
             found.append((module, dtypes))
-    for module, dtypes in found:  # all are found before one is changed: modules may share a parameter
+    for module, dtypes in found:  # finds all before it changes one, since modules may share a parameter
         for name in dtypes:
             parameter = getattr(module, name)
             parameter.data = parameter.data.float()
-        if not isinstance(module, PackedMatrix):  # whose operator takes a bias of any dtype
+        if not isinstance(module, PackedMatrix):  # its operator accepts a bias of any dtype
             module.register_forward_pre_hook(functools.partial(_cast, dtypes))
             module.register_forward_hook(functools.partial(_restore, dtypes), always_call=True)
 
 
 def back_to_16_bit(model: nn.Module) -> None:
-    """Undoes :func:`train_in_float32`: parameters are rounded to the dtype that they had."""
+    """Undoes :func:`train_in_float32`: rounds parameters to their original dtype."""
     for module in model.modules():
         hook: Any
         for key, hook in list(module._forward_pre_hooks.items()):
@@ -46,11 +49,11 @@ def back_to_16_bit(model: nn.Module) -> None:
                 module._forward_hooks_always_called.pop(key, None)
 
 
-# Functions of the module that they are given: a copy of a module has them with its own parameters.
+# These hooks work on the module they are called with, so that a copied module uses its own parameters.
 
 
 def _tensors(module: nn.Module, dtypes: dict[str, torch.dtype]) -> dict[str, Any]:
-    """Where a module has these parameters; DataParallel's replicas have them as plain attributes."""
+    """The dictionary that holds these parameters of a module; DataParallel's replicas have them as plain attributes."""
     return module._parameters if next(iter(dtypes)) in module._parameters else vars(module)
 
 

@@ -1,4 +1,4 @@
-"""Folding the adapters of a whole model into its weights, ours and PEFT's."""
+"""Merges the adapters of a whole model, qlora's or PEFT's, into its weights."""
 
 import warnings
 from collections.abc import Sequence
@@ -15,18 +15,18 @@ from qlora.nn.finding import qlora_layers
 from qlora.nn.merging import MergeInto
 from qlora.nn.replacing import replace_module
 
-_WORTH_SAYING = 0.9  # of the adapter
+_WORTH_SAYING = 0.9  # warns if less than this share of the adapter is kept
 
 
 class Merged(NamedTuple):
-    """What :func:`merge_and_unload` returns."""
+    """Result of :func:`merge_and_unload`."""
 
     model: nn.Module
-    reports: dict[str, MergeReport]  # by the layer's name in ``model``: what its merged form costs
+    reports: dict[str, MergeReport]  # errors of the merged weights, by layer name in ``model``
 
     @property
     def adapter_kept(self) -> float:
-        """Of what the adapter changes, the share that is in the merged weights: the median of the layers."""
+        """The share of the adapter's change that the merged weights keep: the median over layers."""
         return median(report.adapter_kept for report in self.reports.values()) if self.reports else 1.0
 
 
@@ -39,19 +39,19 @@ def merge_and_unload(
     search_scales: bool = False,
     safe_merge: bool = False,
 ) -> Merged:
-    """The model without adapters, each folded into its layer: of :func:`qlora.prepare_model`, or a PeftModel.
+    """Merges each adapter into its layer and removes it. Takes a model of :func:`qlora.prepare_model` or a PeftModel.
 
-    Without ``requantize`` the whole model is dense afterwards, also its 4-bit layers that have no such adapter,
-    embeddings and experts included; it is saved and loaded as a dense model. With it merged layers are in 4 bit again,
-    and rounding takes back most of a small adapter: a warning says how much is kept.
+    Without ``requantize`` the whole model becomes dense, including embeddings, experts and 4-bit layers without this
+    adapter, and can be saved and loaded as a dense model. With ``requantize`` merged layers are 4-bit again, and
+    rounding undoes most of a small adapter; a warning says how much is kept.
 
     Args:
-        name: the adapter; default: each layer's active one. A PeftModel takes several.
+        name: the adapter (default: each layer's active one); for a PeftModel also a list of several.
         requantize, dtype, search_scales: see :class:`qlora.nn.merging.MergeInto`.
-        safe_merge: of a PeftModel: an adapter that makes a weight nan or inf is an error.
+        safe_merge: for a PeftModel: raise an error if an adapter makes a weight nan or inf.
 
-    Works in place, but for a PeftModel, which wraps the model that is returned. Raises ValueError, before anything
-    changes, if no layer has the adapter.
+    Works in place; for a PeftModel it returns the model that was wrapped. Raises ValueError, before anything changes,
+    if no layer has the adapter.
     """
     from qlora.integrations.transformers import make_dense
 
@@ -64,7 +64,7 @@ def merge_and_unload(
         back_to_16_bit(merged)
     else:
         if safe_merge or not (name is None or isinstance(name, str)):
-            raise ValueError("safe_merge and several adapters are for PEFT's models: this one has none of PEFT")
+            raise ValueError("safe_merge and several adapters need a PeftModel: this model has no PEFT adapters")
         merged, reports = model, _merge_prepared(model, into, name)
         if not requantize:
             allow_saving(model)
@@ -80,7 +80,7 @@ def merge_and_unload(
     if requantize and not result.adapter_kept >= _WORTH_SAYING:
         warnings.warn(
             f"merged into 4 bit, the weights keep {result.adapter_kept:.0%} of what the adapter changes (median of"
-            f" {len(reports)} layers): rounding to the base's grid takes the rest back. Merge without requantize, or"
+            f" {len(reports)} layers): rounding to the base's grid undoes the rest. Merge without requantize, or"
             " keep the adapter beside its base",
             stacklevel=2,
         )

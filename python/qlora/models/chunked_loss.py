@@ -1,10 +1,10 @@
-"""The loss of a causal language model without its logits as a whole: the head runs on some hundred tokens at a time.
+"""Computes a causal language model's loss in chunks of a few hundred tokens, without storing all logits at once.
 
-[tokens, vocabulary] logits in float32 and their gradient are the largest tensors of a training step (Llama-3 at 8,192
-tokens: 4.2 GB each). Here ``torch.utils.checkpoint`` computes a chunk of them in the forward and once more in the
-backward. The chunks go through the model's own forward, with the backbone standing still, so that whatever a model
-does to its logits (softcapping, scales, a transform before the head) is done. docs/finetuning.md compares this with the
-chunked losses of TRL and torch.
+The float32 logits [tokens, vocabulary] and their gradient are the largest tensors of a training step (Llama-3 at 8,192
+tokens: 4.2 GB each). Here ``torch.utils.checkpoint`` computes a chunk of them in the forward and again in the backward.
+Each chunk goes through the model's own forward, with the backbone replaced by its stored output, so everything that the
+model does to its logits (softcapping, scales, a transform before the head) is included. docs/finetuning.md compares
+this with the chunked losses of TRL and torch.
 """
 
 from collections.abc import Iterator
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-CHUNK = 256  # tokens: 131 MB of float32 logits for 128,256 words
+CHUNK = 256  # tokens; 131 MB of float32 logits with a vocabulary of 128,256
 
 
 @contextmanager
 def _backbone_returns(backbone: nn.Module, output: Any) -> Iterator[None]:
-    """Within it, a call of ``backbone`` gives ``output``."""
+    """Makes ``backbone`` return ``output`` inside a ``with`` block."""
     had = vars(backbone).get("forward")
     backbone.forward = lambda *args, **kwargs: output
     try:
@@ -34,7 +34,7 @@ def _backbone_returns(backbone: nn.Module, output: Any) -> Iterator[None]:
 
 
 def backbone_of(model: Any) -> nn.Module | None:
-    """The part of a transformers model below its head; None if the two are one module."""
+    """The part of a transformers model below its head; None if the model has no separate head."""
     backbone = getattr(model, getattr(model, "base_model_prefix", "") or " ", None)
     return backbone if isinstance(backbone, nn.Module) and backbone is not model else None
 
@@ -44,9 +44,9 @@ def chunked_loss(
 ) -> Tensor:
     """Sum of the negative log likelihoods at ``positions``, divided by ``tokens``.
 
-    model: a transformers model with a head over a backbone; labels [batch, width]; positions int64 [n], into the
-    flattened labels: those to learn, none in the first column. ``inputs`` are the backbone's. The next-token label of
-    hidden state i is label i + 1.
+    model: a transformers model with a head over a backbone; labels int64 [batch, width]; positions int64 [n], the
+    indices into the flattened labels to learn, none in the first column; chunk: positions per chunk. ``inputs`` go to
+    the backbone. Hidden state i predicts label i + 1.
     """
     backbone = backbone_of(model)
     assert backbone is not None
@@ -67,22 +67,25 @@ def chunked_loss(
 
 
 def learnt_positions(labels: Tensor, ignored: int = -100) -> Tensor:
-    """Places in the flattened labels [batch, width] that a causal model learns: not ignored, and not the first of a
-    row, which nothing predicts. int64 [n], on the device of the labels (it waits for a GPU: call it on the CPU)."""
+    """Indices into the flattened labels [batch, width] that a causal model learns: int64 [n], on the labels' device.
+
+    It skips ignored labels and the first of each row, which nothing predicts. Call it with labels on the CPU: on a GPU
+    it synchronizes.
+    """
     known = labels != ignored
     known[:, 0] = False
     return known.flatten().nonzero().flatten()
 
 
 class ChunkedLoss:
-    """Gives a model's forward the argument ``loss_positions``, with which it returns only the chunked loss."""
+    """Adds the argument ``loss_positions`` to a model's forward; with it the forward returns only the chunked loss."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
         self._forward = model.forward
 
     def install(self) -> "ChunkedLoss":
-        """From now on ``model(…, labels=…, loss_positions=…)`` returns ``{"loss": …}``."""
+        """Makes ``model(…, labels=…, loss_positions=…)`` return ``{"loss": …}``."""
         self._model.forward = self
         return self
 
@@ -107,7 +110,7 @@ class ChunkedLoss:
 
 
 class _Original:
-    """A model as it was before :class:`ChunkedLoss`: calls go to its own forward, without its hooks once more."""
+    """The model as before :class:`ChunkedLoss`: a call runs its own forward, without running its hooks again."""
 
     def __init__(self, model: Any, forward: Any) -> None:
         self._model, self._forward = model, forward
@@ -121,10 +124,9 @@ class _Original:
 
 @torch.no_grad()
 def why_not_chunked(model: Any) -> str | None:
-    """Why :func:`chunked_loss` cannot stand for the model's own loss: a probe on eight tokens compares the two. None if
-    it can."""
+    """Compares :func:`chunked_loss` with the model's own loss on eight tokens; why they differ, or None."""
     if backbone_of(model) is None:
-        return f"{type(model).__name__} has no backbone apart from its head"
+        return f"{type(model).__name__} has no backbone separate from its head"
     device = next(model.parameters()).device
     labels = torch.arange(3, 11, device=device).unsqueeze(0)
     was_training = model.training
@@ -136,7 +138,7 @@ def why_not_chunked(model: Any) -> str | None:
         return f"the head of {type(model).__name__} does not run on its own ({error})"
     finally:
         model.train(was_training)
-    tolerance = max(1e-4, 2 * torch.finfo(model.dtype).eps)  # logits of other batches are rounded otherwise
+    tolerance = max(1e-4, 2 * torch.finfo(model.dtype).eps)  # rounding of logits depends on the batch shape
     if not abs(own.item() - ours.item()) <= tolerance * max(1.0, abs(own.item())):
-        return f"the loss of {type(model).__name__} is {own.item():.4f}, in chunks it would be {ours.item():.4f}"
+        return f"the loss of {type(model).__name__} is {own.item():.4f}, but computed in chunks {ours.item():.4f}"
     return None

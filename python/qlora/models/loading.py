@@ -1,5 +1,6 @@
-"""Causal language models by path or Hugging Face id, loaded in 4 bit by transformers, with adapters by PEFT: the one
-way in of every command.
+"""Loads causal language models by path or Hugging Face id: in 4 bit through transformers, with adapters through PEFT.
+
+Every command loads its model here.
 """
 
 import logging
@@ -12,11 +13,12 @@ from qlora.adapters.lora import add_lora, check_adapter_folder, load_adapter_int
 
 logger = logging.getLogger(__name__)
 
+BASE_FILE = "qlora_config.json"  # beside PEFT's two files; holds the base's quantization format and fingerprint
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 
 
 def require_train_extra() -> None:
-    """Raises ImportError saying what to install, unless the libraries for training are here."""
+    """Raises ImportError with the install command if a library for training is missing."""
     try:
         import accelerate  # noqa: F401
         import peft  # noqa: F401
@@ -28,7 +30,10 @@ def require_train_extra() -> None:
 
 
 def resolve_model(model: str | Path) -> Path:
-    """A local folder with the model's files; an id is looked up in the Hugging Face cache or downloaded."""
+    """The local folder of a model; an id is looked up in the Hugging Face cache or downloaded.
+
+    Raises FileNotFoundError if there is no such model folder.
+    """
     path = Path(model)
     if path.is_dir():
         if not (path / "config.json").exists():
@@ -42,9 +47,9 @@ def resolve_model(model: str | Path) -> Path:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder; without a padding token, the end-of-sequence token pads.
+    """The tokenizer of a model folder. If it has no padding token, it pads with the end-of-sequence token.
 
-    Raises ValueError if it has neither.
+    Raises ValueError if it has neither token.
     """
     from transformers import AutoTokenizer
 
@@ -74,14 +79,14 @@ def load_quantized(
     progress: bool = True,
     **lora_options: Any,
 ) -> tuple[Any, dict[str, int]]:
-    """A causal language model with 4-bit layers on ``device``, and the bytes of its weights dense and as they are now.
+    """Loads a causal language model with 4-bit layers on ``device``; returns it with the result of :func:`model_bytes`.
 
-    transformers reads one tensor at a time, moves it to the device, and quantizes it there: the peak is that of the
-    4-bit model and the largest tensor. ``dtype`` is that of activations and of what stays dense. A checkpoint that is
-    in 4 bit already, ours or bitsandbytes', keeps its own format.
+    transformers reads one tensor at a time, moves it to the device and quantizes it there, so peak memory is the 4-bit
+    model plus the largest tensor. ``dtype`` is the dtype of activations and of tensors that stay dense. A checkpoint
+    that is already 4-bit, written by qlora or by bitsandbytes, keeps its format.
 
-    With ``rank`` the model is a PeftModel with trainable LoRA on ``target_modules`` (default: all linear layers but the
-    head); ``lora_options`` go to PEFT's LoraConfig. Raises ValueError naming the value and the rule.
+    With ``rank`` the model is a PeftModel with trainable LoRA on ``target_modules`` (default: all linear layers except
+    the head); ``lora_options`` go to PEFT's LoraConfig. Raises ValueError with the value and the rule.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
@@ -98,7 +103,7 @@ def load_quantized(
     elif stored is None:
         options["quantization_config"] = QLoRAConfig(quant_type, double_quant, block_size)
     elif stored.get("quant_method") != "qlora":
-        raise ValueError(f"{folder} is quantized by '{stored.get('quant_method')}': a 16- or 32-bit model is needed")
+        raise ValueError(f"{folder} is quantized by '{stored.get('quant_method')}': qlora needs a 16- or 32-bit model")
     bars = transformers_logging.is_progress_bar_enabled()
     if not progress:
         transformers_logging.disable_progress_bar()
@@ -124,6 +129,147 @@ def model_bytes(model: Any, dtype: torch.dtype) -> dict[str, int]:
     return {"dense": count * dtype.itemsize, "now": tensor_bytes(model)}
 
 
+def add_lora(
+    model: Any,
+    rank: int,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    target_modules: tuple[str, ...] | list[str] | None = None,
+    **options: Any,
+) -> Any:
+    """A PeftModel with a trainable adapter; ``alpha`` defaults to ``rank``. Raises ValueError if no layer matches."""
+    from peft import LoraConfig, get_peft_model
+
+    from qlora.nn.qlora_linear import check_adapter
+
+    check_adapter(rank, dropout)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank if alpha is None else alpha,
+        lora_dropout=dropout,
+        target_modules="all-linear" if target_modules is None else list(target_modules),
+        task_type="CAUSAL_LM",
+        **options,
+    )
+    adapted = get_peft_model(model, config)
+    train_in_float32(adapted)
+    return adapted
+
+
+# ---- adapters on disk ----
+
+
+def save_base_facts(adapter: Path, model: Any, base: Path) -> None:
+    """Records beside an adapter how its base ``model`` is quantized, and the fingerprint of the base's files."""
+    config = model.config.quantization_config
+    facts = {key: getattr(config, key) for key in _FORMAT} | {"base_fingerprint": checkpoint_fingerprint(base)}
+    atomic_write(adapter / BASE_FILE, json.dumps(facts, indent=2).encode())
+
+
+def _read_base_facts(adapter: Path) -> dict[str, Any]:
+    """Reads what :func:`save_base_facts` wrote; empty for an adapter that another tool saved."""
+    path = adapter / BASE_FILE
+    if not path.exists():
+        return {}
+    kinds = {**_FORMAT, "base_fingerprint": str}
+    try:
+        stored = json.loads(path.read_text())
+        if any(type(stored[name]) is not kind for name, kind in _FORMAT.items()) or not set(stored) <= set(kinds):
+            raise ValueError(f"it must hold {sorted(_FORMAT)}")
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return stored
+
+
+def check_adapter_folder(adapter: Path, base: Path) -> dict[str, Any]:
+    """Checks that ``base`` is the base of ``adapter``, and returns how that base was quantized.
+
+    Raises FileNotFoundError if it is not an adapter folder, and ValueError if the adapter is not a LoRA adapter of PEFT
+    or belongs to another task or another base.
+    """
+    path = adapter / CONFIG_FILE
+    if not path.exists():
+        raise FileNotFoundError(f"{adapter} has no {CONFIG_FILE}: it is not an adapter folder")
+    try:
+        config = json.loads(path.read_text())
+        kind, task = config.get("peft_type"), config.get("task_type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is not an adapter's JSON file: {error}") from error
+    if kind != "LORA":
+        raise ValueError(f"{path}: peft_type={kind!r}, but only LORA adapters can be loaded")
+    if task not in (None, "CAUSAL_LM"):
+        raise ValueError(f"{path}: task_type={task!r}, but only adapters of causal language models can be loaded")
+    facts = _read_base_facts(adapter)
+    known = facts.pop("base_fingerprint", None)
+    if known is not None and known != checkpoint_fingerprint(base):
+        raise ValueError(f"{adapter} was trained on another base than {base}: the weight files there differ")
+    return facts
+
+
+def load_adapter_into(model: Any, adapter: Path) -> Any:
+    """A PeftModel with the adapter of a folder, for inference, on the device of ``model``.
+
+    Raises ValueError if names or shapes of its tensors do not fit this model, or if its file is damaged.
+    """
+    from peft import PeftConfig, PeftModel
+    from safetensors import SafetensorError
+
+    try:
+        config = PeftConfig.from_pretrained(adapter)
+        config.inference_mode = True
+        adapted = PeftModel(model, config)
+        device = str(next(model.parameters()).device)
+        result = adapted.load_adapter(adapter, "default", torch_device=device)
+    except (SafetensorError, EOFError) as error:
+        raise ValueError(f"{adapter} is not readable (truncated or damaged): {error}") from error
+    except (RuntimeError, TypeError) as error:  # shapes that differ, or options unknown to this version of PEFT
+        raise ValueError(f"{adapter} does not fit this model: {error}") from error
+    wrong = {"has no tensor for": result.missing_keys, "has tensors for no layer of": result.unexpected_keys}
+    for what, keys in wrong.items():
+        if keys:
+            raise ValueError(f"{adapter} {what} this model: {len(keys)}, e.g. {sorted(keys)[:2]}")
+    return adapted.eval()
+
+
+def save_lora(model: Any, folder: Path, is_writer: bool = True) -> None:
+    """Writes the adapter of a PeftModel as PEFT does; existing files are replaced together once all are on disk.
+
+    It gathers parameters that FSDP2 has sharded, so all processes must call it; only the one with is_writer writes.
+    """
+    state = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            value = parameter.detach()
+            value = value.full_tensor() if hasattr(value, "full_tensor") else value
+            if is_writer:
+                state[name] = value.cpu()
+    if not is_writer:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as staging:
+        model.save_pretrained(staging, state_dict=state, save_embedding_layers=False)
+        atomic_write_all({folder / path.name: path.read_bytes() for path in Path(staging).iterdir()})
+
+
+def restore_lora(model: Any, folder: Path) -> None:
+    """Reads what :func:`save_lora` wrote into the existing parameters of a PeftModel.
+
+    Raises ValueError if the file holds another adapter, or is damaged.
+    """
+    from peft import load_peft_weights, set_peft_model_state_dict
+    from safetensors import SafetensorError
+
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    try:
+        tensors = load_peft_weights(str(folder), device="cpu")
+        result = set_peft_model_state_dict(model, tensors)
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise ValueError(f"{folder} contains no adapter of this model, or a damaged one: {error}") from error
+    lost = [*(set(result.missing_keys) & trained), *result.unexpected_keys]
+    if lost:
+        raise ValueError(f"{folder} contains another adapter: {len(lost)} names differ, e.g. {sorted(lost)[:2]}")
+
+
 def load_for_inference(
     model: str | Path,
     adapter: str | Path | None,
@@ -131,8 +277,10 @@ def load_for_inference(
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> tuple[Any, Any]:
-    """(model, tokenizer) for generation: 4-bit base as the adapter knew it, adapter active. ``options`` as in
-    :func:`load_quantized`."""
+    """(model, tokenizer) for generation: the base in the 4-bit format of the adapter's training, the adapter active.
+
+    ``options`` as in :func:`load_quantized`.
+    """
     folder = resolve_model(model)
     if adapter is not None:
         options = {**check_adapter_folder(Path(adapter), folder), **options}
@@ -144,7 +292,10 @@ def load_for_inference(
 
 
 def chat_reply(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 64, **sampling: Any) -> str:
-    """The model's answer to one prompt, through its chat template if it has one; greedy unless told otherwise."""
+    """The model's answer to one prompt, through its chat template if it has one. Greedy by default.
+
+    ``sampling`` goes to ``generate``. Raises ValueError if the prompt has no tokens.
+    """
     if tokenizer.chat_template:
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
@@ -153,10 +304,10 @@ def chat_reply(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 64
         text = prompt
     encoded = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
     device = next(model.parameters()).device
-    # Only what every causal model takes: some tokenizers add token types.
+    # Only inputs that every causal model accepts: some tokenizers add token types.
     inputs = {name: encoded[name].to(device) for name in ("input_ids", "attention_mask") if name in encoded}
     if inputs["input_ids"].shape[1] == 0:
-        raise ValueError(f"prompt={prompt!r} gives no token to begin with")
+        raise ValueError(f"prompt={prompt!r} has no tokens: generation needs at least one")
     sampling.setdefault("do_sample", False)
     with torch.inference_mode():
         output = model.generate(

@@ -22,45 +22,53 @@ from qlora.storage.weights import WeightSource, is_meta
 
 logger = logging.getLogger(__name__)
 
-# transformers 6 and later, and before.
+# The first name is of transformers 6 and later, the second of earlier versions.
 _CHECKPOINTING_SWITCHES = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
 
 
 @dataclass(frozen=True)
 class PreparedReport:
-    """What :func:`prepare_model` did."""
+    """Result of :func:`prepare_model`."""
 
-    quantized: tuple[str, ...]  # names of the layers that are 4-bit now
-    skipped: tuple[str, ...]  # names of linear layers, and of modules of experts, left alone
-    bytes_before: int  # parameters and buffers of the model as it came (of its dense form on the meta device)
+    quantized: tuple[str, ...]  # names of the layers that are now 4-bit
+    skipped: tuple[str, ...]  # names of linear layers and modules of experts that stay as they were
+    bytes_before: int  # parameters and buffers of the original model; on the meta device, of its dense form
     bytes_after: int
     trainable_params: int
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
-    # As PEFT's target_modules: the whole name, or its last components.
+    # As in PEFT's target_modules, a pattern is a whole name or its last components.
     return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
+
+
+def _is_inside(model: nn.Module, name: str) -> bool:
+    """Whether a layer is inside an adapted layer of qlora or PEFT."""
+    parent = model.get_submodule(name.rpartition(".")[0])
+    return isinstance(parent, QLoRALinear) or hasattr(parent, "get_base_layer")
 
 
 def _check_options(
     model: nn.Module, rank: int | None, dropout: float, quant_type: str, block_size: int, checkpointing: bool
 ) -> None:
-    """Raises ValueError before anything of the model has changed."""
+    """Raises ValueError for bad options, before the model changes."""
     check_format(quant_type, block_size)
     if rank is not None:
         check_adapter(rank, dropout)
     if checkpointing and not any(callable(getattr(model, name, None)) for name in _CHECKPOINTING_SWITCHES):
-        raise ValueError(f"{type(model).__name__} has no gradient_checkpointing_enable: wrap its blocks yourself")
+        raise ValueError(f"{type(model).__name__} has no gradient_checkpointing_enable: checkpoint its blocks yourself")
 
 
 def _enable_checkpointing(model: nn.Module) -> None:
-    """Switches on transformers' checkpointing, non-reentrant, and lets the embedding's output require grad: a
-    checkpointed block needs an input that does, and with a frozen base nothing upstream has one."""
+    """Enables transformers' non-reentrant checkpointing and makes the embedding's output require grad.
+
+    A checkpointed block needs an input that requires grad; with a frozen base no other tensor before it does.
+    """
     name = next(name for name in _CHECKPOINTING_SWITCHES if callable(getattr(model, name, None)))
     getattr(model, name)(**{name.replace("_enable", "_kwargs"): {"use_reentrant": False}})
     disable = getattr(model, "disable_input_require_grads", None)
     if callable(disable):
-        disable()  # transformers' own hook, which torch.compile cannot take into a graph
+        disable()  # torch.compile cannot trace transformers' own hook
     get_embedding = getattr(model, "get_input_embeddings", None)
     first = get_embedding() if callable(get_embedding) else None
     if first is None:
@@ -70,14 +78,34 @@ def _enable_checkpointing(model: nn.Module) -> None:
 
 
 def _require_grad(module: nn.Module, inputs: object, output: Tensor) -> None:
-    # Not inside torch.compile, which cannot return such a tensor from a graph; non-reentrant checkpointing, the kind
-    # that is switched on here, has gradients without it.
+    # Not inside torch.compile, which cannot return such a tensor from a graph; the non-reentrant checkpointing enabled
+    # here gets its gradients without it.
     if not torch.compiler.is_compiling():
         output.requires_grad_(True)
 
 
+def forbid_saving(model: nn.Module) -> None:
+    """Makes ``save_pretrained`` of a transformers model an error: ``from_pretrained`` could not read the result."""
+    if callable(getattr(type(model), "save_pretrained", None)):
+        model.save_pretrained = _refuse_to_save  # type: ignore[assignment]  # only on this instance
+
+
+def allow_saving(model: nn.Module) -> None:
+    """Undoes :func:`forbid_saving`."""
+    vars(model).pop("save_pretrained", None)
+
+
+def _refuse_to_save(*args: object, **kwargs: object) -> None:
+    raise ValueError(
+        "save_pretrained: this model has 4-bit layers and adapters from prepare_model, so from_pretrained could not read"
+        " the result. Save the adapter with qlora.save_adapter(model, folder), or merge it first with"
+        " qlora.merge_and_unload(model). To save a 4-bit model, load it with quantization_config=qlora.QLoRAConfig()."
+        " With a Trainer, use PEFT's adapters (get_peft_model), or save_strategy='no'"
+    )
+
+
 def _left_alone(model: nn.Module, names: Sequence[str], quantize_head: bool) -> dict[str, str]:
-    """Linear layers that stay as they are, with the reason."""
+    """Linear layers that stay as they are, each with the reason."""
     heads = {} if quantize_head else dict.fromkeys(head_names(model), "the output head")
     shared = dict.fromkeys(shared_names(model), "its weight is shared with another module")
     readers = {name: f"the code of {reader} reads its weight" for name, reader in borrowed(model, names).items()}
@@ -110,31 +138,31 @@ def prepare_model(
 ) -> PreparedReport:
     """Freezes ``model`` and replaces its linear layers, in place, by :class:`qlora.nn.QLoRALinear`.
 
-    Does what PEFT's ``prepare_model_for_kbit_training`` is for, without its casts: the base is frozen, no parameter
-    changes its dtype, and with ``gradient_checkpointing`` the embedding's output requires grad.
+    It replaces PEFT's ``prepare_model_for_kbit_training`` but casts nothing: the base is frozen, no parameter changes
+    its dtype, and with ``gradient_checkpointing`` the embedding's output requires grad.
 
-    A model that was loaded in 4 bit (``QLoRAConfig``) keeps its layers: they get adapters, or with rank=None nothing
-    but the rest of the preparation. 3-D experts are put into 4 bit and stay without adapters.
+    A model that was loaded in 4 bit (``QLoRAConfig``) keeps its 4-bit layers, which get adapters unless rank is None.
+    3-D experts are quantized without adapters.
 
-    Left dense, and listed in the report: the output head and heads of other tasks, layers that share their weight,
-    layers that compute more than nn.Linear (a forward of their own, a parametrization, hooks), layers whose weight the
-    model's code reads, and experts of another layout than transformers' interface. The log says why.
+    Some layers stay dense and are listed in the report: the output head and heads of other tasks, layers that share
+    their weight, layers that compute more than nn.Linear (own forward, parametrization, hooks), layers whose weight the
+    model's code reads, and experts without transformers' interface. The log gives the reasons.
 
-    Layer by layer: a dense weight is freed before the next one is quantized. A model on the meta device takes its
-    weights from ``weights``, one tensor at a time, so that the peak stays near the size of the result.
+    It works layer by layer: each dense weight is freed before the next one is quantized. A model on the meta device
+    reads ``weights`` one tensor at a time, so that peak memory stays near the size of the result.
 
     Args:
-        model: any module; transformers models and plain ones.
+        model: any module, from transformers or not.
         rank, alpha, dropout, adapter_dtype: of the adapters, see QLoRALinear; rank=None quantizes without adapters.
-        target_modules: names (whole, or last components) of the layers that get an adapter; default: all linear layers.
-            Linear layers outside are quantized without an adapter.
-        skip_modules: names of layers to leave alone.
-        quantize_head: include heads; shared embeddings are still skipped.
-        weights: a safetensors file, a folder of them, or a mapping from parameter names; for models on the meta device.
-        progress: show a bar (needs rich).
+        target_modules: names (whole, or last components) of the layers that get an adapter (default: all linear
+            layers). The other linear layers are quantized without an adapter.
+        skip_modules: names of layers to leave as they are.
+        quantize_head: also quantize heads; a head that shares its weight is still skipped.
+        weights: a safetensors file, a folder of them, or a mapping from parameter names, for models on the meta device.
+        progress: show a progress bar (needs rich).
 
-    Raises ValueError if no layer matches, a name in target_modules or skip_modules matches nothing, or the model is on
-    the meta device without ``weights``; KeyError naming parameters that ``weights`` lacks.
+    Raises ValueError if there is no linear layer to quantize, if a name in target_modules or skip_modules matches
+    nothing, or if the model is on the meta device without ``weights``; KeyError for parameters that ``weights`` lacks.
     """
     refuse_fsdp1()
     if isinstance(model, nn.Linear):
@@ -144,7 +172,7 @@ def prepare_model(
     linear_names = [
         name for name, m in model.named_modules() if isinstance(m, nn.Linear) and not is_inside(model, name)
     ]
-    # A model that holds 4-bit layers was quantized when it was loaded: what is dense there is meant to be.
+    # A model with 4-bit layers was quantized when it was loaded, so its dense layers are dense on purpose.
     packed = {name for name in linear_names if isinstance(model.get_submodule(name), Linear4bit)}
     if not linear_names:
         raise ValueError(f"{type(model).__name__} has no nn.Linear to quantize")
@@ -193,7 +221,7 @@ def prepare_model(
         if source is not None:
             source.fill(linear, name, copy=False)
             if linear.bias is not None:
-                linear.bias.data = linear.bias.data.clone()  # the new layer keeps it: it must not stay mapped
+                linear.bias.data = linear.bias.data.clone()  # the new layer keeps it, so it must not stay mapped
         layer: nn.Module
         if isinstance(linear, Linear4bit) and (
             rank is None or (target_modules is not None and not _matches(name, target_modules))
@@ -218,7 +246,7 @@ def prepare_model(
     for name in _with_progress([*chosen, *experts], "Quantizing", progress):
         try:
             replace(name)
-        except RuntimeError as error:  # a nan or inf: say in which layer
+        except RuntimeError as error:  # nan or inf: adds the layer's name
             raise ValueError(f"{name}: {error}") from error
     if source is not None:
         source.fill_rest(model)
@@ -246,3 +274,13 @@ def _with_progress(names: Sequence[str], label: str, show: bool) -> Iterator[str
     from rich.progress import track
 
     yield from track(names, description=label)
+
+
+def bare_layers(model: nn.Module) -> dict[str, Linear4bit]:
+    """All 4-bit layers of a model that have no adapters of qlora or PEFT, by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, Linear4bit) and not _is_inside(model, n)}
+
+
+def qlora_layers(model: nn.Module) -> dict[str, QLoRALinear]:
+    """All adapted layers of a model by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, QLoRALinear)}

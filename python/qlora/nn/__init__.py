@@ -1,4 +1,4 @@
-"""Layers: frozen 4-bit linear layers, embeddings and experts, and the first with trainable low-rank adapters."""
+"""Layers: frozen 4-bit linear layers, embeddings and experts, and linear layers with trainable low-rank adapters."""
 
 from qlora.nn.embedding4bit import Embedding4bit
 from qlora.nn.experts4bit import Experts4bit

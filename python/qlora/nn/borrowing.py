@@ -1,7 +1,7 @@
-"""Finds layers whose weight other code reads, by the source of the model: such a weight must stay dense.
+"""Finds layers whose weight other modules read, by parsing the model's source: such a weight must stay dense.
 
 A packed weight has another dtype and another shape. Code that multiplies with it, or casts activations to its dtype,
-fails in the first forward or, worse, computes something else.
+fails in the first forward or silently computes something else.
 """
 
 import ast
@@ -13,16 +13,16 @@ from typing import Any
 
 from torch import nn
 
-# Methods that run when a model is made, before its layers are in 4 bit, or tell the world where it is.
+# Methods that run before the layers are quantized, or that only report the model's device and dtype.
 _BEFORE = ("__init__", "init_weights", "_init_weights", "reset_parameters", "_reset_parameters", "device", "dtype")
-# Bloom reads them for tensor parallelism of its pretraining alone (slow_but_exact with pretraining_tp > 1).
+# Bloom reads weights only to reproduce its tensor-parallel pretraining (slow_but_exact with pretraining_tp > 1).
 _EXEMPT = ("BloomAttention", "BloomMLP")
-_HARMLESS = ("device", "is_cuda")  # what may be asked of a packed weight
+_HARMLESS = ("device", "is_cuda")  # attributes with the same meaning on a packed weight
 
 
 @cache
 def _classes(module: str) -> dict[str, ast.ClassDef]:
-    """The classes of a module by name, as syntax trees; nothing if its source is not at hand."""
+    """Syntax trees of the classes in a Python module, by name; empty if its source is not available."""
     try:
         tree = ast.parse(inspect.getsource(sys.modules[module]))
     except (KeyError, OSError, TypeError, SyntaxError):
@@ -32,7 +32,7 @@ def _classes(module: str) -> dict[str, ast.ClassDef]:
 
 @cache
 def _reads(cls: type) -> frozenset[str]:
-    """Dotted names of the modules below an instance of ``cls`` whose ``weight`` its methods read."""
+    """Dotted names, relative to an instance of ``cls``, of the modules whose ``weight`` its methods read."""
     found: set[str] = set()
     for parent in cls.__mro__:
         if parent is nn.Module:
@@ -60,13 +60,13 @@ def _weights_read(function: ast.FunctionDef) -> Iterator[str]:
 
 
 def borrowed(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Those of the layers ``names`` whose weight the code of a module above them reads, with the class that does."""
+    """The layers among ``names`` whose weight a parent module's code reads, each with that module's class name."""
     result = {}
     for name in names:
         parts = name.split(".")
         for depth in range(len(parts)):
             cls: Any = type(model.get_submodule(".".join(parts[:depth])))
-            if cls.__name__ in _EXEMPT or cls.__module__.startswith("torch.nn."):  # torch's own: see replace_module
+            if cls.__name__ in _EXEMPT or cls.__module__.startswith("torch.nn."):  # see replace_module for torch's own
                 continue
             if ".".join(parts[depth:]) in _reads(cls):
                 result[name] = cls.__name__

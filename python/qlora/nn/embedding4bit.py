@@ -11,14 +11,17 @@ from qlora.weight import QuantizedWeight, quantize
 
 
 class Embedding4bit(PackedMatrix, nn.Embedding):
-    """A table in 4 bit of which only the rows that are asked for are decoded.
+    """An embedding table in 4 bit. A forward dequantizes only the rows that it looks up.
 
-    ``weight`` is a frozen uint8 parameter (rows, width / 2), the statistics are buffers as in ``Linear4bit``. Results
-    are of ``original_dtype``. The width is a multiple of the block size, so that a row is whole blocks.
+    ``weight`` is a frozen uint8 parameter (rows, width / 2); the statistics are buffers as in ``Linear4bit``. Outputs
+    have ``original_dtype``. The width must be a multiple of the block size, so that each row consists of whole blocks.
     """
 
     def adopt(self, weight: QuantizedWeight) -> None:
-        """Takes over the tensors and the format of ``weight`` (rows, width), without a copy."""
+        """Uses the tensors and the format of ``weight`` (rows, width), without a copy.
+
+        Raises ValueError if the width is not a multiple of the block size.
+        """
         width = weight.shape[1]
         if width % weight.block_size:
             raise ValueError(f"the width {width} of an embedding must be a multiple of block_size={weight.block_size}")
@@ -31,12 +34,12 @@ class Embedding4bit(PackedMatrix, nn.Embedding):
     ) -> "Embedding4bit":
         """Quantizes the table of ``embedding``.
 
-        Raises ValueError if it renormalizes its rows (max_norm), or computes more than nn.Embedding: a subclass with a
-        forward of its own (a scale, say), a parametrization, hooks.
+        Raises ValueError if it renormalizes its rows (max_norm) or computes more than nn.Embedding: a subclass with its
+        own forward (e.g. a scale), a parametrization, or hooks.
         """
         require_plain(embedding, nn.Embedding)
         if embedding.max_norm is not None:
-            raise ValueError(f"max_norm={embedding.max_norm} changes the table at each call: it cannot be in 4 bit")
+            raise ValueError(f"max_norm={embedding.max_norm} changes the table at each call: it cannot be 4-bit")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         for name in ("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq"):
@@ -51,7 +54,7 @@ class Embedding4bit(PackedMatrix, nn.Embedding):
     def forward(self, ids: Tensor) -> Tensor:
         rows = ids.flatten()
         blocks = self.embedding_dim // self.block_size
-        # torch.embedding, for indexing would take ids below zero from the end.
+        # torch.embedding rejects negative ids; indexing would count them from the end.
         scales = torch.embedding(self.absmax.view(-1, blocks), rows)
         if self.nested_absmax.numel():
             block_of_row = rows.unsqueeze(1) * blocks + torch.arange(blocks, device=rows.device, dtype=torch.int64)
@@ -69,11 +72,11 @@ class Embedding4bit(PackedMatrix, nn.Embedding):
         return decoded.view(*ids.shape, self.embedding_dim)
 
     def to_embedding(self, dtype: torch.dtype | None = None) -> nn.Embedding:
-        """A frozen dense embedding with the dequantized table, in ``dtype`` or what it had before."""
+        """A frozen dense embedding with the dequantized table, in ``dtype`` or the dtype before quantization."""
         return self.dense_twin(self.dequantize(dtype))
 
     def dense_twin(self, table: Tensor) -> nn.Embedding:
-        """A frozen dense embedding around ``table`` (rows, width), with the settings of this one."""
+        """A frozen dense embedding with ``table`` (rows, width) and the settings of this one."""
         dense = nn.Embedding.from_pretrained(
             table, freeze=True, padding_idx=self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq
         )

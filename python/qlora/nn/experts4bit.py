@@ -1,4 +1,4 @@
-"""Experts4bit: the experts of a mixture, whose weights are 3-D parameters, frozen in 4 bit."""
+"""Experts4bit: frozen 4-bit experts of a mixture-of-experts layer, whose weights are 3-D parameters."""
 
 from typing import Any
 
@@ -11,38 +11,38 @@ from qlora.nn.replacing import has_hooks
 from qlora.weight import QuantizedWeight, quantize
 
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
-# What transformers' use_experts_implementation says of such a module.
+# Attributes that transformers' use_experts_implementation sets on such a module.
 _CONTRACT = ("has_gate", "has_bias", "is_transposed")
 
 
 def why_not_experts(module: nn.Module) -> str | None:
-    """Why :class:`Experts4bit` cannot take ``module``, which holds weights of experts; None if it can."""
+    """Why :class:`Experts4bit` cannot replace ``module``, a module of experts; None if it can."""
     missing = [name for name in (*_CONTRACT, "num_experts", "_apply_gate") if not hasattr(module, name)]
     if missing:
-        return f"it does not say how its experts are laid out (no attribute {missing[0]})"
+        return f"it does not declare the layout of its experts (no attribute {missing[0]})"
     if has_hooks(module):
-        return "it has hooks, or a forward of the instance, that would be lost: remove them first"
+        return "it has hooks, or a forward set on the instance, that would be lost: remove them first"
     if getattr(module, "has_post_expert_norm", False):
         return "it normalizes the output of each expert"
     for name in expert_weights(module):
         if getattr(module, name).shape[1 if module.is_transposed else 2] % 2 != 0:
-            return f"the reduction of {name} has an odd length"
+            return f"the reduction dimension of {name} is odd"
     return None
 
 
 def holds_experts(module: nn.Module) -> bool:
-    """Whether a module holds weights of experts as 3-D parameters."""
+    """Whether a module has expert weights as 3-D parameters."""
     return bool(expert_weights(module))
 
 
 def expert_weights(module: nn.Module) -> list[str]:
-    """Names of the 3-D weights of a module of experts."""
+    """Names of the 3-D expert weights of a module; empty if it has none."""
     parameters = module._parameters
     return [name for name in WEIGHTS if getattr(parameters.get(name), "ndim", 0) == 3]
 
 
 def copy_attributes(source: nn.Module, target: nn.Module) -> None:
-    """Gives ``target`` the settings, modules, buffers and parameters of ``source``, but for 4-bit weights."""
+    """Gives ``target`` the settings, modules, buffers and parameters of ``source``, except for the expert weights."""
     private = set(vars(nn.Module()))
     private.add("low_rank")
     vars(target).update({name: value for name, value in vars(source).items() if name not in private})
@@ -59,12 +59,12 @@ def copy_attributes(source: nn.Module, target: nn.Module) -> None:
 
 
 class Experts4bit(nn.Module):
-    """Each expert's ``act(gate) * up`` and down projections with their weights in 4 bit.
+    """Experts that compute ``act(gate) * up`` and a down projection, with 4-bit weights.
 
-    Made by :meth:`from_experts` from a module of transformers' experts interface, whose attributes and gate it takes
-    over. A weight ``gate_up_proj`` is a frozen uint8 parameter (experts, out, in / 2), its statistics are buffers
-    ``gate_up_proj_absmax``, ``…_nested_absmax`` and ``…_nested_offset``, one row for each expert, so that an expert is
-    a 4-bit weight of its own. Weights that are stored transposed are quantized along their reduction too.
+    :meth:`from_experts` makes it from a module with transformers' experts interface, and keeps that module's attributes
+    and gate. The weight ``gate_up_proj`` is a frozen uint8 parameter (experts, out, in / 2). Its statistics are buffers
+    ``gate_up_proj_absmax``, ``…_nested_absmax`` and ``…_nested_offset`` with one row per expert, so that each expert is
+    a separate 4-bit weight. Weights that the module stores transposed are also quantized along their reduction.
     """
 
     experts_class: Any
@@ -74,7 +74,7 @@ class Experts4bit(nn.Module):
     block_size: int
     double_quant: bool
     original_dtype: torch.dtype
-    # By weight: lora_a [experts, r, in], lora_b [experts, out, r], scaling; set while an adapter is active.
+    # For each weight name lora_a [experts, r, in], lora_b [experts, out, r], scaling; set while an adapter is active.
     low_rank: dict[str, tuple[Tensor, Tensor, float]]
     num_experts: int
     has_gate: bool
@@ -88,7 +88,7 @@ class Experts4bit(nn.Module):
     ) -> "Experts4bit":
         """Quantizes the weights of ``experts``; its other parameters are shared and frozen. Meta tensors stay meta.
 
-        Raises ValueError for a module that this class cannot stand in for.
+        Raises ValueError for a module that this class cannot replace.
         """
         reason = why_not_experts(experts)
         if reason is not None:
@@ -110,7 +110,7 @@ class Experts4bit(nn.Module):
         return layer
 
     def quantize(self, dense: Tensor) -> dict[str, Tensor]:
-        """The tensors of ``dense`` (experts, …) in 4 bit: ``weight`` and the statistics, stacked over experts."""
+        """Quantizes ``dense`` (experts, …): returns ``weight`` and the statistics by name, stacked over experts."""
         parts = [
             quantize(
                 expert.t().contiguous() if self.is_transposed else expert,
@@ -140,7 +140,7 @@ class Experts4bit(nn.Module):
         )
 
     def project(self, name: str, index: int, x: Tensor) -> Tensor:
-        """One projection of one expert, its adapter included: x [tokens, in] to [tokens, out]."""
+        """One projection of one expert, with its adapter: x [tokens, in] to [tokens, out]."""
         weight = self.expert(name, index)
         bias = getattr(self, f"{name}_bias")[index] if self.has_bias else None
         a, b, scaling = self.low_rank.get(name, (None, None, 1.0))
@@ -156,12 +156,16 @@ class Experts4bit(nn.Module):
         router_indices: Tensor | None = None,
         routing_weights: Tensor | None = None,
     ) -> Tensor:
-        """hidden_states [tokens, in]; top_k_index and top_k_weights [tokens, choices] (some models call them
-        router_indices and routing_weights). An index of num_experts or more is no expert of this process."""
+        """The weighted sum of each token's chosen experts, [tokens, out].
+
+        hidden_states [tokens, in]; top_k_index and top_k_weights [tokens, choices] (some models call them
+        router_indices and routing_weights). An index >= num_experts is an expert on another process and is skipped.
+        Raises TypeError if indices or weights are missing.
+        """
         index = router_indices if top_k_index is None else top_k_index
         weights = routing_weights if top_k_weights is None else top_k_weights
         if index is None or weights is None:
-            raise TypeError("the experts need the routers' indices and weights of each token")
+            raise TypeError("the experts need the router's indices and weights for each token")
         out = torch.zeros_like(hidden_states)
         chosen = index.reshape(-1).clamp(max=self.num_experts)
         order = chosen.argsort(stable=True)
@@ -177,12 +181,12 @@ class Experts4bit(nn.Module):
         return out
 
     def dequantize(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """A dense weight of all experts, in the layout that it had."""
+        """The dense weight ``name`` of all experts, in the original module's layout."""
         dense = torch.stack([self.expert(name, i).dequantize(dtype) for i in range(self.num_experts)])
         return dense.transpose(1, 2).contiguous() if self.is_transposed else dense
 
     def to_experts(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """The module that this one was made from, with dequantized weights in ``dtype`` or what they had before."""
+        """The original module with dequantized weights, in ``dtype`` (default: the dtype before quantization)."""
         dense: nn.Module = self.experts_class.__new__(self.experts_class)
         nn.Module.__init__(dense)
         copy_attributes(self, dense)
@@ -200,7 +204,7 @@ class Experts4bit(nn.Module):
 
     @property
     def hidden_numel(self) -> int:
-        """How many weights more than elements of its parameters there are."""
+        """The number of weights minus the number of elements that store them (two weights per byte)."""
         return sum(getattr(self, name).numel() for name in self.weight_names)
 
     def extra_repr(self) -> str:

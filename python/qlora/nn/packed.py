@@ -1,4 +1,4 @@
-"""PackedMatrix: base class of layers with one 4-bit matrix. It holds the tensors, which no cast touches."""
+"""PackedMatrix: base class of layers with one 4-bit matrix. It holds the tensors and protects them from casts."""
 
 from typing import Any
 
@@ -11,8 +11,10 @@ STATISTICS = ("absmax", "nested_absmax", "nested_offset")
 
 
 def restore_dtypes(module: nn.Module, before: dict[str, Tensor | None]) -> None:
-    """Gives buffers that ``_apply`` has cast their values of before, where they are now: statistics move, but are never
-    cast. A rounded scale is another weight."""
+    """Undoes casts of buffers by ``_apply`` but keeps their new device, because a rounded scale changes the weight.
+
+    ``before`` maps the names of the buffers to their tensors before ``_apply``.
+    """
     for name, tensor in before.items():
         moved = module._buffers[name]
         assert tensor is not None
@@ -24,8 +26,8 @@ def restore_dtypes(module: nn.Module, before: dict[str, Tensor | None]) -> None:
 class PackedMatrix(nn.Module):
     """A layer with a frozen 4-bit matrix.
 
-    ``weight`` is a uint8 parameter, (rows, columns / 2), or flat where the number of columns is odd; the statistics are
-    buffers ``absmax``, ``nested_absmax`` and ``nested_offset`` that keep their dtype under ``.to(dtype)``.
+    ``weight`` is a uint8 parameter (rows, columns / 2), or flat if the number of columns is odd. The statistics are
+    buffers ``absmax``, ``nested_absmax`` and ``nested_offset``, which keep their dtype under ``.to(dtype)``.
     """
 
     weight: Tensor
@@ -41,7 +43,7 @@ class PackedMatrix(nn.Module):
         raise NotImplementedError
 
     def adopt(self, weight: QuantizedWeight) -> None:
-        """Takes over the tensors and the format of ``weight``, a matrix, without a copy."""
+        """Uses the tensors and the format of ``weight``, a matrix, without a copy."""
         rows, columns = weight.shape
         packed = weight.packed.view(rows, columns // 2) if columns % 2 == 0 else weight.packed
         self.weight = nn.Parameter(packed, requires_grad=False)
@@ -66,12 +68,12 @@ class PackedMatrix(nn.Module):
 
     @property
     def hidden_numel(self) -> int:
-        """How many weights more than elements of ``weight`` there are: what a count of parameters leaves out."""
+        """Weights minus elements of ``weight``: a count of parameters misses this many, at two weights per byte."""
         rows, columns = self.matrix_shape()
         return rows * columns - self.weight.numel()
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The whole matrix, dense."""
+        """The whole dense matrix, in ``dtype`` (default: the dtype before quantization)."""
         return self.quantized_weight.dequantize(dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PackedMatrix":

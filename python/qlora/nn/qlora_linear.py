@@ -20,7 +20,7 @@ from qlora.weight import QuantizedWeight, quantize
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """What one adapter of a layer is besides its two matrices."""
+    """The settings of one adapter of a layer: rank, alpha and dropout."""
 
     rank: int
     alpha: float
@@ -46,7 +46,7 @@ def check_adapter(rank: int, dropout: float) -> None:
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Quantize and dequantize; the gradient passes as if nothing had happened (Bengio et al. 2013)."""
+    """Quantizes and dequantizes; the gradient passes unchanged (straight-through: Bengio et al. 2013)."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, quant_type: str, block_size: int, double_quant: bool) -> Tensor:
@@ -61,16 +61,19 @@ class QLoRALinear(nn.Module):
     """``y = x Wᵀ + bias + alpha / rank * dropout(x) Aᵀ Bᵀ`` with W frozen in 4 bit (Dettmers et al. 2023, eq. 5).
 
     Args:
-        base: the layer to adapt. An ``nn.Linear`` is quantized; a ``Linear4bit`` is taken as it is.
+        base: the layer to adapt. An ``nn.Linear`` is quantized; a ``Linear4bit`` is used as it is.
         rank: r of ``lora_a`` [r, in] and ``lora_b`` [out, r].
         alpha: numerator of the scaling; defaults to rank.
         quant_type, double_quant, block_size: how an ``nn.Linear`` base is quantized.
-        freeze_base: False keeps a trainable full-precision weight and quantizes it in each forward, straight-through.
-        dropout: probability on the adapter's input.
-        cache_dequantized: keep a dense copy of W in the dtype of x after the first forward: more memory, torch's
-        matmul. adapter_dtype: dtype of the adapters; they may be float32 over bfloat16 activations.
+        freeze_base: False keeps a trainable full-precision weight, quantized in each forward with a straight-through
+            gradient.
+        dropout: dropout probability of the adapter's input.
+        cache_dequantized: keep a dense copy of W in the dtype of x after the first forward, and use torch's matmul.
+            Needs more memory.
+        adapter_dtype: dtype of the adapters, which may be float32 when activations are bfloat16.
 
-    Raises ValueError naming the value and the rule for a rank below 1, a dropout outside [0, 1), and contradictions.
+    Raises ValueError for a rank below 1, a dropout outside [0, 1), or options that contradict each other, and TypeError
+    for a base of another class.
     """
 
     def __init__(
@@ -97,7 +100,7 @@ class QLoRALinear(nn.Module):
         self.quant_type, self.block_size, self.double_quant = quant_type, block_size, double_quant
         self.freeze_base, self.cache_dequantized = freeze_base, cache_dequantized
         self.adapter_dtype = adapter_dtype
-        self.quantization_error: float | None = None  # relative, of the base; known if it was quantized here
+        self.quantization_error: float | None = None  # relative, of the base; None if it was already 4-bit
         self.base: nn.Linear
         if isinstance(base, Linear4bit):
             if not freeze_base:
@@ -125,12 +128,15 @@ class QLoRALinear(nn.Module):
 
     @torch.inference_mode(False)
     def add_adapter(self, name: str, rank: int, alpha: float | None = None, dropout: float = 0.0) -> None:
-        """Adds an adapter that changes nothing yet (A random, B zero: Hu et al. 2021) and makes it the active one."""
+        """Adds an adapter and makes it active. Its initial effect is zero: A is random, B is zero (Hu et al. 2021).
+
+        Raises ValueError for a name that exists, is empty, has a dot or is reserved, and for a bad rank or dropout.
+        """
         check_adapter(rank, dropout)
         if not name or "." in name:
-            raise ValueError(f"adapter name '{name}' must be non-empty and without dots")
+            raise ValueError(f"adapter name '{name}' must not be empty and must be without dots")
         if name in self.adapters:
-            raise ValueError(f"adapter '{name}' exists already: {sorted(self.adapters)}")
+            raise ValueError(f"adapter '{name}' exists already: the layer has {sorted(self.adapters)}")
         if hasattr(self.lora_a, name):
             raise ValueError(f"adapter name '{name}' is reserved (an attribute of ParameterDict): choose another")
         device = self.base.weight.device
@@ -142,7 +148,7 @@ class QLoRALinear(nn.Module):
         self.set_adapter(name)
 
     def set_adapter(self, name: str) -> None:
-        """Makes ``name`` the active adapter and the only one that trains. Raises KeyError if there is none."""
+        """Makes ``name`` the active and only trainable adapter. Raises KeyError if it does not exist."""
         self._require(name)
         self._forbid_while_merged("set_adapter")
         self.active_adapter = name
@@ -151,14 +157,14 @@ class QLoRALinear(nn.Module):
             self.lora_b[other].requires_grad_(other == name)
 
     def deactivate(self) -> None:
-        """No adapter is active and none trains: the layer computes its base."""
+        """Makes no adapter active or trainable, so that the layer computes only its base."""
         self._forbid_while_merged("deactivate")
         self.active_adapter = None
         self.lora_a.requires_grad_(False)
         self.lora_b.requires_grad_(False)
 
     def delete_adapter(self, name: str) -> None:
-        """Removes an adapter; the active one leaves none active."""
+        """Removes an adapter; afterwards none is active if it was the active one. Raises KeyError if it is missing."""
         self._require(name)
         self._forbid_while_merged("delete_adapter")
         del self.lora_a[name], self.lora_b[name], self.adapters[name]
@@ -174,7 +180,7 @@ class QLoRALinear(nn.Module):
 
     @contextmanager
     def adapters_disabled(self) -> Iterator[None]:
-        """The bare base inside a ``with``."""
+        """Disables adapters inside a ``with`` block."""
         before = self.adapters_enabled
         self.disable_adapters()
         try:
@@ -184,17 +190,17 @@ class QLoRALinear(nn.Module):
 
     def _require(self, name: str) -> None:
         if name not in self.adapters:
-            raise KeyError(f"adapter '{name}' does not exist: {sorted(self.adapters)}")
+            raise KeyError(f"adapter '{name}' does not exist: the layer has {sorted(self.adapters)}")
 
     def _forbid_while_merged(self, what: str) -> None:
         if self._merged is not None:
-            raise RuntimeError(f"{what}: adapter '{self._merged.adapter}' is merged, call unmerge() first")
+            raise RuntimeError(f"{what}: adapter '{self._merged.adapter}' is merged; call unmerge() first")
 
     # ---- forward ----
 
     @property
     def weight(self) -> Tensor:
-        """The base's weight parameter (uint8 if frozen), for code that asks a linear layer for its weight."""
+        """The base's weight parameter (uint8 if frozen), for code that reads the weight of linear layers."""
         return self.base.weight
 
     @property
@@ -208,7 +214,7 @@ class QLoRALinear(nn.Module):
             return self._forward_base(x)
         name = self.active_adapter
         settings = self.adapters[name]
-        modules: Any = self._modules  # as in Linear4bit.run: attributes of a module are slow to find
+        modules: Any = self._modules  # as in Linear4bit.run, because attributes of a module are slow to find
         base, lora_a, lora_b = modules["base"], modules["lora_a"], modules["lora_b"]
         dropped = F.dropout(x, settings.dropout) if settings.dropout > 0 and self.training else None
         if isinstance(base, Linear4bit) and not self.cache_dequantized and not has_hooks(base, lora_a, lora_b):
@@ -226,7 +232,7 @@ class QLoRALinear(nn.Module):
         if not self.cache_dequantized:
             return self.base(x)
         if self._dense is None or self._dense.dtype != x.dtype:
-            with torch.inference_mode(False):  # kept for training steps to come
+            with torch.inference_mode(False):  # the cached weight must work in later training steps
                 self._dense = self.base.dequantize(x.dtype)
         bias = self.base.bias
         return F.linear(x, self._dense, None if bias is None else bias.to(x.dtype))
@@ -257,25 +263,27 @@ class QLoRALinear(nn.Module):
         dtype: torch.dtype | None = None,
         search_scales: bool = False,
     ) -> MergeReport:
-        """Folds an adapter into the weight that the forward uses; the base itself is kept, so :meth:`unmerge` is exact.
+        """Merges an adapter into the weight that the forward uses. The base is kept, so :meth:`unmerge` is exact.
 
         Args:
-            name: the adapter, by default the active one.
+            name: the adapter (default: the active one).
             requantize: store the merged weight in the base's 4-bit format instead of ``dtype``.
             search_scales: with ``requantize``, search the scale of each block for the least squared error.
-            dtype: of the dense merged weight; by default what the base had before it was quantized.
+            dtype: dtype of the dense merged weight (default: the base's dtype before quantization).
 
-        Returns the error that the merged format adds, measured against the float32 sum.
+        Returns the error that the merged format adds, measured against the float32 sum. Raises RuntimeError if an
+        adapter is merged already or none is active, KeyError for an unknown name, and ValueError for contradicting
+        options.
         """
         self._forbid_while_merged("merge")
         into = MergeInto(requantize, dtype, search_scales)
         name = name or self.active_adapter
         if name is None:
-            raise RuntimeError("merge: no adapter is active, name one")
+            raise RuntimeError("merge: no adapter is active; pass the name of one")
         self._require(name)
         if isinstance(self.base, Linear4bit):
             weight = self.base.quantized_weight
-        else:  # what the forward computes with: the quantized weight, not its full-precision master
+        else:  # the forward uses the quantized weight, not the full-precision one
             weight = quantize(self.base.weight, self.quant_type, self.block_size, self.double_quant)
         delta = low_rank_delta(self.lora_a[name], self.lora_b[name], self.adapters[name].scaling)
         merged, report = merged_weight(weight.dequantize(torch.float32) + delta, weight, into, name)
@@ -283,13 +291,16 @@ class QLoRALinear(nn.Module):
         return report
 
     def unmerge(self) -> None:
-        """Back to base and adapter, bit for bit as before :meth:`merge`. Raises RuntimeError if nothing is merged."""
+        """Restores base and adapter bit for bit as before :meth:`merge`. Raises RuntimeError if nothing is merged."""
         if self._merged is None:
             raise RuntimeError("unmerge: no adapter is merged")
         self._merged = None
 
     def merged_linear(self) -> nn.Linear:
-        """The merged layer on its own: ``Linear4bit`` if requantized, else a dense ``nn.Linear``."""
+        """The merged layer without adapters: ``Linear4bit`` if requantized, else a dense ``nn.Linear``.
+
+        Raises RuntimeError if nothing is merged.
+        """
         if self._merged is None:
             raise RuntimeError("merged_linear: call merge() first")
         weight, base = self._merged.weight, self.base
@@ -302,11 +313,14 @@ class QLoRALinear(nn.Module):
     # ---- state ----
 
     def reset_state(self) -> None:
-        """Drops the cached dense weight; the next forward builds it again."""
+        """Drops the cached dense weight; the next forward rebuilds it."""
         self._dense = None
 
     def diagnostics(self) -> dict[str, Any]:
-        """Bytes by kind, and the relative quantization error of the base (None if it came quantized)."""
+        """Bytes by kind, bits per weight, adapter names, and the base's relative quantization error.
+
+        The error is None if the base was already 4-bit.
+        """
         base = self.base
         statistics = 0
         if isinstance(base, Linear4bit):

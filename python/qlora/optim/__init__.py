@@ -1,4 +1,4 @@
-"""Optimizers whose state may be larger than the device's memory."""
+"""Optimizers whose state can exceed the device's memory."""
 
 from qlora.optim.paged_adamw import PagedAdamW
 

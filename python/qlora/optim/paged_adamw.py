@@ -1,4 +1,4 @@
-"""PagedAdamW: AdamW in one pass for each parameter, its state in 32 or 8 bit, in memory that may be paged out."""
+"""PagedAdamW: AdamW in one pass per parameter, with 32-bit or 8-bit state in memory that can be paged out."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,7 +20,7 @@ def _is_distributed(tensor: Tensor) -> bool:
 
 
 def _local(tensor: Any) -> Tensor:
-    """This process's part of a tensor that is spread over several (FSDP2), or the tensor itself."""
+    """This process's shard of a distributed tensor (FSDP2), or the tensor itself."""
     return tensor.to_local() if _is_distributed(tensor) else tensor
 
 
@@ -28,14 +28,14 @@ class PagedAdamW(Optimizer):
     """AdamW (Loshchilov and Hutter 2019) with moments in float32 or in blockwise 8 bit (Dettmers et al. 2022).
 
     Args:
-        params: parameters of any float dtype, contiguous; also those of ``fully_shard`` (32 bit).
-        lr, betas, eps, weight_decay: as torch.optim.AdamW has them.
-        bits: 32, or 8 for moments of two bytes a parameter, with an absmax for each 256.
-        min_8bit_size: parameters with fewer elements keep moments in float32.
-        page_dir: for parameters on the CPU, a folder on a disk for the state, which then needs no memory of its own.
-        paged: for parameters on a GPU, state in managed memory that the driver pages out to the host.
+        params: contiguous parameters of any float dtype; those of ``fully_shard`` need bits=32.
+        lr, betas, eps, weight_decay: as in torch.optim.AdamW.
+        bits: 32, or 8 for both moments in two bytes per parameter, plus an absmax for each 256 elements.
+        min_8bit_size: parameters with fewer elements keep float32 moments.
+        page_dir: for parameters on the CPU: a folder on disk that holds the state instead of memory.
+        paged: for parameters on a GPU: keep the state in managed memory, which the driver pages out to the host.
 
-    A step is bitwise the same on every device. Raises ValueError naming the value and the rule.
+    A step is bitwise the same on every device. Raises ValueError with the value and the rule for bad arguments.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class PagedAdamW(Optimizer):
         state = {"step": torch.tensor(0.0, dtype=torch.float32, device="cpu")}  # as torch.optim.AdamW
         if self._is_8bit(param):
             if _is_distributed(param):
-                raise ValueError("bits=8: blocks of 256 moments cannot be spread over processes, use bits=32")
+                raise ValueError("bits=8: blocks of 256 moments cannot be sharded over processes; use bits=32")
             for name in _MOMENTS:
                 state[name] = pages.zeros(shape, torch.uint8)
             for name in _SCALES:
@@ -92,9 +92,9 @@ class PagedAdamW(Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over a state in its own dtypes, into memory that is paged as this optimizer's is.
+        """Copies a state, without changing its dtypes, into memory that is paged as this optimizer's options say.
 
-        Raises ValueError if the state is another optimizer's, or of another number of bits.
+        Raises ValueError if the state belongs to another optimizer or has another number of bits.
         """
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
@@ -126,7 +126,10 @@ class PagedAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step for all parameters that have a gradient. Returns the closure's loss."""
+        """One step for all parameters that have a gradient. Returns the closure's loss, or None.
+
+        Raises ValueError for sparse gradients.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -134,7 +137,7 @@ class PagedAdamW(Optimizer):
         work = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         for param, _ in work:
             if param.grad.is_sparse:
-                raise ValueError("PagedAdamW takes no sparse gradients")
+                raise ValueError("PagedAdamW does not support sparse gradients")
             if not self.state[param]:
                 self.state[param] = self._new_state(param)
         resident = [(param, group) for param, group in work if self._is_resident(param)]
@@ -143,7 +146,7 @@ class PagedAdamW(Optimizer):
             if i + 1 < len(paged):
                 self._prefetch(paged[i + 1][0])
             self._update([param], group)
-        # As few launches as can be: parameters of one group, device and number of bits together.
+        # To save launches, parameters with the same group, device and number of bits share a call.
         together: dict[tuple[int, torch.device, bool], list[Tensor]] = {}
         groups = {id(group): group for group in self.param_groups}
         for param, group in resident:
@@ -163,7 +166,7 @@ class PagedAdamW(Optimizer):
                 pages.prefetch(_local(tensor))
 
     def _update(self, params: list[Any], group: dict[str, Any]) -> None:
-        """A step of parameters whose moments have one number of bits."""
+        """One step for parameters whose moments all have the same number of bits."""
         states, steps = [], []
         for param in params:
             state = self.state[param]
@@ -187,7 +190,7 @@ class PagedAdamW(Optimizer):
 
 
 def _like(local: Tensor, param: Any) -> Tensor:
-    """``local`` as this process's part of a tensor that is spread as ``param`` is."""
+    """A distributed tensor, sharded like ``param``, of which ``local`` is this process's shard."""
     from torch.distributed.tensor import DTensor
 
     return DTensor.from_local(

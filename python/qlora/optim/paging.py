@@ -1,7 +1,7 @@
-"""Memory for optimizer state that need not stay where the parameters are.
+"""Pageable memory for optimizer state.
 
-On the CPU files that are mapped: the system writes pages out when memory is short and reads them back when they are
-used. On a GPU managed memory of the driver, which moves pages between device and host.
+On the CPU it is mapped files: the system writes pages out when memory is short and reads them back on use. On a GPU it
+is managed memory, whose pages the driver moves between device and host.
 """
 
 import ctypes
@@ -17,16 +17,16 @@ from torch import Tensor
 
 
 class Pages(Protocol):
-    """Where state lies."""
+    """Allocator of state tensors."""
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor: ...
 
     def prefetch(self, tensor: Tensor) -> None:
-        """Says that ``tensor`` is used next."""
+        """Hints that ``tensor`` is used next."""
 
 
 class Resident:
-    """Ordinary memory of a device."""
+    """Ordinary device memory, not paged."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -39,8 +39,7 @@ class Resident:
 
 
 class MappedFiles:
-    """Tensors on the CPU in files of a folder. The files have no names any more once they are mapped, so none is left
-    behind, however the process ends."""
+    """CPU tensors in mapped files of a folder. Each file is unlinked once mapped, so none outlives the process."""
 
     def __init__(self, folder: str | Path) -> None:
         self._folder = Path(folder)
@@ -52,7 +51,7 @@ class MappedFiles:
             return torch.zeros(shape, dtype=dtype, device="cpu")
         descriptor, path = tempfile.mkstemp(dir=self._folder, prefix="qlora-state-")
         try:
-            # Reserved now: a full disk is an error here, not a signal in the middle of a step.
+            # Reserves the space now, so that a full disk is an error here and not a SIGBUS during a step.
             os.posix_fallocate(descriptor, 0, count * dtype.itemsize)
             tensor = torch.from_file(path, shared=True, size=count, dtype=dtype)
         except OSError as error:
@@ -70,7 +69,7 @@ class MappedFiles:
 
 
 class _Driver:
-    """The three calls of the CUDA driver that managed memory needs."""
+    """The three CUDA driver calls that managed memory needs."""
 
     _ATTACH_GLOBAL = 1
 
@@ -100,7 +99,7 @@ class _Driver:
 
 
 class _Allocation:
-    """Managed bytes, given to torch by the array interface; freed with the last tensor on them."""
+    """Managed bytes for torch through the CUDA array interface; freed with the last tensor that uses them."""
 
     def __init__(self, driver: Any, nbytes: int) -> None:
         pointer = driver.allocate(nbytes)
@@ -114,7 +113,7 @@ class _Allocation:
 
 
 class ManagedMemory:
-    """Tensors on a GPU whose pages the driver moves between device and host."""
+    """GPU tensors whose pages the driver moves between device and host."""
 
     def __init__(self, device: torch.device, driver: Any = None) -> None:
         self._device = device
@@ -135,7 +134,7 @@ class ManagedMemory:
 
 
 def pages_for(device: torch.device, page_dir: str | Path | None, paged: bool) -> Pages:
-    """Where the state of a parameter on ``device`` lies. Raises ValueError if page_dir is given for another device."""
+    """The allocator for the state of a parameter on ``device``. Raises ValueError for page_dir with a GPU parameter."""
     if page_dir is not None and device.type != "cpu":
         raise ValueError(f"page_dir={page_dir} is for parameters on the CPU: these are on {device}")
     if device.type == "cuda" and paged:

@@ -1,4 +1,4 @@
-"""Writing files so that a crash, a full disk or Ctrl-C leaves the old ones."""
+"""Atomic file writes: a crash, a full disk or Ctrl-C leaves the old files intact."""
 
 import os
 import tempfile
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def atomic_write(path: Path, content: bytes) -> None:
-    """Replaces ``path`` by ``content``: written beside it, flushed to disk, then renamed."""
+    """Replaces ``path`` by ``content``: writes a file beside it, flushes it to disk, then renames it."""
     atomic_write_all({path: content})
 
 

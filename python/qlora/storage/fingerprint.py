@@ -1,16 +1,16 @@
-"""A short fingerprint of a checkpoint, by which an adapter and a resumed run know their base again."""
+"""Fingerprint of a checkpoint, by which an adapter or a resumed run recognizes its base model."""
 
 import hashlib
 from pathlib import Path
 
-_PIECES, _PIECE = 1024, 4096  # bytes from evenly spaced places of a file, its ends included
+_PIECES, _PIECE = 1024, 4096  # number and bytes of evenly spaced pieces of a file, including both ends
 
 
 def checkpoint_fingerprint(folder: Path) -> str:
-    """sha256 of the size and of 1,024 pieces of 4 KiB of each weight file of a model folder, in the order of names.
+    """sha256 of each weight file's size and 1,024 pieces of 4 KiB, over a model folder's files in order of name.
 
-    Reads 4 MiB a file, so that 100 GB take no time. The pieces are spread evenly, so that a change of some layers only
-    is seen as well; a change of single tensors smaller than the distance of two pieces may not be.
+    It reads only 4 MiB per file, so even 100 GB are fast. The pieces are spread evenly, so a change in a few layers is
+    detected; a change in one tensor that is smaller than the distance between two pieces may be missed.
     """
     digest = hashlib.sha256()
     files = [p for pattern in ("model*.safetensors", "pytorch_model*.bin") for p in sorted(folder.glob(pattern))]

@@ -1,4 +1,4 @@
-"""Reading weights one tensor at a time, so that a model on the meta device never exists twice."""
+"""Reads weights one tensor at a time, so that filling a model on the meta device needs memory for only one copy."""
 
 import json
 from contextlib import suppress
@@ -12,7 +12,7 @@ def is_meta(tensor: Tensor) -> bool:
 
 
 def open_safetensors(path: Path):
-    """``safetensors.safe_open`` with an error that names the file; checkpoint files are untrusted input."""
+    """``safetensors.safe_open`` for untrusted files; raises ValueError with the file's name if the file is damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -22,11 +22,11 @@ def open_safetensors(path: Path):
 
 
 def _shard_names(index: Path) -> set[str]:
-    """File names in a checkpoint's index; they must be plain names in its own folder."""
+    """File names in a checkpoint's index; raises ValueError unless they are plain names in its own folder."""
     try:
         names = set(json.loads(index.read_text())["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is no index of a checkpoint: {error!r}") from error
+        raise ValueError(f"{index} is not a checkpoint index: {error!r}") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise ValueError(f"{index}: shard {name!r} must be the name of a file in the same folder")
@@ -34,8 +34,10 @@ def _shard_names(index: Path) -> set[str]:
 
 
 def _model_files(folder: Path) -> list[Path]:
-    """The files of a folder that transformers would read: shards that an index names, or model.safetensors. What else
-    lies there (an older copy, an adapter) is not the model's."""
+    """The files of a folder that transformers would read: the shards of its index, or model.safetensors.
+
+    Other files in the folder (an older copy, an adapter) do not belong to the model.
+    """
     index = folder / "model.safetensors.index.json"
     if index.exists():
         return sorted({folder / name for name in _shard_names(index)})
@@ -44,7 +46,7 @@ def _model_files(folder: Path) -> list[Path]:
         others = sorted(path.name for path in folder.glob("*.safetensors"))
         raise FileNotFoundError(
             f"{folder} holds neither model.safetensors nor {index.name}"
-            + (f", but {others[:3]}: pass the path of a file itself" if others else "")
+            + (f", but {others[:3]}: to read one of them, pass the path of that file" if others else "")
         )
     return [single]
 
@@ -68,19 +70,23 @@ class WeightSource:
         self.names = set(self._file_of)
 
     def read(self, name: str) -> Tensor:
-        """One tensor, mapped from its file: no memory is allocated, and its pages are let go with the tensor."""
+        """One tensor, mapped from its file: nothing is allocated, and the pages are released with the tensor.
+
+        Raises KeyError for an unknown name.
+        """
         if name not in self.names:
-            raise KeyError(f"the weights lack '{name}'; they have e.g. {sorted(self.names)[:3]}")
+            raise KeyError(f"the weights lack '{name}'; they contain e.g. {sorted(self.names)[:3]}")
         if self._mapping is not None:
             return self._mapping[name]
         with open_safetensors(self._file_of[name]) as handle:
             return handle.get_tensor(name)
 
     def fill(self, module: nn.Module, name: str, *, copy: bool) -> None:
-        """Gives the direct parameters of ``module`` that are on the meta device their values.
+        """Fills the direct parameters of ``module`` that are on the meta device; ``name`` is the module's name.
 
-        Without ``copy`` they stay mapped from the file, for a module that is replaced at once: dense temporaries from
-        the heap, between the small tensors that stay, would fragment it to several times the size of the result.
+        Without ``copy`` they stay mapped from the file. Use that for a module that is replaced at once: large temporary
+        copies between small permanent tensors would fragment the heap to several times the size of the result. Raises
+        KeyError for a missing tensor and ValueError for a wrong shape.
         """
         for leaf, parameter in list(module.named_parameters(recurse=False)):
             if is_meta(parameter):
@@ -100,7 +106,10 @@ class WeightSource:
         module._buffers[leaf] = value.to(value.dtype if buffer is None else buffer.dtype, copy=True)
 
     def fill_rest(self, model: nn.Module) -> None:
-        """Fills what is still on the meta device; ties shared weights again; errors name what is left."""
+        """Fills all tensors that are still on the meta device and ties shared weights again.
+
+        Raises KeyError with the names that the weights lack, and ValueError for a wrong shape.
+        """
         tie = getattr(model, "tie_weights", None)
         for name, module in model.named_modules():
             for leaf, parameter in list(module.named_parameters(recurse=False)):
