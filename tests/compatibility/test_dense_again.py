@@ -48,7 +48,7 @@ def test_a_model_that_peft_has_merged_in_part_is_not_saved(tmp_path):
     model = reloaded(tmp_path / "dense", quantization_config=qlora.QLoRAConfig())
     model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"]))
     merged = model.merge_and_unload()
-    with pytest.raises(ValueError, match=r"4 bit in parts.*qlora.merge_and_unload"):
+    with pytest.raises(ValueError, match=r"only some layers in 4 bit.*qlora.merge_and_unload"):
         merged.save_pretrained(tmp_path / "merged")
 
 

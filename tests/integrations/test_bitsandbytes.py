@@ -76,7 +76,7 @@ def test_what_is_no_4_bit_checkpoint_is_named(tmp_path):
         ours.checkpoint_config(dense)
     config = json.loads((dense / "config.json").read_text())
     for options, message in (
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "in 8 bit"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "8-bit bitsandbytes checkpoint"),
         ({"quant_method": "gptq", "bits": 4}, "quantized by 'gptq'"),
     ):
         (dense / "config.json").write_text(json.dumps(config | {"quantization_config": options}))

@@ -1,9 +1,9 @@
-"""At home in other libraries: transformers, PEFT, bitsandbytes. Each is imported when it is asked for."""
+"""Integrations with transformers, PEFT and bitsandbytes, each imported on first use."""
 
 from importlib import import_module
 from types import ModuleType
 
-METHOD = "qlora"  # the name of our quantization in transformers
+METHOD = "qlora"  # name of the quantization method in transformers
 _MODULES = ("bitsandbytes", "peft", "transformers")
 
 

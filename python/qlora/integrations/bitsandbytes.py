@@ -1,4 +1,4 @@
-"""bitsandbytes: its checkpoints are read and written without it, and its own code runs on our kernels.
+"""Reads and writes bitsandbytes checkpoints without that library, and runs its operators on qlora's kernels.
 
 ``checkpoint_config`` and ``export_checkpoint`` need transformers, ``accelerate`` needs bitsandbytes.
 """
@@ -25,12 +25,13 @@ _METHOD = "bitsandbytes"
 
 
 def checkpoint_config(path: str | Path, **kwargs: Any) -> Any:
-    """The config of a bitsandbytes 4-bit checkpoint, rewritten so that transformers loads it with our layers::
+    """The config of a bitsandbytes 4-bit checkpoint, changed so that transformers loads it with qlora's layers::
 
         config = qlora.integrations.bitsandbytes.checkpoint_config(path)
         model = AutoModelForCausalLM.from_pretrained(path, config=config)
 
-    Arguments as ``AutoConfig.from_pretrained``. Raises ValueError if it is no bitsandbytes checkpoint, or one of 8 bit.
+    Same arguments as ``AutoConfig.from_pretrained``. Raises ValueError for an 8-bit checkpoint of bitsandbytes, and for
+    a folder that is not a bitsandbytes checkpoint.
     """
     from transformers import AutoConfig
 
@@ -47,9 +48,9 @@ def _translate(options: dict[str, Any], path: str | Path) -> dict[str, Any]:
     if str(getattr(method, "value", method)) != _METHOD:
         raise ValueError(f"{path} is quantized by '{method}': this reads checkpoints of bitsandbytes")
     if options.get("load_in_8bit"):
-        raise ValueError(f"{path} is a bitsandbytes checkpoint in 8 bit (LLM.int8): only those in 4 bit can be read")
+        raise ValueError(f"{path} is an 8-bit bitsandbytes checkpoint (LLM.int8): only 4-bit ones can be read")
     if not options.get("load_in_4bit"):
-        raise ValueError(f"{path} says neither load_in_4bit nor load_in_8bit: it is no bitsandbytes checkpoint")
+        raise ValueError(f"{path} sets neither load_in_4bit nor load_in_8bit: it is not a bitsandbytes checkpoint")
     compute = str(options.get("bnb_4bit_compute_dtype", "float32")).removeprefix("torch.")
     return {
         "quant_method": "qlora",
@@ -57,21 +58,21 @@ def _translate(options: dict[str, Any], path: str | Path) -> dict[str, Any]:
         "quant_type": options.get("bnb_4bit_quant_type", "fp4"),
         "double_quant": bool(options.get("bnb_4bit_use_double_quant", False)),
         "block_size": int(options.get("bnb_4bit_blocksize", 64)),
-        # float32 is that library's way of saying nothing: its layers then take the dtype of the input.
+        # float32 means unset in that library: its layers then take the dtype of the input.
         "compute_dtype": None if compute == "float32" else compute,
         "skip_modules": options.get("llm_int8_skip_modules"),
     }
 
 
 def export_checkpoint(model: Any, path: str | Path, quant_storage: torch.dtype = torch.uint8, **kwargs: Any) -> None:
-    """Saves a transformers model with our layers as bitsandbytes and transformers would save theirs, byte for byte.
+    """Saves a 4-bit model as transformers saves a bitsandbytes model, byte for byte the same.
 
     Args:
-        quant_storage: dtype in which the packed weights are declared.
-        kwargs: of ``save_pretrained``.
+        quant_storage: dtype under which the packed weights are stored.
+        kwargs: passed to ``save_pretrained``.
 
-    Raises ValueError for what that library does not know (int4, experts, several formats in one model), and for a model
-    that was not loaded with a QLoRAConfig.
+    Raises ValueError for what bitsandbytes does not have (int4, 4-bit experts, several formats in one model), and for a
+    model that was not loaded with a QLoRAConfig.
     """
     from transformers import BitsAndBytesConfig
 
@@ -84,11 +85,11 @@ def export_checkpoint(model: Any, path: str | Path, quant_storage: torch.dtype =
     weights = {}
     for name, layer in quantized_layers(model):
         if isinstance(layer, Experts4bit):
-            raise ValueError(f"{name} holds experts in 4 bit, which bitsandbytes leaves dense: it cannot be exported")
+            raise ValueError(f"{name} has 4-bit experts, which bitsandbytes keeps dense: it cannot be exported")
         weights[name] = layer.quantized_weight
     formats = {(w.quant_type, w.double_quant) for w in weights.values()}
     if len(formats) != 1:
-        raise ValueError(f"the model has layers in {sorted(formats)}: a bitsandbytes checkpoint has one format")
+        raise ValueError(f"the model has layers in {sorted(formats)}: a bitsandbytes checkpoint has only one format")
     quant_type, double_quant = formats.pop()
     state = {k: v for k, v in model.state_dict().items() if k.rpartition(".")[0] not in weights or k.endswith(".bias")}
     for name, weight in weights.items():
@@ -114,14 +115,14 @@ def export_checkpoint(model: Any, path: str | Path, quant_storage: torch.dtype =
 
 
 def is_checkpoint(path: str | Path) -> bool:
-    """Whether a folder holds a model that bitsandbytes has quantized."""
+    """Whether a folder contains a model that bitsandbytes has quantized."""
     with suppress(OSError, ValueError):
         options = json.loads((Path(path) / "config.json").read_text()).get("quantization_config") or {}
         return options.get("quant_method") == _METHOD or bool(options.get("load_in_4bit"))
     return False
 
 
-# ---- its operators on our kernels ----
+# ---- bitsandbytes operators on qlora's kernels ----
 
 
 def _bytes(packed: Tensor) -> Tensor:
@@ -131,16 +132,16 @@ def _bytes(packed: Tensor) -> Tensor:
 def _scales(
     absmax: Tensor, nested: Tensor | None = None, offset: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The three statistics as our operators take them: other tools store those that are no codes in 16 bit."""
+    """The three statistics with the dtypes that the operators need: other tools store float statistics in 16 bit."""
     if nested is None or offset is None:
         return absmax.float(), None, None
     return absmax, nested.float(), offset.float().reshape(1)
 
 
 def _check_map(code: Tensor) -> None:
-    """Raises ValueError if the scales' codes are not bitsandbytes' own dynamic map, the only one that we know."""
-    if not torch.equal(code.float(), table(_C.dynamic_map(), code)):
-        raise ValueError("absmax_code is not the dynamic map of 8 bit: these scales cannot be decoded")
+    """Raises ValueError if ``code`` is not bitsandbytes' own dynamic map, the only one that the kernels support."""
+    if not torch.equal(code.float(), reference.table(_C.dynamic_map(), code)):
+        raise ValueError("absmax_code is not the 8-bit dynamic map: these scales cannot be dequantized")
 
 
 def _quantize_4bit(dense: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -182,7 +183,7 @@ def _gemm_4bit(
     if absmax_8bit is not None:
         assert absmax_code is not None
         assert absmax_offset is not None
-        if absmax_code.device.type == "cpu":  # elsewhere looking at it would wait for the device
+        if absmax_code.device.type == "cpu":  # reading it on a GPU would wait for the device
             _check_map(absmax_code)
         scales = _scales(absmax_8bit, absmax, absmax_offset)
     return ops.forward(x, _bytes(packed), *scales, shape, quant_type, blocksize, bias=bias)
@@ -191,7 +192,7 @@ def _gemm_4bit(
 def _gemv_4bit(x: Tensor, packed: Tensor, shape: list[int], absmax: Tensor, code: Tensor, blocksize: int) -> Tensor:
     if absmax.dtype != torch.float32:
         raise ValueError(
-            "these weights were repacked for bitsandbytes' CPU inference, which rounds their scales: call"
+            "bitsandbytes repacked these weights for CPU inference, which rounds their scales: call"
             " qlora.integrations.bitsandbytes.accelerate() before the first forward in eval mode"
         )
     quant_type = "fp4" if code[1] > 0 else "nf4"
@@ -215,7 +216,7 @@ _KERNELS = {
 
 
 class _FusedMatMul4Bit:
-    """In the place of bitsandbytes' autograd.Function: the fused product, whose backward is fused as well."""
+    """Replaces bitsandbytes' autograd.Function by the fused product, whose backward is also fused."""
 
     @staticmethod
     def apply(x: Tensor, packed: Tensor, out: Tensor | None, bias: Tensor | None, state: Any) -> Tensor:
@@ -223,7 +224,7 @@ class _FusedMatMul4Bit:
         if state.nested:
             if state.state2.blocksize != _C.NESTED_BLOCK:
                 raise NotImplementedError(
-                    f"nested blocks of {state.state2.blocksize} scales; {_C.NESTED_BLOCK} are known"
+                    f"nested blocks of {state.state2.blocksize} scales: only {_C.NESTED_BLOCK} are supported"
                 )
             scales = _scales(state.absmax, state.state2.absmax, state.offset)
         y = ops.forward(
@@ -233,14 +234,14 @@ class _FusedMatMul4Bit:
 
 
 def _keep_weights(weight: Tensor, state: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-    """In the place of the repacking for CPU inference, which is lossy and which our kernels need not."""
+    """Replaces the repacking for CPU inference, which is lossy and which qlora's kernels do not need."""
     return weight, state
 
 
 class Acceleration:
-    """What :func:`accelerate` has changed; :meth:`undo` takes it back. Also a context manager.
+    """Handle of :func:`accelerate`; :meth:`undo` restores bitsandbytes. Also a context manager.
 
-    There is one of them: who asks for it while it is on shares it, and the last ``undo`` takes it back.
+    There is only one: further calls of :func:`accelerate` share it, and the last ``undo`` restores bitsandbytes.
     """
 
     active: "Acceleration | None" = None
@@ -264,7 +265,7 @@ class Acceleration:
         modules._convert_weight_packed_for_cpu = _keep_weights
 
     def undo(self) -> None:
-        """bitsandbytes runs on its own kernels again, once all who asked are done. Weights are as they were."""
+        """Restores bitsandbytes' own kernels once every user has called it. Weights do not change."""
         self._users -= 1
         if self._users > 0:
             return
@@ -292,11 +293,11 @@ def _dispatch_keys() -> Iterator[str]:
 
 
 def accelerate() -> Acceleration:
-    """From now on bitsandbytes' 4-bit operators in this process run on our kernels.
+    """Runs bitsandbytes' 4-bit operators on qlora's kernels from now on, in the whole process.
 
-    ``quantize_4bit``, ``dequantize_4bit``, ``gemv_4bit``, ``gemm_4bit`` and with them ``Linear4bit``, in training
-    through one fused operation forward and backward, on the CPU, and on CUDA where this build has kernels for it. In
-    eval mode on the CPU weights are no longer repacked: what is saved afterwards is what was loaded.
+    These are ``quantize_4bit``, ``dequantize_4bit``, ``gemv_4bit`` and ``gemm_4bit``, and so ``Linear4bit``, which
+    trains through one fused forward and backward. It covers the CPU, and CUDA if this build has CUDA kernels. In eval
+    mode on the CPU weights are no longer repacked, so the saved weights are those that were loaded.
 
     Returns a handle whose ``undo()`` restores bitsandbytes. Raises ImportError if bitsandbytes is not installed.
     """

@@ -1,5 +1,5 @@
-"""What other libraries count and average: parameters behind packed weights, operations of our operators, and averages
-of models that leave packed weights as they are.
+"""Corrects counts and averages of other libraries: parameters in packed weights, FLOPs of qlora's operators, and
+averages of models, which must not average packed weights.
 
 :mod:`qlora.integrations.registration` calls each function when the module that it changes has been imported.
 """
@@ -17,7 +17,7 @@ from qlora.nn.packed import PackedMatrix
 
 
 def hidden_parameters(model: nn.Module) -> int:
-    """How many weights of a model a count of elements leaves out, two weights being one byte."""
+    """The number of weights that a count of elements misses, because a packed byte holds two weights."""
     return sum(m.hidden_numel for m in model.modules() if isinstance(m, PackedMatrix | Experts4bit))
 
 
@@ -25,7 +25,7 @@ def hidden_parameters(model: nn.Module) -> int:
 
 
 def count_for_peft(module: ModuleType) -> None:
-    """``PeftModel.get_nb_trainable_parameters`` gives the numbers of the dense model."""
+    """Makes ``PeftModel.get_nb_trainable_parameters`` return the numbers of the dense model."""
     count = module.PeftModel.get_nb_trainable_parameters
 
     @wraps(count)
@@ -37,7 +37,7 @@ def count_for_peft(module: ModuleType) -> None:
 
 
 def count_for_transformers(module: ModuleType) -> None:
-    """``PreTrainedModel.num_parameters`` gives the number of the dense model."""
+    """Makes ``PreTrainedModel.num_parameters`` return the number of the dense model."""
     count = module.ModuleUtilsMixin.num_parameters
 
     @wraps(count)
@@ -52,7 +52,7 @@ def count_for_transformers(module: ModuleType) -> None:
 
 
 def _low_rank(m: int, n: int, k: int, lora_a: Any) -> int:
-    """Operations of the two thin products; lora_a is a shape [.., r, k] or None."""
+    """FLOPs of the two low-rank products; lora_a is a shape [.., r, k] or None."""
     return 0 if lora_a is None else 2 * m * lora_a[-2] * (n + k)
 
 
@@ -70,7 +70,10 @@ def _forward_flops(x: Any, weight: Any, *args: Any, out_shape: Any = None, **kwa
 
 
 def _thin_products(m: int, n: int, k: int, rank: int, needs_x: bool, needs_lora: bool) -> int:
-    """Of a backward: dy B for either; times A for dx; x Aᵀ, dyᵀ (x Aᵀ) and (dy B)ᵀ x for the factors."""
+    """FLOPs of a backward's low-rank products.
+
+    dy B for either gradient; (dy B) A for dx; x Aᵀ, dyᵀ (x Aᵀ) and (dy B)ᵀ x for the adapter.
+    """
     shared = n if needs_x or needs_lora else 0
     return 2 * m * rank * (shared + k * needs_x + (n + 2 * k) * needs_lora)
 
@@ -87,7 +90,7 @@ def _backward_flops(grad: Any, x: Any, weight: Any, *args: Any, out_shape: Any =
 
 
 def count_operations(module: ModuleType) -> None:
-    """torch's FlopCounterMode counts our operators: those of the products, 2 · tokens · in · out and the thin ones."""
+    """Makes torch's FlopCounterMode count qlora's products: 2 · tokens · in · out, and the low-rank ones."""
     module.register_flop_formula(torch.ops.qlora.forward)(_forward_flops)
     module.register_flop_formula(torch.ops.qlora.backward)(_backward_flops)
 
@@ -96,8 +99,8 @@ def count_operations(module: ModuleType) -> None:
 
 
 def average_floats_only(module: ModuleType) -> None:
-    """``AveragedModel`` averages what is a number. Packed weights, which are frozen, stay as they are: an average of
-    their bytes, rounded, is another weight."""
+    """Makes ``AveragedModel`` average only float tensors. Packed weights are frozen and stay as they are, because
+    rounded averages of their bytes would be other weights."""
     update: Callable[[Any, nn.Module], None] = module.AveragedModel.update_parameters
 
     @wraps(update)

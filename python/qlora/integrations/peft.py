@@ -1,7 +1,7 @@
-"""PEFT: ``get_peft_model`` puts a fused LoRA layer on our 4-bit layers, and its files stay PEFT's.
+"""PEFT integration: ``get_peft_model`` puts a fused LoRA layer on qlora's 4-bit layers; files keep PEFT's format.
 
-``import qlora`` arranges for PEFT to use these layers (:mod:`qlora.integrations.registration`); nothing has to be
-registered in a LoraConfig, and adapters that are loaded later run fused as well.
+``import qlora`` makes PEFT use these layers (:mod:`qlora.integrations.registration`). A LoraConfig needs no entry for
+them, and adapters that are loaded later are fused too.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ _LAYERS: dict[type, Any] = {Linear4bit: LoraLinear4bit, Embedding4bit: LoraEmbed
 
 
 def create_module(adapter_config: Any, adapter_name: str, target: Any, **kwargs: Any) -> nn.Module | None:
-    """Our LoRA layer for ``target``, or None if it is none of our layers. PEFT's model calls it first."""
+    """The LoRA layer for ``target``, or None if ``target`` is not a layer of qlora. PEFT's model calls this first."""
     base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
     if kwargs.get("parameter_name") is not None:
         if isinstance(base, Experts4bit):
@@ -43,15 +43,17 @@ def create_module(adapter_config: Any, adapter_name: str, target: Any, **kwargs:
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear4bit]:
-    """All fused LoRA layers of a model by name."""
+    """All fused LoRA layers of a model, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear4bit)}
 
 
 def merge_peft(
     model: Any, into: MergeInto, adapter_names: list[str] | None, safe_merge: bool
 ) -> tuple[nn.Module, dict[str, MergeReport]]:
-    """``model.merge_and_unload()`` of a PeftModel, its 4-bit layers as ``into`` says; what
-    :func:`qlora.merge_and_unload` calls. Raises ValueError if no layer has such an adapter."""
+    """``model.merge_and_unload()`` of a PeftModel, with 4-bit layers in the format ``into``.
+
+    :func:`qlora.merge_and_unload` calls it. Raises ValueError if no layer has one of the adapters.
+    """
     names = set(adapter_names or model.active_adapters)
     layers_of_peft = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
     if not any(names & set(layer._get_available_adapters()) for layer in layers_of_peft):
@@ -70,13 +72,15 @@ def merge_peft(
 def initialize_loftq(
     model: nn.Module, weights: str | Path | dict[str, Tensor], *, adapter: str = "default", iterations: int = 1
 ) -> dict[str, float]:
-    """LoftQ (Li et al. 2023): base and adapter together approximate the weights from before quantization.
+    """LoftQ (Li et al. 2023): changes base and adapter so that together they approximate the original dense weights.
 
-    Alternates quantizing ``W - sBA`` and a truncated SVD of what quantization has left.
+    Alternates quantizing ``W - sBA`` and a truncated SVD of the quantization error.
 
     Args:
-        model: a PeftModel whose base has our 4-bit layers.
-        weights: the dense weights, by the names of the base model: a safetensors file, a folder, or a mapping.
+        model: a PeftModel whose base has qlora's 4-bit layers.
+        weights: the dense weights by their names in the base model: a safetensors file, a folder, or a mapping.
+        adapter: name of the adapter.
+        iterations: number of alternations.
 
     Returns for each layer the error ``|W - Q - sBA|`` divided by ``|W - Q|`` of plain quantization.
     """
@@ -109,15 +113,16 @@ def initialize_loftq(
 
 @contextmanager
 def mixed_adapters(model: nn.Module, adapter_names: list[str]) -> Iterator[None]:
-    """Within it each sample of a batch runs through its own adapter, in training too, which PEFT's argument
-    ``adapter_names`` refuses. Under activation checkpointing it has to span the backward.
+    """Runs each sample of a batch through its own adapter inside a ``with`` block, also in training.
 
-    ``adapter_names`` has one name for each sample, "__base__" for none.
+    PEFT's argument ``adapter_names`` refuses training. With activation checkpointing the block must include the
+    backward. ``adapter_names`` has one name per sample, "__base__" for no adapter. Raises ValueError for an unknown
+    name.
     """
     known = {name for layer in lora_layers(model).values() for name in layer.lora_A} | {"__base__"}
     unknown = sorted(set(adapter_names) - known)
     if unknown:
-        raise ValueError(f"no layer has the adapters {unknown}: there are {sorted(known)}")
+        raise ValueError(f"no layer has the adapters {unknown}: the model has {sorted(known)}")
 
     def give_names(module: nn.Module, args: Any, kwargs: Any) -> Any:
         return args, {**kwargs, "adapter_names": adapter_names}

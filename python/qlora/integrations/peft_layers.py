@@ -1,4 +1,4 @@
-"""The LoRA layers that PEFT puts on our 4-bit layers: linear ones, embeddings and experts."""
+"""LoRA layers that PEFT uses on qlora's 4-bit layers: linear layers, embeddings and experts."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,9 +24,10 @@ _DENSE_INITS = ("pissa_init", "olora_init", "corda_init", "orthogonal_init", "lo
 
 
 class Dora4bitVariant(DoraLinearVariant):
-    """DoRA (Liu et al. 2024) whose norms need neither the dense weight nor a k x k identity.
+    """DoRA (Liu et al. 2024) that computes its norms without the dense weight or a k x k identity.
 
-    ``|W + sBA|² = |W|² + 2s B·(W Aᵀ) + s² B·(B A Aᵀ)`` row by row: |W|² is known, W Aᵀ is a forward of r tokens.
+    For each row, ``|W + sBA|² = |W|² + 2s B·(W Aᵀ) + s² B·(B A Aᵀ)``: |W|² is computed once, and W Aᵀ is a forward of
+    r tokens.
     """
 
     @staticmethod
@@ -36,7 +37,7 @@ class Dora4bitVariant(DoraLinearVariant):
 
     @staticmethod
     def scale_of(module: "LoraLinear4bit", adapter_name: str) -> Tensor:
-        """magnitude / norm [out]; the norm is a constant for the gradient (section 4.3 there)."""
+        """magnitude / norm [out]; the gradient treats the norm as a constant (Liu et al. 2024, section 4.3)."""
         with torch.no_grad():
             a, b = module.lora_A[adapter_name].weight.float(), module.lora_B[adapter_name].weight.float()
             scaling = module.scaling[adapter_name]
@@ -47,8 +48,8 @@ class Dora4bitVariant(DoraLinearVariant):
 
     @staticmethod
     def forward(module: "LoraLinear4bit", active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        # `result` is the base's; with dropout on the adapter's input the base is scaled on the dropped input as well,
-        # as PEFT does.
+        # `result` is the base's output. As in PEFT, dropout on the adapter's input also applies to the base's product
+        # that is scaled.
         dropout = module.lora_dropout[active_adapter]
         dropped = dropout(x) if module.training and not isinstance(dropout, nn.Identity) else x
         scale = Dora4bitVariant.scale_of(module, active_adapter)
@@ -65,13 +66,13 @@ def _without_bias(result: Tensor, module: "LoraLinear4bit") -> Tensor:
 class LoraLinear4bit(PeftLinear):
     """PEFT's LoRA layer on a :class:`qlora.nn.Linear4bit`, as one fused operation.
 
-    Fused are: the active adapters without a variant, however many, dropout included; DoRA; batches with an adapter for
-    each sample (``adapter_names``) through ``forward.multi``. What PEFT adds besides runs as PEFT has it.
+    It fuses plain LoRA, with dropout (the first of several active adapters); DoRA; and batches with one adapter per
+    sample (``adapter_names``), through ``forward.multi``. PEFT's own code computes everything else.
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> None:
         self._row_squares: Tensor | None = None
-        self._unmerged: list[Linear4bit] = []  # the base while something is merged; not a submodule
+        self._unmerged: list[Linear4bit] = []  # the 4-bit base while merged; in a list so that it is not a submodule
         self.merge_into = MergeInto()
         self.merge_report: MergeReport | None = None
         super().__init__(base_layer, adapter_name, config, **kwargs)
@@ -92,32 +93,32 @@ class LoraLinear4bit(PeftLinear):
 
     @property
     def quantized(self) -> Linear4bit:
-        """The 4-bit layer below, also while an adapter is merged."""
+        """The 4-bit base layer, also while an adapter is merged."""
         return self._unmerged[0] if self._unmerged else self.get_base_layer()
 
     def base_product(self, x: Tensor) -> Tensor:
-        """x Wᵀ without the bias, W as it is in 4 bit."""
+        """x Wᵀ with the 4-bit W, without the bias."""
         return self.quantized.run(x, with_bias=False)
 
     def base_row_squares(self) -> Tensor:
-        """The squared norm of each row of W [out], float32; computed once."""
+        """The squared norm of each row of W: float32 [out], computed once."""
         if self._row_squares is None or self._row_squares.device != self.quantized.weight.device:
             self._row_squares = self.quantized.dequantize(torch.float32).square().sum(1)
         return self._row_squares
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._row_squares = None  # the base may be another one now
+        self._row_squares = None  # loading may change the base
         super()._load_from_state_dict(*args, **kwargs)
 
     def run_adapter(self, x: Tensor, name: str, bias: bool = True, lora_x: Tensor | None = None) -> Tensor:
-        """Base and one adapter in one operation."""
+        """The base and one adapter in one fused operation."""
         a, b, scaling = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
         return self.quantized.run(x, a, b, scaling, lora_x, bias)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters or self.merged or kwargs:
             return super().forward(x, *args, **kwargs)
-        # nn.Module and PEFT find each part by an exception and three dictionaries: 10 µs a call for these.
+        # Reads the dictionaries directly: nn.Module and PEFT need 10 µs per call to find these parts.
         parts = self._modules
         base = parts["base_layer"]
         all_a, all_b, all_dropout = (parts[name]._modules for name in ("lora_A", "lora_B", "lora_dropout"))
@@ -128,7 +129,7 @@ class LoraLinear4bit(PeftLinear):
             if name in self.lora_variant or self.lora_bias[name]:
                 return super().forward(x, *args, **kwargs)
             if has_hooks(base, all_a[name], all_b[name], all_dropout[name]):
-                return super().forward(x, *args, **kwargs)  # calls every part
+                return super().forward(x, *args, **kwargs)  # calls each part, so its hooks run
         quantized = base if isinstance(base, Linear4bit) else self.quantized
         y: Any = None
         for name in active:
@@ -136,7 +137,7 @@ class LoraLinear4bit(PeftLinear):
             dropped = self._dropped(x, all_dropout[name])
             if y is None:
                 y = quantized.run(x, a.weight, b.weight, self.scaling[name], dropped)
-                continue  # the base is read once
+                continue  # only the first adapter is fused with the base
             low_rank = b(a((x if dropped is None else dropped).to(a.weight.dtype)))
             y = y + (low_rank * self.scaling[name]).to(y.dtype)
         return y
@@ -173,11 +174,11 @@ class LoraLinear4bit(PeftLinear):
         y = ops.forward_multi(x.to(compute), *w.arguments, a, b, scaling, of_row, base.bias)
         return y.to(x.dtype)
 
-    # ---- initializations that look at the base or change it ----
+    # ---- initializations that read or change the base ----
 
     @contextmanager
     def dense_base(self, changes: bool = True) -> Iterator[nn.Linear]:
-        """The base as a dense float32 layer for a while; afterwards what has become of it is quantized again."""
+        """Makes the base a dense float32 layer inside a ``with`` block, then quantizes it again if it ``changes``."""
         base = self.quantized
         dense = dense_linear(base.dequantize(torch.float32), base.bias)
         self.base_layer = dense
@@ -191,7 +192,7 @@ class LoraLinear4bit(PeftLinear):
 
     def loftq_init(self, adapter_name: str, config: Any) -> None:
         raise ValueError(
-            "init_lora_weights='loftq' needs the weights from before they were quantized: create the adapter without it"
+            "init_lora_weights='loftq' needs the weights before quantization: create the adapter without it"
             " and call qlora.integrations.peft.initialize_loftq(model, weights=…)"
         )
 
@@ -199,7 +200,7 @@ class LoraLinear4bit(PeftLinear):
 
     @torch.no_grad()
     def exact_weight(self, names: Sequence[str]) -> Tensor:
-        """Base and adapters, one after the other, as one float32 weight."""
+        """The sum of the base and the named adapters, added one after another, as a float32 weight."""
         weight = self.quantized.dequantize(torch.float32)
         for name in names:
             delta = low_rank_delta(self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
@@ -213,8 +214,10 @@ class LoraLinear4bit(PeftLinear):
         return weight
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merges into a dense layer of the dtype that the base had before it was quantized, or as ``merge_into`` says.
-        The 4-bit base is kept, so :meth:`unmerge` is exact."""
+        """Merges into a dense layer with the base's dtype before quantization, or into the format ``merge_into``.
+
+        The 4-bit base is kept, so :meth:`unmerge` is exact.
+        """
         names = [name for name in check_adapters_to_merge(self, adapter_names) or [] if name in self.lora_A]
         if not names:
             return
@@ -235,7 +238,7 @@ class LoraLinear4bit(PeftLinear):
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Back to the 4-bit base, bit for bit."""
+        """Restores the 4-bit base, bit for bit."""
         if not self._unmerged:
             return
         base = self._unmerged[0].to(self.base_layer.weight.device)
@@ -259,14 +262,14 @@ for _name in _DENSE_INITS:
 
 
 class LoraEmbedding4bit(PeftEmbedding):
-    """PEFT's LoRA layer on a :class:`qlora.nn.Embedding4bit`. Merging gives a dense embedding; unmerging is exact."""
+    """PEFT's LoRA layer on a :class:`qlora.nn.Embedding4bit`. Merging yields a dense embedding; unmerging is exact."""
 
     base_layer: Any
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> None:
         self._unmerged: list[Embedding4bit] = []
         if config.use_dora:
-            raise ValueError("DoRA on an embedding in 4 bit is not supported: use LoRA there, or a dense embedding")
+            raise ValueError("DoRA on a 4-bit embedding is not supported: use LoRA for it, or a dense embedding")
         super().__init__(base_layer, adapter_name, config, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -291,9 +294,11 @@ class LoraEmbedding4bit(PeftEmbedding):
 
 
 class ParamWrapper(PeftParamWrapper):
-    """PEFT's LoRA on one 3-D weight of :class:`qlora.nn.Experts4bit` (``target_parameters``), an adapter for each
-    expert, fused with the expert's projection; PEFT itself would add a dense delta of all experts at each call. PEFT
-    finds its wrappers by the name of their class, so this one has the same."""
+    """PEFT's LoRA on one 3-D weight of :class:`qlora.nn.Experts4bit` (``target_parameters``), one adapter per expert.
+
+    Each expert's adapter is fused with its projection; PEFT's own wrapper would add a dense delta of all experts in
+    every call. PEFT finds its wrappers by class name, so this class has the same name.
+    """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> None:
         self.merge_into = MergeInto()
@@ -303,7 +308,7 @@ class ParamWrapper(PeftParamWrapper):
         experts = self.get_base_layer()
         self.num_experts, n, half_k = self.get_param().shape
         self._param_ndim = 3
-        return (2 * half_k, n) if experts.is_transposed else (n, 2 * half_k)  # as the dense weight lies; see PEFT
+        return (2 * half_k, n) if experts.is_transposed else (n, 2 * half_k)  # as in the dense weight; see PEFT
 
     def factors(self, name: str) -> tuple[Tensor, Tensor, float]:
         """lora_a [experts, r, in] and lora_b [experts, out, r] of an adapter, and its scaling."""
@@ -320,7 +325,7 @@ class ParamWrapper(PeftParamWrapper):
         every = [self.factors(name) for name in active]
         if len(every) == 1:
             together = every[0]
-        else:  # adapters side by side are one of their ranks together
+        else:  # concatenated adapters act as one whose rank is the sum of theirs
             a = torch.cat([scaling * a for a, _, scaling in every], dim=1)
             together = (a, torch.cat([b for _, b, _ in every], dim=2), 1.0)
         low_rank = self.get_base_layer().low_rank
@@ -333,8 +338,8 @@ class ParamWrapper(PeftParamWrapper):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError(
-            f"{self.parameter_name}: an adapter on experts in 4 bit is merged by merge_and_unload() only, which makes"
-            " new ones"
+            f"{self.parameter_name}: only merge_and_unload() can merge an adapter on 4-bit experts, because it creates"
+            " new experts"
         )
 
     @torch.no_grad()
@@ -345,7 +350,7 @@ class ParamWrapper(PeftParamWrapper):
         if not merge:
             return experts
         wrappers, layer = [], self
-        while isinstance(layer, LoraExperts4bit):  # one for each weight, nested
+        while isinstance(layer, LoraExperts4bit):  # nested wrappers, one per weight
             wrappers.append(layer)
             layer = layer.base_layer
         dense = experts.to_experts(torch.float32)

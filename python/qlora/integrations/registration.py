@@ -1,8 +1,9 @@
-"""Tells transformers of our quantizer and PEFT of our LoRA layers when they are imported: ``import qlora`` is enough.
+"""Registers the quantizer with transformers and the LoRA layers with PEFT; ``import qlora`` is enough.
 
-Both find such things in tables or functions that only running code can extend, and importing them takes seconds. So a
-finder waits for the modules that hold them, puts our entries in, and imports nothing: what the entries stand for is
-imported when a model needs it. What counts and averages parameters learns of packed ones in the same way.
+Both libraries keep such entries in tables or functions that only running code can extend, and importing them takes
+seconds. So an import hook waits until the modules with these tables are imported, and then adds the entries. It imports
+nothing itself: an entry imports its implementation when a model needs it. The functions that count and average
+parameters are patched in the same way.
 """
 
 import sys
@@ -17,7 +18,7 @@ from qlora.integrations import METHOD
 
 
 class _Config:
-    """Entry of transformers' table of configs."""
+    """Entry in transformers' table of configs."""
 
     @staticmethod
     def from_dict(options: dict[str, Any], **kwargs: Any) -> Any:
@@ -27,7 +28,7 @@ class _Config:
 
 
 def _quantizer(config: Any, **kwargs: Any) -> Any:
-    """Entry of transformers' table of quantizers."""
+    """Entry in transformers' table of quantizers."""
     from qlora.integrations.transformers import QLoRAQuantizer
 
     return QLoRAQuantizer(config, **kwargs)
@@ -39,8 +40,11 @@ def _register_quantizer(table: ModuleType) -> None:
 
 
 def _register_lora_layers(model: ModuleType) -> None:
-    """PEFT chooses the LoRA layer for a module in a static method, from a list that it makes itself: ours comes first.
-    (LoraConfig's custom modules are not saved with an adapter, which would then silently run unfused.)"""
+    """Wraps the static method in which PEFT chooses the LoRA layer for a module, so that qlora's layers come first.
+
+    LoraConfig's custom modules are no alternative: they are not saved with an adapter, which would then silently run
+    unfused.
+    """
     choose = model.LoraModel._create_new_module
 
     def create(lora_config: Any, adapter_name: str, target: Any, **kwargs: Any) -> Any:
@@ -92,7 +96,7 @@ class _Finder(MetaPathFinder):
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         if name not in self.waiting:
             return None
-        self.waiting.remove(name)  # the real finders are asked below
+        self.waiting.remove(name)  # so that the call below asks the other finders
         spec = find_spec(name)
         if spec is not None and spec.loader is not None:
             spec.loader = _RegisteringLoader(spec.loader)
@@ -100,7 +104,7 @@ class _Finder(MetaPathFinder):
 
 
 def register_when_imported() -> None:
-    """Registers with what is imported already, and waits for the rest."""
+    """Registers with the libraries that are already imported, and waits for the others."""
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
     finder = _Finder()

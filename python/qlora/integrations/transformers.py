@@ -1,7 +1,7 @@
-"""transformers: ``from_pretrained(…, quantization_config=qlora.QLoRAConfig())`` loads, quantizes, saves and reloads.
+"""transformers integration: ``from_pretrained(…, quantization_config=qlora.QLoRAConfig())`` loads 4-bit models.
 
-transformers has no entry points for quantizers: ``import qlora`` registers this one as soon as transformers is imported
-(:mod:`qlora.integrations.registration`).
+Such models can be saved and reloaded. transformers has no entry points for quantizers, so ``import qlora`` registers
+this one when transformers is imported (:mod:`qlora.integrations.registration`).
 """
 
 import logging
@@ -32,7 +32,7 @@ from qlora.weight import QuantizedWeight, quantize
 logger = logging.getLogger(__name__)
 
 _EXTRA_STATE = "_extra_state"
-# Of a bitsandbytes checkpoint: a weight and what belongs to it.
+# Names in a bitsandbytes checkpoint: the weight and its statistics.
 _BNB_NAMES = (
     "weight",
     "weight.absmax",
@@ -45,16 +45,15 @@ _BNB_NAMES = (
 
 
 class QLoRAConfig(QuantizationConfigMixin):
-    """How ``from_pretrained`` quantizes a model, and what ``config.json`` says of one that is saved.
+    """How ``from_pretrained`` quantizes a model; a saved model has this config in its ``config.json``.
 
     Args:
         quant_type, double_quant, block_size: the format, see :func:`qlora.quantize`.
-        compute_dtype: dtype of the products, "float32", "bfloat16" or "float16"; None: that of the activations.
-        skip_modules: layers that stay as they are, by their whole names, their beginnings or their ends, besides the
-            output head.
+        compute_dtype: dtype of the products: "float32", "bfloat16" or "float16"; None takes the dtype of activations.
+        skip_modules: layers to leave as they are, besides the output head: whole names, prefixes or suffixes.
         checkpoint_format: "qlora", or "bitsandbytes" for the layout of that library's checkpoints.
 
-    Raises ValueError naming the value and the rule.
+    Raises ValueError with the value and the rule.
     """
 
     def __init__(
@@ -94,7 +93,7 @@ def _dtype_name(dtype: torch.dtype | str | None) -> str | None:
 
 
 class Quantize(ConversionOps):
-    """A dense weight of the checkpoint to the tensors of its 4-bit layer."""
+    """Converts a dense weight of the checkpoint into the tensors of its 4-bit layer."""
 
     def __init__(self, hf_quantizer: "QLoRAQuantizer") -> None:
         self.hf_quantizer = hf_quantizer
@@ -112,7 +111,7 @@ class Quantize(ConversionOps):
                 result[name] = tensors["weight"]
                 result |= {f"{name}_{statistic}": tensors[statistic] for statistic in STATISTICS}
                 continue
-            if module.dense_class is Conv1D:  # the checkpoint holds its weight as (in, out)
+            if module.dense_class is Conv1D:  # the checkpoint stores its weight as (in, out)
                 dense = dense.t().contiguous()
             options = self.hf_quantizer.quantization_config
             weight = quantize(dense, options.quant_type, options.block_size, options.double_quant)
@@ -126,7 +125,7 @@ class Quantize(ConversionOps):
 
 
 class Identity(ConversionOps):
-    """4-bit layers are saved as they are."""
+    """No conversion: 4-bit layers are saved as they are."""
 
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         return input_dict
@@ -137,7 +136,7 @@ class Identity(ConversionOps):
 
 
 class DeserializeBitsandbytes(ConversionOps):
-    """The entries of a bitsandbytes layer to the tensors of ours, bit for bit."""
+    """Converts the entries of a bitsandbytes layer into the tensors of Linear4bit, bit for bit."""
 
     def __init__(self, hf_quantizer: "QLoRAQuantizer") -> None:
         self.hf_quantizer = hf_quantizer
@@ -155,7 +154,7 @@ class DeserializeBitsandbytes(ConversionOps):
         module, _ = get_module_from_name(model, full_layer_name)
         if not isinstance(module, Linear4bit):
             if len(entries) > 1:
-                raise ValueError(f"{full_layer_name} is in 4 bit in the checkpoint: the model keeps this layer dense")
+                raise ValueError(f"{full_layer_name} is 4-bit in the checkpoint, but dense in the model")
             return entries
         if len(entries) == 1:
             raise ValueError(
@@ -168,7 +167,7 @@ class DeserializeBitsandbytes(ConversionOps):
                 f"{full_layer_name} has shape {weight.shape} in the checkpoint: the model needs"
                 f" {(module.out_features, module.in_features)}"
             )
-        module.adopt(weight)  # its format may differ from layer to layer; the tensors themselves follow
+        module.adopt(weight)  # takes over the format, which may differ between layers; the caller loads the tensors
         return layer_tensors(weight) | {_EXTRA_STATE: module.get_extra_state()}
 
     @property
@@ -177,22 +176,22 @@ class DeserializeBitsandbytes(ConversionOps):
 
 
 def layer_tensors(weight: QuantizedWeight) -> dict[str, Tensor]:
-    """The tensors of a Linear4bit by their names in its state dict."""
+    """The tensors of a Linear4bit, by their names in its state dict."""
     n, k = weight.shape
     packed = weight.packed.view(n, k // 2) if k % 2 == 0 else weight.packed
     return {"weight": packed, **{name: getattr(weight, name) for name in STATISTICS}}
 
 
 class QLoRAQuantizer(HfQuantizer):
-    """What transformers asks of a quantization method."""
+    """The quantizer that transformers calls to load and save models."""
 
     quantization_config: QLoRAConfig
 
     def __init__(self, quantization_config: QLoRAConfig, **kwargs: Any) -> None:
-        super().__init__(copy(quantization_config), **kwargs)  # the caller's own may load other models
+        super().__init__(copy(quantization_config), **kwargs)  # the caller may reuse the original
         self.quantized_names: set[str] = set()
         self.has_adapters = False  # prepare_model has put trainable adapters into the model
-        self.state_to_save: dict[str, Tensor] | None = None  # instead of the model's, for another format
+        self.state_to_save: dict[str, Tensor] | None = None  # for export in another format
         if self._reads_bitsandbytes:
             self.serialized_names = {"weight": list(_BNB_NAMES)}
 
@@ -201,7 +200,7 @@ class QLoRAQuantizer(HfQuantizer):
         return self.pre_quantized and self.quantization_config.checkpoint_format == "bitsandbytes"
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        # Asked also of weights that are in 4 bit already: then shapes have to fit.
+        # transformers also asks for weights that are already 4-bit; for those False makes it check their shapes.
         if self.pre_quantized:
             return False
         module, leaf = get_module_from_name(model, param_name)
@@ -216,24 +215,25 @@ class QLoRAQuantizer(HfQuantizer):
         return {"deserialize": DeserializeBitsandbytes} if self._reads_bitsandbytes else {}
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        # Asked when a model is saved, before its config is written.
+        # transformers calls this when it saves a model, before it writes the config.
         if self.state_to_save is None:
             self._check_what_is_saved(model)
         return self.state_to_save, {}
 
     def _check_what_is_saved(self, model: Any) -> None:
-        """The config goes with a model that still is in 4 bit; one that another library has made dense loses it.
+        """Removes the quantization config from a model that another library has made dense.
 
-        Raises ValueError for a model of which a part has become dense: its files could not be read back."""
+        Raises ValueError if only some layers have become dense, because such a model could not be read back.
+        """
         now = {name for name, _ in quantized_layers(model)}
         if not now:
             self.remove_quantization_config(model)
         elif now != self.quantized_names:
             changed = sorted(now ^ self.quantized_names)
             raise ValueError(
-                f"save_pretrained: {len(changed)} layers are no longer what the config says, e.g. {changed[:3]}: a"
-                " model in 4 bit in parts cannot be read back. Merge adapters by qlora.merge_and_unload(model), which"
-                " makes all layers dense or, with requantize=True, none"
+                f"save_pretrained: {len(changed)} layers differ from the quantization config, e.g. {changed[:3]}: a"
+                " model with only some layers in 4 bit cannot be read back. Merge adapters with"
+                " qlora.merge_and_unload(model), which makes all layers dense, or with requantize=True keeps all 4-bit"
             )
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -251,7 +251,7 @@ class QLoRAQuantizer(HfQuantizer):
 
     @property
     def is_qat_trainable(self) -> bool:
-        return self.has_adapters  # Trainer refuses models in 4 bit that are not PEFT's, unless this holds
+        return self.has_adapters  # without this, Trainer refuses 4-bit models that are not PeftModels
 
     @property
     def is_compileable(self) -> bool:
@@ -286,25 +286,27 @@ class QLoRAQuantizer(HfQuantizer):
                 layer.compute_dtype, layer.dense_class = options.torch_compute_dtype, kind
             else:
                 continue
-            vars(layer)["_is_hf_initialized"] = True  # what is missing is an error, not for filling
+            vars(layer)["_is_hf_initialized"] = True  # transformers must not fill missing tensors: they are an error
             replace_module(model, module, layer)
             quantized += 1
         if quantized == 0:
-            raise ValueError(f"{type(model).__name__} has no layer to quantize; skipped are {sorted(skip)}")
+            raise ValueError(f"{type(model).__name__} has no layer to quantize; these are skipped: {sorted(skip)}")
         if not self.pre_quantized:
             self._quantize_what_the_file_holds(model)
         return model
 
     def _quantize_what_the_file_holds(self, model: Any) -> None:
-        """Weights are quantized from the checkpoint's dtype, not from the model's: so an adapter that was trained in
-        one compute dtype meets the same base in another."""
+        """Quantizes weights from the checkpoint's dtype, not the model's.
+
+        So the 4-bit base is the same for every compute dtype, and an adapter can be used with another than its own.
+        """
         plan_of = model._get_dtype_plan
         names = [
             f"{name}.{weight}"
             for name, module in quantized_layers(model)
             for weight in (module.weight_names if isinstance(module, Experts4bit) else ["weight"])
         ]
-        model._get_dtype_plan = lambda dtype: {**plan_of(dtype), **dict.fromkeys(names)}  # None: no cast
+        model._get_dtype_plan = lambda dtype: {**plan_of(dtype), **dict.fromkeys(names)}  # None means no cast
 
     def _tell_unknown_names(self, model: Any) -> None:
         names = [name for name, _ in model.named_modules()]
@@ -313,20 +315,23 @@ class QLoRAQuantizer(HfQuantizer):
                 logger.warning("skip_modules: '%s' matches no module of %s", wanted, type(model).__name__)
 
     def _left_dense(self, model: Any, skip: list[str]) -> set[str]:
-        """Names of layers that stay dense though nobody has said so: heads, and weights that other code reads."""
+        """Names of layers outside skip_modules that stay dense: heads, and layers whose weight other code reads.
+
+        Raises ValueError for such a layer in a bitsandbytes checkpoint.
+        """
         candidates = [
             name
             for name, module in model.named_modules()
             if isinstance(module, nn.Linear | Conv1D) and should_convert_module(name, skip)
         ]
         readers = borrowed(model, candidates)
-        if self._reads_bitsandbytes:  # its checkpoint says what is in 4 bit
+        if self._reads_bitsandbytes:  # the checkpoint determines which layers are 4-bit
             for name, reader in readers.items():
                 self._check(f"the code of {reader} reads its weight", name, model.get_submodule(name))
             return set()
         if readers:
             logger.warning(
-                "left dense, for model code reads their weights: %s",
+                "left dense, because model code reads their weights: %s",
                 ", ".join(f"{name} (by {reader})" for name, reader in list(readers.items())[:5])
                 + (f" and {len(readers) - 5} more" if len(readers) > 5 else ""),
             )
@@ -351,7 +356,7 @@ class QLoRAQuantizer(HfQuantizer):
         vars(model).pop("_get_dtype_plan", None)
         self.quantization_config.checkpoint_format = "qlora"
         self.quantized_names = {name for name, _ in quantized_layers(model)}
-        # Layers in 4 bit are saved under the model's own names: packed rows are not what a converter splits or joins.
+        # 4-bit layers are saved under the model's own names, because converters cannot split or join packed rows.
         packed = [tensor for name, module in quantized_layers(model) for tensor, _ in _own_tensors(name, module)]
         conversions = getattr(model, "_weight_conversions", None)
         if conversions:
@@ -361,14 +366,14 @@ class QLoRAQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> nn.Module:
-        # The config of a saved model has it as a string.
+        # The config of a saved model stores the dtype as a string.
         wanted: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         make_dense(model, wanted)
         return model
 
 
 def make_dense(model: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Puts dense layers in the place of all 4-bit ones, in ``dtype`` or what they had before."""
+    """Replaces all 4-bit layers by dense ones, in ``dtype`` (default: their dtype before quantization)."""
     for module in list(model.modules()):
         if isinstance(module, Experts4bit):
             replace_module(model, module, module.to_experts(dtype))
@@ -379,7 +384,7 @@ def make_dense(model: nn.Module, dtype: torch.dtype | None = None) -> None:
 
 
 def quantized_layers(model: Any) -> Iterator[tuple[str, Linear4bit | Experts4bit]]:
-    """All 4-bit layers of a model by name."""
+    """All 4-bit layers of a model, by name."""
     for name, module in model.named_modules():
         if isinstance(module, Linear4bit | Experts4bit):
             yield name, module
@@ -395,7 +400,7 @@ def _own_tensors(name: str, module: Linear4bit | Experts4bit) -> Iterator[tuple[
 
 
 def _concerns(conversion: Any, packed: list[str]) -> bool:
-    """Whether a weight conversion makes one of the tensors ``packed`` out of others, by splitting, say."""
+    """Whether a weight conversion creates one of the tensors ``packed`` from others, for example by splitting."""
     if isinstance(conversion, Quantize | DeserializeBitsandbytes):
         return True
     operations = getattr(conversion, "operations", None)
@@ -403,7 +408,7 @@ def _concerns(conversion: Any, packed: list[str]) -> bool:
         return False
     if any(isinstance(operation, DeserializeBitsandbytes) for operation in operations):
         return True
-    # Patterns of whole parts of a name, "mlp.experts.gate_up_proj"; a star is a number, r"\1" is
-    # something of the source.
+    # A pattern matches whole parts of a name, e.g. "mlp.experts.gate_up_proj"; a star is a number, r"\1" is a group
+    # of the source pattern.
     patterns = [target.replace(r"\1", ".*").replace("*.", r"\d+\.") for target in conversion.target_patterns]
     return any(re.search(rf"(^|\.){pattern}(\.|$)", name) for pattern in patterns for name in packed)

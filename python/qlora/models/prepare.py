@@ -97,7 +97,7 @@ def allow_saving(model: nn.Module) -> None:
 
 def _refuse_to_save(*args: object, **kwargs: object) -> None:
     raise ValueError(
-        "save_pretrained: this model has 4-bit layers and adapters from prepare_model, so from_pretrained could not read"
+        "save_pretrained: this model has 4-bit layers and adapters from prepare_model; from_pretrained could not read"
         " the result. Save the adapter with qlora.save_adapter(model, folder), or merge it first with"
         " qlora.merge_and_unload(model). To save a 4-bit model, load it with quantization_config=qlora.QLoRAConfig()."
         " With a Trainer, use PEFT's adapters (get_peft_model), or save_strategy='no'"

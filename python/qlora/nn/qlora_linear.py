@@ -134,7 +134,7 @@ class QLoRALinear(nn.Module):
         """
         check_adapter(rank, dropout)
         if not name or "." in name:
-            raise ValueError(f"adapter name '{name}' must not be empty and must be without dots")
+            raise ValueError(f"adapter name '{name}' must be non-empty and without dots")
         if name in self.adapters:
             raise ValueError(f"adapter '{name}' exists already: the layer has {sorted(self.adapters)}")
         if hasattr(self.lora_a, name):
