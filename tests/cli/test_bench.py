@@ -109,7 +109,7 @@ def test_contenders_compute_the_same():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["sing"], "sing is no work: use forward"),
+        (["sing"], "sing is unknown: use forward"),
         (["--device", "cuda"], "sees no GPU"),
         (["--repeats", "1"], "repeats=1: a median needs at least 2"),
     ],

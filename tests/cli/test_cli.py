@@ -133,11 +133,11 @@ def test_the_demo_replaces_only_an_older_demo(tmp_path):
     folder = tmp_path / "precious"
     folder.mkdir()
     (folder / "thesis.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="is no older demo"):
+    with pytest.raises(FileExistsError, match="is not an older demo"):
         demo._replace_older_demo(folder)
     assert (folder / "thesis.txt").exists()
     (folder / "settings.json").write_text("{}")  # a fine-tuning run of the user's own
-    with pytest.raises(FileExistsError, match="is no older demo"):
+    with pytest.raises(FileExistsError, match="is not an older demo"):
         demo._replace_older_demo(folder)
     older = tmp_path / "older"
     demo._replace_older_demo(older)

@@ -118,7 +118,7 @@ def test_packing_is_fast_for_many_records():
         ({"text": 3}, "'text' must be a string"),
         ('{"text": "half a \\ud800 pair"}', "surrogates not allowed"),
         ({"messages": []}, "list that is not empty"),
-        ({"messages": [{"role": "bot", "content": "x"}]}, "role 'bot' is none of"),
+        ({"messages": [{"role": "bot", "content": "x"}]}, "role 'bot' is not one of"),
         ({"messages": [{"role": "user", "content": "x"}]}, "there is nothing to learn"),
         ({"messages": [{"role": "user"}]}, "string 'content'"),
     ],

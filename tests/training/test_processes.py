@@ -139,7 +139,7 @@ def test_rows_that_the_processes_cannot_share_are_refused(world, tmp_path):
     process = start(command(world, tmp_path / "run", "--batch-size", "1", "--gradient-accumulation", "3"), 2)
     _, error = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert "gradient_accumulation=3 are 3 rows a step, which 2 processes cannot share" in error
+    assert "gradient_accumulation=3 are 3 rows per step, which 2 processes cannot share" in error
     assert not (tmp_path / "run").exists()
 
 

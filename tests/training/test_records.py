@@ -77,7 +77,7 @@ def test_every_file_format(tmp_path, ending, mark):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("data.csv", "prompt,completion\na,b\nc\n", r"data\.csv:3: the row has not as many fields"),
+        ("data.csv", "prompt,completion\na,b\nc\n", r"data\.csv:3: the row must have as many fields"),
         ("data.csv", 'prompt,completion\na,"b\n', r"data\.csv:\d: "),
         ("data.csv", "question\nx\n", r"data\.csv:2: keys \['question'\]: a record has either"),
         ("data.json", '[{"prompt": "a",]', r"data\.json:1: "),
@@ -154,5 +154,5 @@ def test_what_is_learnt_is_shown(tmp_path, tokenizer, capsys):
     options = ["--model", tokenizer.name_or_path, "--data", str(data), "--output", str(tmp_path / "run")]
     assert main(["finetune", *options, "--show-example"]) == 0
     out = capsys.readouterr().out
-    assert "4 of 12 tokens are learnt, in colour; nothing was trained" in " ".join(out.split())
+    assert "4 of 12 tokens are learnt (in colour); nothing was trained" in " ".join(out.split())
     assert not (tmp_path / "run").exists()

@@ -1,1 +1,1 @@
-"""What ``qlora bench`` runs: contenders beside each other in one process, against limits measured in the same run."""
+"""Benchmarks of ``qlora bench``: qlora and its peers in one process, against limits measured in the same run."""

@@ -1,4 +1,4 @@
-"""Clocks, alternating measurement, and what the machine can do at most."""
+"""Measures times of contenders in alternation, and the limits of the machine."""
 
 import math
 import os
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-Contender = Callable[[int], object]  # one call with weight number i
+Contender = Callable[[int], object]  # runs one call with weight number i
 
 ROUND_SECONDS = 0.03  # a contender's turn is at least this long
 WARMUP_CALLS = 2
@@ -23,18 +23,18 @@ WARMUP_CALLS = 2
 
 @dataclass(frozen=True)
 class Limits:
-    """The two ends of the roofline, measured."""
+    """The two measured limits of the roofline: memory bandwidth and FLOP/s."""
 
     read_bytes_per_s: float
     flops_per_s: float
 
     def seconds(self, flops: float, size_bytes: float) -> float:
-        """The shortest time in which so much can be done, whichever limit is nearer."""
+        """The shortest possible time for this work: the larger of its compute and memory times."""
         return max(flops / self.flops_per_s, size_bytes / self.read_bytes_per_s)
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds until the results of ``call`` are there."""
+    """Seconds until the results of ``call`` are ready."""
     if device.type != "cuda":
         begin = time.perf_counter()
         call()
@@ -49,17 +49,17 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def captured(name: str, contender: Contender, device: torch.device, copies: int) -> tuple[Contender, int]:
-    """What to call for the contender, and how many of its calls that is.
+    """The function to time for a contender, and the number of the contender's calls that it makes.
 
-    On a GPU a CUDA graph of one call with each weight, captured on the current stream, which must not be the default
-    one: with a launch for each kernel the host is measured at few tokens, not the GPU. A contender that cannot be
-    captured is timed with its launches, and stderr says so.
+    On a GPU it is a CUDA graph with one call per weight, captured on the current stream, which must not be the default
+    one. Without a graph, times at few tokens would measure the host's launches instead of the GPU. A contender that
+    cannot be captured is timed with its launches, and stderr says so.
     """
     if device.type != "cuda":
         return contender, 1
     graph = torch.cuda.CUDAGraph()
     try:
-        contender(0)  # what is made at a first call must not be made in a graph
+        contender(0)  # the first call's initialization must not be captured
         torch.cuda.synchronize(device)
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream(device)):
             for i in range(copies):
@@ -75,10 +75,10 @@ def captured(name: str, contender: Contender, device: torch.device, copies: int)
 def alternate(
     contenders: Mapping[str, Contender], device: torch.device, copies: int, repeats: int, graphs: bool = True
 ) -> dict[str, list[float]]:
-    """Seconds a call of each contender, once for each of ``repeats`` rounds in which all of them take turns.
+    """Seconds per call of each contender, one figure for each of ``repeats`` rounds in which all contenders take turns.
 
-    Each call gets the next of ``copies`` weights, so that none is still in a cache; every second round begins with the
-    last contender. On a GPU calls are replayed from CUDA graphs if ``graphs``.
+    Each call uses the next of ``copies`` weights, so that no weight is still cached. Every second round runs the
+    contenders in reverse order. On a GPU calls are replayed from CUDA graphs if ``graphs``.
     """
 
     def turn(contender: Contender, first: int, calls: int) -> float:
@@ -104,7 +104,7 @@ def alternate(
 
 
 def median_ratio(ours: list[float], theirs: list[float]) -> tuple[float, float]:
-    """Median of the ratios of the rounds, and the distance of their quartiles relative to it."""
+    """Median of the rounds' ratios, and their interquartile range relative to it."""
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     middle = statistics.median(ratios)
     low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (middle,) * 3
@@ -112,17 +112,17 @@ def median_ratio(ours: list[float], theirs: list[float]) -> tuple[float, float]:
 
 
 def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
-    """What torch itself reaches: a sum over 1 GiB, and the product of two square matrices."""
+    """The rates that torch itself reaches with a sum over 1 GiB and with a product of two square matrices."""
     big = torch.ones(2**28, device=device)
     side = 4096 if device.type == "cpu" else 8192
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     reads = alternate({"read": lambda _: big.sum()}, device, 1, 5)["read"]
     products = alternate({"product": lambda _: F.linear(a, b)}, device, 1, 5)["product"]
-    return Limits(big.nbytes / min(reads), 2 * side**3 / min(products))  # a limit: the best of the rounds
+    return Limits(big.nbytes / min(reads), 2 * side**3 / min(products))  # a limit is the best of the rounds
 
 
 def cache_bytes() -> int:
-    """The last-level cache of this machine's CPU, as far as the kernel tells; 0 if it does not."""
+    """Bytes of the CPU's last-level cache, as the operating system reports it; 0 if it does not."""
     sizes = []
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = path.read_text().strip()
@@ -149,7 +149,7 @@ def _gpu_description(device: torch.device) -> dict[str, str]:
 
 
 def describe(device: torch.device) -> dict[str, str]:
-    """The machine and what limits it: devices, clocks, threads, instruction sets."""
+    """Facts about the machine that affect times: devices, clocks, threads, instruction sets."""
     from qlora import _C
 
     environment = {

@@ -1,4 +1,4 @@
-"""What a run of the benchmark leaves: a table, a JSON file, and a roofline."""
+"""Reports a benchmark run: a table, a JSON file and a roofline chart."""
 
 import io
 import json
@@ -11,12 +11,12 @@ from qlora.bench.measure import Limits, median_ratio
 from qlora.bench.works import Work
 from qlora.storage.files import atomic_write
 
-NOISY = 0.10  # a spread above this asks for another run
+NOISY = 0.10  # results with a larger spread should be measured again
 
 
 @dataclass(frozen=True)
 class Result:
-    """Times of one work; ratios are ours to each peer's, medians over rounds."""
+    """Times of one work; a ratio is qlora's time divided by a peer's, as the median over rounds."""
 
     name: str
     extents: dict[str, int]
@@ -51,7 +51,7 @@ def print_table(results: list[Result]) -> None:
 
     peers = list(dict.fromkeys(name for result in results for name in result.seconds if name != "qlora"))
     table = Table(
-        title="time of qlora ÷ time of the peer, medians over alternating rounds (± half the quartiles' distance)"
+        title="time of qlora ÷ time of the peer, medians over alternating rounds (± half the interquartile range)"
     )
     for heading in ("work", "extents", "qlora ms", *(f"÷ {peer}" for peer in peers), "GFLOP/s", "GB/s", "of the limit"):
         table.add_column(heading, justify="left" if heading in {"work", "extents"} else "right")
@@ -86,7 +86,7 @@ def write_json(path: Path, machine: dict[str, str], limits: Limits, results: lis
 
 
 def write_roofline(path: Path, machine: dict[str, str], limits: Limits, results: list[Result]) -> None:
-    """Achieved FLOP/s over FLOP per byte, below the two limits of the machine."""
+    """Plots achieved FLOP/s over FLOP per byte, with the two limits of the machine."""
     import matplotlib
 
     matplotlib.use("Agg")

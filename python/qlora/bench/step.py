@@ -1,4 +1,4 @@
-"""One training step of a whole language model with adapters on every linear layer, by each contender."""
+"""Benchmarks one training step of a whole language model with adapters on every linear layer."""
 
 import copy
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from qlora.bench.works import Work, require_bitsandbytes
 from qlora.models.prepare import prepare_model
 from qlora.nn.replacing import head_names, shared_names
 
-# SmolLM2-135M; the weights are random, which costs the same time.
+# SmolLM2-135M with random weights, which does not affect the time.
 SMOLLM2 = {
     "vocab_size": 49152,
     "hidden_size": 576,
@@ -30,7 +30,7 @@ def _with_peft(model: nn.Module, rank: int) -> nn.Module:
 
 
 def _with_bitsandbytes(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Every linear layer but the head as bitsandbytes holds it, NF4 with double quantization."""
+    """Replaces every linear layer except the head by bitsandbytes' NF4 layer with double quantization."""
     bnb = require_bitsandbytes()
     left_alone = head_names(model) | shared_names(model)
     for name, module in list(model.named_modules()):
@@ -59,7 +59,7 @@ def _step(model: nn.Module, ids: torch.Tensor) -> Contender:
 
 
 def step_work(tokens: int, rank: int, dtype: torch.dtype, device: torch.device, peers: Sequence[str]) -> Work:
-    """A step over ``tokens`` tokens: forward, backward, AdamW."""
+    """A training step over ``tokens`` tokens: forward, backward, AdamW."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig.from_dict(SMOLLM2)

@@ -1,4 +1,4 @@
-"""The pieces of work that contenders do: products, their gradients, quantization, batches of adapters."""
+"""Defines the benchmarked works: products, their gradients, quantization, batches of several adapters."""
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,8 +13,8 @@ from qlora.bench.measure import Contender, cache_bytes
 from qlora.weight import QuantizedWeight, quantize
 
 PEERS = ("torch", "bitsandbytes")
-MOST_DENSE_BYTES = 2 << 30  # of all weights that take turns, in their dense form
-ADAPTERS = 16  # in a batch of `multi`
+MOST_DENSE_BYTES = 2 << 30  # limit for the dense form of all copies of a weight
+ADAPTERS = 16  # adapters in a batch of `multi`
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Work:
     name: str
     extents: Mapping[str, int]  # m, n, k, r
     flops: float
-    size_bytes: float  # what has to be read and written at least, with 4-bit weights
+    size_bytes: float  # minimum bytes to read and write, with 4-bit weights
     contenders: Mapping[str, Contender] = field(repr=False)
     copies: int = 1
 
@@ -38,7 +38,7 @@ def require_bitsandbytes():
 
 
 def _copies(read_bytes: int, dense_bytes: int, device: torch.device) -> int:
-    """So many weights that what is read of them is larger than the last-level cache, within MOST_DENSE_BYTES."""
+    """Number of copies of a weight that together exceed the last-level cache, within MOST_DENSE_BYTES."""
     cache = cache_bytes() if device.type == "cpu" else torch.cuda.get_device_properties(device).L2_cache_size
     return max(2, min(2 * cache // read_bytes + 1, MOST_DENSE_BYTES // dense_bytes))
 
@@ -50,7 +50,7 @@ class Weights:
         self.n, self.k, self.dtype, self.device, self.rank = n, k, dtype, device, rank
         self.copies = _copies(n * k // 2, 2 * n * k, device)
         base = torch.randn(n, k, device=device)
-        rolled = [base.roll(977 * i) for i in range(min(self.copies, 8))]  # random enough, and soon made
+        rolled = [base.roll(977 * i) for i in range(min(self.copies, 8))]  # different weights at little cost
         originals = [rolled[i % len(rolled)] for i in range(self.copies)]
         self.ours: list[QuantizedWeight] = [quantize(w) for w in originals]
         self.dense = [w.to(dtype) for w in originals] if "torch" in peers else []
@@ -67,7 +67,7 @@ class Weights:
         return torch.randn(sizes, device=self.device, dtype=self.dtype)
 
     def contenders(self, x: Tensor, a: Tensor | None, b: Tensor | None) -> dict[str, Contender]:
-        """y = x Wᵀ + x aᵀ bᵀ by each of them."""
+        """Functions that compute y = x Wᵀ + x aᵀ bᵀ, by contender."""
 
         def low_rank(y: Tensor) -> Tensor:
             return y if a is None or b is None else y + F.linear(F.linear(x, a), b)
@@ -93,7 +93,7 @@ class Weights:
         return {"m": m, "n": self.n, "k": self.k, "r": self.rank if with_adapter else 0}
 
     def cost(self, m: int, with_adapter: bool) -> tuple[float, float]:
-        """FLOPs, and bytes of weight, tokens, results and factors."""
+        """FLOPs, and bytes of the weight, tokens, results and adapter."""
         r, size = self.rank if with_adapter else 0, self.dtype.itemsize
         flops = 2.0 * m * (self.n * self.k + r * (self.n + self.k))
         return flops, self.ours[0].nbytes + size * (m * (self.n + self.k) + r * (self.n + self.k))
@@ -121,7 +121,7 @@ def _gradients(outputs: list, leaves: list[Tensor], grad: Tensor) -> Contender:
 
 
 def backward_works(weights: Weights, tokens: Sequence[int]) -> Iterator[Work]:
-    """Gradients of x, lora_a and lora_b through graphs that were built before."""
+    """Gradients of x, lora_a and lora_b, by backward passes through graphs that are built before timing."""
     for m in tokens:
         if m < 2:
             continue
@@ -144,7 +144,7 @@ def backward_works(weights: Weights, tokens: Sequence[int]) -> Iterator[Work]:
 
 
 def multi_works(weights: Weights, tokens: Sequence[int]) -> Iterator[Work]:
-    """A batch over ADAPTERS adapters against one adapter for all."""
+    """A batch with ADAPTERS different adapters, compared with one adapter for all rows."""
     if not weights.rank:
         return
     lora_a = weights.random(ADAPTERS, weights.rank, weights.k)
@@ -166,7 +166,7 @@ def multi_works(weights: Weights, tokens: Sequence[int]) -> Iterator[Work]:
 
 
 def quantize_works(weights: Weights, peers: Sequence[str]) -> Iterator[Work]:
-    """float32 to NF4 with double-quantized scales, and back to the tokens' dtype."""
+    """Quantizes float32 to NF4 with double quantization, and dequantizes to the dtype of the tokens."""
     size = 4 * weights.n * weights.k
     copies = _copies(size, size, weights.device)
     sources = [torch.randn(weights.n, weights.k, device=weights.device) for _ in range(copies)]

@@ -1,4 +1,4 @@
-"""The command line: ``qlora COMMAND``, one module each; a command imports its libraries when it is run."""
+"""The command line ``qlora COMMAND``: one module per command, which imports its libraries only when it runs."""
 
 import argparse
 import sys
@@ -22,7 +22,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Errors that a user can mend are one line on stderr and status 1; others keep their trace."""
+    """Runs one command and returns its exit status.
+
+    Errors that a user can fix print one line on stderr, with status 1; others keep their traceback.
+    """
     arguments = build_parser().parse_args(argv)
     try:
         return arguments.run(arguments)

@@ -1,9 +1,9 @@
-"""``qlora bench``: the operators beside torch and bitsandbytes on this machine, against its measured limits."""
+"""``qlora bench``: compares the operators with torch, bitsandbytes and the measured limits of this machine."""
 
 import argparse
 from pathlib import Path
 
-HELP = "measure the operators beside torch and bitsandbytes, against this machine's limits"
+HELP = "compare the operators with torch, bitsandbytes and this machine's limits"
 WORKS = ("forward", "backward", "quantize", "multi", "step")
 DTYPES = ("bf16", "fp16", "fp32")
 SHAPES = ("4096x4096",)
@@ -27,25 +27,23 @@ def _peers(text: str) -> tuple[str, ...]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "works", nargs="*", metavar="WORK", help=f"of {', '.join(WORKS)}; all but step if none is named"
-    )
+    parser.add_argument("works", nargs="*", metavar="WORK", help=f"any of {', '.join(WORKS)} (default: all but step)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument(
         "--compare", type=_peers, default=("torch",), metavar="PEERS", help="torch,bitsandbytes or none"
     )
     parser.add_argument("--shape", type=_shape, nargs="+", default=[_shape(s) for s in SHAPES], metavar="OUTxIN")
-    parser.add_argument("--m", type=int, nargs="+", default=TOKENS, metavar="TOKENS", help="tokens of a product")
-    parser.add_argument("--rank", type=int, default=16, help="of the adapters; 0: none (default: 16)")
+    parser.add_argument("--m", type=int, nargs="+", default=TOKENS, metavar="TOKENS", help="tokens of each product")
+    parser.add_argument("--rank", type=int, default=16, help="rank of the adapters; 0: no adapters (default: 16)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--repeats", type=int, default=7, help="alternating rounds (default: 7)")
-    parser.add_argument("--json", type=Path, help="file for all figures")
-    parser.add_argument("--png", type=Path, help="file for the roofline")
+    parser.add_argument("--repeats", type=int, default=7, help="number of alternating rounds (default: 7)")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--png", type=Path, help="write a roofline chart to this file")
 
 
 def run(arguments: argparse.Namespace) -> int:
     if unknown := set(arguments.works) - set(WORKS):
-        raise ValueError(f"{', '.join(sorted(unknown))} is no work: use {', '.join(WORKS)}")
+        raise ValueError(f"{', '.join(sorted(unknown))} is unknown: use {', '.join(WORKS)}")
     if arguments.repeats < 2:
         raise ValueError(f"repeats={arguments.repeats}: a median needs at least 2")
     import torch
@@ -57,11 +55,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     device = torch.device(arguments.device)
     if device.type == "cuda" and not (torch.cuda.is_available() and has_cuda_ops()):
-        raise ValueError(
-            "--device cuda: this torch sees no GPU, or qlora was built without CUDA operators (qlora info)"
-        )
+        raise ValueError("--device cuda: torch sees no GPU, or qlora was built without CUDA operators (see qlora info)")
     if device.type == "cuda":
-        # On the default stream CUDA graphs cannot be captured, nor backward passes whose forward ran there.
+        # CUDA graphs cannot be captured on the default stream, nor backward passes whose forward ran on it.
         torch.cuda.set_stream(torch.cuda.Stream(device))
     if "bitsandbytes" in arguments.compare:
         w.require_bitsandbytes()

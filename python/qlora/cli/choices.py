@@ -1,4 +1,4 @@
-"""The options --device and --compute-dtype of the commands, and what they come to."""
+"""The options --device and --compute-dtype of the commands, and the choices that they lead to."""
 
 import argparse
 from typing import Any
@@ -6,17 +6,17 @@ from typing import Any
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--device", default="auto", help="auto (a GPU that has our operators, else the CPU), cpu, cuda or cuda:N"
+        "--device", default="auto", help="auto (a GPU that can run the operators, else the CPU), cpu, cuda or cuda:N"
     )
     parser.add_argument(
         "--compute-dtype",
         default="auto",
-        help="auto (default: what the device multiplies fast), bf16, fp16 or fp32",
+        help="auto (default: the fast dtype of the device), bf16, fp16 or fp32",
     )
 
 
 def chosen(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """(device, dtype); the choice of auto is told on stderr. Raises ValueError naming the value and the rule."""
+    """(device, dtype); prints the choices on stderr. Raises ValueError with the value and the rule."""
     import sys
 
     from qlora.devices import AUTO, choose_device, choose_dtype

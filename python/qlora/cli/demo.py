@@ -1,4 +1,4 @@
-"""``qlora demo``: fine-tunes SmolLM2-135M in 4 bit on a data set with a style of its own, and shows the difference."""
+"""``qlora demo``: fine-tunes SmolLM2-135M in 4 bit on records in a distinctive style, and shows the difference."""
 
 import argparse
 import shutil
@@ -19,16 +19,16 @@ PROMPTS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, default=Path("outputs/demo"), help="replaced if it holds an older demo")
+    parser.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder; an older demo is replaced")
     parser.add_argument("--epochs", type=float, default=2.0)
     choices.add_arguments(parser)
 
 
 def _replace_older_demo(output: Path) -> None:
-    """Makes an empty folder; deletes one that exists only if it carries the demo's own marker."""
+    """Creates an empty folder. Deletes an existing one only if it contains the demo's marker file."""
     if output.exists():
         if any(output.iterdir()) and not (output / MARKER).exists():
-            raise FileExistsError(f"{output} exists and is no older demo: choose another --output")
+            raise FileExistsError(f"{output} exists and is not an older demo: choose another --output")
         shutil.rmtree(output)
     output.mkdir(parents=True)
     (output / MARKER).write_text("Made by qlora demo, which replaces this folder when it runs again.\n")
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console()
     console.rule("1/4 The model")
     folder = smollm2_folder()
-    console.print(f"SmolLM2-135M-Instruct in {folder} (Apache-2.0; its published weights are Q4_1 already)")
+    console.print(f"SmolLM2-135M-Instruct in {folder} (Apache-2.0; its published weights are already Q4_1)")
     _replace_older_demo(arguments.output)
 
     console.rule("2/4 Before: three prompts in 4 bit, no adapter")

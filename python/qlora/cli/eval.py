@@ -1,4 +1,4 @@
-"""``qlora eval``: perplexity over a text file, in one or several weight formats."""
+"""``qlora eval``: measures perplexity over a text file, in one or several weight formats."""
 
 import argparse
 import json
@@ -12,17 +12,17 @@ HELP = "measure perplexity over a text file, in one or several weight formats"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="folder or Hugging Face id, dense weights")
+    parser.add_argument("--model", required=True, help="folder or Hugging Face id of a model with dense weights")
     parser.add_argument("--text", required=True, type=Path, help="UTF-8 text file")
     parser.add_argument("--adapter", type=Path, help="adapter folder, from qlora finetune or PEFT")
     parser.add_argument(
-        "--format", nargs="+", default=["nf4-dq"], help="fp32, bf16, and nf4, fp4, int4, each also with -dq"
+        "--format", nargs="+", default=["nf4-dq"], help="fp32, bf16, nf4, fp4, int4; the last three also as e.g. nf4-dq"
     )
-    parser.add_argument("--context", type=int, default=512, help="tokens of a window (default: 512)")
-    parser.add_argument("--stride", type=int, help="tokens that windows advance by (default: half the context)")
-    parser.add_argument("--max-tokens", type=int, help="score the beginning of the text only")
+    parser.add_argument("--context", type=int, default=512, help="tokens per window (default: 512)")
+    parser.add_argument("--stride", type=int, help="tokens between the starts of windows (default: half the context)")
+    parser.add_argument("--max-tokens", type=int, help="use only this many tokens of the text")
     choices.add_arguments(parser)
-    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
 
 
 def _show(progress: Any, task: Any, done: int, total: int) -> None:

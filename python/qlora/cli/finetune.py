@@ -1,4 +1,4 @@
-"""``qlora finetune``: a model, a file of records, an output folder."""
+"""``qlora finetune``: fine-tunes a model on a file of records and writes to an output folder."""
 
 import argparse
 import os
@@ -8,23 +8,23 @@ from typing import Any
 
 HELP = "fine-tune a causal language model in 4 bit; writes an adapter and a report"
 
-# flag -> help; types and defaults are those of FinetuneSettings
+# option -> help text; types and defaults come from FinetuneSettings
 _OPTIONS = {
-    "eval_data": "records for evaluation (default: a part of --data)",
-    "eval_fraction": "part of --data held out for evaluation",
+    "eval_data": "records for evaluation (default: a share of --data)",
+    "eval_fraction": "share of --data held out for evaluation",
     "rank": "rank of the adapters",
     "alpha": "scaling is alpha / rank (default: rank)",
-    "dropout": "on the adapters' input",
+    "dropout": "dropout probability of the adapters' input",
     "quant_type": "nf4, fp4 or int4",
     "block_size": "weights per scale",
-    "device": "auto (a GPU that has our operators, else the CPU), cpu, cuda or cuda:N",
-    "compute_dtype": "auto (what the device multiplies fast), bf16, fp16 or fp32",
+    "device": "auto (a GPU that can run the operators, else the CPU), cpu, cuda or cuda:N",
+    "compute_dtype": "auto (the fast dtype of the device), bf16, fp16 or fp32",
     "optimizer": "adamw, adamw-8bit, paged-adamw or paged-adamw-8bit",
-    "page_dir": "folder on a disk for paged state of a run on the CPU",
+    "page_dir": "folder on disk for the paged optimizer state of a run on the CPU",
     "epochs": "passes over the data",
     "max_steps": "overrides --epochs",
-    "batch_size": "rows in a forward",
-    "gradient_accumulation": "forwards in a step; several processes share the rows of a step",
+    "batch_size": "rows per forward",
+    "gradient_accumulation": "forwards per step; several processes share the rows of a step",
     "max_length": "tokens per row",
     "learning_rate": "peak learning rate",
     "warmup_steps": "linear warm-up",
@@ -34,17 +34,17 @@ _OPTIONS = {
     "save_steps": "steps between checkpoints",
     "eval_steps": "steps between evaluations",
     "logging_steps": "steps between loss records",
-    "keep_checkpoints": "how many are kept",
-    "seed": "of everything random",
+    "keep_checkpoints": "number of checkpoints to keep",
+    "seed": "seed of all random choices",
 }
 _OPTIONAL_TYPES: dict[str, type] = {"eval_data": str, "alpha": float, "page_dir": str}
 _SWITCHES = {
     "no_double_quant": "keep float32 scales",
-    "no_packing": "one record per row, padded",
-    "gradient_checkpointing": "recompute activations: less memory",
-    "skip_bad": "count malformed records instead of stopping",
+    "no_packing": "put one record in each row, with padding",
+    "gradient_checkpointing": "recompute activations in the backward, to save memory",
+    "skip_bad": "skip and count malformed records instead of stopping",
     "dora": "weight-decomposed adapters (DoRA)",
-    "fsdp": "with several processes: shard the model by FSDP2 instead of keeping it whole on each (DDP)",
+    "fsdp": "with several processes: shard the model with FSDP2 instead of copying it to each (DDP)",
 }
 
 
@@ -60,18 +60,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, help="folder for checkpoints, adapter and report; must not exist")
     parser.add_argument("--resume", action="store_true", help="continue the run in --output with its own settings")
     parser.add_argument("--target-modules", nargs="+", help="layers with an adapter (default: all linear layers)")
-    parser.add_argument("--modules-to-save", nargs="+", help="layers that are trained whole and saved with the adapter")
+    parser.add_argument("--modules-to-save", nargs="+", help="layers to train in full and save with the adapter")
     for name, text in _SWITCHES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
     parser.add_argument(
-        "--show-example", action="store_true", help="print the first record, what is learnt in colour, and stop"
+        "--show-example", action="store_true", help="print the first record, with the learnt part in colour, and stop"
     )
     defaults = {field.name: field.default for field in fields(FinetuneSettings)}
     for name, text in _OPTIONS.items():
         default: Any = defaults[name]
         kind = _OPTIONAL_TYPES.get(name) or type(default)
         shown = "" if default is None or "default" in text else f" (default: {default})"
-        # Suppressed: a resume can tell what was typed from what was not.
+        # Without a default, so that a resumed run knows which options were given.
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, help=text + shown)
 
 
@@ -105,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
             started = getattr(settings, name)
             raise ValueError(
                 f"--{name.replace('_', '-')}={typed[name]!r}: the run in {arguments.output} was started with"
-                f" {started!r}; --resume needs no other option (--device, --fsdp and --page-dir may change)"
+                f" {started!r}; --resume needs no other options (only --device, --fsdp and --page-dir may change)"
             )
     else:
         missing = [name for name in ("model", "data") if name not in typed]
@@ -117,13 +117,13 @@ def run(arguments: argparse.Namespace) -> int:
     result = finetune(settings, resume=arguments.resume, on_start=print)
     processes = Processes.of_environment()
     if not processes.is_writer:
-        _leave()  # the first process speaks for all
+        _leave()  # only the first process prints
     records = result.records
     print(f"{records.train} records trained on, {records.evaluation} held out")
     for count, what in (
-        (records.bad, "malformed and left out"),
-        (records.cut, f"cut at {settings.max_length} tokens"),
-        (records.dropped, f"left out: no completion within {settings.max_length} tokens"),
+        (records.bad, "malformed and skipped"),
+        (records.cut, f"truncated at {settings.max_length} tokens"),
+        (records.dropped, f"skipped: no completion within {settings.max_length} tokens"),
     ):
         if count:
             print(f"{count} records {what}")
@@ -136,15 +136,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _leave() -> None:
-    """Ends a process of several at once, all being saved: taking down torch's threads aborts now and then after FSDP2,
-    and the launcher would call the run failed."""
+    """Exits at once if there are several processes; everything is saved by now.
+
+    After FSDP2 the normal shutdown of torch's threads sometimes aborts, and the launcher would report a failed run.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
 
 
 def show_example(settings: Any) -> int:
-    """Prints the first record as tokens, what is learnt in colour. Nothing is loaded but the tokenizer."""
+    """Prints the first record as tokens, with the learnt part in colour. Loads only the tokenizer."""
     from rich.console import Console
     from rich.text import Text
 
@@ -162,6 +164,6 @@ def show_example(settings: Any) -> int:
     console = Console()
     console.print(text)
     console.print(
-        f"{record.place}: {learnt} of {len(example.labels)} tokens are learnt, in colour; nothing was trained"
+        f"{record.place}: {learnt} of {len(example.labels)} tokens are learnt (in colour); nothing was trained"
     )
     return 0

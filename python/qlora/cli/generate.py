@@ -11,9 +11,9 @@ HELP = "answer prompts with a 4-bit model and an adapter"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="folder or Hugging Face id")
     parser.add_argument("--adapter", type=Path, help="adapter folder, from qlora finetune or PEFT")
-    parser.add_argument("--prompt", action="append", required=True, help="may be repeated")
+    parser.add_argument("--prompt", action="append", required=True, help="prompt to answer; can be repeated")
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="sampling temperature; 0 (default) is greedy")
     choices.add_arguments(parser)
     parser.add_argument("--seed", type=int, default=0)
 

@@ -1,10 +1,10 @@
-"""``qlora info``: device, instruction set, kernels chosen, versions: what a bug report needs."""
+"""``qlora info``: shows what a bug report needs: device, instruction set, chosen kernels and versions."""
 
 import argparse
 import platform
 from importlib import metadata
 
-HELP = "show device, instruction set, kernels chosen and versions"
+HELP = "show device, instruction set, chosen kernels and versions"
 
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "safetensors", "bitsandbytes")
 
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         f"auto           {device.value} ({device.reason}), {str(dtype.value).removeprefix('torch.')} ({dtype.reason})"
     )
     print(f"threads        {torch.get_num_threads()}")
-    print(f"isa            {_C.active_isa()} of {', '.join(_C.runnable_isas())} (QLORA_CPU_ISA chooses another)")
+    print(f"isa            {_C.active_isa()} of {', '.join(_C.runnable_isas())} (set QLORA_CPU_ISA to choose another)")
     weight = qlora.quantize(torch.zeros(8, 4096))
     odd = qlora.quantize(torch.zeros(8, 100))
     for label, x, w in (

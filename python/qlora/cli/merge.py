@@ -1,4 +1,4 @@
-"""``qlora merge``: folds an adapter into its 4-bit base and writes a dense 16-bit model."""
+"""``qlora merge``: merges an adapter into its 4-bit base and writes a dense 16-bit model."""
 
 import argparse
 import shutil
@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-HELP = "fold an adapter into its base; writes a dense model folder that transformers reads"
+HELP = "merge an adapter into its base; writes a dense model folder for transformers"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,18 +34,18 @@ def run(arguments: argparse.Namespace) -> int:
     model: Any = merged.model
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{arguments.output.name}.", dir=arguments.output.parent))
-    try:  # the folder appears whole or not at all
+    try:  # so that the folder appears only when it is complete
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         staging.chmod(0o755)
         staging.replace(arguments.output)
-    except (RuntimeError, SafetensorError) as error:  # a full disk is one of these
+    except (RuntimeError, SafetensorError) as error:  # includes a full disk
         raise OSError(f"saving {arguments.output} failed, nothing was written: {error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     worst = max(merged.reports.values(), key=lambda report: report.relative_error)
     print(
-        f"{len(merged.reports)} layers merged to bfloat16, rounding adds at most {worst.relative_error:.1e} (relative),"
+        f"{len(merged.reports)} layers merged to bfloat16; rounding adds at most {worst.relative_error:.1e} (relative),"
         f" {merged.adapter_kept:.0%} of the adapter is kept"
     )
     print(f"model: {arguments.output}")

@@ -1,11 +1,11 @@
-"""``qlora plan``: what a training step needs of memory, from a model's config alone."""
+"""``qlora plan``: predicts the memory of a training step from a model's config alone."""
 
 import argparse
 import json
 from itertools import product
 from pathlib import Path
 
-HELP = "say what a fine-tune needs of memory, from a model's config alone"
+HELP = "predict the memory of fine-tuning from a model's config alone"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,21 +16,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=1.0,
         metavar="GB",
-        help="of the budget, what the runtime keeps for itself (default: 1, an assumption)",
+        help="GB of the budget that the runtime itself uses (default: 1, an assumption)",
     )
     parser.add_argument("--rank", type=int, nargs="+", default=[16])
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="sequences on each device")
-    parser.add_argument("--seq", type=int, nargs="+", default=[512, 2048], help="tokens of a sequence")
+    parser.add_argument("--seq", type=int, nargs="+", default=[512, 2048], help="tokens per sequence")
     parser.add_argument("--checkpointing", choices=("on", "off", "both"), default="both")
     parser.add_argument("--optimizer-bits", type=int, nargs="+", default=[32], choices=(32, 8))
-    parser.add_argument("--paged", action="store_true", help="optimizer state outside the device's memory")
-    parser.add_argument("--devices", type=int, nargs="+", default=[1], help="that share the parameters by FSDP2")
+    parser.add_argument("--paged", action="store_true", help="keep optimizer state outside the device's memory")
+    parser.add_argument("--devices", type=int, nargs="+", default=[1], help="number of devices, sharded with FSDP2")
     parser.add_argument("--quant-type", default="nf4")
     parser.add_argument("--no-double-quant", action="store_true")
-    parser.add_argument("--dtype", default="bfloat16", help="of activations (default: bfloat16)")
+    parser.add_argument("--dtype", default="bfloat16", help="dtype of activations (default: bfloat16)")
     parser.add_argument("--adapter-dtype", default="float32")
-    parser.add_argument("--json", type=Path, help="file for all figures, in bytes")
-    parser.add_argument("--png", type=Path, help="file for a bar chart")
+    parser.add_argument("--json", type=Path, help="write all figures, in bytes, to this file")
+    parser.add_argument("--png", type=Path, help="write a bar chart to this file")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -69,11 +69,11 @@ def run(arguments: argparse.Namespace) -> int:
     ]
     title = f"{arguments.model}: GB on each device for one training step"
     console = Console()
-    # Into a file or a pipe the table is as wide as it needs to be.
+    # In a file or a pipe the table may be wider than a terminal.
     console = console if console.is_terminal else Console(width=200)
     console.print(table(plans, title, arguments.budget, arguments.reserve))
     if arguments.paged:
-        console.print("Optimizer state in parentheses is paged: it needs that much of the host's memory or disk.")
+        console.print("Optimizer state in parentheses is paged: it needs this much memory or disk of the host.")
     if arguments.json:
         entries = as_json(plans, arguments.model, arguments.budget, arguments.reserve)
         arguments.json.write_text(json.dumps(entries, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Perplexity of a causal language model over a text, in several weight formats."""
+"""Measures the perplexity of a causal language model over a text, in several weight formats."""
 
 import math
 from collections.abc import Callable
@@ -24,7 +24,7 @@ FORMATS = (*DENSE_FORMATS, *PACKED_FORMATS)
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Mean negative log likelihood of the scored tokens, in nats, and what follows from it."""
+    """Mean negative log likelihood of the scored tokens, in nats, and the perplexity."""
 
     nats_per_token: float
     tokens: int  # scored
@@ -41,9 +41,9 @@ def load_in_format(
     adapter: str | Path | None = None,
     device: torch.device | str = "cpu",
 ) -> Any:
-    """The model in one of FORMATS on ``device``, in eval mode; 4-bit formats compute in ``dtype``.
+    """The model in the weight format ``name`` (of FORMATS) on ``device``, in eval mode.
 
-    Raises ValueError for an unknown format, and for an adapter that does not fit.
+    4-bit formats compute in ``dtype``. Raises ValueError for an unknown format, and for an adapter that does not fit.
     """
     from transformers import AutoModelForCausalLM
 
@@ -62,7 +62,7 @@ def load_in_format(
 
 
 def tokens_of(model: str | Path, text: str) -> torch.Tensor:
-    """The text as token ids [n]."""
+    """The text as token ids: int64 [n]."""
     tokenizer = load_tokenizer(resolve_model(model))
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64, device="cpu")
@@ -76,26 +76,26 @@ def perplexity(
     stride: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
-    """Scores each token of ``ids`` [n] but the first once, given up to ``context - 1`` tokens before it.
+    """Scores each token of ``ids`` [n] once, except the first, given up to ``context - 1`` tokens before it.
 
-    Windows of ``context`` tokens advance by ``stride`` (default: half of it), so a token has at least
-    ``context - stride`` tokens before it, but for the first window. Raises ValueError for fewer than two tokens, and
-    for a context or stride that does not fit.
+    Windows of ``context`` tokens advance by ``stride`` (default: half the context). So a token has at least
+    ``context - stride`` tokens before it, except in the first window. Raises ValueError for fewer than two tokens, and
+    for a bad context or stride.
     """
     stride = context // 2 if stride is None else stride
     if context < 2 or not 1 <= stride < context:
         raise ValueError(f"context={context} must be at least 2, and stride={stride} in 1 … {context - 1}")
     if len(ids) < 2:
-        raise ValueError(f"the text has {len(ids)} tokens: at least two are needed, the first is given")
+        raise ValueError(f"the text has {len(ids)} tokens: at least two are needed, because the first has no score")
     device = next(model.parameters()).device
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     in_chunks = why_not_chunked(base) is None
-    total = torch.zeros((), dtype=torch.float64, device=device)  # read once, at the end
-    scored, start, end = 1, 0, 0  # tokens before `scored` have their score
+    total = torch.zeros((), dtype=torch.float64, device=device)  # read only at the end: a read waits for a GPU
+    scored, start, end = 1, 0, 0  # tokens before index `scored` are scored
     while scored < len(ids):
         end = min(start + context, len(ids))
         window = ids[start:end].unsqueeze(0).to(device)
-        first = scored - start  # of the window's tokens to score
+        first = scored - start  # index in the window of the first token to score
         if in_chunks:
             positions = torch.arange(first, end - start, device=device)
             new = chunked_loss(base, window, positions, 1, input_ids=window)

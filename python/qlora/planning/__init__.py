@@ -1,1 +1,1 @@
-"""What a training step needs of memory, from a model's config alone."""
+"""Predicts the memory of a training step from a model's config alone."""

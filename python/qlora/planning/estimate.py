@@ -1,4 +1,4 @@
-"""The memory of a training step by kind, and each device's share of it."""
+"""Estimates the memory of a training step by kind, on each device."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,20 +17,20 @@ from qlora.planning.simulate import peak_of_a_step
 
 @dataclass(frozen=True)
 class Settings:
-    """What is trained, and how. Bytes follow from it and the model's config alone."""
+    """Settings that determine, with the model's config, the memory of a training step."""
 
     rank: int = 16
     batch: int = 1  # sequences on each device
-    sequence: int = 512  # tokens of each
-    checkpointing: bool = True  # activations of a block are computed again in the backward
+    sequence: int = 512  # tokens per sequence
+    checkpointing: bool = True  # recompute each block's activations in the backward
     optimizer_bits: int = 32
-    paged: bool = False  # optimizer state lies outside the device's memory
+    paged: bool = False  # optimizer state is outside the device's memory
     quant_type: str = "nf4"
     double_quant: bool = True
     block_size: int = 64
-    dtype: str = "bfloat16"  # of activations and of what stays dense
+    dtype: str = "bfloat16"  # of activations and of tensors that stay dense
     adapter_dtype: str = "float32"
-    devices: int = 1  # that share parameters by FSDP2
+    devices: int = 1  # number of devices that share the parameters with FSDP2
 
     def __post_init__(self) -> None:
         for name in ("rank", "batch", "sequence", "devices"):
@@ -51,18 +51,18 @@ class Estimate:
     adapters: int
     gradients: int
     optimizer: int
-    activations: int  # of forward and backward at their worst moment, gradients not counted
-    workspace: int  # of a kernel for one layer; with several devices also its gathered parameters
+    activations: int  # at the peak of forward and backward, without gradients
+    workspace: int  # of one layer's kernel; with several devices also gathered parameters
 
     @property
     def resident(self) -> int:
-        """What has to fit the device's memory."""
+        """Bytes that must fit in the device's memory."""
         parts = self.packed + self.statistics + self.dense + self.adapters + self.gradients
         optimizer = 0 if self.settings.paged else self.optimizer
         return parts + optimizer + self.activations + self.workspace
 
     def parts(self) -> dict[str, int]:
-        """Bytes by kind, in the order in which they are drawn."""
+        """Bytes by kind, in drawing order."""
         fields = asdict(self)
         del fields["settings"]
         return fields
@@ -84,7 +84,7 @@ def build(config: Any, settings: Settings) -> nn.Module:
     kept = head_names(model) | shared_names(model)
     for name, module in list(model.named_modules()):
         if holds_experts(module):
-            raise ValueError(f"{name} holds experts: what they keep depends on the data, so it cannot be planned")
+            raise ValueError(f"{name} holds experts: their memory depends on the data and cannot be planned")
         if type(module) is nn.Linear and name not in kept:
             base = Linear4bit.from_linear(module, settings.quant_type, settings.double_quant, settings.block_size)
             layer = QLoRALinear(base, settings.rank, adapter_dtype=_dtype(settings.adapter_dtype))
@@ -99,7 +99,7 @@ def build(config: Any, settings: Settings) -> nn.Module:
 
 @dataclass(frozen=True)
 class _Traced:
-    """What a model and a step of it say of memory, whatever the optimizer and the number of devices are."""
+    """Figures of a model and its training step that do not depend on the optimizer or the number of devices."""
 
     packed: int
     statistics: int
@@ -112,11 +112,11 @@ class _Traced:
     block: int  # bytes of the largest repeated block
 
 
-_TRACES: dict[tuple[Any, ...], _Traced] = {}  # plans that differ in their optimizer share one
+_TRACES: dict[tuple[Any, ...], _Traced] = {}  # plans that differ only in the optimizer share an entry
 
 
 def _chunked(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """The loss as a training run computes it: in chunks, all tokens learnt, or with all logits where that cannot be."""
+    """The loss as a training run computes it, on all tokens: in chunks, or with all logits if chunks are impossible."""
     if backbone_of(model) is None:
         return model(input_ids=ids, labels=ids, use_cache=False).loss
     positions = torch.arange(ids.numel(), dtype=torch.long).view_as(ids)[:, 1:].flatten()
@@ -160,17 +160,17 @@ def _optimizer_bytes(elements: tuple[int, ...], bits: int) -> int:
 
 
 def estimate(config: Any, settings: Settings) -> Estimate:
-    """Bytes of a training step of that model with these settings on each device.
+    """Bytes of a training step on each device, for the model of ``config``.
 
-    Raises ValueError for models whose memory depends on the data (experts).
+    Raises ValueError for models with experts, whose memory depends on the data.
     """
     traced = _trace(config, settings)
     tokens = settings.batch * settings.sequence
     size = _dtype(settings.dtype).itemsize
-    # The tokens as a kernel packs them, and what a GPU dequantizes at a time (csrc/cuda/select.h).
+    # A kernel's packed copy of the tokens, and the panel that a GPU dequantizes at a time (csrc/cuda/select.h).
     workspace = tokens * traced.widest * size + min(_C.GPU_PANEL_BYTES, traced.largest * size)
     n = settings.devices
-    if n > 1:  # the block that runs and the next one are whole
+    if n > 1:  # the running block and the next one are gathered
         workspace += 2 * traced.block
     return Estimate(
         settings,

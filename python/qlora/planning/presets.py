@@ -1,10 +1,10 @@
-"""Shapes of known models, so that planning needs no file."""
+"""Shapes of known models, so that planning needs no model files."""
 
 from typing import Any
 
 _LLAMA = {"model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 32, "tie_word_embeddings": False}
 
-# As their config.json say it.
+# Values of the models' config.json.
 PRESETS: dict[str, dict[str, Any]] = {
     "smollm2-135m": _LLAMA
     | {
@@ -42,7 +42,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def config_of(model: str) -> Any:
-    """The config of a preset, or of a model folder. Raises ValueError naming the presets."""
+    """The config of a preset or of a model folder. Raises ValueError with the list of presets."""
     from pathlib import Path
 
     from transformers import AutoConfig

@@ -1,4 +1,4 @@
-"""Plans as a table, a bar chart and JSON."""
+"""Prints plans as a table, and writes them as a bar chart and as JSON."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +19,7 @@ def describe(plan: Estimate) -> str:
 
 
 def table(plans: list[Estimate], title: str, budget: float | None, reserve: float) -> Any:
-    """A rich table, one line for each plan, in GB."""
+    """A rich table with one row per plan, in GB."""
     from rich.table import Table
 
     result = Table(title=title, title_justify="left")
@@ -42,7 +42,7 @@ def table(plans: list[Estimate], title: str, budget: float | None, reserve: floa
 
 
 def fits(plan: Estimate, budget: float, reserve: float) -> bool:
-    """Whether a plan fits ``budget`` GB, of which ``reserve`` are the runtime's."""
+    """Whether a plan fits in ``budget`` GB, of which the runtime uses ``reserve``."""
     return plan.resident + reserve * GB <= budget * GB
 
 
@@ -57,7 +57,7 @@ def as_json(plans: list[Estimate], model: str, budget: float | None, reserve: fl
 
 
 def draw(plans: list[Estimate], path: Path, title: str, budget: float | None) -> None:
-    """A stacked bar for each plan; paged optimizer state is hatched, for it lies elsewhere."""
+    """Draws a stacked bar per plan; paged optimizer state is hatched, because it is not on the device."""
     import matplotlib
 
     matplotlib.use("Agg")

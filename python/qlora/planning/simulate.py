@@ -1,7 +1,7 @@
-"""A training step that is traced, not computed: which tensors live when, and the most bytes at once.
+"""Traces a training step without computing it, and finds the peak of the bytes that live at once.
 
-The model runs forward and backward on torch's fake tensors, which have shapes but no data. So the real code of the
-model, of checkpointing and of our layers decides what is kept, not a formula about it.
+The model runs forward and backward on torch's fake tensors, which have shapes but no data. So the result follows from
+the real code of the model, of checkpointing and of qlora's layers, not from a formula.
 """
 
 import weakref
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operators make, until they are let go."""
+    """Counts the bytes of all storages that operators create, until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class LiveBytes(TorchDispatchMode):
         self._known: dict[int, int] = {}
 
     def count(self, tensor: Tensor) -> None:
-        """Takes a tensor's storage into account, once."""
+        """Counts a tensor's storage, once."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._known:
@@ -46,8 +46,10 @@ class LiveBytes(TorchDispatchMode):
 
 
 def peak_of_a_step(model: nn.Module, batch: int, sequence: int, loss: Callable[..., Any]) -> int:
-    """The most bytes that live at once in a forward and backward of ``model``, which is on the meta device, its own
-    parameters and buffers included. ``loss(model, ids)`` gives what the backward begins with."""
+    """Peak bytes of a forward and backward of ``model``, including its parameters and buffers.
+
+    The model is on the meta device; ``batch`` sequences of ``sequence`` tokens. ``loss(model, ids)`` returns the loss.
+    """
     live = LiveBytes()
     with FakeTensorMode(allow_non_fake_inputs=True), live:
         model.to_empty(device="cpu")

@@ -1,1 +1,1 @@
-"""Fine-tuning: records in, adapter and report out."""
+"""Fine-tuning: reads records, trains an adapter, writes a report."""

@@ -1,4 +1,4 @@
-"""From records to batches: token sequences with labels, packed or padded rows."""
+"""Converts records into batches: token sequences with labels, in packed or padded rows."""
 
 import bisect
 import json
@@ -14,31 +14,33 @@ from qlora.models.chunked_loss import learnt_positions
 from qlora.training.records import BadRecord, Record, digest, read_records
 from qlora.training.settings import FinetuneSettings
 
-IGNORED = -100  # label of a token that is not learnt, as in torch's cross_entropy
+IGNORED = -100  # label of a token without loss, as in torch's cross_entropy
 
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenized record: ``labels[i]`` is ``input_ids[i]``, or IGNORED where the prompt stands."""
+    """One tokenized record: ``labels[i]`` is ``input_ids[i]``, or IGNORED in the prompt."""
 
     input_ids: list[int]
     labels: list[int]
-    place: str = ""  # of the record
+    place: str = ""  # of the record: path:line
 
 
 @dataclass(frozen=True)
 class Tokenized:
-    """The examples of a list of records, and what became of the others."""
+    """The examples of a list of records, and the counts of records not used, or only in part."""
 
     examples: list[Example]
-    bad: int  # the chat template refused them
-    cut: int  # longer than max_length: the end is missing
-    dropped: int  # nothing to learn was left within max_length
+    bad: int  # refused by the chat template
+    cut: int  # longer than max_length, truncated
+    dropped: int  # without a token to learn within max_length
 
 
 def tokenize_all(records: Sequence[Record], tokenizer: Any, max_length: int, skip_bad: bool = False) -> Tokenized:
-    """Examples of all records, cut at ``max_length``. A record that the chat template refuses is a BadRecord that names
-    its place, or is counted with ``skip_bad``."""
+    """Examples of all records, truncated at ``max_length`` tokens.
+
+    If the chat template refuses a record, raises BadRecord with its place, or only counts it with ``skip_bad``.
+    """
     from jinja2 import TemplateError
 
     examples, bad, cut, dropped = [], 0, 0, 0
@@ -62,10 +64,11 @@ def tokenize_all(records: Sequence[Record], tokenizer: Any, max_length: int, ski
 
 
 def tokenize(record: dict[str, Any], tokenizer: Any) -> Example:
-    """Tokens and labels of one record: only the assistant's turns are learnt, of plain text all.
+    """Tokens and labels of one record: the loss covers only the assistant's turns; in plain text, all tokens.
 
-    Prompt/completion records go through the chat template as a user and an assistant turn if the tokenizer has one.
-    Raises ValueError if the template rewrites earlier turns, so that the assistant's part cannot be found.
+    If the tokenizer has a chat template, it renders prompt and completion as a user and an assistant turn. Raises
+    ValueError if the template rewrites earlier turns, because the assistant's part then cannot be found, and for
+    tokenizers without offsets.
     """
     if "text" in record:
         text, spans = record["text"], None
@@ -75,17 +78,17 @@ def tokenize(record: dict[str, Any], tokenizer: Any) -> Example:
             {"role": "assistant", "content": record["completion"]},
         ]
         text, spans = _render(messages, tokenizer, "\n" if "messages" in record else "")
-    # A chat template writes its own special tokens; plain text gets those of the tokenizer, and an end.
+    # A chat template adds its own special tokens; plain text gets the tokenizer's, and an end-of-sequence token.
     templated = spans is not None and bool(tokenizer.chat_template)
     if not tokenizer.is_fast:
-        raise ValueError(f"{type(tokenizer).__name__} gives no offsets of its tokens in the text: a fast one is needed")
+        raise ValueError(f"{type(tokenizer).__name__} does not return token offsets: use a fast tokenizer")
     encoded = tokenizer(text, add_special_tokens=not templated, return_offsets_mapping=True)
     input_ids = list(encoded["input_ids"])
     if spans is None:
         labels = list(input_ids)
     else:
-        # By its end alone: where a token begins, tokenizers leave out white space (of a token that is nothing else, all
-        # of it). A token across a boundary is learnt with the answer that it begins.
+        # Compares only the ends of tokens, because tokenizers exclude leading white space from the start offset (of a
+        # token of white space, all of it). A token across a boundary belongs to the answer that it begins.
         labels = [
             token if any(begin < end <= stop for begin, stop in spans) else IGNORED
             for token, (_, end) in zip(input_ids, encoded["offset_mapping"], strict=True)
@@ -99,8 +102,10 @@ def tokenize(record: dict[str, Any], tokenizer: Any) -> Example:
 
 
 def _render(messages: Sequence[dict[str, str]], tokenizer: Any, between: str = "") -> tuple[str, list[tuple[int, int]]]:
-    """The text of a conversation and the character spans of the assistant's turns; without a chat template the turns
-    follow each other with ``between`` between them."""
+    """The text of a conversation and the character spans of the assistant's turns.
+
+    Without a chat template it joins the turns with ``between``.
+    """
     if not tokenizer.chat_template:
         text, spans = "", []
         for message in messages:
@@ -128,7 +133,7 @@ def _render(messages: Sequence[dict[str, str]], tokenizer: Any, between: str = "
 
 @dataclass(frozen=True)
 class Sequences:
-    """What a data loader reads: each item is a list of examples that share one row."""
+    """Data set for a data loader: each item is the list of examples in one row."""
 
     rows: list[list[Example]]
 
@@ -144,7 +149,7 @@ class Sequences:
 
 
 def pack(examples: Sequence[Example], max_length: int) -> Sequences:
-    """Best-fit decreasing: few rows of at most ``max_length`` tokens, no example cut. Deterministic."""
+    """Packs whole examples into few rows of at most ``max_length`` tokens: best-fit decreasing, deterministic."""
     rows: list[list[Example]] = []
     room: list[tuple[int, int]] = []  # (tokens left, row), ascending
     for example in sorted(examples, key=lambda e: -len(e.input_ids)):
@@ -161,8 +166,11 @@ def pack(examples: Sequence[Example], max_length: int) -> Sequences:
 
 
 class Collator:
-    """Rows to a batch. Packed rows get positions that restart with each example and no attention mask, from which
-    transformers derives block-diagonal attention; padded ones an attention mask."""
+    """Collates rows into a batch.
+
+    Packed rows get positions that restart at each example and no attention mask; from these transformers derives
+    block-diagonal attention. Padded rows get an attention mask.
+    """
 
     def __init__(self, pad_token_id: int, packed: bool) -> None:
         self.pad_token_id = pad_token_id
@@ -180,11 +188,11 @@ class Collator:
                 end = at + len(example.input_ids)
                 ids[i, at:end] = torch.tensor(example.input_ids)
                 labels[i, at:end] = torch.tensor(example.labels)
-                labels[i, at] = IGNORED  # no example predicts the first token of the next
+                labels[i, at] = IGNORED  # an example must not predict the first token of the next one
                 positions[i, at:end] = torch.arange(end - at)
                 mask[i, at:end] = 1
                 at = end
-            positions[i, at:] = torch.arange(width - at)  # the padding is an example of its own
+            positions[i, at:] = torch.arange(width - at)  # the padding counts as a separate example
         batch: dict[str, Any] = {
             "input_ids": ids,
             "labels": labels,
@@ -196,8 +204,10 @@ class Collator:
 
 @torch.no_grad()
 def packs_without_leaks(model: Any) -> bool:
-    """Whether the examples of a packed row are invisible to each other: changes the first of two and compares the
-    logits of the second. Models that ignore position_ids (OPT, ALiBi models, recurrent ones) fail."""
+    """Whether the model isolates the examples of a packed row: changes the first of two, compares the second's logits.
+
+    Models that ignore position_ids (OPT, ALiBi models, recurrent models) do not isolate them.
+    """
     was_training = model.training
     model.eval()
     collate = Collator(0, packed=True)
@@ -211,40 +221,40 @@ def packs_without_leaks(model: Any) -> bool:
             logits.append(model(**batch, use_cache=False).logits[:, 5:])
     finally:
         model.train(was_training)
-    # Not bit for bit: which expert sees how many tokens changes the order of sums. A leak is as large as the logits.
+    # With a tolerance: the number of tokens per expert changes the order of sums. A leak is as large as the logits.
     difference, size = (logits[0] - logits[1]).float().norm(), logits[0].float().norm()
     return bool(difference <= 4 * torch.finfo(logits[0].dtype).eps * size)
 
 
-# ---- the whole way ----
+# ---- all steps together ----
 
 
 @dataclass(frozen=True)
 class RecordCounts:
-    """How many records the run used, and how many it did not or only in part."""
+    """Counts of records that the run used, and of those that it did not use, or only in part."""
 
     train: int
     evaluation: int
-    bad: int  # malformed, left out with skip_bad
-    cut: int  # longer than max_length, their end left out
+    bad: int  # malformed, skipped with skip_bad
+    cut: int  # longer than max_length, truncated
     dropped: int  # no completion within max_length
 
 
 @dataclass(frozen=True)
 class Examples:
-    """What a run trains and evaluates on."""
+    """The training and evaluation examples of a run."""
 
     train: list[Example]
     evaluation: list[Example]
     counts: RecordCounts
-    digests: dict[str, str | None]  # of the records, by the setting that names them
+    digests: dict[str, str | None]  # sha256 of the records, by the name of their setting
 
 
 def load_examples(settings: FinetuneSettings, tokenizer: Any) -> Examples:
-    """Reads, splits (drawn with the seed) and tokenizes the data of a run.
+    """Reads, splits (at random, by the seed) and tokenizes the data of a run.
 
-    Raises BadRecord naming file and line, and ValueError if nothing to train on or, though asked for, to evaluate on is
-    left.
+    Raises BadRecord with file and line, and ValueError if no training example remains, or no evaluation example when
+    evaluation was requested.
     """
     records, bad = read_records(settings.data, settings.skip_bad)
     digests: dict[str, str | None] = {"data_sha256": digest(records), "eval_data_sha256": None}
@@ -262,7 +272,7 @@ def load_examples(settings: FinetuneSettings, tokenizer: Any) -> Examples:
     evaluation = tokenize_all(held_out, tokenizer, settings.max_length, settings.skip_bad)
     for group, wanted in ((train, True), (evaluation, bool(held_out))):
         if wanted and not group.examples:
-            raise ValueError(f"max_length={settings.max_length} cuts off every completion: nothing is left to learn")
+            raise ValueError(f"max_length={settings.max_length} cuts off every completion: no example is left")
     counts = RecordCounts(
         train=len(train.examples),
         evaluation=len(evaluation.examples),
@@ -274,7 +284,7 @@ def load_examples(settings: FinetuneSettings, tokenizer: Any) -> Examples:
 
 
 def stop_tokens(tokenizer: Any, folder: Path) -> set[int]:
-    """Ids of the tokens that end generation, by the tokenizer and by generation_config.json in the model's folder."""
+    """Ids of the tokens that end generation, from the tokenizer and the model folder's generation_config.json."""
     ids = {tokenizer.eos_token_id}
     file = folder / "generation_config.json"
     if file.exists():
@@ -284,12 +294,12 @@ def stop_tokens(tokenizer: Any, folder: Path) -> set[int]:
 
 
 def learnt_ends(examples: Iterable[Example], stop_ids: set[int]) -> bool:
-    """Whether some answer ends in a token that ends generation, so that a model learns to stop."""
+    """Whether any learnt answer ends in a token that ends generation, so that the model learns to stop."""
     return any(label in stop_ids for example in examples for label in example.labels)
 
 
 def about_the_first(example: Example, tokenizer: Any) -> str:
-    """In one line, which part of an example is learnt."""
+    """One line about an example and the part of it that has a loss."""
     learnt = [label for label in example.labels if label != IGNORED]
     text = tokenizer.decode(learnt)
     shown = text if len(text) <= 80 else f"{text[:50]} … {text[-25:]}"

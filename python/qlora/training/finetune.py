@@ -1,4 +1,4 @@
-"""The main job: a model, a file of records, an output folder; a fine-tuned adapter and a report at the end."""
+"""Fine-tunes a model on a file of records, and writes the adapter and a report to an output folder."""
 
 import json
 import logging
@@ -39,12 +39,12 @@ ADAPTER_FOLDER = "adapter"
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What a finished run can show."""
+    """Result of a finished run."""
 
     adapter: Path
     model: Any
     tokenizer: Any
-    bytes_dense: int  # of the model in 16 bit or in the compute dtype, without adapters
+    bytes_dense: int  # of the model without adapters, if all weights were in the compute dtype
     bytes_now: int
     eval_loss_before: float | None
     eval_loss_after: float | None
@@ -55,24 +55,24 @@ class FinetuneResult:
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was stopped by Ctrl-C; ``checkpoint`` is the newest complete one, None if there is none yet."""
+    """Ctrl-C stopped the run; ``checkpoint`` is the newest complete one, None if there is none yet."""
 
     def __init__(self, output: Path, checkpoint: Path | None) -> None:
         saved = f"{checkpoint} is saved" if checkpoint else "no checkpoint was saved yet"
-        super().__init__(f"interrupted, {saved}; continue with: qlora finetune --output {output} --resume")
+        super().__init__(f"interrupted: {saved}; continue with: qlora finetune --output {output} --resume")
         self.checkpoint = checkpoint
 
 
 def _arguments(
     settings: FinetuneSettings, device: torch.device, dtype: torch.dtype, evaluates: bool, world: int
 ) -> Any:
-    """transformers' TrainingArguments for a run; this starts the process group of several processes."""
+    """transformers' TrainingArguments for a run. With several processes, creating them starts the process group."""
     from transformers import TrainingArguments
 
     from qlora.training.trainer import share_of
 
     if settings.fsdp and world == 1:
-        raise ValueError("fsdp needs several processes: launch by torchrun --nproc-per-node N -m qlora finetune …")
+        raise ValueError("fsdp needs several processes: launch with torchrun --nproc-per-node N -m qlora finetune …")
     rows, forwards = share_of(settings.batch_size, settings.gradient_accumulation, world)
     on_cpu = device.type == "cpu"
     arguments = TrainingArguments(
@@ -88,7 +88,7 @@ def _arguments(
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         logging_steps=settings.logging_steps,
-        logging_nan_inf_filter=False,  # AdapterTrainer stops at the first one
+        logging_nan_inf_filter=False,  # AdapterTrainer stops at the first nan or inf
         save_steps=settings.save_steps,
         eval_strategy="steps" if evaluates else "no",
         eval_steps=settings.eval_steps,
@@ -110,8 +110,8 @@ def _arguments(
 
 
 def _pin(arguments: Any, device: torch.device) -> None:
-    """Makes a Trainer compute on ``device``: by itself it takes the first GPU, and DataParallel over all of them."""
-    _ = arguments.device  # sets up what is changed below
+    """Makes a Trainer compute on ``device``; by default it uses the first GPU, and DataParallel with several GPUs."""
+    _ = arguments.device  # creates the state that is changed below
     arguments._n_gpu = 1
     arguments.distributed_state.device = device
     vars(arguments)["_setup_devices"] = device
@@ -126,19 +126,22 @@ def finetune(
     callbacks: Sequence[Any] = (),
     on_start: Callable[[str], None] = logger.info,
 ) -> FinetuneResult:
-    """Runs the job. ``callbacks`` are additional transformers TrainerCallbacks; ``on_start`` is given a few lines about
-    the device, the dtype and the data, by the process that writes.
+    """Runs a fine-tuning job.
 
-    With ``resume`` continues from the newest complete checkpoint in the output folder (or from the start if there is
-    none); the result equals that of an uninterrupted run. Raises Interrupted after a Ctrl-C, with a checkpoint saved,
-    and MemoryError with what would shrink the run. Launched by torchrun, each process calls it; the first one writes.
+    ``callbacks`` are additional transformers TrainerCallbacks. ``on_start`` receives a few lines about the device, the
+    dtype and the data, only in the process that writes.
+
+    With ``resume`` it continues from the newest complete checkpoint in the output folder, or from the start if there is
+    none; the result equals that of an uninterrupted run. After Ctrl-C it saves a checkpoint and raises Interrupted. If
+    memory is short it raises MemoryError with options that need less. Under torchrun every process calls it, and the
+    first one writes. Raises ValueError for bad settings or data.
     """
     require_train_extra()
     settings.check()
     output, processes = Path(settings.output), Processes.of_environment()
     if processes.world > 1 and ":" in settings.device:
         raise ValueError(
-            f"device='{settings.device}' is one GPU for {processes.world} processes: use cuda, one for each"
+            f"device='{settings.device}' is one GPU for {processes.world} processes: use cuda, one GPU for each process"
         )
     if processes.world > 1 and settings.device != "cpu" and why_not_gpu(processes.local_rank) is None:
         torch.cuda.set_device(processes.local_rank)
@@ -147,7 +150,7 @@ def finetune(
     folder = resolve_model(settings.model)
     tokenizer = load_tokenizer(folder)
     check_output(output, resume)
-    # Before anything is loaded or written: errors in the data are the commonest.
+    # Reads the data before it loads or writes anything, because errors in the data are the most common.
     examples = load_examples(settings, tokenizer)
     identity = identity_of(settings, dtype.value, folder, examples.digests)
     if resume:
@@ -159,8 +162,8 @@ def finetune(
         on_start(about_the_first(examples.train[0], tokenizer))
         if not learnt_ends(examples.train, stop_tokens(tokenizer, folder)):
             on_start(
-                "No record's answer ends in a token that ends generation: the model will not learn to stop. Look at"
-                " --show-example, and at the end of turn in the chat template"
+                "No record's answer ends in a token that ends generation: the model will not learn to stop. Check"
+                " --show-example, and the end of turn in the chat template"
             )
     try:
         return _Run(settings, output, device, dtype, folder, tokenizer, examples, arguments).execute(
@@ -178,7 +181,7 @@ def finetune(
 
 
 class _Run:
-    """One run, once its data and its settings are known to be good."""
+    """One run, with settings and data that have been checked."""
 
     def __init__(
         self,
@@ -205,7 +208,7 @@ class _Run:
         settings, output, is_writer = self.settings, self.output, self.arguments.should_save
         set_seed(settings.seed)
         started = time.perf_counter()
-        if self.device.value.type == "cuda":  # the report's peak is of this run
+        if self.device.value.type == "cuda":  # so that the report has the peak of this run only
             torch.cuda.reset_peak_memory_stats(self.device.value)
         model, sizes = self._load()
         self.why_whole_logits = self._probe(model)
@@ -220,7 +223,7 @@ class _Run:
         trainer = self._trainer(model, [*callbacks, interrupt])
         try:
             before = self._loss_before(trainer, newest is not None)
-            set_seed(settings.seed)  # the first step of a run does not depend on the evaluation before it
+            set_seed(settings.seed)  # again, so that training does not depend on the evaluation before it
             with interrupt:
                 trainer.train(resume_from_checkpoint=str(newest) if newest else None)
             if interrupt.stopped:
@@ -271,12 +274,12 @@ class _Run:
         return model, sizes
 
     def _probe(self, model: Any) -> str | None:
-        """Refuses a model in which packed records see each other; returns why the loss is not computed in chunks."""
+        """Why the loss cannot be computed in chunks, or None. Raises ValueError if packed records are not isolated."""
         from qlora.models.chunked_loss import why_not_chunked
 
         if self.settings.packing and not packs_without_leaks(model):
             raise ValueError(
-                f"{type(model.get_base_model()).__name__} lets packed records see each other (it ignores"
+                f"{type(model.get_base_model()).__name__} lets packed records attend to each other (it ignores"
                 " position_ids): use --no-packing"
             )
         return why_not_chunked(model.get_base_model())

@@ -1,4 +1,4 @@
-"""The memory of a run: what it holds by kind, its peak, what the plan says, and which options need less."""
+"""Reports the memory of a run: bytes by kind, measured and planned peak, and options that need less."""
 
 import logging
 import resource
@@ -18,13 +18,13 @@ MIB = 2**20
 
 
 def memory_by_kind(model: nn.Module, optimizer_bits: int = 32) -> dict[str, int]:
-    """Bytes of the model by what they are for; gradients and AdamW's state as they are once training has begun."""
+    """Bytes of the model by purpose, with the gradients and AdamW state that training allocates."""
     packed = statistics = dense_equivalent = 0
     for module in model.modules():
         if isinstance(module, PackedMatrix | Experts4bit):
             own = sum(p.nbytes for p in module.parameters(recurse=False) if p.dtype == torch.uint8)
             packed += own
-            dense_equivalent += 4 * own  # two weights a byte, two bytes a weight
+            dense_equivalent += 4 * own  # two weights per packed byte, two bytes per dense weight
             statistics += sum(b.nbytes for n, b in module.named_buffers(recurse=False) if n.endswith(STATISTICS))
     trained = [p for p in model.parameters() if p.requires_grad]
     adapters = sum(p.nbytes for p in trained)
@@ -41,14 +41,14 @@ def memory_by_kind(model: nn.Module, optimizer_bits: int = 32) -> dict[str, int]
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes so far: of torch's allocator on a GPU, since it was reset, of the process on the CPU."""
+    """Peak bytes so far: on a GPU, of torch's allocator since its last reset; on the CPU, of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def planned_memory(config: Any, settings: FinetuneSettings, dtype: torch.dtype, world: int = 1) -> int | None:
-    """Bytes on each device that ``qlora plan`` says a run needs; None for models and adapters that it cannot plan."""
+    """Bytes per device that a run needs by ``qlora plan``; None for models and adapters that it cannot plan."""
     from qlora.planning.estimate import Settings, estimate
     from qlora.training.trainer import share_of
 
@@ -71,14 +71,14 @@ def planned_memory(config: Any, settings: FinetuneSettings, dtype: torch.dtype, 
                 devices=world if settings.fsdp else 1,
             ),
         )
-    except (ValueError, TypeError, RuntimeError, KeyError) as error:  # a model that plans cannot be made of
-        logger.info("no plan of the memory: %s", error)
+    except (ValueError, TypeError, RuntimeError, KeyError) as error:  # models that cannot be planned
+        logger.info("cannot plan the memory: %s", error)
         return None
     return plan.resident
 
 
 def what_shrinks(settings: FinetuneSettings, config: Any, dtype: torch.dtype, world: int) -> str:
-    """What a run needs by plan, and which options need less."""
+    """Advice in words: the planned memory of a run, and options that need less."""
     planned = planned_memory(config, settings, dtype, world)
     halved = f"--batch-size {settings.batch_size // 2} with twice the --gradient-accumulation"
     options = [
@@ -89,5 +89,5 @@ def what_shrinks(settings: FinetuneSettings, config: Any, dtype: torch.dtype, wo
         f"--rank below {settings.rank}",
         *(["--fsdp"] if world > 1 and not settings.fsdp else []),
     ]
-    needs = "" if planned is None else f"By plan (qlora plan) it needs {planned / 1e9:.2f} GB on each device. "
-    return f"{needs}Less is needed with {', '.join(options)}"
+    needs = "" if planned is None else f"By its plan (qlora plan) it needs {planned / 1e9:.2f} GB on each device. "
+    return f"{needs}To need less, use {', '.join(options)}"

@@ -1,4 +1,4 @@
-"""Training records as people have them: JSON lines, JSON, CSV, Parquet, a data set of the Hub; checked one by one."""
+"""Reads training records from JSON lines, JSON, CSV, Parquet or a data set of the Hub, and checks each one."""
 
 import csv
 import hashlib
@@ -19,12 +19,12 @@ SHAPES = "'messages', 'prompt' and 'completion', 'text', 'instruction' and 'outp
 
 
 class BadRecord(ValueError):
-    """A record that cannot be used; the message names its place and the rule."""
+    """A record that cannot be used; the message gives its place and the rule that it breaks."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """One checked record, as messages, prompt and completion, or text; and where it stands: ``path:line``."""
+    """One checked record (messages, prompt and completion, or text) and its place (``path:line``)."""
 
     content: dict[str, Any]
     place: str
@@ -34,12 +34,12 @@ class Record:
 
 
 def _shape(record: dict[str, Any]) -> str:
-    """The key that tells the shape of a record. Raises ValueError if there is none, or more than one."""
+    """The key that determines the shape of a record. Raises ValueError if there is none, or more than one."""
     shapes = [
         key for key in ("messages", "conversations", "prompt", "instruction", "text") if record.get(key) is not None
     ]
     if "instruction" in shapes and "text" in shapes and record.get("output") is not None:
-        shapes.remove("text")  # Alpaca's own files carry the rendered text too
+        shapes.remove("text")  # Alpaca's own files also contain the rendered text
     if len(shapes) != 1:
         raise ValueError(f"keys {sorted(map(str, record))}: a record has either {SHAPES}")
     return shapes[0]
@@ -51,13 +51,13 @@ def _text(record: dict[str, Any], key: str, may_be_empty: bool = False) -> str:
         return ""
     if not isinstance(value, str) or not (value or may_be_empty):
         raise ValueError(f"'{key}' must be a string that is not empty")
-    value.encode()  # a lone surrogate is no text: UnicodeEncodeError is a ValueError
+    value.encode()  # rejects lone surrogates: UnicodeEncodeError is a ValueError
     return value
 
 
 def _list(record: dict[str, Any], key: str) -> list[Any]:
     value = record[key]
-    if isinstance(value, str):  # a column of a CSV file
+    if isinstance(value, str):  # JSON in a column of a CSV file
         value = json.loads(value)
     if not isinstance(value, list) or not value:
         raise ValueError(f"'{key}' must be a list that is not empty")
@@ -70,10 +70,10 @@ def _messages(messages: list[Any]) -> dict[str, Any]:
             raise ValueError("each message needs a 'role' and a string 'content'")
         message["content"].encode()
         if message.get("role") not in _ROLES:
-            raise ValueError(f"role {message.get('role')!r} is none of {', '.join(_ROLES)}")
+            raise ValueError(f"role {message.get('role')!r} is not one of {', '.join(_ROLES)}")
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError("no message has the role 'assistant': there is nothing to learn")
-    # Parquet gives every key to every message; a template takes a key that is there for a value.
+    # Parquet adds every key to every message, with None; a template would treat such a key as given.
     return {"messages": [{key: value for key, value in m.items() if value is not None} for m in messages]}
 
 
@@ -98,9 +98,9 @@ def _alpaca(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def checked(record: Any) -> tuple[str, dict[str, Any]]:
-    """The shape of a record, and the record as messages, prompt and completion, or text.
+    """The shape of a record, and the record converted to messages, prompt and completion, or text.
 
-    Raises ValueError with the rule that it breaks.
+    Raises ValueError with the rule that the record breaks.
     """
     if not isinstance(record, dict):
         raise ValueError(f"a record is a JSON object, not {type(record).__name__}")
@@ -118,7 +118,7 @@ def checked(record: Any) -> tuple[str, dict[str, Any]]:
 
 # ---- files ----
 
-# What a reader gives: the place of a record, and the record or the error in its place.
+# A reader yields the place of a record, with the record or the error in reading it.
 _Items = Iterator[tuple[str, Any]]
 
 
@@ -135,7 +135,7 @@ def _json_lines(path: Path) -> _Items:
 
 
 def _json(path: Path) -> _Items:
-    """A list of records, an object that holds one as its only list, or JSON lines under this name."""
+    """Reads a list of records, an object whose only list is the records, or JSON lines."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
@@ -150,21 +150,21 @@ def _json(path: Path) -> _Items:
         is_record = any(key in content for key in ("messages", "conversations"))
         content = lists[0] if len(lists) == 1 and not is_record else [content]
     if not isinstance(content, list):
-        raise BadRecord(f"{path}: it must hold a list of records, not {type(content).__name__}")
+        raise BadRecord(f"{path}: it must contain a list of records, not {type(content).__name__}")
     for number, record in enumerate(content, start=1):
         yield f"{path}[record {number}]", record
 
 
 def _csv(path: Path) -> _Items:
     delimiter = "\t" if path.suffix == ".tsv" else ","
-    csv.field_size_limit(2**31 - 1)  # a long document is one field
+    csv.field_size_limit(2**31 - 1)  # a field may be a long document
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter=delimiter, strict=True)
         try:
             for row in reader:
                 place = f"{path}:{reader.line_num}"
                 if None in row or None in row.values():
-                    yield place, ValueError(f"the row has not as many fields as the header, {reader.fieldnames}")
+                    yield place, ValueError(f"the row must have as many fields as the header, {reader.fieldnames}")
                 else:
                     yield place, {key: value for key, value in row.items() if value != ""}
         except (csv.Error, UnicodeDecodeError) as error:
@@ -187,7 +187,7 @@ def _parquet(path: Path) -> _Items:
 
 
 def _hub(name: str) -> _Items:
-    """``OWNER/NAME`` or ``OWNER/NAME:SPLIT`` (default: train)."""
+    """Reads a data set of the Hub: ``OWNER/NAME`` or ``OWNER/NAME:SPLIT`` (default: train)."""
     from datasets import load_dataset
 
     dataset, _, split = name.partition(":")
@@ -214,13 +214,14 @@ def _items(source: str | Path) -> _Items:
 
 
 def read_records(source: str | Path, skip_bad: bool = False) -> tuple[list[Record], int]:
-    """The records of a file or of a data set of the Hub, and the number of bad ones left out.
+    """The records of a file or of a data set of the Hub, and the number of bad ones that were skipped.
 
-    A file's ending tells its format: .jsonl (and any other: an object a line), .json, .csv, .tsv, .parquet; text is
-    UTF-8, with or without a byte order mark. All records have one shape. Blank lines are no records.
+    The file's extension determines its format: .json, .csv, .tsv or .parquet; .jsonl and all others have a JSON object
+    on each line. Text is UTF-8, with or without a byte order mark. All records must have the same shape. Blank lines
+    are ignored.
 
-    Raises BadRecord naming file and line (or the record's number) at the first bad record unless ``skip_bad``, and if
-    no record is left; FileNotFoundError.
+    Raises BadRecord with file and line (or the record's number) at the first bad record unless ``skip_bad``, and if no
+    record is left. Raises FileNotFoundError if the source does not exist.
     """
     records: list[Record] = []
     bad, first = 0, ""
@@ -239,11 +240,11 @@ def read_records(source: str | Path, skip_bad: bool = False) -> tuple[list[Recor
         first = shape
         records.append(Record(content, place))
     if not records:
-        raise BadRecord(f"{source} holds no usable record ({bad} bad ones)")
+        raise BadRecord(f"{source} contains no usable record ({bad} bad ones)")
     return records, bad
 
 
 def digest(records: list[Record]) -> str:
-    """sha256 of the records' contents, by which a resumed run knows its data again."""
+    """sha256 of the records' contents, by which a resumed run recognizes its data."""
     text = json.dumps([record.content for record in records], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What a run leaves for people: report.json with the figures, report.png with loss, learning rate, speed and memory."""
+"""Writes a run's report: report.json with the figures, report.png with loss, learning rate, speed and memory."""
 
 import json
 from pathlib import Path
@@ -33,13 +33,13 @@ def write_report(folder: Path, figures: dict[str, Any], history: list[dict[str, 
 
 
 def tokens_per_second(history: list[dict[str, Any]]) -> list[tuple[int, float]]:
-    """(step, tokens a second since the entry before) of the log's entries with a training loss."""
+    """(step, tokens per second since the previous entry) for the log's entries with a training loss."""
     entries = [e for e in history if "loss" in e and "num_input_tokens_seen" in e and "seconds" in e]
     before, result = {"num_input_tokens_seen": 0, "seconds": 0.0}, []
     for entry in entries:
         seconds = entry["seconds"] - before["seconds"]
         tokens = entry["num_input_tokens_seen"] - before["num_input_tokens_seen"]
-        if seconds > 0 and tokens > 0:  # a resumed run counts seconds from its own start
+        if seconds > 0 and tokens > 0:  # in a resumed run seconds restart at zero
             result.append((entry["step"], tokens / seconds))
         before = entry
     return result
@@ -80,7 +80,7 @@ def _draw_points(axes: Any, points: list[tuple[int, float]], label: str) -> None
 
 def _draw_memory(axes: Any, figures: dict[str, Any]) -> None:
     sizes = {kind.replace("_", " "): size for kind, size in figures["memory_bytes"].items()}
-    for key, label in (("planned_memory_bytes", "planned in all"), ("peak_memory_bytes", "measured peak")):
+    for key, label in (("planned_memory_bytes", "planned total"), ("peak_memory_bytes", "measured peak")):
         if figures.get(key):
             sizes[label] = figures[key]
     colors = [

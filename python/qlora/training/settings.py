@@ -1,4 +1,4 @@
-"""The settings of a fine-tuning run: everything that decides its result, and the file by which a resume checks it."""
+"""Settings of a fine-tuning run, and the file by which a resumed run checks that they are the same."""
 
 import json
 from dataclasses import asdict, dataclass, fields
@@ -12,38 +12,38 @@ from qlora.ops import check_format
 from qlora.storage.fingerprint import checkpoint_fingerprint
 
 SETTINGS_FILE = "settings.json"
-# Of the settings, what may differ between a run and its resumption.
+# Settings that may differ between a run and its resumption.
 FREE_SETTINGS = ("output", "device", "page_dir", "fsdp")
 OPTIMIZERS = ("adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit")
 
 
 @dataclass(frozen=True)
 class FinetuneSettings:
-    """Everything that decides the result; stored in the output folder, where a resume checks it."""
+    """Everything that determines the result of a run; stored in the output folder, where a resumed run checks it."""
 
     model: str
     data: str
     output: str
     eval_data: str | None = None
-    eval_fraction: float = 0.1  # of the records, if eval_data is not given
+    eval_fraction: float = 0.1  # share of the records held out for evaluation, if eval_data is not given
     rank: int = 16
-    alpha: float | None = None  # None: rank
+    alpha: float | None = None  # None: same as rank
     dropout: float = 0.0
     target_modules: tuple[str, ...] | None = None  # None: all linear layers
     quant_type: str = "nf4"
     block_size: int = 64
     double_quant: bool = True
     dora: bool = False  # weight-decomposed adapters (Liu et al. 2024)
-    modules_to_save: tuple[str, ...] | None = None  # layers that are trained whole, and saved with the adapter
+    modules_to_save: tuple[str, ...] | None = None  # layers trained in full and saved with the adapter
     device: str = AUTO  # auto, cpu, cuda, cuda:N
-    compute_dtype: str = AUTO  # auto, bf16, fp16, fp32; a resumed run keeps what it was started with
+    compute_dtype: str = AUTO  # auto, bf16, fp16, fp32; a resumed run keeps its first choice
     optimizer: str = "adamw"
-    page_dir: str | None = None  # for paged state on the CPU
-    fsdp: bool = False  # with several processes: shard the model instead of keeping it whole on each
+    page_dir: str | None = None  # folder for paged optimizer state on the CPU
+    fsdp: bool = False  # with several processes: shard the model instead of copying it to each
     epochs: float = 3.0
     max_steps: int = -1  # > 0 overrides epochs
-    batch_size: int = 1  # rows in a forward
-    gradient_accumulation: int = 1  # forwards in a step; several processes share the rows of a step
+    batch_size: int = 1  # rows per forward
+    gradient_accumulation: int = 1  # forwards per step; several processes share the rows of a step
     max_length: int = 512  # tokens per row
     packing: bool = True
     learning_rate: float = 2e-4
@@ -68,7 +68,7 @@ class FinetuneSettings:
         return self.optimizer.startswith("paged")
 
     def check(self) -> None:
-        """Raises ValueError naming the first value that breaks its rule."""
+        """Raises ValueError with the first value that breaks its rule."""
         rules: list[tuple[str, bool, str]] = [
             ("rank", self.rank >= 1, "at least 1"),
             ("dropout", 0 <= self.dropout < 1, "in [0, 1)"),
@@ -104,18 +104,18 @@ class FinetuneSettings:
 
 
 def identity_of(settings: FinetuneSettings, dtype: torch.dtype, base: Path, digests: dict[str, Any]) -> dict[str, Any]:
-    """What has to stay the same between a run and its resumption."""
+    """Everything that must be the same in a run and its resumption."""
     names = {value: name for name, value in DTYPES.items()}
     identity = (
         asdict(settings) | digests | {"compute_dtype": names[dtype], "base_fingerprint": checkpoint_fingerprint(base)}
     )
     for name in FREE_SETTINGS:
         del identity[name]
-    return json.loads(json.dumps(identity))  # tuples become lists, as in the file
+    return json.loads(json.dumps(identity))  # converts tuples to lists, as in the file
 
 
 def check_output(output: Path, resume: bool) -> None:
-    """Raises unless a new run may write to the output folder, or there is one in it to resume."""
+    """Raises FileExistsError if a new run's folder is not empty, FileNotFoundError if there is no run to resume."""
     if resume:
         _read_settings(output)
     elif output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -125,12 +125,12 @@ def check_output(output: Path, resume: bool) -> None:
 
 
 def check_same_run(output: Path, now: dict[str, Any]) -> None:
-    """Raises ValueError naming what differs from the run that was started in ``output``."""
+    """Raises ValueError with the settings that differ from those of the run in ``output``."""
     before = _read_settings(output)
     changed = [f"{name}: {before.get(name)!r} -> {now[name]!r}" for name in now if before.get(name) != now[name]]
     if changed:
         details = ", ".join(changed)
-        raise ValueError(f"{output} was started with other settings ({details}): a resumed run must equal the first")
+        raise ValueError(f"{output} was started with other settings ({details}): a resumed run needs the same ones")
 
 
 def _read_settings(output: Path) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def _read_settings(output: Path) -> dict[str, Any]:
 
 
 def settings_of_run(output: str | Path) -> FinetuneSettings:
-    """The settings that a run in ``output`` was started with."""
+    """The settings of the run in ``output``."""
     known = {field.name for field in fields(FinetuneSettings)}
     values = {name: value for name, value in _read_settings(Path(output)).items() if name in known}
     for name in ("target_modules", "modules_to_save"):

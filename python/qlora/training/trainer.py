@@ -1,5 +1,5 @@
-"""transformers' Trainer with checkpoints of PEFT adapters that are complete or absent, the chunked loss, FSDP2 on every
-device, and an interruption that saves on all processes."""
+"""Extends transformers' Trainer: atomic checkpoints of PEFT adapters, the chunked loss, FSDP2 on every device, and
+interruption that saves a checkpoint on all processes."""
 
 import math
 import os
@@ -34,18 +34,18 @@ def checkpoints(output: Path) -> list[Path]:
 
 
 class NoFiniteLoss(ValueError):
-    """The loss or a parameter has become nan or inf; the message says at which step and what the step learnt from."""
+    """The loss or a parameter is nan or inf; the message gives the step, and for a loss the records of its batch."""
 
 
 class AdapterTrainer(Trainer):
     """Trains and saves a PeftModel's adapter.
 
-    A checkpoint is written in a staging folder and renamed when it is complete, so a crash or a full disk in the middle
-    leaves the previous one as the newest. Everything random is in it: a resumed run equals the uninterrupted one.
+    A checkpoint is written to a staging folder and renamed when it is complete, so after a crash or on a full disk the
+    previous one is still the newest. It includes all random states, so a resumed run equals an uninterrupted one.
 
     Args:
-        chunked: compute the loss in chunks (batches carry ``loss_positions``); else by the model itself.
-        fsdp: the model has been sharded by :func:`shard`.
+        chunked: compute the loss in chunks (batches have ``loss_positions``) instead of by the model itself.
+        fsdp: :func:`shard` has sharded the model.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class AdapterTrainer(Trainer):
         self._staging: Path | None = None
         self._fsdp = fsdp
         self._unread: list[tuple[Tensor, Sequence[str]]] = []  # losses of this step's forwards, and their records
-        # Trainer's name for a model that is sharded already: it is not wrapped in DDP.
+        # Trainer's flag for a model that is already sharded, which it then does not wrap in DDP.
         self.is_distributed_loading_by_transformers = fsdp
         ignore_frozen(self._model)
         self._loss = ChunkedLoss(self._model.get_base_model()).install() if chunked else None
@@ -77,7 +77,7 @@ class AdapterTrainer(Trainer):
         return bool(self.args.should_save)
 
     def release(self) -> None:
-        """Gives the model its own forward back, once it is trained."""
+        """Restores the model's own forward after training."""
         if self._loss is not None:
             self._loss.remove()
 
@@ -85,8 +85,8 @@ class AdapterTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._started = time.perf_counter()
-        # An evaluation before has marked the model as prepared: accelerate would not wrap it in DDP any more, and each
-        # process would train by itself.
+        # The evaluation before training has marked the model as prepared. accelerate would then not wrap it in DDP, and
+        # each process would train alone.
         vars(self._model).pop("_is_accelerate_prepared", None)
         self.accelerator._models.clear()
         return super().train(*args, **kwargs)
@@ -94,11 +94,11 @@ class AdapterTrainer(Trainer):
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         model, loader = super()._prepare_for_training(*args, **kwargs)
         if self.args.world_size > 1 and not self._fsdp and not isinstance(model, DistributedDataParallel):
-            raise RuntimeError(f"{type(model).__name__} is not wrapped in DDP: processes would train by themselves")
+            raise RuntimeError(f"{type(model).__name__} is not wrapped in DDP: each process would train alone")
         return model, loader
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        return 0  # Trainer's estimate counts all parameters anew at every step
+        return 0  # Trainer's estimate would count all parameters at every step
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log({**logs, "seconds": round(time.perf_counter() - self._started, 3)}, start_time)
@@ -113,8 +113,10 @@ class AdapterTrainer(Trainer):
         return result
 
     def _forbid_nan(self, loss: Tensor, records: Sequence[str]) -> None:
-        """Raises NoFiniteLoss, on all processes together. Of a step's forwards the last one reads what all have given:
-        a read waits for the GPU."""
+        """Raises NoFiniteLoss, on all processes together, if a loss is nan or inf.
+
+        It reads the losses of a step's forwards together after the last one, because a read waits for the GPU.
+        """
         training = self._model.training
         self._unread.append((loss.detach(), records))
         if training and not self.accelerator.sync_gradients:
@@ -133,13 +135,15 @@ class AdapterTrainer(Trainer):
         records = unread[first][1]
         raise NoFiniteLoss(
             f"the loss is {losses[first].float().item()} {place}, on the records"
-            f" {', '.join(records[:5])}{' …' if len(records) > 5 else ''}. {self._newest()}: look at these records,"
+            f" {', '.join(records[:5])}{' …' if len(records) > 5 else ''}. {self._newest()}: check these records,"
             " or lower --learning-rate"
         )
 
     def forbid_nan_weights(self) -> None:
-        """Raises NoFiniteLoss if a trained parameter is not finite: called before anything is saved. The loss of the
-        last step was computed before its update."""
+        """Raises NoFiniteLoss if a trained parameter is not finite.
+
+        Called before saving, because the last step's loss does not yet reflect its update.
+        """
         trained = [(name, p) for name, p in self._model.named_parameters() if p.requires_grad]
         checks = [getattr(p.detach(), "_local_tensor", p.detach()).isfinite().all() for _, p in trained]
         if not checks or _on_all(torch.stack(checks).all()):
@@ -169,14 +173,14 @@ class AdapterTrainer(Trainer):
         _barrier()
         try:
             super()._save_checkpoint(model, trial)
-            _barrier()  # each process writes its own random state
+            _barrier()  # waits until each process has written its random state
             if self._is_writer:
                 _flush_to_disk(self._staging / name)
                 self._remove(output / name)
                 (self._staging / name).replace(output / name)
                 for old in checkpoints(output)[: -self._keep]:
                     self._remove(old)
-        except (RuntimeError, SafetensorError) as error:  # torch.save and safetensors report a full disk as these
+        except (RuntimeError, SafetensorError) as error:  # a full disk, as torch.save and safetensors report it
             kept = checkpoints(output)
             raise OSError(
                 f"saving {output / name} failed ({error}); the newest complete checkpoint is"
@@ -188,7 +192,7 @@ class AdapterTrainer(Trainer):
             self._staging = None
 
     def _remove(self, checkpoint: Path) -> None:
-        """Deletes a checkpoint; out of sight first, so that none is there in part."""
+        """Deletes a checkpoint. Moves it to the staging folder first, so that no partial checkpoint is visible."""
         assert self._staging is not None
         if checkpoint.exists():
             checkpoint.replace(self._staging / f"removed-{checkpoint.name}")
@@ -217,20 +221,20 @@ class AdapterTrainer(Trainer):
 
         folder = Path(checkpoint)
         state = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
-        if any(isinstance(key, int) for key in state["state"]):  # of a run without --fsdp
+        if any(isinstance(key, int) for key in state["state"]):  # saved by a run without --fsdp
             state = self._by_name(state)
         options = StateDictOptions(full_state_dict=True)
         set_optimizer_state_dict(self._model, _bare(self.optimizer), state, options=options)
         self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
 
     def _by_name(self, state: dict[str, Any]) -> dict[str, Any]:
-        """An optimizer's state dict with the names of parameters instead of their places."""
+        """Converts an optimizer's state dict from parameter indices to parameter names."""
         names = {id(parameter): name for name, parameter in self._model.named_parameters()}
         result: dict[str, Any] = {"state": {}, "param_groups": []}
         for stored, group in zip(state["param_groups"], _bare(self.optimizer).param_groups, strict=True):
             here = [names[id(parameter)] for parameter in group["params"]]
             for place, name, parameter in zip(stored["params"], here, group["params"], strict=True):
-                # One that never had a gradient has no state yet.
+                # A parameter that never had a gradient has no state yet.
                 moments = {moment: torch.zeros(parameter.shape) for moment in ("exp_avg", "exp_avg_sq")}
                 result["state"][name] = state["state"].get(place, {"step": torch.tensor(0.0), **moments})
             result["param_groups"].append({**stored, "params": here})
@@ -240,7 +244,7 @@ class AdapterTrainer(Trainer):
         pass  # the adapter is loaded before the model is sharded or wrapped: qlora.adapters.lora.restore_lora
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        # A process that the checkpoint does not know (there were fewer) starts from seed, step and rank.
+        # With more processes than at saving, a new process has no state: it seeds from seed, step and rank.
         if checkpoint is not None:
             world, rank = self.args.world_size, self.args.process_index
             name = "rng_state.pth" if world <= 1 else f"rng_state_{rank}.pth"
@@ -256,7 +260,7 @@ def _bare(optimizer: Any) -> torch.optim.Optimizer:
 
 
 def _on_all(here: Tensor) -> bool:
-    """Whether it is true on all processes."""
+    """Whether ``here`` is true on all processes."""
     everywhere = here.to(torch.int32)
     if dist.is_initialized():
         dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)
@@ -279,7 +283,7 @@ def _flush_to_disk(folder: Path) -> None:
 
 
 def shard(model: Any, device: torch.device) -> None:
-    """Shards a PeftModel over all processes by FSDP2, block by block."""
+    """Shards a PeftModel over all processes with FSDP2, block by block."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -290,13 +294,15 @@ def shard(model: Any, device: torch.device) -> None:
 
 
 def share_of(batch_size: int, accumulation: int, world: int) -> tuple[int, int]:
-    """(rows in a forward, forwards in a step) of each of ``world`` processes, so that a step sees as many rows as with
-    one process. Raises ValueError if the rows of a step cannot be shared."""
+    """(rows per forward, forwards per step) for each of ``world`` processes, with the rows of a step shared among them.
+
+    Raises ValueError if the rows of a step cannot be shared evenly.
+    """
     rows = batch_size * accumulation
     if rows % world:
         raise ValueError(
-            f"batch_size={batch_size} times gradient_accumulation={accumulation} are {rows} rows a step, which"
-            f" {world} processes cannot share: it must be a multiple of {world}"
+            f"batch_size={batch_size} times gradient_accumulation={accumulation} are {rows} rows per step, which"
+            f" {world} processes cannot share: the product must be a multiple of {world}"
         )
     mine = rows // world
     size = math.gcd(mine, batch_size) if batch_size <= mine else mine
@@ -307,18 +313,20 @@ def share_of(batch_size: int, accumulation: int, world: int) -> tuple[int, int]:
 
 
 class SaveOnInterrupt(TrainerCallback):
-    """The first Ctrl-C (or SIGTERM) finishes the step, saves a checkpoint and stops, on all processes, whichever got
-    it; the second one stops at once."""
+    """On the first Ctrl-C (or SIGTERM) finishes the step, saves a checkpoint and stops; on the second stops at once.
+
+    A signal to one process stops all of them.
+    """
 
     _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
         self.interrupted = False  # this process got a signal
-        self.stopped = False  # all processes have stopped for one
+        self.stopped = False  # all processes stop because of a signal
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "SaveOnInterrupt":
-        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        if threading.current_thread() is threading.main_thread():  # only the main thread may set handlers
             self._previous = {number: signal.signal(number, self._on_signal) for number in self._SIGNALS}
         return self
 
@@ -330,11 +338,11 @@ class SaveOnInterrupt(TrainerCallback):
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
-        # Not by print, which raises if the signal came in the middle of another print.
-        os.write(2, b"\nInterrupted: finishing this step, then saving a checkpoint (again Ctrl-C: stop now).\n")
+        # Not with print, which raises an error if the signal arrives during another print.
+        os.write(2, b"\nInterrupted: finishing this step, then saving a checkpoint (Ctrl-C again stops now).\n")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Read once: a signal that comes after the processes have agreed is for the next step.
+        # Read once: a signal that arrives after the processes have agreed counts for the next step.
         stop = self.interrupted
         if dist.is_initialized():
             flag = torch.tensor([stop], dtype=torch.int32, device=args.device)
