@@ -1,7 +1,7 @@
-"""The same user code on different 4-bit layers: steps through transformers + PEFT, and bitsandbytes' own calls.
+"""Times the same user code on different 4-bit layers: steps with transformers and PEFT, and bitsandbytes' calls.
 
 Run: python benchmarks/ecosystem.py [step] [calls] [--repeats 5] (needs qlora[bench]). Contenders take turns in one
-process; medians, and ratios of rounds with half the distance of their quartiles.
+process. It prints medians, and ratios per round ± half their interquartile range.
 """
 
 import argparse
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def accelerated(call):
-    """``call`` on bitsandbytes' layers with our kernels."""
+    """``call`` on bitsandbytes' layers with qlora's kernels."""
 
     def run(i: int) -> None:
         with accelerate():
@@ -34,7 +34,7 @@ def accelerated(call):
 
 
 def step(tokens: int):
-    """A training step of SmolLM2-135M's shape, LoRA of rank 16 on all linear layers, by each quantization config."""
+    """A training step of a model of SmolLM2-135M's shape with rank-16 LoRA on all linear layers, for each config."""
     folder = tempfile.mkdtemp()
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(LlamaConfig.from_dict(SMOLLM2), dtype=torch.bfloat16).save_pretrained(folder)
@@ -68,7 +68,7 @@ def step(tokens: int):
 
 
 def calls(m: int, n: int = 4096, k: int = 4096):
-    """Forward, and forward with backward, of bitsandbytes' own Linear4bit in training mode."""
+    """Forward, and forward plus backward, of bitsandbytes' Linear4bit in training mode."""
     layers = []
     for _ in range(4):
         layer = bnb.nn.Linear4bit(k, n, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")

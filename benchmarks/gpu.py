@@ -1,8 +1,8 @@
-"""On a GPU, beside torch and bitsandbytes: products, host time of a call, and whole Llama-3-8B layers with adapters.
+"""Compares qlora on a GPU with torch and bitsandbytes: products, host time of a call, and Llama-3-8B layers with LoRA.
 
-Run: python benchmarks/gpu.py [products] [host] [layers] (needs a GPU; for layers transformers and PEFT; bitsandbytes
-joins where it is installed). Products are CUDA graph replays over weights that rotate beyond L2, medians of five;
-layers are eager steps, synchronized, contenders in turn. docs/gpu.md has results.
+Run: python benchmarks/gpu.py [products] [host] [layers]. It needs a GPU, for layers also transformers and PEFT;
+bitsandbytes is included if it is installed. Products are medians of five CUDA graph replays over weights that rotate to
+exceed L2. Layers are synchronized eager steps, with contenders in turn. docs/gpu.md has results.
 """
 
 import argparse
@@ -29,7 +29,7 @@ CUDA, BF16 = torch.device("cuda"), torch.bfloat16
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 RANK = 16
-MILLISECONDS = 12  # of a timing
+MILLISECONDS = 12  # minimum duration of a timing
 LLAMA_3_8B = {
     "hidden_size": 4096,
     "intermediate_size": 14336,
@@ -41,7 +41,7 @@ LLAMA_3_8B = {
 
 
 def replayed(call: Callable[[int], Any], copies: int) -> float:
-    """Microseconds of ``call(i)``, i = 0 … copies - 1 in one graph."""
+    """Microseconds per ``call(i)``, with i = 0 … copies - 1 captured in one graph."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -69,7 +69,7 @@ def replayed(call: Callable[[int], Any], copies: int) -> float:
 
 
 def products(n: int, k: int) -> None:
-    """Rows of a table: contender, then microseconds for each number of tokens."""
+    """Prints a table row per contender: its microseconds for each number of tokens."""
     l2 = torch.cuda.get_device_properties(CUDA).L2_cache_size
     copies = max(2, min(24, 3 * l2 // (n * k // 2) + 1))
     packed = [qlora.quantize(torch.randn(n, k, device=CUDA)) for _ in range(copies)]
@@ -106,7 +106,7 @@ def products(n: int, k: int) -> None:
                 lambda i, x=x: bnb.matmul_4bit(x, theirs[i][0].t(), theirs[i][1]),
                 len(theirs),
             )
-        most = max(1, (2 << 30) // (2 * m * max(n, k)))  # results stay alive in a graph
+        most = max(1, (2 << 30) // (2 * m * max(n, k)))  # a graph keeps its results alive
         with torch.no_grad():
             for name, (call, count) in contenders.items():
                 table.setdefault(name, []).append(replayed(call, min(count, most)))
@@ -116,7 +116,7 @@ def products(n: int, k: int) -> None:
 
 
 def host() -> None:
-    """Microseconds on the host of eager calls that nobody waits for."""
+    """Prints host microseconds of eager calls, without waiting for the GPU."""
     n = k = 4096
     w = qlora.quantize(torch.randn(n, k, device=CUDA))
     dense, a, b = w.dequantize(BF16), torch.randn(RANK, k, device=CUDA), torch.randn(n, RANK, device=CUDA)
@@ -145,7 +145,7 @@ def host() -> None:
 
 
 def layers(count: int = 4) -> None:
-    """Forward and backward of Llama-3-8B layers with LoRA of rank 16 on all linear layers by PEFT, and forwards."""
+    """Prints times of forward plus backward, and of forward alone, for Llama-3-8B layers with PEFT's rank-16 LoRA."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 

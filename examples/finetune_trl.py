@@ -1,8 +1,8 @@
-"""Fine-tunes a model with transformers, PEFT and TRL; only the quantization config decides whose 4 bit it is.
+"""Fine-tunes a model with transformers, PEFT and TRL; the quantization config selects whose 4-bit layers it uses.
 
-Run: python examples/finetune_trl.py (needs qlora[train], peft, trl). Without --model it takes SmolLM2-135M, and the
-conversations that `qlora demo` trains on. `--quantizer bitsandbytes` is the same run on bitsandbytes' layers, and
-`--quantizer accelerated` on bitsandbytes' layers with our kernels.
+Run: python examples/finetune_trl.py (needs qlora[train], peft, trl). The default model is SmolLM2-135M, the data are the
+conversations of `qlora demo`. `--quantizer bitsandbytes` does the same run with bitsandbytes' layers, and
+`--quantizer accelerated` with bitsandbytes' layers on qlora's kernels.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-import qlora  # before from_pretrained: it registers QLoRAConfig with transformers
+import qlora  # registers QLoRAConfig with transformers, so it must come before from_pretrained
 
 
 def quantization_config(name: str):
@@ -34,7 +34,7 @@ def quantization_config(name: str):
 
 
 def conversations(limit: int) -> Dataset:
-    """The demo's prompts and answers, as TRL takes them."""
+    """The demo's prompts and answers, in TRL's format."""
     spec = importlib.util.find_spec("qlora.training")
     lines = Path(spec.submodule_search_locations[0], "lighthouse.jsonl").read_text().splitlines()[:limit]
     rows = [json.loads(line) for line in lines]
@@ -45,7 +45,7 @@ def conversations(limit: int) -> Dataset:
 
 
 class StepTimes(TrainerCallback):
-    """Seconds of each step."""
+    """Records the seconds of each step."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []

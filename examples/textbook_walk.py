@@ -1,4 +1,4 @@
-"""QLoRA by hand on an 8 x 8 weight with rank 2: the memory of textbook walks, and what they leave out.
+"""Works through QLoRA on an 8 x 8 weight with rank 2: the memory as textbooks count it, and what they omit.
 
 Run: python examples/textbook_walk.py (needs only torch and qlora). docs/textbook-walk.md explains each line.
 """
@@ -23,7 +23,7 @@ def main() -> None:
     print(f"base      64 weights x 4 bit            {kib(base)}")
     print(f"adapters  (2 x 8 + 8 x 2) x float32     {kib(adapters)}")
     print(f"total                                   {kib(base + adapters)}")
-    print(f"scales    2 blocks of 32 x float32      {kib(scales)}   (the part that such walks leave out)")
+    print(f"scales    2 blocks of 32 x float32      {kib(scales)}   (which textbooks omit)")
     print(f"in memory                               {kib(base + adapters + scales)}")
     print(f"dense     64 weights x float32          {kib(64 * 4)}")
 

@@ -1,7 +1,7 @@
-"""Trains one model on several processes, its packed weights sharded by FSDP2, from torch alone plus PEFT.
+"""Trains a model on several processes with FSDP2, which shards its packed weights, using only torch and PEFT.
 
-Run: torchrun --nproc-per-node 2 examples/train_fsdp2.py --model FOLDER (docs/distributed.md has the lines for more
-machines). On GPUs each process takes its own; without GPUs it runs on gloo.
+Run: torchrun --nproc-per-node 2 examples/train_fsdp2.py --model FOLDER (for several machines see docs/distributed.md).
+Each process uses its own GPU; without GPUs the processes communicate through gloo.
 """
 
 import argparse
@@ -33,14 +33,14 @@ def main() -> None:
         arguments.model, quantization_config=qlora.QLoRAConfig(), dtype=torch.bfloat16
     )
     qlora.prepare_model(model, rank=None)
-    torch.manual_seed(0)  # the same adapters everywhere
+    torch.manual_seed(0)  # the same initial adapters on every process
     model = get_peft_model(model, LoraConfig(target_modules="all-linear", r=16)).to(device)
     for block in model.base_model.model.model.layers:
         fully_shard(block)
     fully_shard(model)
     optimizer = qlora.optim.PagedAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 
-    torch.manual_seed(1 + rank)  # data of its own
+    torch.manual_seed(1 + rank)  # different data on each process
     ids = torch.randint(0, model.config.vocab_size, (2, 64), device=device)
     for step in range(arguments.steps):
         optimizer.zero_grad()

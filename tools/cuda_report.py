@@ -1,13 +1,13 @@
-"""What the compiler makes of the CUDA kernels, for every architecture: registers, spills, and the main loops in SASS.
+"""Reports the compiled CUDA kernels for every architecture: registers, spills, and the main loops in SASS.
 
     python tools/cuda_report.py [--archs 80 90] [--sass [LIBRARY.so KERNEL]]      (make cuda-report)
 
-Needs nvcc 12.8 or newer and no GPU. --sass also needs nvdisasm and cuobjdump (pip install nvidia-cuda-nvdisasm
-nvidia-cuda-cuobjdump); it counts the loop with the most mma instructions of each kernel, and, of a library of others
-that contains SASS, of the kernels whose mangled names contain KERNEL. For each loop it says how many bytes the warps of
-an SM ask memory for in a turn, and how many instructions stand between a load and the first use of what it loads: a
-warp alone waits for the rest of the latency. Exits with 1 if a kernel spills registers, uses a stack, holds so many
-registers that the blocks which its launch bounds promise do not fit an SM, or if ptxas serializes its wgmma.
+Needs nvcc 12.8 or newer but no GPU. --sass also needs nvdisasm and cuobjdump (pip install nvidia-cuda-nvdisasm
+nvidia-cuda-cuobjdump). It counts the instructions in each kernel's main loop (see main_loops); with LIBRARY also in the
+kernels of another library with SASS whose mangled names contain KERNEL. For each loop it prints the bytes that an SM's
+warps request from memory in one iteration, and the number of instructions between a load and the first use of its
+result; a single warp waits for the rest of the latency. Exits with 1 if a kernel spills registers or uses a stack, if it
+uses too many registers for the blocks per SM that its launch bounds promise, or if ptxas serializes its wgmma.
 """
 
 import argparse
@@ -25,15 +25,15 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHS = (75, 80, 86, 89, 90, 100, 120)
 REGISTERS_OF_AN_SM = 65536
-# Tiles that need more shared memory than these GPUs have, so that select.h never chooses them there.
+# These GPUs have too little shared memory for these tiles, so select.h never chooses them there.
 SMALL_GPUS = (86, 89, 120)
 LARGE_TILES = ("Shape<2, 2, 32, 3, 8, 64, 8>", "gemm_dx::Shape<2, 32, 8>")
 
 
 def target(source: Path, arch: int) -> str:
-    """The architecture that a source is compiled for; empty if it has no kernels for this one."""
+    """The nvcc architecture of a source for ``arch``; empty if the source has no kernels for it."""
     if source.stem.endswith("_wgmma"):
-        return "sm_90a" if arch == 90 else ""  # Hopper's own instructions
+        return "sm_90a" if arch == 90 else ""  # uses instructions that only Hopper has
     return f"sm_{arch}"
 
 
@@ -78,7 +78,7 @@ def demangle(names: list[str]) -> list[str]:
 
 
 def launch_bounds(source: Path, folder: Path) -> dict[str, tuple[int, int]]:
-    """Threads of a block of each kernel, and blocks that an SM has to hold, as the source promises."""
+    """(threads per block, minimum blocks per SM) of each kernel, from its launch bounds."""
     arch, ptx = "sm_90a" if source.stem.endswith("_wgmma") else "sm_80", folder / f"{source.stem}.ptx"
     command = ["nvcc", "-ptx", f"-arch={arch}", "-std=c++17", f"-I{ROOT / 'csrc'}", str(source), "-o", str(ptx)]
     subprocess.run(command, capture_output=True, check=True)
@@ -111,7 +111,7 @@ FAMILIES = (
 
 
 def tool(name: str) -> str:
-    """nvdisasm or cuobjdump: on PATH, or from PyPI beside this Python."""
+    """The path of nvdisasm or cuobjdump: on PATH, or from the PyPI package in this Python."""
     if found := shutil.which(name):
         return found
     for folder in map(Path, sys.path):
@@ -125,9 +125,9 @@ Instruction = tuple[str, str]  # opcode, operands
 
 
 def main_loops(cubin: Path) -> dict[str, list[Instruction]]:
-    """The main loop of each kernel: the shortest one that has half of the mma of any loop."""
+    """The main loop of each kernel: the shortest loop with at least half of the mma instructions of any loop."""
     result = subprocess.run([tool("nvdisasm"), "-c", str(cubin)], capture_output=True, text=True, check=True)
-    loops: dict[str, list[list[Instruction]]] = {}  # bodies, by kernel
+    loops: dict[str, list[list[Instruction]]] = {}  # loop bodies, by kernel
     code: list[Instruction] = []
     labels: dict[str, int] = {}
     for line in result.stdout.splitlines():
@@ -145,7 +145,7 @@ def main_loops(cubin: Path) -> dict[str, list[Instruction]]:
 
 
 def products(body: list[Instruction]) -> int:
-    """Of the tensor cores: Hopper's own, if there are any."""
+    """Number of tensor-core instructions: of Hopper's wgmma if there are any, else of mma."""
     asynchronous = sum(op.startswith("HGMMA") for op, _ in body)
     return asynchronous or sum(op.startswith("HMMA") for op, _ in body)
 
@@ -167,13 +167,13 @@ def count_families(body: list[Instruction]) -> collections.Counter:
 
 
 def access_bytes(op: str) -> int:
-    """Bytes of a lane."""
+    """Bytes that a memory instruction accesses per lane."""
     sizes = {"128": 16, "64": 8, "U8": 1, "S8": 1, "U16": 2, "S16": 2}
     return next((sizes[part] for part in op.split(".")[1:] if part in sizes), 4)
 
 
 def distances_to_use(body: list[Instruction]) -> list[int]:
-    """Instructions between each load from memory and the first one that reads what it loaded, round a loop."""
+    """Instructions between each load from memory and the first use of its result, across iterations of the loop."""
     distances = []
     for at, (op, operands) in enumerate(body):
         first = re.match(r"\s*R(\d+)", operands) if op.startswith("LDG.") else None
@@ -194,11 +194,11 @@ def print_loops(title: str, cubin: Path, bounds: dict[str, tuple[int, int]], onl
     for short, (name, body) in zip(demangle(list(loops)), loops.items(), strict=True):
         mma = products(body)
         rest = ", ".join(f"{k} {v}" for k, v in count_families(body).most_common() if "MMA" not in k)
-        text = f"{title} {short}: {len(body) / mma:.2f} a mma ({len(body)} / {mma}); {rest}"
-        asked = 32 * sum(access_bytes(op) for op, _ in body if op.startswith("LDG"))  # LDGSTS too
+        text = f"{title} {short}: {len(body) / mma:.2f} per mma ({len(body)} / {mma}); {rest}"
+        asked = 32 * sum(access_bytes(op) for op, _ in body if op.startswith("LDG"))  # includes LDGSTS
         if name in bounds and asked:
             threads, blocks = bounds[name]
-            text += f"; {asked * threads // 32 * blocks / 1024:.1f} KiB asked for an SM and turn"
+            text += f"; {asked * threads // 32 * blocks / 1024:.1f} KiB requested per SM and iteration"
         if distances := distances_to_use(body):
             text += f"; loads are used {min(distances)} to {max(distances)} instructions later"
         print(text)
@@ -215,7 +215,7 @@ def print_loops_of_library(library: Path, arch: int, kernel: str, folder: Path) 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--archs", type=int, nargs="+", default=ARCHS)
-    parser.add_argument("--sass", nargs="*", metavar="LIBRARY KERNEL", help="count main loops, of a library too")
+    parser.add_argument("--sass", nargs="*", metavar="LIBRARY KERNEL", help="count main loops, also of a library")
     arguments = parser.parse_args()
     if shutil.which("nvcc") is None:
         sys.exit("nvcc is not on PATH: install the CUDA toolkit 12.8 or newer")
@@ -233,7 +233,7 @@ def main() -> int:
             cubin, report = job.result()
             kernels, bounds = resources(report), bounds_of[source].result()
             if "serialized" in report:
-                problems.append(f"sm_{arch} {source.stem}: ptxas serializes wgmma, see its (C75..) advice")
+                problems.append(f"sm_{arch} {source.stem}: ptxas serializes wgmma: see its (C75..) warning")
             for name, short in zip(kernels, demangle(list(kernels)), strict=True):
                 use, (threads, blocks) = kernels[name], bounds[name]
                 table[source.stem, short][arch] = use["registers"]
@@ -256,7 +256,7 @@ def main() -> int:
     print("| --- |" + " ---: |" * len(arguments.archs))
     for (_, short), registers in table.items():
         print(f"| {short} | " + " | ".join(str(registers.get(arch, "–")) for arch in arguments.archs) + " |")
-    print("\n".join(problems) if problems else "no spills or stacks, every promise of launch bounds kept")
+    print("\n".join(problems) if problems else "no spills or stacks; all launch bounds are met")
     return 1 if problems else 0
 
 

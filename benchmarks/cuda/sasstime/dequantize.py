@@ -1,11 +1,11 @@
-"""Launch of dequantize.cu for sasstime, a timing model of SASS: n k [out_in_dram=1], the whole weight to bfloat16."""
+"""Describes the launch of dequantize.cu to sasstime, a timing model of SASS: n k [out_in_dram=1], to bfloat16."""
 
 from sasstime import Buffer, Launch
 
 from qlora import BFLOAT16, FLAGS, up, weight, weight_bytes  # sasstime's own helpers
 
 __all__ = ["FLAGS", "launch"]
-PER_BLOCK = 1024 * 4 * 8  # weights per round of a warp, times rounds, times warps
+PER_BLOCK = 1024 * 4 * 8  # weights per warp and round, times rounds, times warps
 
 
 def launch(gpu, n=4096, k=4096, out_in_dram=1):

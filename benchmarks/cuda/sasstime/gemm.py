@@ -1,4 +1,4 @@
-"""Launch of gemm.cu for sasstime: m n k [r=0] [tile], with the tiles of GemmTile."""
+"""Describes the launch of gemm.cu to sasstime: m n k [r=0] [tile]; tile is a name of GemmTile."""
 
 from sasstime import Buffer, Launch
 from structs import output
@@ -6,7 +6,7 @@ from structs import output
 from qlora import BFLOAT16, FLAGS, up, weight, weight_bytes  # sasstime's own helpers
 
 __all__ = ["FLAGS", "launch"]
-# Number in GemmTile, then the arguments of Shape: fragments, warps of a group, tokens, stages, groups, panel, batch.
+# GemmTile, then the template arguments of Shape: fragments, warps per group, tokens, stages, groups, panel, batch.
 TILES = {
     "turing": (0, 1, 4, 64, 2, 1, 32, 4),
     "64x32": (1, 2, 2, 32, 3, 8, 64, 8),

@@ -1,4 +1,4 @@
-"""Launch of gemm_dx.cu for sasstime: m n k [r=0] [tile], with the tiles of GemmTile."""
+"""Describes the launch of gemm_dx.cu to sasstime: m n k [r=0] [tile]; tile is a name of GemmTile."""
 
 from sasstime import Buffer, Launch
 from structs import output
@@ -6,7 +6,7 @@ from structs import output
 from qlora import BFLOAT16, FLAGS, up, weight, weight_bytes  # sasstime's own helpers
 
 __all__ = ["FLAGS", "launch"]
-# The number in GemmTile, then the template arguments of Shape: warps of a group, tokens, groups.
+# GemmTile, then the template arguments of Shape: warps per group, tokens, groups.
 TILES = {
     "turing": (0, 4, 64, 1),
     "64x32": (1, 2, 32, 8),

@@ -1,4 +1,4 @@
-"""Launch of lora_down.cu for sasstime: m k [r=16] [n=0] [tokens]; with n, both jobs of the backward."""
+"""Describes the launch of lora_down.cu to sasstime: m k [r=16] [n=0] [tokens]; with n, both jobs of the backward."""
 
 from sasstime import Buffer, Launch
 from structs import NO_FACTOR, factor

@@ -1,4 +1,4 @@
-"""Launch of lora_grad.cu for sasstime: m n k [r=16] [parts], both gradients of a float32 adapter."""
+"""Describes the launch of lora_grad.cu to sasstime: m n k [r=16] [parts], for both gradients of float32 adapters."""
 
 from sasstime import Buffer, Launch
 

@@ -1,4 +1,4 @@
-"""Launch of lora_up.cu for sasstime: m n [r=16], the low-rank term to which the vendor's GEMM adds its product."""
+"""Describes the launch of lora_up.cu to sasstime: m n [r=16], for the low-rank term that the vendor's GEMM adds to."""
 
 from sasstime import Buffer, Launch
 from structs import output

@@ -1,4 +1,4 @@
-"""The structs of csrc/cuda/launch.h in sasstime's notation: one float32 adapter of rank r, no bias."""
+"""Builds the structs of csrc/cuda/launch.h for sasstime: one float32 adapter of rank r, no bias."""
 
 from sasstime import Buffer
 
@@ -8,7 +8,7 @@ NO_FACTOR = [None, ("i", 0), ("q", 0), ("q", 0), ("q", 0), ("?", False)]
 
 
 def factor(name: str, r: int, features: int, rank_is_major: bool, sharers: float = 1.0) -> list:
-    """struct LowRankFactor: lora_a [r, features], or lora_b [features, r]."""
+    """struct LowRankFactor for lora_a [r, features] or lora_b [features, r]."""
     strides = (features, 1) if rank_is_major else (1, r)
     data = Buffer(name, r * features * 4, "float", dram=False, sharers=sharers)
     return [data, ("i", FLOAT32), *(("q", stride) for stride in strides), ("q", 0), ("?", True)]
