@@ -1,7 +1,7 @@
 """Fine-tunes a model with transformers, PEFT and TRL; the quantization config selects whose 4-bit layers it uses.
 
-Run: python examples/finetune_trl.py (needs qlora[train], peft, trl). The default model is SmolLM2-135M, the data are the
-conversations of `qlora demo`. `--quantizer bitsandbytes` does the same run with bitsandbytes' layers, and
+Run: python examples/finetune_trl.py (needs qlora[train], peft, trl). The default model is SmolLM2-135M; the data are
+those of `qlora demo`. `--quantizer bitsandbytes` does the same run with bitsandbytes' layers, and
 `--quantizer accelerated` with bitsandbytes' layers on qlora's kernels.
 """
 

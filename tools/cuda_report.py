@@ -6,8 +6,8 @@ Needs nvcc 12.8 or newer but no GPU. --sass also needs nvdisasm and cuobjdump (p
 nvidia-cuda-cuobjdump). It counts the instructions in each kernel's main loop (see main_loops); with LIBRARY also in the
 kernels of another library with SASS whose mangled names contain KERNEL. For each loop it prints the bytes that an SM's
 warps request from memory in one iteration, and the number of instructions between a load and the first use of its
-result; a single warp waits for the rest of the latency. Exits with 1 if a kernel spills registers or uses a stack, if it
-uses too many registers for the blocks per SM that its launch bounds promise, or if ptxas serializes its wgmma.
+result; a single warp waits for the rest of the latency. Exits with 1 if a kernel spills registers, uses a stack or uses
+too many registers for the blocks per SM that its launch bounds promise, or if ptxas serializes its wgmma.
 """
 
 import argparse
