@@ -1,12 +1,12 @@
-"""Fixtures for every test: the device in use, and a fixed seed."""
+"""Fixtures for all tests: the device in use, and a fixed seed."""
 
 import os
 import shutil
 import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a network
-# Of its own: inductor's cache does not know ATEN_CPU_CAPABILITY, and code of a process that was held to AVX2 gives nan
-# or aborts in one that is not.
+# A separate cache: inductor's cache key ignores ATEN_CPU_CAPABILITY, and code compiled in a process limited to AVX2
+# gives nan or aborts in one that is not.
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="qlora-inductor-")
 
 import devices
@@ -27,7 +27,7 @@ def _seeded():
 
 @pytest.fixture(params=devices.available())
 def device(request, monkeypatch):
-    """Runs the test once on everything that this machine has: each CPU kernel level, simt, a GPU."""
+    """Runs the test on each device that this machine has: every CPU kernel level, simt, a GPU."""
     name = request.param
     if name.startswith("cpu-"):
         monkeypatch.setenv("QLORA_CPU_ISA", name[4:])

@@ -1,8 +1,8 @@
-"""Where an operator runs in a test: a level of the CPU kernels, the CUDA kernels on the CPU (simt), or a GPU.
+"""Selects the device of an operator in a test: a CPU kernel level, the CUDA kernels on the CPU (simt), or a GPU.
 
-simt: ``libqlora_simt.so`` registers the CUDA operators under a dispatch key of its own. While a test runs on it, the
-CPU's entries of the dispatcher are replaced by calls of that key, so that everything above them (autograd, fake
-kernels, autocast, layers) is what users run.
+simt: ``libqlora_simt.so`` registers the CUDA operators under a separate dispatch key. While a test runs on it, the
+dispatcher's CPU entries call that key, so that everything above them (autograd, fake kernels, autocast, layers) is the
+code that users run.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ NAMES = (
 LIBRARY = os.environ.get("QLORA_SIMT_LIBRARY", Path(__file__).parents[1] / "build/tests/tests/simt/libqlora_simt.so")
 
 
-# Shared memory that a block may ask for, by compute capability.
+# Largest shared memory of a block in KiB, by compute capability.
 SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 
 
@@ -62,7 +62,7 @@ class Counters(ctypes.Structure):
 
 @functools.cache
 def simt_library() -> ctypes.CDLL | None:
-    """The library, loaded; None where it was not built. A path given by QLORA_SIMT_LIBRARY has to exist."""
+    """The loaded library; None if it was not built. A path in QLORA_SIMT_LIBRARY must exist."""
     if not Path(LIBRARY).exists():
         if "QLORA_SIMT_LIBRARY" in os.environ:
             raise FileNotFoundError(f"QLORA_SIMT_LIBRARY={LIBRARY} does not exist")
@@ -99,9 +99,9 @@ def simt(
     panel_bytes=_C.GPU_PANEL_BYTES,
     call=None,
 ):
-    """CPU tensors go to the CUDA kernels on the simt executor, which pretends to be the GPU that is described.
+    """Runs CUDA kernels on CPU tensors with the simt executor, which simulates the described GPU.
 
-    ``call(op, *args)`` may do more around the redispatch of an operator.
+    ``call(op, *args)`` can add code around the redispatch of an operator.
     """
     library = simt_library()
     assert library is not None
@@ -119,6 +119,6 @@ def simt(
 
 
 def counters(library: ctypes.CDLL) -> dict[str, int]:
-    """Counted since the last qlora_simt_reset()."""
+    """Counters since the last qlora_simt_reset()."""
     values = library.qlora_simt_counters().contents
     return {name: getattr(values, name) for name, _ in Counters._fields_}

@@ -1,4 +1,4 @@
-"""Which device and dtype a job takes: pure choices, for machines that are not here."""
+"""Choices of a job's device and dtype, tested for machines that are not present."""
 
 import pytest
 import torch
@@ -67,10 +67,10 @@ def test_a_gpu_that_is_there(monkeypatch):
         ((75, 80, 86, 90), (8, 9), True),  # machine code of 8.6 runs on 8.9
         ((80,), (8, 0), True),
         ((86,), (8, 0), False),  # machine code runs on newer minor versions only
-        ((90,), (10, 0), True),  # PTX of the newest
+        ((90,), (10, 0), True),  # PTX of the newest arch
         ((75, 90), (8, 0), False),
         ((75, 80), (7, 0), False),  # older than any kernel
-        ((), (9, 0), True),  # a build without the list says nothing against it
+        ((), (9, 0), True),  # a build without the list excludes no GPU
     ],
 )
 def test_compiled_code_and_the_gpu_at_hand(archs, gpu, runs):
@@ -78,7 +78,7 @@ def test_compiled_code_and_the_gpu_at_hand(archs, gpu, runs):
 
 
 def test_training_in_bf16_on_a_slow_cpu_is_told_once(monkeypatch, recwarn):
-    """The model of a QLoRAConfig, which takes the dtype that its user gives."""
+    """With a model loaded by QLoRAConfig, whose dtype the user chooses."""
     import peft
     import transformers
 

@@ -1,4 +1,4 @@
-"""QuantizedWeight: moves, pickles, shards, and the entries of a bitsandbytes state dict."""
+"""QuantizedWeight: moving, pickling, sharding, and the entries of a bitsandbytes state dict."""
 
 import io
 import pickle

@@ -1,9 +1,9 @@
-"""Derived bounds on rounding errors; no number here was found by trying.
+"""Bounds on rounding errors, all derived from theory, none found by trial.
 
 u = 2^-24 is float32's unit roundoff. A sum of K products, accumulated in float32 in any order, with each product
-rounded (machines without FMA) or not, is off by at most (K + 2) * u * sum |a||b| (Higham 2002, section 3.1; the
-second-order terms are below the slack of one unit for K < 2^20). Rounding the result to the output type adds eps / 2 *
-|y|, and half the smallest subnormal step in float16.
+rounded (machines without FMA) or not, has an error of at most (K + 2) * u * sum |a||b| (Higham 2002, section 3.1; the
+second-order terms are smaller than the extra unit for K < 2^20). Rounding the result to the output type adds eps / 2 *
+|y|, in float16 also half the smallest subnormal step.
 """
 
 import torch
@@ -13,32 +13,35 @@ U32 = 2.0**-24
 
 
 def accumulation(steps: int, absolute_products: Tensor) -> Tensor:
-    """Bound for a float32 sum of ``steps`` products whose absolute values sum up to ``absolute_products``."""
+    """Bound for a float32 sum of ``steps`` products whose absolute values add up to ``absolute_products``."""
     return (steps + 2) * U32 * absolute_products
 
 
 def multiplies_16_bit(device: str, dtype: torch.dtype) -> bool:
-    """Whether operands are rounded to 16 bit on this device: tensor cores of a GPU, and the levels
-    of a CPU that multiply bfloat16."""
+    """Whether this device rounds operands to 16 bit: GPUs with tensor cores, and CPU levels that multiply bfloat16."""
     if device.startswith("cpu"):
         return device in ("cpu-amx", "cpu-avx512bf16") and dtype == torch.bfloat16
     return dtype != torch.float32
 
 
 def operand_rounding(device: str, dtype: torch.dtype, absolute_products: Tensor) -> Tensor:
-    """Bound for what tensor cores and tiles add in 16 bit: one operand of each product (a level or a weight, an
-    activation of the low-rank term) is rounded to ``dtype`` once, by at most eps / 2 of itself."""
+    """Bound for the rounding of operands on tensor cores and in CPU tiles.
+
+    One operand of each product (a level, a weight, or an activation of the low-rank term) is rounded to ``dtype`` once,
+    by at most eps / 2 of its value.
+    """
     if not multiplies_16_bit(device, dtype):
         return torch.zeros_like(absolute_products)
     return torch.finfo(dtype).eps / 2 * absolute_products
 
 
 def split_rounding(device: str, dtype: torch.dtype, absolute_products: Tensor, small: Tensor) -> Tensor:
-    """Bound for a product of two float32 factors and 16-bit tokens on tensor cores and tiles.
+    """Bound for a product of two float32 factors and 16-bit tokens on tensor cores and in CPU tiles.
 
-    They take a float32 factor as two parts of ``dtype``, high and low: rounded by eps / 2 of itself each, so their sum
-    by (eps / 2)^2. In float16 the low part is also off by half the smallest number, which ``small`` weighs: the
-    products with the factor replaced by ones."""
+    The kernels split a float32 factor into a high and a low part of ``dtype``. Each is rounded by eps / 2 of its value,
+    so their sum by (eps / 2)^2. In float16 the low part also has an error of half the smallest number; ``small`` is the
+    sum of the products with the factor replaced by ones.
+    """
     if not multiplies_16_bit(device, dtype):
         return torch.zeros_like(absolute_products)
     bound = 2 * (torch.finfo(dtype).eps / 2) ** 2 * absolute_products
@@ -46,10 +49,11 @@ def split_rounding(device: str, dtype: torch.dtype, absolute_products: Tensor, s
 
 
 def factor_bounds(device, dtype, s, G, X, A, B, largest=None):
-    """Bounds for d_lora_a and d_lora_b, of absolute values: d_lora_a = s (G B)ᵀ X, d_lora_b = s Gᵀ (X Aᵀ).
+    """Bounds for d_lora_a = s (G B)ᵀ X and d_lora_b = s Gᵀ (X Aᵀ), from absolute values.
 
-    A factor that is scaled into the range of float16 has its largest value at 2^14 or above, so what it loses there is
-    2^-35 of it; ``largest`` is given where other rows of the batch may be larger."""
+    A factor that is scaled into the range of float16 has its largest value at 2^14 or above, so it loses at most 2^-35
+    of that value. Pass ``largest`` if other rows of the batch may be larger.
+    """
     (m, n), k = G.shape, X.shape[1]
     V, U = s * G @ B, s * X @ A.T
     largest_v, largest_u = (t * 2.0**-10 for t in largest or [0.0 if t.numel() == 0 else t.max() for t in (V, U)])
@@ -76,7 +80,7 @@ def assert_within(actual: Tensor, expected: Tensor, bound: Tensor) -> None:
 
 
 def assert_error_at_most(factor: float, actual: Tensor, torch_result: Tensor, expected: Tensor) -> None:
-    """Root-mean-square error against float64: at most ``factor`` times that of torch's own dequantize -> matmul."""
+    """The root-mean-square error against float64 is at most ``factor`` times that of torch's dequantize and matmul."""
     ours = (actual.double() - expected).square().mean().sqrt()
     theirs = (torch_result.double() - expected).square().mean().sqrt()
     assert ours <= factor * theirs, f"{ours:.3e} against {theirs:.3e}"

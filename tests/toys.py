@@ -1,4 +1,4 @@
-"""Small models for tests: a plain one with a tied head, and a random Llama with a tokenizer made on the spot."""
+"""Small models for tests: a plain one with a tied head, and a random Llama with a generated tokenizer."""
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ class Block(nn.Module):
 
 
 class TiedModel(nn.Module):
-    """Embedding, blocks, and a head that shares the embedding's weight."""
+    """A model with an embedding, blocks, and a head that shares the embedding's weight."""
 
     def __init__(self, width: int = 64, blocks: int = 2, vocabulary: int = 50) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ CHAT_TEMPLATE = (
 
 
 def save_llama(folder, chat: bool = True):
-    """A random Llama of 2 layers with a word-level tokenizer, as a model folder."""
+    """Saves a random 2-layer Llama with a word-level tokenizer as a model folder."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -65,7 +65,7 @@ def save_llama(folder, chat: bool = True):
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,
-        initializer_range=0.2,  # a frozen head must be able to say something
+        initializer_range=0.2,  # large, so that a frozen head can give distinct logits
         tie_word_embeddings=True,
         eos_token_id=1,
         pad_token_id=1,
@@ -76,7 +76,7 @@ def save_llama(folder, chat: bool = True):
     return folder
 
 
-# Settings of a fine-tuning run of seconds on that Llama.
+# Settings for a fine-tuning run of a few seconds on that Llama.
 TINY_JOB = {
     "max_steps": 12,
     "max_length": 64,

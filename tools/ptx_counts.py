@@ -1,9 +1,9 @@
-"""Counts what the kernels execute, by PTX instructions, sectors and bank conflicts: the table of docs/kernels.md.
+"""Counts the kernels' PTX instructions, memory sectors and bank conflicts, for the table in docs/kernels.md.
 
     PTXEMU=… QLORA_SIMT_LIBRARY=… python tools/ptx_counts.py [--hot]
 
-Counted per 1,000 four-bit weights at n=1024, k=4096: warp instructions, mma, ideal / actual sectors of global memory
-(loads, stores, cp.async), and bank conflicts of the whole launch.
+Warp instructions and mma are per 1,000 4-bit weights at n=1024, k=4096. It also counts ideal / actual sectors of global
+memory (loads, stores, cp.async), and bank conflicts of the whole launch.
 """
 
 import argparse
@@ -48,11 +48,11 @@ def run(name: str, call, arch: str, hot: bool, sm_count: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", default="sm_80", choices=executor.ARCHS)
-    parser.add_argument("--only", default="", help="part of a row's name")
+    parser.add_argument("--only", default="", help="only rows whose name contains this")
     parser.add_argument(
-        "--sms", type=int, default=108, help="of the GPU for which tiles are chosen; 8: the largest tile"
+        "--sms", type=int, default=108, help="SMs of the GPU that tiles are chosen for; 8: the largest tile"
     )
-    parser.add_argument("--hot", action="store_true", help="the lines that cost most")
+    parser.add_argument("--hot", action="store_true", help="print the most expensive lines")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     dtype = torch.bfloat16 if arguments.arch != "sm_75" else torch.float16

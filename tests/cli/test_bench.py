@@ -1,4 +1,4 @@
-"""`qlora bench`: fair turns, figures that add up, files that people read."""
+"""`qlora bench`: fair alternation, consistent figures, and its output files."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ SMALL = ("--shape", "64x128", "--m", "1", "20", "--rank", "4", "--repeats", "2",
 
 @pytest.fixture
 def quick(monkeypatch):
-    """No limits to measure for seconds, and short turns."""
+    """Replaces the slow measurement of limits, and shortens turns."""
     monkeypatch.setattr("qlora.bench.measure.ROUND_SECONDS", 1e-4)
     monkeypatch.setattr("qlora.bench.measure.measure_limits", lambda device, dtype: Limits(1e9, 1e10))
 
@@ -31,7 +31,7 @@ def test_contenders_take_turns_over_all_weights(monkeypatch):
 
 
 class _Graph:
-    """A CUDA graph's stand-in: replays what was called while it was captured."""
+    """Stand-in for a CUDA graph: replays the calls made during its capture."""
 
     def __init__(self):
         self.replays = 0
@@ -42,7 +42,7 @@ class _Graph:
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """torch.cuda as far as `alternate` asks for it; the graphs that it made."""
+    """Replaces the parts of torch.cuda that `alternate` uses; returns the graphs that it creates."""
     graphs: list[_Graph] = []
     monkeypatch.setattr("torch.cuda.CUDAGraph", lambda: graphs.append(_Graph()) or graphs[-1])
     monkeypatch.setattr("torch.cuda.graph", lambda graph, stream: contextlib.nullcontext())
@@ -66,7 +66,7 @@ def test_on_a_gpu_a_graph_of_all_weights_is_replayed(gpu, capsys):
     times = alternate(contenders, torch.device("cuda"), copies=3, repeats=2)
     assert called == [0, 0, 1, 2]  # once before the capture
     assert gpu[0].replays == 2 + 2 + 2  # warm up, estimate, rounds
-    assert times == {"a": [2.0, 2.0], "b": [6.0, 6.0]}  # a turn of `a` is one replay, three calls
+    assert times == {"a": [2.0, 2.0], "b": [6.0, 6.0]}  # a turn of `a` is one replay with three calls
     error = capsys.readouterr().err
     assert (
         error == "b is timed with its launches, not as a CUDA graph: operation not permitted when stream is capturing\n"
@@ -103,7 +103,7 @@ def test_contenders_compute_the_same():
     x = torch.randn(3, 128)
     results = {name: c(1) for name, c in weights.contenders(x, weights.a, weights.b).items()}
     error = (results["qlora"] - results["torch"]).norm() / results["torch"].norm()
-    assert error < 0.15  # of quantization
+    assert error < 0.15  # the quantization error
 
 
 @pytest.mark.parametrize(

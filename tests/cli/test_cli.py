@@ -104,7 +104,7 @@ def test_bad_data_and_foreign_adapters_are_one_line(world, tmp_path, capsys):
 
 
 def test_ctrl_c_saves_and_says_how_to_resume(world, tmp_path):
-    """A real signal to a real process; then the printed command, which finishes the run."""
+    """Sends a real signal to a real process; then the printed command finishes the run."""
     output = tmp_path / "run"
     options = ("--max-steps", "800", "--save-steps", "100", "--eval-steps", "800", "--keep-checkpoints", "20")
     process = subprocess.Popen(
@@ -114,7 +114,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(world, tmp_path):
         text=True,
     )
     deadline = time.monotonic() + 120
-    while not (output / "checkpoint-100").exists():  # then 700 steps are left
+    while not (output / "checkpoint-100").exists():  # 700 steps remain then
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -124,7 +124,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(world, tmp_path):
     newest = max(int(name.rpartition("-")[2]) for name in os.listdir(output) if name.startswith("checkpoint-"))
     assert 100 <= newest < 800
     assert f"checkpoint-{newest} is saved; continue with: qlora finetune --output {output} --resume" in error
-    assert main(["finetune", "--output", str(output), "--resume", "--rank", "3"]) == 1  # not as it started
+    assert main(["finetune", "--output", str(output), "--resume", "--rank", "3"]) == 1  # another setting
     assert main(["finetune", "--output", str(output), "--resume"]) == 0
     assert (output / "adapter" / "adapter_model.safetensors").exists()
 
@@ -136,7 +136,7 @@ def test_the_demo_replaces_only_an_older_demo(tmp_path):
     with pytest.raises(FileExistsError, match="is not an older demo"):
         demo._replace_older_demo(folder)
     assert (folder / "thesis.txt").exists()
-    (folder / "settings.json").write_text("{}")  # a fine-tuning run of the user's own
+    (folder / "settings.json").write_text("{}")  # a user's fine-tuning run
     with pytest.raises(FileExistsError, match="is not an older demo"):
         demo._replace_older_demo(folder)
     older = tmp_path / "older"
@@ -156,7 +156,7 @@ def test_the_demo_data_set_is_what_it_says():
 
 
 def test_a_killed_run_goes_on_from_a_complete_checkpoint(world, tmp_path):
-    """SIGKILL, at any moment: what is there is whole, and what is not is not there."""
+    """After SIGKILL at any moment every checkpoint on disk is complete."""
     output = tmp_path / "run"
     options = ("--max-steps", "100", "--save-steps", "1", "--eval-fraction", "0", "--keep-checkpoints", "3")
     command = [sys.executable, "-m", "qlora", *finetune_command(world, output, *options)]

@@ -1,4 +1,4 @@
-"""Model code that reads the weight of a linear layer itself: its dtype, or its values."""
+"""Model code that reads the weight of a linear layer directly: its dtype or its values."""
 
 import torch
 import transformers
@@ -10,8 +10,8 @@ TOKENS = torch.tensor([[5, 9, 7, 3, 1, 8]])
 
 
 def assert_prepared_or_refused(model, *words, **inputs):
-    """Right: the prepared model computes what it did, within the error of 4 bit, or prepare_model raises a ValueError
-    that names the layer. An error in the first forward is neither."""
+    """The prepared model computes the same as before, within the 4-bit error, or prepare_model raises a ValueError that
+    names the layer. An error in the first forward is a failure."""
     wanted = logits(model, TOKENS, **inputs)
     if result_or_refusal(lambda: qlora.prepare_model(model, rank=4), *words) is not None:
         assert difference(logits(model, TOKENS, **inputs), wanted) < FOUR_BIT

@@ -14,8 +14,10 @@ from qlora.models.loading import load_quantized
 
 
 def test_an_adapter_whose_initialization_changed_the_base_is_not_put_on_the_unchanged_one(tmp_path):
-    """Right: a ValueError that names the initialization, or what PEFT's own model computes, within the error of 4 bit.
-    An untrained PiSSA adapter changes nothing: its base is what is left of the weight without it."""
+    """Expects a ValueError that names the initialization, or the result of PEFT's own model, within the 4-bit error.
+
+    An untrained PiSSA adapter changes nothing, because its base is the weight minus the adapter.
+    """
     options = peft.LoraConfig(r=16, target_modules="all-linear", init_lora_weights="pissa")
     trained = peft.get_peft_model(llama(), options)
     trained.save_pretrained(tmp_path)
@@ -55,7 +57,7 @@ def test_options_that_change_what_an_adapter_computes_are_refused_by_name(tmp_pa
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}], ids=str)
 def test_commands_load_peft_adapters_of_every_kind(tmp_path, options):
-    """Right: what PEFT's own model computes, within the error of 4 bit."""
+    """Expects the result of PEFT's own model, within the 4-bit error."""
     llama().save_pretrained(tmp_path / "model")
     trained = peft.get_peft_model(llama(), peft.LoraConfig(r=16, target_modules="all-linear", **options))
     stir(trained, 0.01)
@@ -88,7 +90,7 @@ def test_an_adapter_of_another_task_is_refused(tmp_path):
 
 
 def test_an_adapter_knows_its_base_again(tmp_path):
-    """Another checkpoint of the same shape: only its weights tell it from the base."""
+    """Another checkpoint of the same shape differs from the base only in its weights."""
     for seed in (0, 1):
         llama(seed).save_pretrained(tmp_path / f"model{seed}")
     adapter_of(llama(), tmp_path / "adapter", task_type="CAUSAL_LM")

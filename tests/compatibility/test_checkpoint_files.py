@@ -1,4 +1,4 @@
-"""Which files of a model folder count, and which names in them."""
+"""Which files of a model folder are read, and which tensor names in them."""
 
 import shutil
 
@@ -15,7 +15,7 @@ SMALL = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_at
 
 
 def test_a_stray_safetensors_file_does_not_replace_the_weights_of_the_model(tmp_path):
-    """Right: what the folder gives without the stray file, as transformers reads it."""
+    """Expects the same model as without the stray file, which transformers ignores too."""
 
     def read():
         return logits(load_quantized(tmp_path, torch.float32, rank=None, progress=False)[0])
@@ -29,8 +29,11 @@ def test_a_stray_safetensors_file_does_not_replace_the_weights_of_the_model(tmp_
 
 @pytest.mark.parametrize("name", ["GPTNeoX", "ModernBertDecoder"])
 def test_streaming_reads_a_checkpoint_whose_head_has_another_name_or_a_tied_weight_and_a_bias(name, tmp_path):
-    """Right: the model that transformers loads, within the error of 4 bit. GPT-NeoX files call the untied head
-    ``embed_out``; ModernBERT's decoder stores the bias of a head whose weight is the embedding's."""
+    """Expects the model that transformers loads, within the 4-bit error.
+
+    GPT-NeoX files name the untied head ``embed_out``; ModernBERT's decoder stores a bias for a head whose weight is the
+    embedding's.
+    """
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     if name == "ModernBertDecoder":
         special |= {"cls_token_id": 1, "sep_token_id": 2}
@@ -43,8 +46,8 @@ def test_streaming_reads_a_checkpoint_whose_head_has_another_name_or_a_tied_weig
 
 
 def test_a_model_whose_checkpoint_fuses_projections_of_unequal_size_is_read_back_in_4_bit(tmp_path):
-    """Right: saved in 4 bit and loaded, the logits are the same; or save_pretrained refuses, which must name the layers
-    (nothing that cannot be read is written)."""
+    """Expects the same logits after saving and loading in 4 bit, or an error of save_pretrained that names the layers;
+    it must not write files that cannot be read."""
     config = transformers.LaraMiniConfig(**SMALL, num_hidden_layers=2, num_key_value_heads=2, head_dim=16)
     torch.manual_seed(0)
     transformers.LaraMiniForCausalLM(config).save_pretrained(tmp_path / "dense")
@@ -67,7 +70,7 @@ def test_prepare_model_reads_the_model_of_a_folder_and_nothing_else(tmp_path):
 
 
 def test_an_adapter_meets_the_same_base_whatever_the_compute_dtype(tmp_path):
-    """A checkpoint in float32: its weights are quantized as they are, not after a cast."""
+    """The weights of a float32 checkpoint are quantized directly, not after a cast."""
     llama().save_pretrained(tmp_path)
     one, other = (load_quantized(tmp_path, dtype, progress=False)[0] for dtype in (torch.float32, torch.bfloat16))
     layers = {n: m for n, m in one.named_modules() if isinstance(m, qlora.nn.Linear4bit)}

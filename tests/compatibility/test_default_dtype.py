@@ -1,4 +1,4 @@
-"""The default dtype of a process decides nothing inside the library."""
+"""The library does not depend on the default dtype or device of the process."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def bfloat16_default():
 
 
 def test_adamw_counts_steps_past_256_under_a_bfloat16_default(bfloat16_default):
-    """Right: the step counter and the parameter are those of torch.optim.AdamW."""
+    """Expects the step counter and the parameter of torch.optim.AdamW."""
     steps, values = [], []
     for kind in (torch.optim.AdamW, qlora.optim.PagedAdamW):
         parameter = torch.nn.Parameter(torch.ones(4, dtype=torch.float32))
@@ -32,7 +32,7 @@ def test_adamw_counts_steps_past_256_under_a_bfloat16_default(bfloat16_default):
 
 
 def test_position_table_of_a_streamed_model_is_not_rounded_to_bfloat16_while_it_is_computed(tmp_path):
-    """Right: the table that float32 arithmetic gives, rounded at most once to the compute dtype."""
+    """Expects the table of float32 arithmetic, rounded at most once to the compute dtype."""
     config = transformers.GPTJConfig(vocab_size=128, n_embd=64, n_layer=2, n_head=4, n_positions=2048, rotary_dim=16)
     dense = transformers.GPTJForCausalLM(config)
     dense.save_pretrained(tmp_path)
@@ -46,7 +46,7 @@ def test_position_table_of_a_streamed_model_is_not_rounded_to_bfloat16_while_it_
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
 def test_every_table_and_statistic_is_that_of_a_process_with_the_usual_defaults(quant_type, double_quant):
-    """The default device is "meta": a tensor that is made without one has no data, and every use of it fails."""
+    """With the default device "meta", a tensor created without an explicit device has no data, and its use fails."""
 
     def everything():
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""A model that was merged or dequantized is a dense model, on disk too."""
+"""A merged or dequantized model is a dense model, also when it is saved."""
 
 import peft
 import pytest
@@ -10,7 +10,7 @@ import qlora
 
 
 def test_a_merged_model_is_saved_as_what_it_is(tmp_path):
-    """Right: saved and loaded, the logits are those of the merged model."""
+    """Expects the merged model's logits after saving and loading."""
     llama().save_pretrained(tmp_path / "dense")
     model = reloaded(tmp_path / "dense", quantization_config=qlora.QLoRAConfig())
     qlora.prepare_model(model, rank=4)
@@ -21,8 +21,8 @@ def test_a_merged_model_is_saved_as_what_it_is(tmp_path):
 
 
 def test_weights_of_transposed_layers_are_saved_the_way_round_that_the_model_reads(tmp_path):
-    """Right: GPT-2 loaded in 4 bit, dequantized, saved and loaded has the same logits; or dequantize refuses, which
-    must name Conv1D."""
+    """Expects the same logits after GPT-2 is loaded in 4 bit, dequantized, saved and loaded, or an error of dequantize
+    that names Conv1D."""
     config = transformers.GPT2Config(vocab_size=256, n_embd=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
     torch.manual_seed(0)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "dense")
@@ -54,7 +54,7 @@ def test_a_model_that_peft_has_merged_in_part_is_not_saved(tmp_path):
 
 @pytest.mark.parametrize("kind", ["prepared", "peft"])
 def test_a_merged_gpt2_is_saved_the_way_round_that_it_reads(tmp_path, kind):
-    """Square weights: nothing but the numbers tells a transposed one."""
+    """With square weights, only the values show whether one is transposed."""
     config = transformers.GPT2Config(vocab_size=256, n_embd=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
     torch.manual_seed(0)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "dense")

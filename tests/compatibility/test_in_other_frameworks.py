@@ -14,13 +14,13 @@ import qlora
 
 @pytest.fixture
 def packed_llama(tmp_path):
-    """Llama, loaded in 4 bit by transformers."""
+    """A Llama that transformers loaded in 4 bit."""
     llama().save_pretrained(tmp_path / "dense")
     return reloaded(tmp_path / "dense", quantization_config=qlora.QLoRAConfig())
 
 
 def test_forward_mode_derivative_is_not_silently_zero():
-    """Right: the tangent of a linear map is the map of the tangent, or an error that names forward mode or jvp."""
+    """Expects the linear map of the tangent, or an error that names forward mode or jvp."""
     layer = qlora.nn.Linear4bit.from_linear(nn.Linear(64, 32, bias=False))
     x, tangent = torch.randn(3, 64), torch.randn(3, 64)
     result = result_or_refusal(lambda: torch.func.jvp(layer, (x,), (tangent,)), "forward mode", "forward ad", "jvp")
@@ -29,7 +29,7 @@ def test_forward_mode_derivative_is_not_silently_zero():
 
 
 def test_trainer_trains_the_adapters_of_a_model_loaded_in_4_bit(packed_llama, tmp_path):
-    """Right: it trains, as the documentation says."""
+    """Expects training to work, as documented."""
     qlora.prepare_model(packed_llama, rank=4)
     arguments = transformers.TrainingArguments(
         str(tmp_path / "run"), max_steps=1, learning_rate=1e-2, use_cpu=True, report_to="none", save_strategy="no"
@@ -40,7 +40,7 @@ def test_trainer_trains_the_adapters_of_a_model_loaded_in_4_bit(packed_llama, tm
 
 
 def test_adapted_layers_run_while_accelerate_keeps_their_base_elsewhere():
-    """Right: the logits are those without offloading."""
+    """Expects the same logits as without offloading."""
     model = llama()
     qlora.prepare_model(model, rank=4)
     wanted = logits(model)
@@ -49,8 +49,7 @@ def test_adapted_layers_run_while_accelerate_keeps_their_base_elsewhere():
 
 
 def test_forward_hooks_on_the_parts_of_a_peft_layer_fire(packed_llama):
-    """Right: each hook is called once a forward, as in PEFT's own layers, or the forward raises an error that names
-    hooks."""
+    """Expects each hook to run once per forward, as in PEFT's own layers, or an error that names hooks."""
     model = peft.get_peft_model(packed_llama, peft.LoraConfig(r=4, target_modules=["q_proj"]))
     layer, calls = model.base_model.model.model.layers[0].self_attn.q_proj, []
     parts = {"base_layer": layer.base_layer, "lora_A": layer.lora_A["default"], "lora_B": layer.lora_B["default"]}
@@ -61,14 +60,14 @@ def test_forward_hooks_on_the_parts_of_a_peft_layer_fire(packed_llama):
 
 
 def test_peft_counts_the_parameters_of_a_packed_base_as_those_of_the_dense_one(packed_llama):
-    """Right: the numbers that the dense model gives."""
+    """Expects the numbers of the dense model."""
     options = peft.LoraConfig(r=4, target_modules="all-linear")
     ours, dense = peft.get_peft_model(packed_llama, options), peft.get_peft_model(llama(), options)
     assert ours.get_nb_trainable_parameters() == dense.get_nb_trainable_parameters()
 
 
 def test_nested_offset_in_16_bit_is_taken_by_accelerated_operators():
-    """Checkpoints of others hold the nested offset in 16 bit; bitsandbytes reads it as float32."""
+    """Some checkpoints store the nested offset in 16 bit; bitsandbytes reads it as float32."""
     bnb = pytest.importorskip("bitsandbytes")
     from qlora.integrations import bitsandbytes as ours
 

@@ -1,4 +1,4 @@
-"""What was trained or prepared comes back from disk, or saving says that it cannot."""
+"""Saving keeps everything that was trained or prepared, or raises an error."""
 
 import json
 
@@ -16,7 +16,7 @@ def classifier(folder, seed):
 
 
 def test_a_freshly_initialized_classification_head_is_not_frozen_in_4_bit(tmp_path):
-    """Right: the head stays a dense layer, or prepare_model raises a ValueError that names it."""
+    """Expects the head to stay dense, or a ValueError of prepare_model that names it."""
     llama().save_pretrained(tmp_path)
     model = classifier(tmp_path, 1)
     if result_or_refusal(lambda: qlora.prepare_model(model, rank=4), "score", "head") is not None:
@@ -24,7 +24,7 @@ def test_a_freshly_initialized_classification_head_is_not_frozen_in_4_bit(tmp_pa
 
 
 def test_other_trained_parameters_are_saved_with_the_adapter(tmp_path):
-    """Right: the reloaded model is the trained one, or save_adapter raises an error that names what it cannot save."""
+    """Expects the trained model after reloading, or an error of save_adapter that names what it cannot save."""
     model = llama()
     qlora.prepare_model(model, rank=4)
     model.model.norm.weight.requires_grad_(True)
@@ -37,8 +37,11 @@ def test_other_trained_parameters_are_saved_with_the_adapter(tmp_path):
 
 
 def test_a_prepared_model_saved_by_save_pretrained_is_not_read_back_with_random_weights(tmp_path):
-    """Right: the loaded model computes what was saved, or save_pretrained or from_pretrained raises an error that says
-    that this is no checkpoint of a whole model (naming prepare_model, save_adapter, the adapters, or 4 bit)."""
+    """Expects the saved model's results after loading, or an error of save_pretrained or from_pretrained.
+
+    The error must say that this is not a checkpoint of a whole model, by naming prepare_model, save_adapter, the
+    adapters, or 4 bit.
+    """
     model = llama()
     qlora.prepare_model(model, rank=4)
 
@@ -52,7 +55,7 @@ def test_a_prepared_model_saved_by_save_pretrained_is_not_read_back_with_random_
 
 
 def test_an_adapter_saved_through_torch_compile_fits_the_model_itself(tmp_path):
-    """Right: the names in the file are those of the model, or save_adapter refuses the wrapper by name."""
+    """Expects the model's names in the file, or an error of save_adapter that names the wrapper."""
     model = llama()
     qlora.prepare_model(model, rank=4)
     stir(model)

@@ -13,7 +13,7 @@ import qlora
 
 
 def test_4bit_embedding_keeps_the_scale_of_a_scaled_embedding():
-    """Right: the scaled rows within the error of 4 bit, or a refusal that names the class, its scale or its forward."""
+    """Expects the scaled rows, within the 4-bit error, or an error that names the class, its scale or its forward."""
     torch.manual_seed(0)
     dense = Gemma3TextScaledWordEmbedding(50, 64, 0, embed_scale=8.0)
     packed = result_or_refusal(lambda: qlora.nn.Embedding4bit.from_embedding(dense), "Gemma3", "scale", "forward")
@@ -28,8 +28,10 @@ class Clipped(nn.Linear):
 
 
 def test_prepare_model_keeps_what_a_subclass_of_linear_computes():
-    """Right: the same function within the error of 4 bit (left alone and listed in ``skipped``, or adapted around its
-    own forward), or a ValueError that names the layer or its class."""
+    """Expects the same function, within the 4-bit error, or a ValueError that names the layer or its class.
+
+    The layer may stay as it is and be listed in ``skipped``, or get an adapter around its own forward.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(OrderedDict(plain=nn.Linear(64, 64), clipped=Clipped(64, 64)))
     x = torch.randn(4, 64)
@@ -40,7 +42,7 @@ def test_prepare_model_keeps_what_a_subclass_of_linear_computes():
 
 
 def test_prepare_model_keeps_forward_hooks_of_the_layers_that_it_replaces():
-    """Right: the hook still runs, once a forward, or a ValueError that names the layer or its hooks."""
+    """Expects the hook to run once per forward, or a ValueError that names the layer or its hooks."""
     model, calls = llama(), []
     model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *arguments: calls.append(arguments[0]))
     if result_or_refusal(lambda: qlora.prepare_model(model, rank=4), "hook", "up_proj") is not None:

@@ -1,4 +1,4 @@
-"""From text to labels, and from a prompt to a reply."""
+"""Labels of training text, and replies to prompts."""
 
 import json
 
@@ -14,7 +14,7 @@ CODE = "if x:\n        return  1\n"
 
 
 def byte_level_tokenizer(**options):
-    """Bytes as tokens, some merged; the post-processor trims offsets, as is its default."""
+    """A byte-level tokenizer with some merges, whose post-processor trims offsets by default."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -28,7 +28,7 @@ def byte_level_tokenizer(**options):
 
 
 def test_white_space_of_the_answer_is_learnt():
-    """Right: what is learnt is the whole completion and its end, and nothing of the prompt."""
+    """Expects a loss on the whole completion and its end token, and on nothing of the prompt."""
     tokenizer = byte_level_tokenizer()
     tokenizer.add_tokens([" " * 8])
     example = tokenize({"prompt": "Q:  what", "completion": CODE}, tokenizer)
@@ -36,7 +36,7 @@ def test_white_space_of_the_answer_is_learnt():
 
 
 def test_a_tokenizer_that_gives_token_types_does_not_stop_generation():
-    """Right: a reply; a causal model has no use for token types."""
+    """Expects a reply; a causal model does not use token types."""
     names = ["input_ids", "token_type_ids", "attention_mask"]
     tokenizer = byte_level_tokenizer(model_input_names=names)
     assert "token_type_ids" in tokenizer("x")
@@ -45,7 +45,7 @@ def test_a_tokenizer_that_gives_token_types_does_not_stop_generation():
 
 
 def test_a_byte_order_mark_at_the_head_of_a_file_is_no_part_of_its_first_record(tmp_path):
-    """Right: all records, none bad."""
+    """Expects all records and no bad ones."""
     lines = "".join(json.dumps({"prompt": f"question {i}", "completion": "answer"}) + "\n" for i in range(3))
     (tmp_path / "records.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
     records, bad = read_records(tmp_path / "records.jsonl")

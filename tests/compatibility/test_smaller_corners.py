@@ -1,4 +1,4 @@
-"""Smaller faults, one test each."""
+"""Regression tests for smaller faults, one test each."""
 
 from dataclasses import asdict
 
@@ -13,8 +13,8 @@ import qlora
 
 
 def test_experts_that_prepare_model_leaves_dense_are_reported():
-    """Right: the 3-D weights of experts are in 4 bit, or the report names their module as left alone, or a ValueError
-    names it."""
+    """Expects 4-bit 3-D expert weights, their module among the skipped ones in the report, or a ValueError that names
+    it."""
     torch.manual_seed(0)
     model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES, num_local_experts=4))
     report = result_or_refusal(lambda: qlora.prepare_model(model, rank=4), "experts")
@@ -26,22 +26,21 @@ def test_experts_that_prepare_model_leaves_dense_are_reported():
 
 
 def test_a_negative_id_is_an_error_as_in_torch():
-    """Right: an IndexError, which nn.Embedding raises, or a ValueError."""
+    """Expects an IndexError, as nn.Embedding raises, or a ValueError."""
     table = qlora.nn.Embedding4bit.from_embedding(nn.Embedding(10, 64))
     with pytest.raises((IndexError, ValueError)):
         table(torch.tensor([3, -1]))
 
 
 def test_a_double_quantized_embedding_compiles_into_one_graph():
-    """Right: it compiles with fullgraph=True and gives the same rows, as the documentation says of whole models."""
+    """Expects it to compile with fullgraph=True and return the same rows, as documented for whole models."""
     table, ids = qlora.nn.Embedding4bit.from_embedding(nn.Embedding(50, 64)), torch.arange(8)
     compiled = torch.compile(table, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(ids), table(ids))
 
 
 def test_a_string_for_skip_modules_is_one_name(tmp_path):
-    """Right: the layers of that name stay dense and no others, or QLoRAConfig refuses the string by naming the
-    option."""
+    """Expects only the layers of that name to stay dense, or an error of QLoRAConfig that names the option."""
     llama().save_pretrained(tmp_path)
 
     def load():
@@ -54,8 +53,8 @@ def test_a_string_for_skip_modules_is_one_name(tmp_path):
 
 
 def test_an_average_of_weights_leaves_packed_ones_as_they_are():
-    """Right: the packed base of an exponential moving average is that of the model, or update_parameters raises an
-    error that names packed or 4-bit weights."""
+    """Expects the packed base of an exponential moving average to equal the model's, or an error of update_parameters
+    that names packed or 4-bit weights."""
     model = llama()
     qlora.prepare_model(model, rank=4)
     average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
@@ -72,7 +71,7 @@ def test_an_average_of_weights_leaves_packed_ones_as_they_are():
 
 
 def test_a_model_prepared_under_inference_mode_trains_afterwards():
-    """Right: it trains, or prepare_model refuses by naming inference_mode."""
+    """Expects it to train, or an error of prepare_model that names inference_mode."""
     model = llama()
 
     def prepare():
@@ -84,7 +83,7 @@ def test_a_model_prepared_under_inference_mode_trains_afterwards():
 
 
 def test_the_floating_point_operations_of_a_layer_are_counted():
-    """Right: those of the matmul that it computes, 2 · tokens · in · out."""
+    """Expects the FLOPs of the matmul that it computes: 2 · tokens · in · out."""
     layer = qlora.nn.Linear4bit.from_linear(nn.Linear(64, 32))
     with FlopCounterMode(display=False) as counter:
         layer(torch.randn(3, 64))

@@ -1,9 +1,9 @@
-"""Makes bitsandbytes_golden.npz: what bitsandbytes itself stores for a few weights. Run by hand where it is installed.
+"""Creates bitsandbytes_golden.npz, which contains what bitsandbytes stores for a few weights. Run it by hand:
 
     pip install bitsandbytes numpy && python tests/data/make_bitsandbytes_golden.py
 
-Only cases in which bitsandbytes on the CPU is right are taken: the last dimension is a multiple of the block size (its
-AVX-512 dequantization is wrong otherwise), and no weight is closer than 1e-6 to a decision threshold (its CPU code
+It contains only cases in which bitsandbytes on the CPU is correct: the last dimension is a multiple of the block size
+(otherwise its AVX-512 dequantization is wrong), and no weight is within 1e-6 of a decision threshold (its CPU code
 picks the nearest level, its CUDA code compares with the thresholds that the format defines).
 """
 
@@ -37,7 +37,7 @@ def main() -> None:
                 arrays[f"{name}.nested_absmax"] = state.state2.absmax.numpy()
                 arrays[f"{name}.nested_map"] = state.state2.code.numpy()
                 arrays[f"{name}.nested_offset"] = np.array([state.offset.item()], dtype=np.float32)
-    for nested in (False, True):  # the state dict of a layer, as it lands in a checkpoint
+    for nested in (False, True):  # the state dict of a layer, as in a checkpoint
         torch.manual_seed(0)
         layer = bitsandbytes.nn.Linear4bit(64, 32, bias=False, quant_type="nf4", compress_statistics=nested)
         layer = layer.to("cpu")

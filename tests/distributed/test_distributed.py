@@ -1,4 +1,4 @@
-"""DDP and FSDP2 on 2 and 3 processes of the CPU, against one process."""
+"""DDP and FSDP2 with 2 and 3 CPU processes, compared with one process."""
 
 import subprocess
 import sys
@@ -44,8 +44,8 @@ def assert_same(one, other, rtol=1e-4):
     assert one["state"].keys() == other["state"].keys()
     for name, tensor in one["state"].items():
         if tensor.is_floating_point() and "lora_" in name:
-            # Gradients are means over processes of means over tokens, in another order; AdamW magnifies that where
-            # gradients are tiny.
+            # Gradients are means over processes of means over tokens, so the order of sums differs; AdamW amplifies the
+            # difference where gradients are tiny.
             torch.testing.assert_close(tensor, other["state"][name], rtol=rtol, atol=1e-4)
         else:
             assert torch.equal(tensor, other["state"][name]), name
@@ -54,14 +54,14 @@ def assert_same(one, other, rtol=1e-4):
 @pytest.mark.parametrize("processes", [2, 3])
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
 def test_equals_one_process(launch, mode, processes):
-    """Three processes cut 64 and 32 rows unevenly."""
+    """Three processes split 64 and 32 rows unevenly."""
     single = launch("single", 1)
     assert single["losses"][-1] < single["losses"][0]
     assert_same(single, launch(mode, processes))
 
 
 def test_mixed_precision_leaves_statistics_and_weights_alone(launch):
-    """MixedPrecisionPolicy casts float parameters to bfloat16 for the forward; packed weights and scales are none."""
+    """MixedPrecisionPolicy casts float parameters to bfloat16 for the forward, but not packed weights and scales."""
     single, mixed = launch("single", 1), launch("fsdp2-bf16", 2)
     torch.testing.assert_close(mixed["losses"], single["losses"], rtol=0.02, atol=0)
     for name, tensor in single["state"].items():
@@ -117,7 +117,7 @@ torch.save({n: p.detach() for n, p in model.named_parameters() if p.requires_gra
 
 
 def test_trainer_through_accelerate_on_two_processes(checkpoint, tmp_path):
-    """DDP as accelerate sets it up: both processes end with the same adapters, which have learnt."""
+    """With DDP as accelerate sets it up, both processes end with the same trained adapters."""
     script = tmp_path / "train.py"
     script.write_text(TRAINER)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

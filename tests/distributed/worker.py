@@ -1,4 +1,4 @@
-"""What each process of the distributed tests runs: a few steps under DDP or FSDP2, and what came of them, as a file.
+"""Process of the distributed tests: trains a few steps under DDP or FSDP2 and writes the result to a file.
 
 torchrun --nproc-per-node N worker.py CHECKPOINT RESULT MODE STEPS [--save FOLDER] [--resume FOLDER]
 """
@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 import qlora
 from qlora.optim import PagedAdamW
 
-BATCH = torch.randint(3, 100, (6, 9), generator=torch.Generator().manual_seed(1))  # divides among 1, 2 and 3
+BATCH = torch.randint(3, 100, (6, 9), generator=torch.Generator().manual_seed(1))  # divisible by 1, 2 and 3
 
 
 def build(checkpoint: str):
@@ -101,7 +101,7 @@ def main() -> None:
         torch.save({"losses": losses, "state": kept}, Path(a.result))
     dist.barrier()
     dist.destroy_process_group()
-    os._exit(0)  # the result is on disk: taking down torch's threads aborts now and then
+    os._exit(0)  # the result is on disk, and the normal shutdown of torch's threads sometimes aborts
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The examples run, on a tiny model where they take one."""
+"""The examples run, with a tiny model if they take one."""
 
 import subprocess
 import sys

@@ -1,10 +1,10 @@
-"""`make gpu-check`: all that a machine with an NVIDIA GPU can check and time, with a log of each step and a summary.
+"""`make gpu-check`: runs all checks and timings that need an NVIDIA GPU, with a log for each step and a summary.
 
     python tests/gpu/check.py [--results FOLDER] [--only STEP …]
 
-Runs the Python that calls it (or --python): torch with CUDA, qlora built for it, and the extras [train] and [test] have
-to be installed there, and nvcc on PATH. Some 5 minutes on 16 cores. Steps that only check run side by side; those that
-time run alone. A step that hangs or poisons its process costs that step.
+It uses the Python that runs it (or --python), which needs torch with CUDA, qlora built for it, and the extras [train]
+and [test]; nvcc must be on PATH. It takes about 5 minutes on 16 cores. Checks run in parallel, timings run alone. If a
+step hangs or crashes, the other steps still run.
 """
 
 import argparse
@@ -45,7 +45,7 @@ print(json.dumps({"why": why, "arch": arch, "gpus": torch.cuda.device_count(), "
 
 @dataclass(frozen=True)
 class Step:
-    """A command and how long it may take."""
+    """A command and its time limit."""
 
     name: str
     command: Sequence[str]
@@ -55,9 +55,9 @@ class Step:
 @dataclass(frozen=True)
 class Outcome:
     step: Step
-    code: int  # 124: it ran past its limit
+    code: int  # exit status; 124: over its time limit
     seconds: float
-    line: str  # the last telling line of its log
+    line: str  # the last line of its log that matches TELLING
 
     @property
     def passed(self) -> bool:
@@ -81,7 +81,7 @@ def run(step: Step, results: Path) -> Outcome:
             )
             code = process.wait(step.seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # its children too: the next step may be timed
+            os.killpg(process.pid, signal.SIGKILL)  # also its children: the next step may be a timing
             process.wait()
             code = 124
         except OSError as error:
@@ -96,12 +96,12 @@ def python_path() -> list[str]:
 
 
 def gencode(source: Path, arch: str) -> str:
-    """Hopper's own instructions exist on sm_90a alone; elsewhere their kernels are never started."""
+    """The gencode flag of a source. Hopper's wgmma needs sm_90a; on other GPUs its kernels are never launched."""
     return "-arch=sm_90a" if arch == "90" and source.stem.endswith("_wgmma") else f"-arch=sm_{arch}"
 
 
 def build_driver(arch: str, results: Path) -> Outcome:
-    """nvcc, one process a core, of the kernels and benchmarks/cuda/kernels.cu for this card alone."""
+    """Compiles the kernels and benchmarks/cuda/kernels.cu for this GPU only, one nvcc process per core."""
     start = time.monotonic()
     objects = results / "objects"
     objects.mkdir(exist_ok=True)
@@ -136,7 +136,7 @@ def build_driver(arch: str, results: Path) -> Outcome:
 
 
 def checks(python: str, driver: str) -> list[list[Step]]:
-    """Chains of steps: chains run side by side, the steps of one in turn."""
+    """Chains of steps: chains run in parallel, the steps of a chain in sequence."""
 
     def pytest(name: str, seconds: int, *arguments: str) -> Step:
         guard = ["-p", "poison", "-p", "no:cacheprovider", "--timeout", "60", "--timeout-method", "thread", "-rfEs"]
@@ -147,7 +147,7 @@ def checks(python: str, driver: str) -> list[list[Step]]:
         [pytest("operators", 600, "tests/ops", "-k", "cuda", *spread)],
         [pytest("runtime", 120, "tests/gpu/test_runtime.py"), pytest("job", 300, "tests/gpu/test_job.py")],
     ]
-    # Never the whole suite under a sanitizer: that takes 40 minutes.
+    # Only a part of the suite runs under a sanitizer, because all of it takes 40 minutes.
     if shutil.which("compute-sanitizer"):
         tools = ("memcheck", "initcheck", "synccheck", "racecheck")
         command = ["compute-sanitizer", "--error-exitcode", "99", "--tool"]
@@ -177,8 +177,8 @@ def timings(python: str, driver: str) -> list[Step]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=ROOT / "build/gpu-check", help="folder of the logs")
-    parser.add_argument("--python", default=sys.executable, help="the Python with torch and qlora")
+    parser.add_argument("--results", type=Path, default=ROOT / "build/gpu-check", help="folder for the logs")
+    parser.add_argument("--python", default=sys.executable, help="Python with torch and qlora")
     parser.add_argument("--only", nargs="*", default=[], help="names of steps, e.g. check operators sweep")
     arguments = parser.parse_args()
     answer = subprocess.run([arguments.python, "-c", QUESTIONS], capture_output=True, text=True, check=False)
@@ -191,7 +191,7 @@ def main() -> int:
         return 1
     results = arguments.results.absolute()
     if results.exists() and any(results.iterdir()) and not (results / "card.log").exists():
-        print(f"nothing was checked: {results} exists and holds something else: choose another --results")
+        print(f"nothing was checked: {results} exists and contains something else: choose another --results")
         return 1
     shutil.rmtree(results, ignore_errors=True)
     results.mkdir(parents=True)
@@ -219,9 +219,9 @@ def main() -> int:
         done(run(step, results))
     done(run(Step("card-after", card.command, 30), results))
 
-    unchecked = [f"architectures other than this sm_{here['arch']}"]
+    unchecked = [f"architectures other than sm_{here['arch']}"]
     if here["gpus"] < 2:
-        unchecked.append("one GPU only: that tensors of a second one are computed there")
+        unchecked.append("one GPU only: computation on a second GPU")
     unchecked += [f"{tool} is not on PATH" for tool in ("compute-sanitizer", "ncu") if shutil.which(tool) is None]
     failed = [outcome.step.name for outcome in outcomes if not outcome.passed]
     summary = [

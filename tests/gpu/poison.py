@@ -1,4 +1,4 @@
-"""pytest -p poison: a CUDA error that poisons a process ends that process; xdist starts another one in its place."""
+"""pytest plugin (-p poison): after a sticky CUDA error it ends the process, which xdist replaces by a new one."""
 
 import os
 
@@ -12,6 +12,6 @@ def pytest_runtest_teardown(item):
         return
     try:
         torch.cuda.synchronize()
-    except RuntimeError as error:  # sticky: every later call in this process would fail as well
+    except RuntimeError as error:  # sticky: every later call in this process would also fail
         print(f"STICKY {item.nodeid}: {error}", flush=True)
         os._exit(70)

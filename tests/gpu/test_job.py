@@ -1,4 +1,4 @@
-"""The main job on a GPU: the CPU's losses, resume, every optimizer, evaluation and generation of what was saved."""
+"""Fine-tuning on a GPU: same losses as on the CPU, resume, every optimizer, evaluation and generation afterwards."""
 
 import dataclasses
 import json
@@ -47,13 +47,13 @@ def test_the_losses_are_the_cpus(settings):
     finetune(settings)
     on_cpu = dataclasses.replace(settings, device="cpu", output=settings.output + "-cpu")
     finetune(on_cpu)
-    # float32 on both; products on the GPU in TF32 at most: 2^-10 relative each.
+    # Both in float32; products on the GPU may use TF32, with a relative error of 2^-10.
     torch.testing.assert_close(losses(settings.output), losses(on_cpu.output), rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bf16", "fp16"])
 def test_16_bit_learns_too(settings, dtype):
-    """fp16 with the gradient scaler."""
+    """fp16 uses the gradient scaler."""
     result = finetune(dataclasses.replace(settings, compute_dtype=dtype, max_steps=60))
     assert result.eval_loss_after < 0.8 * result.eval_loss_before
 

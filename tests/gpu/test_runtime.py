@@ -1,4 +1,4 @@
-"""What only a GPU can show: graphs, streams, synchronization, memory, and tensors beyond 2^31 elements."""
+"""Tests that need a GPU: graphs, streams, synchronization, memory, and tensors beyond 2^31 elements."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ N, K, R = 1024, 2048, 16
 
 
 def problem(m: int, dtype=torch.float16):
-    """float16: every supported GPU has tensor cores for it."""
+    """A random problem; float16 because every supported GPU has tensor cores for it."""
     w = qlora.quantize(torch.randn(N, K, device="cuda"))
     x, grad = (torch.randn(m, c, device="cuda", dtype=dtype) for c in (K, N))
     a, b = torch.randn(R, K, device="cuda", dtype=dtype), torch.randn(N, R, device="cuda", dtype=dtype)
@@ -31,7 +31,7 @@ def both_ways(weight, x, grad, a, b):
 @pytest.mark.parametrize("m", [1, 16, 200])
 def test_a_captured_graph_follows_its_inputs(m):
     weight, x, grad, a, b = problem(m)
-    both_ways(weight, x, grad, a, b)  # warm up: modules load, shared memory is asked for
+    both_ways(weight, x, grad, a, b)  # warm up: loads modules and requests shared memory
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = both_ways(weight, x, grad, a, b)
@@ -50,7 +50,7 @@ w = qlora.quantize(torch.randn(1024, 2048, device="cuda"))
 weight = (*w.tensors, [1024, 2048], "nf4", 64)
 x = torch.randn({m}, 2048, device="cuda", dtype=torch.float16)
 a, b = torch.randn(16, 2048, device="cuda"), torch.randn(1024, 16, device="cuda")
-x @ torch.randn(2048, 8, device="cuda", dtype=torch.float16)  # cuBLAS makes its workspace outside a graph
+x @ torch.randn(2048, 8, device="cuda", dtype=torch.float16)  # cuBLAS must create its workspace outside a graph
 torch.cuda.synchronize()
 graph = torch.cuda.CUDAGraph()
 with torch.cuda.graph(graph):
@@ -62,7 +62,7 @@ assert torch.equal(y, ops.forward(x, *weight, a, b, 0.5))
 
 @pytest.mark.parametrize("m", [1, 40, 400, 600])
 def test_a_kernel_may_be_started_for_the_first_time_in_a_capture(m):
-    """In a process of its own: a kernel is loaded, and asks for its shared memory, at its first launch."""
+    """In a separate process, because a kernel is loaded and requests its shared memory at its first launch."""
     result = subprocess.run([sys.executable, "-c", COLD.format(m=m)], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 
@@ -88,7 +88,7 @@ def test_autocast_and_compile(m):
 
 @pytest.mark.parametrize("allowed", [True, False])
 def test_the_vendors_gemm_keeps_torchs_switch_for_reduced_precision(allowed, monkeypatch):
-    """Many tokens are multiplied by torch's GEMM: the error is torch's own, whatever the switch says."""
+    """Many tokens use torch's GEMM, so the error equals torch's with either setting."""
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", allowed)
     if torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("no bfloat16 tensor cores")
@@ -149,7 +149,7 @@ def test_work_goes_to_the_current_stream():
     with torch.cuda.stream(stream):
         torch.cuda._sleep(100_000_000)
         later = ops.forward(x, *weight)
-        assert not stream.query()  # it waits behind the sleep
+        assert not stream.query()  # the stream is still busy with the sleep
     torch.cuda.synchronize()
     assert torch.equal(later, y)
 
@@ -167,7 +167,7 @@ def test_nothing_waits_for_the_gpu():
 
 @pytest.mark.parametrize("m", [16, 200, 2048])
 def test_no_dense_copy_of_a_large_weight(m):
-    """A panel of the vendor's path is at most 128 MiB."""
+    """A panel of dequantize_matmul is at most 128 MiB."""
     n, k = 16384, 8192
     w = qlora.quantize(torch.randn(n, k, device="cuda"))
     weight = (*w.tensors, [n, k], "nf4", 64)

@@ -1,4 +1,4 @@
-"""Tiny random models of transformers, one for each way in which a model holds its weights."""
+"""Tiny random transformers models, one for each way in which a model stores its weights."""
 
 import hashlib
 from pathlib import Path
@@ -30,7 +30,7 @@ CONFIGS = {
     "gpt2": GPT2Config(  # Conv1D: weights are stored as (in, out); the head shares the embedding
         n_embd=64, n_layer=2, n_head=4, vocab_size=100, bos_token_id=1, eos_token_id=2
     ),
-    "falcon": FalconConfig(  # a subclass of nn.Linear of its own; queries, keys and values in one weight
+    "falcon": FalconConfig(  # its own subclass of nn.Linear; queries, keys and values in one weight
         hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=100, bos_token_id=1, eos_token_id=2
     ),
     "mixtral": MixtralConfig(**_SIZES, num_local_experts=4),
@@ -43,7 +43,7 @@ TOKENS = torch.arange(3, 15)[None]
 
 
 def save_dense(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """A random model of that architecture as a checkpoint folder."""
+    """Saves a random model of this architecture as a checkpoint folder."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[name]).to(dtype)
     for parameter in model.parameters():
@@ -54,5 +54,5 @@ def save_dense(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> P
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Hash of each file."""
+    """The hash of each file, by name."""
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}

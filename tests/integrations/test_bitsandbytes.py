@@ -1,6 +1,7 @@
-"""bitsandbytes: its checkpoints read and written without it, and its own layers on our kernels.
+"""bitsandbytes: reading and writing its checkpoints without it, and running its layers on qlora's kernels.
 
-Compared only where its CPU code is sound: rows of whole blocks, and training mode (docs/integrations.md).
+Comparisons cover only cases in which its CPU code is correct: rows of whole blocks, and training mode
+(docs/integrations.md).
 """
 
 import json
@@ -48,7 +49,7 @@ def test_a_checkpoint_loads_bit_for_bit_and_is_written_byte_for_byte(tmp_path, q
         assert torch.equal(layer.dequantize(torch.float32), dense)
     ours.export_checkpoint(model, tmp_path / "exported", quant_storage=storage)
     assert hashes(tmp_path / "exported") == hashes(tmp_path / "theirs")
-    # Saved as usual it becomes a checkpoint of ours.
+    # save_pretrained writes a checkpoint in qlora's format.
     model.save_pretrained(tmp_path / "ours")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
@@ -114,7 +115,7 @@ def test_what_bitsandbytes_does_not_know_is_not_exported(tmp_path):
 
 
 class TestAccelerate:
-    """Their layers, their calls, our kernels."""
+    """bitsandbytes' layers and calls on qlora's kernels."""
 
     @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
     def layer(self, request):
@@ -140,7 +141,7 @@ class TestAccelerate:
         with ours.accelerate():
             on_ours = step()
         assert all(torch.equal(a, b) for a, b in zip(before, step(), strict=True)), "undo left something behind"
-        # 256 and 96 products in another order, and one rounding to the dtype.
+        # Sums of 256 and 96 products in another order, and one rounding to the dtype.
         tolerance = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7}[dtype]
         for a, b in zip(before, on_ours, strict=True):
             assert a.dtype == b.dtype
@@ -160,7 +161,7 @@ class TestAccelerate:
     def test_eval_mode_does_not_change_the_weights(self, layer):
         layer, dtype = layer
         x = torch.randn(1, 256, dtype=dtype)
-        before = {key: value.clone() for key, value in layer.state_dict().items() if key != "bias"}  # theirs is cast
+        before = {key: value.clone() for key, value in layer.state_dict().items() if key != "bias"}  # biases are cast
         with ours.accelerate():
             layer.eval()
             y = layer(x)
@@ -180,7 +181,7 @@ class TestAccelerate:
         assert not torch.equal(on_ours, before) or dtype == torch.bfloat16
         second.undo()
         assert torch.equal(layer(x), before)
-        second.undo()  # once too often does nothing
+        second.undo()  # an extra call does nothing
         with ours.accelerate():
             assert torch.equal(layer(x), on_ours)
         assert torch.equal(layer(x), before)
@@ -197,8 +198,8 @@ class TestAccelerate:
             ours_decoded = functional.dequantize_4bit(ours_packed, ours_state)
             if quant_type == "nf4" or dtype == torch.float32:
                 assert torch.equal(ours_decoded, decoded)
-            else:  # halfway between two levels, where 16-bit numbers often are, their CPU code rounds up in value
-                # and ours towards zero, as their CUDA code does: as far from the weight
+            else:  # 16-bit numbers are often halfway between two levels: their CPU code rounds those up, qlora and
+                # their CUDA code towards zero. Both results are equally far from the weight.
                 error = (decoded.float() - dense.float()).abs()
                 torch.testing.assert_close((ours_decoded.float() - dense.float()).abs(), error, rtol=0, atol=0.02)
             assert torch.equal(ours_state.absmax, state.absmax)

@@ -1,4 +1,4 @@
-"""torch.compile of whole models: one graph, no second compilation for batches of equal shape, equal results."""
+"""torch.compile of whole models: one graph, no recompilation for batches of equal shape, equal results."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def with_peft(checkpoint, checkpointing=False):
     )
     qlora.prepare_model(model, rank=None, gradient_checkpointing=checkpointing)
     model = get_peft_model(model, LoraConfig(target_modules="all-linear", r=4, init_lora_weights="orthogonal"))
-    model.disable_input_require_grads()  # PEFT puts transformers' hook back, which no graph can hold
+    model.disable_input_require_grads()  # PEFT adds transformers' hook again, which cannot be in a graph
     return model
 
 
@@ -72,7 +72,7 @@ def test_a_training_step_in_one_graph(checkpoint, build, checkpointing):
 
 
 def test_inductor_and_generation(checkpoint):
-    """The code that inductor writes around our operator."""
+    """Tests the code that inductor generates around the operator."""
     model = with_peft(checkpoint).eval()
     with torch.no_grad():
         expected = model(input_ids=BATCHES[0], use_cache=False).logits

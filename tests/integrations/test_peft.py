@@ -1,4 +1,4 @@
-"""PEFT on our 4-bit layers: the same numbers as PEFT on the dequantized model, in fewer operations, in its files."""
+"""PEFT on qlora's 4-bit layers: same results as PEFT on the dequantized model, fused operations, PEFT's files."""
 
 import subprocess
 import sys
@@ -29,12 +29,12 @@ def quantized(checkpoint, **options):
 
 
 def dequantized(checkpoint):
-    """The dense model with the same weights: what plain PEFT computes is the reference."""
+    """The dense model with the same weights; plain PEFT on it is the reference."""
     return quantized(checkpoint).dequantize()
 
 
 def randomize(model, seed=0):
-    """Adapters as training might leave them."""
+    """Gives adapters nonzero values, as training does."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
         if "lora_" in name and "magnitude" not in name:
@@ -45,7 +45,7 @@ def randomize(model, seed=0):
 
 
 def pair(checkpoint, seed=0, **options):
-    """Our model and plain PEFT's, with the same adapters."""
+    """A PeftModel with fused layers and a plain one on the dense model, with the same adapters."""
     options = {"target_modules": "all-linear", "r": 4, "lora_alpha": 8} | options
     fused = randomize(get_peft_model(quantized(checkpoint), LoraConfig(**options)), seed)
     plain = randomize(get_peft_model(dequantized(checkpoint), LoraConfig(**options)), seed)
@@ -93,7 +93,7 @@ def test_a_training_step_equals_plain_peft(checkpoint, options):
 
 
 def test_the_forward_is_one_operation(checkpoint):
-    """No dense weight and no separate matmul of the adapters: only qlora::forward, attention and the head."""
+    """Runs only qlora::forward, attention and the head: no dense weight and no separate matmul for the adapters."""
     fused, _ = pair(checkpoint)
     with torch.no_grad(), torch.profiler.profile() as profile:
         fused(input_ids=TOKENS)
@@ -126,7 +126,7 @@ def test_a_bfloat16_base_with_float32_adapters(checkpoint):
 
 
 def test_dora_computes_in_the_compute_dtype(checkpoint):
-    """A DoRA adapter that changes nothing yet computes what plain LoRA does, in the dtype that the config names."""
+    """An initial DoRA adapter computes the same as plain LoRA, in the dtype of the config."""
     config = qlora.QLoRAConfig(compute_dtype="bfloat16")
 
     def logits(use_dora):
@@ -140,7 +140,7 @@ def test_dora_computes_in_the_compute_dtype(checkpoint):
 
 def test_dora_after_the_base_was_replaced(checkpoint):
     fused, plain = pair(checkpoint, use_dora=True)
-    fused(input_ids=BATCH)  # norms of the first base are known now
+    fused(input_ids=BATCH)  # caches the norms of the first base
     layers = ours.lora_layers(fused)
     for name, layer in layers.items():
         other = qlora.quantize(layer.quantized.dequantize(torch.float32).flip(1))
@@ -183,7 +183,7 @@ class TestSeveralAdapters:
         torch.testing.assert_close(mine, plain(input_ids=BATCH, adapter_names=self.NAMES).logits, **TOLERANCE)
         with torch.no_grad(), torch.profiler.profile() as profile:
             fused(input_ids=BATCH, adapter_names=self.NAMES)
-        # Layers without an adapter of the batch run their base; q_proj runs the multi operator, as all others do.
+        # Layers without any of the batch's adapters run only their base; all others, such as q_proj, forward.multi.
         calls = {event.key: event.count for event in profile.key_averages()}
         assert calls["qlora::forward"] == 2 * 7
 
@@ -205,7 +205,7 @@ class TestSeveralAdapters:
         assert mine.keys() == theirs.keys()
         for name, grad in mine.items():
             torch.testing.assert_close(grad, theirs[name], rtol=1e-3, atol=1e-3 * theirs[name].abs().max().item())
-        # Afterwards nothing is left behind.
+        # Leaves nothing behind.
         assert torch.equal(fused.eval()(input_ids=BATCH).logits, fused(input_ids=BATCH).logits)
 
     def test_unknown_names(self, models):
@@ -231,7 +231,7 @@ def test_files_are_plain_pefts(checkpoint, tmp_path, use_dora):
     theirs = peft.utils.load_peft_weights(tmp_path / "plain")
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(tensor, theirs[name]) or "magnitude" in name for name, tensor in mine.items())
-    # Both ways, and what is loaded is fused without further ado.
+    # Works in both directions, and loaded adapters are fused automatically.
     loaded = PeftModel.from_pretrained(quantized(checkpoint), tmp_path / "plain")
     assert len(ours.lora_layers(loaded)) == 2 * 7
     torch.testing.assert_close(loaded(input_ids=BATCH).logits, plain(input_ids=BATCH).logits, **TOLERANCE)
@@ -240,7 +240,7 @@ def test_files_are_plain_pefts(checkpoint, tmp_path, use_dora):
 
 
 def test_load_adapter_without_peft(checkpoint, tmp_path):
-    """PEFT's file into a model that was loaded in 4 bit: layers of ours appear where the file has adapters."""
+    """Loads PEFT's file into a model that was loaded in 4 bit; layers with adapters in the file become QLoRALinear."""
     fused, _ = pair(checkpoint, target_modules=["q_proj", "down_proj"])
     fused.eval().save_pretrained(tmp_path)
     model = quantized(checkpoint)
@@ -271,7 +271,7 @@ print(type(model.base_model.model.model.layers[0].mlp.up_proj).__name__)
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_bias": True}], ids=str)
 def test_merge_and_unmerge(checkpoint, options):
-    # lora_bias needs a base bias: Llama's attention has one here.
+    # lora_bias needs a base bias, which Llama's attention has here.
     options = options | {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
     fused, plain = pair(checkpoint, **options)
     fused.eval()
@@ -323,7 +323,7 @@ def test_merge_and_unload_to_16_bit_and_to_4_bit(checkpoint, tmp_path):
         again = AutoModelForCausalLM.from_pretrained(tmp_path / f"search-{search}")
         assert torch.equal(again(input_ids=BATCH).logits, model(input_ids=BATCH).logits)
     assert all(errors[True][name] <= error for name, error in errors[False].items())
-    # Measured on Gaussian weights: 6 to 7 % less; a search that finds nothing would be a broken one.
+    # On Gaussian weights the search reduces the error by 6 to 7 %.
     assert sum(errors[True].values()) < 0.98 * sum(errors[False].values())
     with pytest.raises(ValueError, match="search_scales"):
         qlora.merge_and_unload(fused, search_scales=True)
@@ -339,13 +339,13 @@ class TestInitializations:
         for name, layer in ours.lora_layers(fused).items():
             weight = weights[name.removeprefix("base_model.model.")]
             left = layer.exact_weight(["default"]) - weight
-            # What is left is the quantization of weight - adapter: at most half the widest gap of NF4 (0.30) of a
-            # scale, and the scale's own code (1/127 of a range below it).
+            # What remains is the quantization error of weight - adapter: at most half of NF4's widest gap (0.30) times
+            # the scale, plus the error of the scale's code (1/127 of a range below it).
             scale = (weight - layer.get_delta_weight("default")).abs().max()
             assert left.abs().max() <= 0.17 * scale
             assert layer.lora_B["default"].weight.abs().max() > 0
             assert layer.lora_A["default"].weight.dtype == torch.float32
-        if init == "pissa":  # the adapter holds the principal part
+        if init == "pissa":  # the adapter contains the principal part
             name, layer = next(iter(ours.lora_layers(fused).items()))
             weight = weights[name.removeprefix("base_model.model.")]
             expected = torch.linalg.svdvals(weight)[:8].square().sum().sqrt()
@@ -436,7 +436,7 @@ class TestEmbedding4bit:
 
 
 def test_offloaded_activations_and_checkpointing(checkpoint):
-    """torch's and transformers' own means work with our layers, and change nothing."""
+    """torch's offloading and transformers' checkpointing work with these layers and do not change results."""
     fused, plain = pair(checkpoint)
     fused.train()
     plain.train()
@@ -452,7 +452,7 @@ def test_offloaded_activations_and_checkpointing(checkpoint):
 
 
 class TestPrepareModel:
-    """What prepare_model_for_kbit_training is for, without its casts."""
+    """prepare_model replaces prepare_model_for_kbit_training, without its casts."""
 
     def test_before_get_peft_model(self, checkpoint):
         model = quantized(checkpoint, dtype=torch.bfloat16)
@@ -529,7 +529,7 @@ class TestExperts:
         expected = fused.eval()(input_ids=BATCH).logits
         merged, _ = qlora.merge_and_unload(fused, requantize=True)
         assert [m for m in merged.modules() if type(m).__name__ == "Experts4bit"]
-        # Requantizing random weights: a coarse bound, that of the format.
+        # A coarse bound for requantized random weights, given by the format.
         assert (merged(input_ids=BATCH).logits - expected).norm() < 0.5 * expected.norm()
 
     def test_parameters_of_linear_layers_are_named(self, checkpoint):

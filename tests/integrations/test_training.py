@@ -1,4 +1,4 @@
-"""Trainer, SFTTrainer and DPOTrainer on our model: only the quantization_config is ours, the rest is theirs."""
+"""Trainer, SFTTrainer and DPOTrainer on a model loaded with QLoRAConfig; everything else is their own code."""
 
 import subprocess
 import sys
@@ -149,7 +149,7 @@ checkpoint, folder, kill_at, resume = sys.argv[1:]
 class Killed(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir):
         if self.state.global_step == int(kill_at):
-            os._exit(9)  # the adapter of this checkpoint is written, its optimizer and state are not
+            os._exit(9)  # the checkpoint has its adapter, but no optimizer or trainer state
         super()._save_optimizer_and_scheduler(output_dir)
 
 torch.manual_seed(0)
@@ -169,7 +169,7 @@ print([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
 
 
 def test_a_process_killed_in_the_middle_of_a_save(checkpoint, tmp_path):
-    """The checkpoint before it loads, and the run goes on as if nothing had happened."""
+    """The previous checkpoint loads, and the resumed run equals an uninterrupted one."""
 
     def run(folder, kill_at=-1, resume=""):
         command = [sys.executable, "-c", KILLED, str(checkpoint), str(tmp_path / folder), str(kill_at), str(resume)]

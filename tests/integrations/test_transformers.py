@@ -1,4 +1,4 @@
-"""transformers' from_pretrained with QLoRAConfig: what is loaded, saved and refused."""
+"""transformers' from_pretrained with QLoRAConfig: loading, saving, and errors."""
 
 import json
 import subprocess
@@ -29,7 +29,7 @@ def load_quantized(folder, dtype=torch.float32, **options):
 
 
 def with_dequantized_weights(dense, quantized):
-    """The dense model with the weights that the quantized one stands for."""
+    """The dense model with the dequantized weights of the quantized one."""
     for name, layer in quantized_layers(quantized):
         target = dense.get_submodule(name)
         if isinstance(layer, Experts4bit):
@@ -157,7 +157,7 @@ print(json.dumps({"extra": peak - baseline, "result": result}))
 
 
 def test_peak_memory_of_a_load(tmp_path):
-    """At most 1.15 x the quantized model + the largest tensor, beyond the pages of the file, which may be dropped."""
+    """At most 1.15 x the quantized model + the largest tensor, not counting the file's droppable mapped pages."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     small = save_dense("llama", tmp_path / "small")
@@ -190,7 +190,7 @@ def test_importing_qlora_is_enough_in_either_order(tmp_path):
         assert "qlora.nn.linear4bit.Linear4bit" in result.stdout, result.stderr
     result = run_python("import sys, qlora; print([m for m in sys.modules if m == 'transformers'])")
     assert result.stdout.strip() == "[]", "import qlora imported transformers"
-    # Without it: transformers says which method it does not know, and refuses.
+    # Without qlora, transformers raises an error that names the unknown method.
     result = run_python(f"import sys; from transformers import AutoModelForCausalLM; {check}", str(tmp_path / "saved"))
     assert result.returncode != 0
     assert "qlora" in result.stderr
@@ -220,13 +220,13 @@ def test_damaged_checkpoints_are_refused(tmp_path):
     edit(folder, lambda state: state.update({f"{layer}.absmax": state[f"{layer}.absmax"][:-1].clone()}))
     with pytest.raises(RuntimeError, match="(?i)mismatch"):
         load(folder)
-    folder = saved("extra")  # statistics of double quantization that the config does not have
+    folder = saved("extra")  # the file has double quantization, the config does not
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["double_quant"] = False
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(RuntimeError, match="(?i)mismatch"):
         load(folder)
-    folder = saved("format")  # the config of another format than the file's
+    folder = saved("format")  # the config has another format than the file
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["quant_type"] = "fp4"
     (folder / "config.json").write_text(json.dumps(config))

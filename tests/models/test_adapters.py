@@ -1,4 +1,4 @@
-"""Adapters on disk: PEFT's format both ways, atomic, and checked before anything changes."""
+"""Adapters on disk: PEFT's format in both directions, atomic writes, and checks before anything changes."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def llama(tmp_path_factory):
 
 
 def dequantized_twin(folder, model):
-    """The same model, dense: what PEFT puts its adapter on."""
+    """The same model, dense, for PEFT's adapter."""
     from transformers import AutoModelForCausalLM
 
     twin = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -191,7 +191,7 @@ def test_saving_an_adapter_that_no_layer_has(tmp_path):
 
 @pytest.mark.parametrize("failing_file", [1, 2])
 def test_a_full_disk_leaves_the_old_adapter(tmp_path, monkeypatch, failing_file):
-    """Whichever of the two files does not fit: weights and configuration stay those of one adapter."""
+    """Whichever file does not fit on the disk, weights and configuration stay those of the same adapter."""
     model = prepared()
     randomize(model)
     qlora.save_adapter(model, tmp_path)
@@ -212,7 +212,7 @@ def test_a_full_disk_leaves_the_old_adapter(tmp_path, monkeypatch, failing_file)
 
 
 def test_layers_without_the_adapter_are_made_dense_too(tmp_path):
-    """An adapter on some layers only, loaded into a model with adapters on all."""
+    """Loads an adapter of only some layers into a model with adapters on all layers."""
     partial = TiedModel()
     qlora.prepare_model(partial, rank=4, target_modules=["up"])
     randomize(partial)

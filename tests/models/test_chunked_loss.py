@@ -1,4 +1,4 @@
-"""The loss in chunks: the model's own number and gradients, whatever a model does to its logits, or not used."""
+"""The chunked loss: same value and gradients as the model's own loss; not used for models where it would differ."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ SIZES = {
     "head_dim": 8,
     "pad_token_id": 0,
 }
-# Softcapping, scales, a transform before the head, a bias, another order of tensors.
+# Models with softcapping, scales, a transform before the head, a bias, or another order of tensors.
 MODELS = {
     "Llama": {},
     "Gemma2": {"final_logit_softcapping": 0.7},
@@ -31,7 +31,7 @@ def build(name, dtype=torch.float32):
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**SIZES, **MODELS[name])
     model = getattr(transformers, f"{name}ForCausalLM")(config).to(dtype)
-    with torch.no_grad():  # logits large enough that a cap or a scale shows
+    with torch.no_grad():  # makes logits large enough that a cap or a scale matters
         model.get_output_embeddings().weight.mul_(20)
     return model
 
@@ -46,7 +46,7 @@ def batch(width=11):
 @pytest.mark.parametrize("chunk", [1, 5, 7, 256])
 @pytest.mark.parametrize("name", MODELS)
 def test_loss_and_gradients_are_the_models_own(name, chunk):
-    """In float64, where another order of sums shows only in the last digits."""
+    """In float64, where another order of sums changes only the last digits."""
     ids, labels = batch()
     results = []
     for in_chunks in (False, True):
@@ -59,7 +59,7 @@ def test_loss_and_gradients_are_the_models_own(name, chunk):
         loss.backward()
         results.append((loss.double(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
     (own, own_gradients), (ours, gradients) = results
-    # Both round the logits to float32 before the cross entropy.
+    # Both losses round the logits to float32 before the cross entropy.
     torch.testing.assert_close(ours, own, rtol=1e-6, atol=0)
     assert gradients.keys() == own_gradients.keys()
     for key, gradient in gradients.items():
@@ -73,7 +73,7 @@ def test_the_probe_lets_these_models_pass(name):
 
 
 class Scaled(transformers.LlamaForCausalLM):
-    """Its own loss is not that of its logits."""
+    """A model whose own loss is not the cross entropy of its logits."""
 
     def forward(self, *args, labels=None, **kwargs):
         result = super().forward(*args, labels=labels, **kwargs)
@@ -109,7 +109,7 @@ def test_installed_and_removed():
 
 
 def test_no_tensor_of_all_logits_exists():
-    """The largest tensor that an operator makes in forward and backward is a chunk of logits, not all of them."""
+    """The largest tensor that an operator creates in forward and backward is a chunk of the logits."""
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
@@ -130,7 +130,7 @@ def test_no_tensor_of_all_logits_exists():
     ids = torch.randint(1, 5000, (1, 64))
     with Watch():
         chunked_loss(model, ids, learnt_positions(ids), 63, 4, input_ids=ids).backward()
-    assert largest <= max(4 * 5000, 5000 * 32)  # a chunk, or the head's own weight seen from another side
+    assert largest <= max(4 * 5000, 5000 * 32)  # a chunk, or the head's transposed weight
     assert largest < 64 * 5000
 
 

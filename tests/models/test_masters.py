@@ -1,4 +1,4 @@
-"""Trained layers of 16 bit keep float32 parameters: copies, tied weights, files and merges of such a model."""
+"""Float32 parameters of trained 16-bit layers: copies, tied weights, files and merges of such a model."""
 
 import copy
 import io
@@ -34,7 +34,7 @@ def model(tmp_path):
 
 
 def test_the_arithmetic_is_that_of_16_bit(model):
-    """Rounding to bf16 and back is exact, so nothing changes before a step."""
+    """Converting bf16 to float32 and back is exact, so nothing changes before a step."""
     trained = model(["lm_head", "norm"]).eval()
     logits = trained(input_ids=IDS).logits
     assert logits.dtype == torch.bfloat16

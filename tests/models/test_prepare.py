@@ -1,4 +1,4 @@
-"""prepare_model: which layers become 4-bit, what stays as it is, and how much memory it takes on the way."""
+"""prepare_model: which layers become 4-bit, which stay as they are, and its peak memory."""
 
 import json
 import subprocess
@@ -185,7 +185,7 @@ def test_a_module_under_two_names_stays_one():
 
 @pytest.mark.parametrize("training", [False, True])
 def test_torchs_own_transformer_layer(training):
-    """MultiheadAttention reads out_proj.weight itself, and the fast path of inference reads every weight."""
+    """MultiheadAttention reads out_proj.weight directly, and the inference fast path reads every weight."""
     layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True).train(training)
     x = torch.randn(2, 5, 32)
     dense = layer(x)
@@ -239,7 +239,7 @@ def resident():
     fields = dict(line.split(":", 1) for line in open("/proc/self/status"))
     return int(fields["RssAnon"].split()[0]) * 1024 + int(fields["RssFile"].split()[0]) * 1024
 
-qlora.quantize(torch.randn(1024, 2048))  # threads and libraries are loaded before the baseline is read
+qlora.quantize(torch.randn(1024, 2048))  # starts threads and loads libraries before the baseline is read
 with torch.device("meta"):
     model = nn.Sequential(*[nn.Linear(2048, 2048, bias=False) for _ in range(24)])
 baseline = peak = resident()

@@ -1,4 +1,4 @@
-"""Linear4bit: an nn.Linear to its surroundings, frozen and never cast."""
+"""Linear4bit: behaves like an nn.Linear, with a weight that is frozen and never cast."""
 
 import pytest
 import torch
@@ -62,7 +62,7 @@ def test_statistics_of_the_wrong_length_are_refused():
 
 
 def test_a_state_dict_in_another_format_is_refused():
-    """The tensors have the same shapes: without the extra state they would load, and decode to other weights."""
+    """The tensors have the same shapes: without the extra state they would load and dequantize to other weights."""
     state = Linear4bit(64, 48, quant_type="nf4").state_dict()
     with pytest.raises(ValueError, match="'nf4'.*this layer has.*'fp4'"):
         Linear4bit(64, 48, quant_type="fp4").load_state_dict(state)
@@ -82,7 +82,7 @@ def test_gradient_flows_to_the_input_only():
 
 
 def test_a_replica_of_data_parallel_computes_the_same():
-    """torch.nn.DataParallel's replicas keep tensors as plain attributes, set here as it sets them."""
+    """torch.nn.DataParallel's replicas keep tensors as plain attributes, as this test sets them."""
     layer, x = Linear4bit(64, 48, bias=False), torch.randn(3, 64)
     replica = layer._replicate_for_data_parallel()
     for name, parameter in layer._parameters.items():

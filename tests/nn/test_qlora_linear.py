@@ -153,7 +153,7 @@ def test_merge_to_4_bit_reports_what_it_adds(x):
 
 @pytest.mark.parametrize("search", [False, True])
 def test_a_merge_says_how_much_of_the_adapter_it_keeps(search):
-    """A small adapter on a base that lies on the grid: rounding takes it back."""
+    """The base lies on the quantization grid, so rounding undoes most of a small adapter."""
     layer = QLoRALinear(nn.Linear(256, 192, bias=False), 8)
     layer.lora_b["default"].data.normal_(std=1e-3)
     base = layer.base.dequantize(torch.float32)
@@ -205,7 +205,7 @@ def test_what_would_lose_a_merged_state_is_refused():
     layer = make()
     layer.merge()
     for action in (layer.merge, layer.disable_adapters, lambda: layer.set_adapter("default")):
-        with pytest.raises(RuntimeError, match="is merged, call unmerge"):
+        with pytest.raises(RuntimeError, match="is merged; call unmerge"):
             action()
     layer.unmerge()
     with pytest.raises(RuntimeError, match="no adapter is merged"):
@@ -243,7 +243,7 @@ def test_a_cache_built_in_inference_mode_serves_training(x):
 
 @pytest.mark.parametrize("options", [{"cache_dequantized": True}, {"freeze_base": False}])
 def test_float32_adapters_are_not_rounded_on_the_dense_paths(options, x):
-    """Over bfloat16 activations the low-rank term is computed in the adapters' float32, as in the fused path."""
+    """With bfloat16 activations the low-rank term is computed in the adapters' float32, as in the fused path."""
     linear = nn.Linear(64, 48, bias=False)
     linear.weight.data.zero_()
     layer = QLoRALinear(linear, 4, **options)
@@ -251,7 +251,7 @@ def test_float32_adapters_are_not_rounded_on_the_dense_paths(options, x):
         layer.lora_b["default"].normal_()
     exact = x.bfloat16().double() @ layer.lora_a["default"].T.double() @ layer.lora_b["default"].T.double()
     y = layer(x.bfloat16()).double()
-    # one rounding to bfloat16 of a float32 sum; adapters in bfloat16 would be off by three
+    # One rounding of a float32 sum to bfloat16; adapters in bfloat16 would add three.
     assert ((y - exact).abs() <= 2**-8 * exact.abs() * (1 + 2**-8) + 1e-5).all()
 
 
@@ -268,7 +268,7 @@ def test_a_merged_layer_in_training_warns_and_refuses_a_state_dict(x):
     layer.merge()
     with pytest.warns(UserWarning, match="no gradient until unmerge"):
         layer(x)
-    with pytest.raises(RuntimeError, match="is merged, call unmerge"):
+    with pytest.raises(RuntimeError, match="is merged; call unmerge"):
         layer.load_state_dict(state)
     with pytest.raises(ValueError, match="contradicts requantize"):
         make().merge(requantize=True, dtype=torch.float16)
@@ -280,7 +280,7 @@ def test_trained_base_is_quantized_straight_through(x):
     fake = QLoRALinear(copy.deepcopy(linear), 4).base.dequantize()
     assert torch.equal(layer(x), nn.functional.linear(x, fake, linear.bias))
     layer(x).sum().backward()
-    # straight-through: the gradient that a dense layer would give its weight
+    # straight-through: the same gradient as for a dense layer's weight
     assert close(linear.weight.grad, x.sum(0).expand(48, 64), 1e-4)
     assert linear.bias.grad is not None
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
@@ -290,7 +290,7 @@ def test_trained_base_is_quantized_straight_through(x):
 
 
 def test_trained_base_learns():
-    """A regression onto another layer: the loss under fake quantization falls well below the start."""
+    """Regression to another layer's output: the loss with fake quantization falls well below its start."""
     target, layer = nn.Linear(32, 16), QLoRALinear(nn.Linear(32, 16), 2, freeze_base=False)
     optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)
     losses = []

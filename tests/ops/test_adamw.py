@@ -51,8 +51,8 @@ def test_follows_torchs_adamw(device, weight_decay):
         ops.adamw(ours, grad, *moments, 1e-2, 0.9, 0.99, 1e-8, weight_decay, step)
         theirs.grad = grad.double()
         optimizer.step()
-    # The update of one step is at most lr / (1 - beta1) in size (here 0.1) and made of about ten rounded operations;
-    # the parameter itself is rounded twice a step.
+    # The update of one step is at most lr / (1 - beta1), here 0.1, and takes about ten rounded operations; the
+    # parameter itself is rounded twice per step.
     bound = steps * 2.0**-24 * (10 * 0.1 + 2 * theirs.abs().max().item())
     assert (ours.double() - theirs).abs().max() <= bound
 
@@ -68,7 +68,7 @@ def test_training_converges(bits):
 
 
 def test_a_second_moment_never_becomes_zero(device):
-    """Beside a large one it would round to the code of zero, and the next step be lr / eps times the gradient."""
+    """In a block with a large one it would round to zero, and the next step would be lr / eps times the gradient."""
     grad = torch.full((256,), 1e-6)
     grad[0] = 1e3
     param, state = torch.zeros(256), states((256,), 8)
@@ -120,7 +120,7 @@ def test_errors_name_the_value_and_the_rule(change, message):
 
 
 def test_a_parameter_that_was_saved_for_backward_is_missed():
-    """In-place updates count as such for autograd."""
+    """Autograd detects the in-place update."""
     w = torch.randn(3, requires_grad=True)
     y = (w * w).sum()
     ops.adamw(w, torch.ones(3), *states((3,), 32), **HYPERPARAMETERS, step=1)
@@ -138,7 +138,7 @@ def test_opcheck(bits):
 
 @pytest.mark.parametrize("bits", [32, 8])
 def test_many_at_once_are_each_alone_bit_by_bit(device, bits):
-    """Seventeen and more: a second launch on a GPU. Of several sizes, dtypes and steps, one of them empty."""
+    """At least seventeen parameters need a second launch on a GPU. Sizes, dtypes and steps differ; one is empty."""
     shapes = [SHAPES[i % len(SHAPES)] for i in range(20)]
     params = [torch.randn(shape).to(DTYPES[i % len(DTYPES)]) for i, shape in enumerate(shapes)]
     grads = [torch.randn(param.shape).to(param.dtype) for param in params]

@@ -51,7 +51,7 @@ def test_forward_and_gradients(device, grid, dtype, m):
     rows = k // scale.shape[0] if scale.dim() == 2 else 1
     spread = (lambda t: t.repeat_interleave(rows, 0)) if scale.dim() == 2 else (lambda t: t)
     dense = q.double() * spread(scale.double()) + spread(zero.double())
-    # q * scale and the sum with zero_point are rounded: two units of the larger of them
+    # q * scale and its sum with zero_point are rounded: two units of the larger one
     magnitude = q.double().abs() * spread(scale.double()).abs() + spread(zero.double()).abs()
     X, G, B, A = x64.abs(), g.abs(), b64.abs(), a64.abs()
 

@@ -21,7 +21,7 @@ def gradients(x, weight, a, b, scaling, bias, lora_x, grad):
     ("m", "n", "k", "r"), [(1, 8, 64, 1), (70, 264, 40, 17), (150, 136, 520, 33), (331, 72, 328, 70)]
 )
 def test_gradients_of_factors_of_any_rank(device, dtype, lora_dtype, m, n, k, r):
-    """Several stretches of tokens, features and ranks; what rounds to 16 bit once, like torch, is allowed that."""
+    """Several chunks of tokens, features and ranks; the bound allows one rounding to 16 bit, as torch does."""
     s = 0.5
     weight, _ = weights(n, k)
     x, grad = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
@@ -42,7 +42,7 @@ def test_gradients_of_factors_of_any_rank(device, dtype, lora_dtype, m, n, k, r)
 
 @pytest.mark.parametrize("exponent", [-20, 0, 15])
 def test_float16_gradients_of_any_size(device, exponent):
-    """Gradients in float16 are tiny, or large under a loss scale; their sums with lora_b leave its range either way."""
+    """float16 gradients are tiny, or large with a loss scale; their products with lora_b leave float16's range."""
     m, n, k, r = 40, 64, 128, 16
     weight, _ = weights(n, k)
     x, grad = torch.randn(m, k).half(), (torch.randn(m, n) * 2.0**exponent).clamp(-60000, 60000).half()
@@ -95,7 +95,7 @@ def test_dx_carries_base_and_adapter_in_one_sum(device, quant_type, dtype, block
 
 @pytest.mark.parametrize("needed", range(1, 16))
 def test_any_subset_of_gradients(needed):
-    """What is not asked for is None and changes nothing in the rest."""
+    """Gradients that are not needed are None, and the others do not change."""
     weight, _ = weights(20, 96)
     x, a, b, bias, grad = (
         torch.randn(12, 96),
@@ -131,7 +131,7 @@ def test_gradients_are_bitwise_the_same_for_every_thread_count(device, threads):
 
 
 def test_numerical_gradient():
-    """Central differences, independent of any formula: float32 steps of 1e-2 on a function that is bilinear."""
+    """Central differences, independent of any formula; float32 steps of 1e-2 suffice for a bilinear function."""
     weight, _ = weights(6, 10)
     x, a, b = torch.randn(3, 10), torch.randn(2, 10), torch.randn(6, 2)
     loss_weights = torch.randn(3, 6)

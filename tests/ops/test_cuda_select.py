@@ -1,4 +1,4 @@
-"""Which CUDA kernel takes a shape, and why not a faster one: decided by pure functions, so no GPU is needed."""
+"""Selection of the CUDA kernel for a shape, and reasons against faster ones; pure functions that need no GPU."""
 
 import pytest
 
@@ -49,27 +49,27 @@ def test_float32_takes_the_general_path_for_few_tokens_and_the_vendors_gemm_for_
     few, more = select(16, dtype="float32"), select(17, dtype="float32")
     assert (few["forward"], few["backward"]) == ("general", "general")
     assert (more["forward"], more["backward"]) == ("dequantize_matmul", "dequantize_matmul")
-    for chosen in (few, more):  # TF32 is what would be faster, and it is torch's switch
+    for chosen in (few, more):  # TF32 would be faster, but torch's switch controls it
         assert "float32 tokens" in chosen["why_not_faster"]
         assert chosen["gradients"] == "general"
     assert select(64, dtype="float32", k=4096 + 4)["backward"] == "general"
 
 
 def test_tiles_grow_with_the_product_and_fit_the_gpu():
-    assert select(16, n=1024)["forward_tile"] == (16, 16)  # 32 rows a block would leave SMs idle
+    assert select(16, n=1024)["forward_tile"] == (16, 16)  # 32 rows per block would leave SMs idle
     assert select(16, n=14336)["forward_tile"] == (32, 16)
     assert select(1, n=14336)["forward_tile"] == (16, 16)
     assert select(16, n=14336, gpu=RTX4090)["forward_tile"] == (16, 16)
     assert select(64)["forward_tile"] == (64, 64)  # 128 tiles of 32 tokens are one more than a wave of 108
     assert select(64, gpu=H100)["forward_tile"] == (64, 32)
     assert select(64, n=14336, gpu=B200)["forward_tile"] == (128, 64)
-    assert select(64, n=14336, gpu=H100)["forward_tile"] == (128, 64)  # by wgmma
+    assert select(64, n=14336, gpu=H100)["forward_tile"] == (128, 64)  # with wgmma
     assert select(256, gpu=H100)["forward_tile"] == (128, 64)
     assert select(512, gpu=H100)["forward_tile"] == (128, 128)
     assert select(64, gpu=RTX4090)["forward_tile"] == (64, 32)
     assert select(200, n=14336, gpu=RTX4090)["forward_tile"] == (128, 64)
     assert select(64, k=14336, gpu=H100)["backward_tile"] == (128, 64)
-    assert select(4096, gpu=T4, dtype="float16")["forward_tile"] == (64, 64)  # 64 KiB hold no larger one
+    assert select(4096, gpu=T4, dtype="float16")["forward_tile"] == (64, 64)  # a larger tile does not fit in 64 KiB
     assert select(4096, gpu=T4, dtype="float16")["backward_tile"] == (128, 64)
 
 

@@ -1,4 +1,4 @@
-"""Bad input gets an error that names the value and the rule."""
+"""Bad input raises an error with the value and the rule."""
 
 import pytest
 import torch
@@ -70,7 +70,7 @@ def test_error_names_value_and_rule(name):
 
 
 def test_tensors_on_two_devices():
-    """A meta tensor stands in for a second device."""
+    """A meta tensor serves as a tensor on a second device."""
     weight, _ = weights(8, 64)
     with pytest.raises(RuntimeError, match="must be on one device"):
         ops.forward(torch.randn(2, 64, device="meta"), *weight)

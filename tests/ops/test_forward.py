@@ -62,7 +62,7 @@ def test_adapter_bias_and_dropped_input(device, dtype, shape):
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("m", [2, 20])
 def test_every_block_size(device, m, double_quant, block_size):
-    """k = 1056 = 33 * 32: rows begin inside the larger blocks."""
+    """With k = 1056 = 33 * 32, rows start inside the larger blocks."""
     weight, dense = weights(9, 1056, "nf4", block_size, double_quant)
     check(device, torch.randn(m, 1056), weight, dense)
 
@@ -77,10 +77,13 @@ def test_ranks(device, m, rank):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("m", [1, 64])
 def test_error_against_dequantize_then_matmul(device, m, dtype):
-    """In 16 bit at most torch's own error: torch rounds W, and most kernels do not. In float32, where only the order of
-    summation differs, at most twice; for one token on a GPU, where torch takes another kernel, float64
-    alone is the measure. Tiles round W as torch does: their error is torch's, but for the order of
-    summation, which moves it by 2^-24 sqrt(k) / 2^-9, about 1e-3 of itself."""
+    """The error is bounded by torch's own error.
+
+    In 16 bit at most torch's, because torch rounds W and most kernels do not. CPU tiles round W as torch does, so their
+    error equals torch's except for the order of summation, which changes it by 2^-24 sqrt(k) / 2^-9, about 1e-3. In
+    float32, where only the order of summation differs, at most twice torch's. One token on a GPU is compared only with
+    float64, because torch uses another kernel for it.
+    """
     k = 1024
     weight, dense = weights(256, k)
     x = torch.randn(m, k).to(dtype)
@@ -93,7 +96,7 @@ def test_error_against_dequantize_then_matmul(device, m, dtype):
 
 
 def test_long_rows(device):
-    """Rows of more than one stretch (512) and of more scales than one nested block (256) has."""
+    """Rows longer than one chunk (512), and with more scales than one nested block (256)."""
     for k in (8192 + 96, 9001):
         weight, dense = weights(3, k)
         check(device, torch.randn(2, k), weight, dense)
@@ -163,7 +166,7 @@ def test_no_output_features(device, dtype):
 
 @pytest.mark.parametrize("m", [2, 30])
 def test_tensors_need_not_be_aligned(device, m):
-    """Views into the middle of a storage: the kernels load 16 bytes at a time."""
+    """Views into the middle of a storage, because the kernels load 16 bytes at a time."""
 
     def shifted(t):
         return torch.cat((t.flatten()[:1], t.flatten()))[1:].view(t.shape)
@@ -175,12 +178,12 @@ def test_tensors_need_not_be_aligned(device, m):
 
 
 def test_no_dense_copy_of_the_weight_is_ever_allocated():
-    """Panels only: no single allocation comes near n * k 16-bit elements, forward or backward."""
+    """Only panels are allocated: no allocation is near n * k 16-bit elements, in forward or backward."""
     n = k = 2048
     weight, _ = weights(n, k)
     x = torch.randn(16, k, dtype=torch.bfloat16, requires_grad=True)
     a, b = torch.randn(8, k, requires_grad=True), torch.randn(n, 8, requires_grad=True)
-    ops.forward(x, *weight, a, b).sum().backward()  # warm: workspaces of the threads exist
+    ops.forward(x, *weight, a, b).sum().backward()  # warm up: creates the threads' workspaces
     with torch.profiler.profile(profile_memory=True) as profile:
         ops.forward(x, *weight, a, b).sum().backward()
     largest = max(event.cpu_memory_usage for event in profile.events())

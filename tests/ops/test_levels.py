@@ -1,4 +1,4 @@
-"""What rounding levels to 16 bit costs the tensor-core forward, against torch's rounding of dequantized weights."""
+"""Error of the tensor-core forward from rounding levels to 16 bit, compared with torch's rounding of weights."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ SOURCE = (Path(__file__).parents[2] / "csrc/cuda/device/levels.h").read_text()
 
 
 def multiplier(quant_type: str, dtype: torch.dtype) -> float:
-    """As level_multiplier() in the source."""
+    """The value of level_multiplier() in the source."""
     if quant_type != "nf4":
         return {"int4": 7.0, "fp4": 12.0}[quant_type]
     bf16, fp16 = re.search(r"kBFloat16 \? ([\d.]+)f : ([\d.]+)f", SOURCE).groups()

@@ -1,4 +1,4 @@
-"""forward.multi: each row of a batch with its own adapter, against float64 and against the single-adapter operator."""
+"""forward.multi: each row of a batch with its own adapter, compared with float64 and the single-adapter operator."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch.library import opcheck
 
 from qlora import ops, reference
 
-# The last ones: more than one tile of tokens, and what tensor cores take.
+# The last shapes have several tiles of tokens and run on tensor cores.
 SHAPES = [
     (1, 5, 37),
     (3, 33, 96),
@@ -22,7 +22,7 @@ SHAPES = [
 
 
 def make(m, n, k, adapters=4, r=3, dtype=torch.float32, runs=False):
-    """Every adapter and the base alone; rows of one adapter lie apart, or in runs as those of a sequence do."""
+    """A batch with every adapter and the base alone; rows of an adapter are scattered, or consecutive with ``runs``."""
     weight, dense = weights(n, k)
     of_row = torch.arange(m) * (adapters + 1) // max(1, m) - 1 if runs else torch.arange(m) % (adapters + 1) - 1
     lora = torch.randn(adapters, r, k), torch.randn(adapters, n, r), torch.randn(adapters), of_row
@@ -42,7 +42,7 @@ def test_forward_and_gradients(device, r, runs, lora_dtype, dtype, shape):
     y = ops.forward_multi(x_, *weight, a_, b_, s, of_row, bias_)
     y.backward(grad)
 
-    # One row at a time, in float64. Rows without an adapter get one that is zero.
+    # One row at a time, in float64. Rows without an adapter get a zero adapter.
     pick = of_row.clamp(min=0)
     on = (of_row >= 0).double()
     A, B = a.double()[pick], b.double()[pick]
@@ -142,7 +142,8 @@ def test_errors_name_value_and_rule(change, message):
 
 
 def test_a_damaged_adapter_never_reaches_the_rows_of_others():
-    """Few rows: only its own are not finite. Many: the batch is refused, unless all rows are its own."""
+    """With few rows, only the damaged adapter's rows are not finite. With many rows, the batch is refused unless all
+    rows use that adapter."""
     for m in (6, 40):
         x, weight, _, (a, b, s, _) = make(m, 24, 64)
         b[1, 3, 0] = float("inf")

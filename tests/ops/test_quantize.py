@@ -1,4 +1,4 @@
-"""quantize and dequantize: bit-exact against the reference, a second decode in numpy, and bitsandbytes' own output."""
+"""quantize and dequantize: bit-exact with the reference, a separate decoder in numpy, and bitsandbytes' output."""
 
 from pathlib import Path
 
@@ -72,7 +72,7 @@ def test_dequantize_rounds_once(device, quant_type, dtype, double_quant):
 
 
 def decode_in_numpy(packed, absmax, nested_absmax, nested_offset, count, quant_type, block_size):
-    """The format read a third time, from its description alone (docs/format.md)."""
+    """A third implementation of the format, written only from its description (docs/format.md)."""
     codes = np.empty(2 * len(packed), np.uint8)
     codes[0::2] = packed // 16
     codes[1::2] = packed % 16
@@ -80,7 +80,7 @@ def decode_in_numpy(packed, absmax, nested_absmax, nested_offset, count, quant_t
         "int4": np.array([(c - 8) / np.float32(7) for c in range(16)], np.float32),
         "fp4": np.array([0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3], np.float32)
         / np.float32(12),
-        "nf4": GOLDEN["nf4-64-nested.levels"],  # bitsandbytes' own tables, not ours
+        "nf4": GOLDEN["nf4-64-nested.levels"],  # bitsandbytes' own tables, not qlora's
     }[quant_type]
     scale = absmax
     if len(nested_absmax):
@@ -101,7 +101,7 @@ def test_decode_written_a_second_time(quant_type, double_quant):
 
 @pytest.mark.parametrize("name", GOLDEN_NAMES)
 def test_bitsandbytes_golden(device, name):
-    """Stores what bitsandbytes stores and reads what it stored, bit for bit (version in the file)."""
+    """Quantizes and dequantizes bit for bit like bitsandbytes (its version is in the file)."""
     quant_type, block, kind = name.split("-")
     block = int(block)
     here = torch.get_default_device()
@@ -135,7 +135,7 @@ def test_all_zero_block_dequantizes_to_zero(device, quant_type):
 
 
 def test_subnormal_block_keeps_its_sign_and_size(device):
-    """1 / absmax overflows: such a block is divided instead of multiplied."""
+    """1 / absmax overflows, so the block is divided by absmax instead."""
     weight = torch.full((64,), -1e-40)
     weight[0] = 1e-40
     q = ops.quantize(weight, "nf4", 64, False)
@@ -170,7 +170,7 @@ def test_empty_weight(device, double_quant):
 
 
 def test_an_infinite_scale_cannot_be_double_quantized(device):
-    """The mean of all scales would be infinite, and with it every block; without double quantization only one is."""
+    """The mean of all scales would be infinite, and so every block. Without double quantization only one block is."""
     weight = torch.randn(8, 64)
     weight[3, 7] = float("inf")
     with pytest.raises(RuntimeError, match="block 3 of the weight contains inf.*double_quant=False"):

@@ -8,7 +8,7 @@ from tolerances import accumulation, assert_within, factor_bounds, operand_round
 from qlora import _C, ops
 
 LEVELS = [f"cpu-{isa}" for isa in _C.runnable_isas()]
-# Rows decoded by whole words; half a chunk of them left over; blocks that cross rows; rows that begin inside a byte.
+# Rows of whole words; rows with half a chunk left over; blocks that cross rows; rows that start inside a byte.
 WEIGHTS = ((136, 1152, 64), (300, 1088, 64), (140, 576, 128), (71, 333, 64), (130, 640, 32))
 
 
@@ -40,7 +40,7 @@ def test_forward_and_backward(level, n, k, block):
 @pytest.mark.parametrize("m", [3, 16, 17, 32, 33])
 @pytest.mark.parametrize(("n", "k", "block"), WEIGHTS)
 def test_forward_of_few_tokens(level, m, n, k, block):
-    """Up to 32 tokens the sums stay in registers for the whole reduction: both widths, ragged panels and chunks."""
+    """Up to 32 tokens sums stay in registers for the whole reduction; both widths, with partial panels and chunks."""
     r, s = 20, 0.5
     weight, dense = weights(n, k, block_size=block)
     x, bias = torch.randn(m, k).bfloat16(), torch.randn(n)
@@ -67,7 +67,7 @@ def test_backward_is_bitwise_the_same_for_every_thread_count(level, threads):
 
 
 def test_nan_of_one_token_stays_its_own(level):
-    """Also one that shares a tile, forward and backward."""
+    """Other tokens stay finite, also in the same tile, in forward and backward."""
     weight, _ = weights(64, 128)
     x, grad = torch.randn(40, 128).bfloat16(), torch.randn(40, 64).bfloat16()
     x[5, 3], grad[7, 2] = float("nan"), float("inf")

@@ -1,4 +1,4 @@
-"""The operators as citizens of torch: opcheck, compile, autocast, checkpointing."""
+"""The operators in torch's frameworks: opcheck, compile, autocast, checkpointing."""
 
 import pytest
 import torch
@@ -77,7 +77,7 @@ def test_compile_fullgraph_equals_eager_forward_and_backward():
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_autocast_casts_the_activations_only(compiled):
-    """float32 scales, adapters and bias stay as they are: the result is that of a bfloat16 x outside autocast."""
+    """float32 scales, adapters and bias are not cast: the result equals that of a bfloat16 x outside autocast."""
     x, *rest, lora_x = lora_arguments()
     call = torch.compile(ops.forward, fullgraph=True) if compiled else ops.forward
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -112,7 +112,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
 
 
 def test_fake_kernels_take_sizes_beyond_32_bits():
-    """2^33 weights on the meta device: shapes are computed, nothing is allocated."""
+    """With 2^33 weights on the meta device, shapes are computed and nothing is allocated."""
     weight = torch.empty(2**21, 4096, device="meta")
     packed, absmax, nested_absmax, nested_offset = ops.quantize(weight)
     assert (packed.numel(), absmax.numel(), nested_absmax.numel()) == (2**32, 2**27, 2**19)

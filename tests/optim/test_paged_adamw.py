@@ -1,4 +1,4 @@
-"""PagedAdamW against torch and bitsandbytes, its state dict, and its pages."""
+"""PagedAdamW compared with torch and bitsandbytes, its state dict, and its paging."""
 
 import ctypes
 import subprocess
@@ -16,7 +16,7 @@ OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 
 
 def problem(seed=0, dtype=torch.float32):
-    """A small regression, its parameters on both sides of min_8bit_size."""
+    """A small regression with parameters below and above min_8bit_size."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(48, 96), nn.Tanh(), nn.Linear(96, 48)).to(dtype)
     x, y = torch.randn(64, 48, dtype=dtype), torch.randn(64, 48, dtype=dtype)
@@ -48,7 +48,7 @@ def test_follows_torchs_adamw():
     losses = train(model, loss, PagedAdamW(model.parameters(), **OPTIONS), 30)
     expected = train(reference, reference_loss, torch.optim.AdamW(reference.parameters(), **OPTIONS), 30)
     assert losses[-1] < 0.5 * losses[0]
-    # A step divides by sqrt(v), which magnifies a rounding of tiny gradients: lr times some units of float32.
+    # A step divides by sqrt(v), which amplifies rounding errors of tiny gradients to lr times a few float32 units.
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=0)
     torch.testing.assert_close(parameters(model), parameters(reference), rtol=1e-4, atol=1e-4)
 
@@ -63,7 +63,7 @@ def test_follows_bitsandbytes(bits):
     losses = train(model, loss, PagedAdamW(model.parameters(), **OPTIONS, bits=bits), 30)
     expected = train(reference, reference_loss, theirs(reference.parameters(), **OPTIONS), 30)
     torch.testing.assert_close(losses, expected, rtol={32: 1e-4, 8: 2e-2}[bits], atol=0)
-    # 8 bit: moments are off by up to a 1/256 of a block's largest one, and ours never let a second moment become zero.
+    # 8 bit: moments have errors up to 1/256 of a block's largest one, and qlora never rounds a second moment to zero.
     moved, apart = parameters(model) - start, parameters(model) - parameters(reference)
     assert apart.norm() <= {32: 1e-3, 8: 0.1}[bits] * moved.norm()
 
@@ -215,11 +215,11 @@ from qlora.optim import PagedAdamW
 page_dir = sys.argv[1] if len(sys.argv) > 1 else None
 small = nn.Parameter(torch.zeros(2))
 small.grad = torch.ones(2)
-PagedAdamW([small], page_dir=page_dir).step()  # what is imported late is imported now
+PagedAdamW([small], page_dir=page_dir).step()  # triggers late imports before memory is limited
 weight = nn.Parameter(torch.zeros(16, 2**20))
 weight.grad = torch.ones_like(weight)
 used = int(open("/proc/self/statm").read().split()[5]) * resource.getpagesize()
-limit = used + 64 * 2**20  # 128 MiB of state do not fit
+limit = used + 64 * 2**20  # too little for 128 MiB of state
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 optimizer = PagedAdamW([weight], page_dir=page_dir)
 for _ in range(2):
@@ -229,7 +229,7 @@ print(state > 64 * 2**20, weight.mean().item() < 0)
 """
 
     def test_state_larger_than_the_process_may_hold(self, tmp_path):
-        """A limit on the process's private memory: with page_dir the state is files, which do not count."""
+        """Limits the process's private memory; with page_dir the state is in mapped files, which do not count."""
 
         def run(*arguments):
             command = [sys.executable, "-c", self.LIMITED, *arguments]
@@ -248,7 +248,7 @@ print(state > 64 * 2**20, weight.mean().item() < 0)
             PagedAdamW([parameter], page_dir=tmp_path).step()
 
     def test_managed_memory_calls_the_driver(self, tmp_path):
-        """Against a library that stands in for the driver: what is called, and what an error becomes."""
+        """With a library that replaces the driver: checks the calls, and how errors are raised."""
         source = tmp_path / "driver.c"
         source.write_text(
             "#include <stdint.h>\n#include <stdlib.h>\n"

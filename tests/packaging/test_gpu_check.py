@@ -1,4 +1,4 @@
-"""`make gpu-check` rehearsed with stand-ins for nvcc, the GPU's tools and the Python with CUDA."""
+"""Tests `make gpu-check` with stand-ins for nvcc, the GPU's tools and the Python with CUDA."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 CHECK = Path(__file__).parents[1] / "gpu/check.py"
 ANSWER = '{"why": "", "arch": "90", "gpus": 1, "torch": "2.11.0+cu130"}'
 STAND_INS = {
-    # Makes the driver out of another stand-in.
+    # Writes the "driver" stand-in as its output.
     "nvcc": 'while [ $# -gt 1 ]; do [ "$1" = -o ] && out=$2; shift; done; cp "$(dirname "$0")/driver" "$out"',
     "driver": 'case "$1" in check) echo check passed;; peak) echo "read 4396 GB/s";; *) echo kernel,us;; esac',
     "nvidia-smi": 'echo "NVIDIA H200, 580.159.04, 345 MHz"',
@@ -22,7 +22,7 @@ STAND_INS = {
 
 @pytest.fixture
 def tools(tmp_path):
-    """A folder of stand-ins; a test replaces some."""
+    """A folder of stand-ins, of which a test can replace some."""
     folder = tmp_path / "bin"
     folder.mkdir()
 
@@ -89,7 +89,7 @@ def test_a_driver_that_does_not_compile_says_why(tools, tmp_path):
     result, summary = check(tools, tmp_path, "--only", "operators")
     assert result.returncode == 1
     assert "Error: no kernel image" in summary
-    assert "662 passed" in summary  # the package is checked all the same
+    assert "662 passed" in summary  # the package is still checked
     assert "sweep" not in summary
 
 

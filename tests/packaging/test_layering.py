@@ -1,4 +1,4 @@
-"""The house: who may include whom, one home per constant, no torch in kernels, nothing heavy at import."""
+"""Rules of the code base: who may include whom, one place per constant, no torch in kernels, no heavy imports."""
 
 import ast
 import re
@@ -13,7 +13,7 @@ CSRC = ROOT / "csrc"
 PYTHON = ROOT / "python" / "qlora"
 SOURCES = sorted(p for p in CSRC.rglob("*") if p.suffix in {".h", ".cpp", ".cu", ".cuh"})
 
-# Rooms in the order in which they may see each other: a file includes its own room and the earlier ones.
+# Folders of csrc, lowest first: a file may include files of its own folder and of those listed for it.
 MAY_INCLUDE = {
     "format": {"format"},
     "reference": {"format", "reference"},
@@ -54,7 +54,7 @@ def test_includes_go_one_way_and_torch_stays_in_ops(path):
     for include in re.findall(r'#include [<"]([^">]+)[">]', path.read_text()):
         if include.startswith("torch"):
             assert room == "ops", f"{path} includes {include}"
-        if include.startswith("cuda_"):  # headers of the toolkit
+        if include.startswith("cuda_"):  # headers of the CUDA toolkit
             assert room == "cuda", f"{path} includes {include}"
         if include.startswith("pybind11"):
             assert room == "bindings", f"{path} includes {include}"
@@ -82,13 +82,13 @@ PYTHON_FILES = sorted(
 @pytest.mark.parametrize("path", PYTHON_FILES, ids=lambda p: str(p.relative_to(PYTHON)))
 def test_python_imports_go_one_way(path):
     layer = path.relative_to(PYTHON).with_suffix("").parts[0]
-    assert layer in LAYERS, f"{layer} has no place in the order of layers"
+    assert layer in LAYERS, f"{layer} is missing in LAYERS"
     for imported in imports_of(path):
         if imported in LAYERS:
             assert LAYERS.index(imported) <= LAYERS.index(layer), f"{path} imports {imported}"
 
 
-# Digits that only occur in a table of the format; tests and the golden script may spell them out.
+# Digits that may occur only in a table of the format, except in tests and the golden script.
 CONSTANTS = {
     "0.6961928009986877": "csrc/format/nf4.h",
     "0.00260417": "csrc/format/fp4.h",

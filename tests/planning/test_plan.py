@@ -1,4 +1,4 @@
-"""qlora plan: its sums against real models, and its activations against the allocator of a real step."""
+"""qlora plan: its sizes compared with real models, its activations with the allocator of a real step."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ from qlora.optim import PagedAdamW
 from qlora.planning.estimate import Settings, estimate
 from qlora.planning.presets import PRESETS, config_of
 
-# The shape of SmolLM2, its vocabulary and four of its layers: a step takes a second.
+# SmolLM2's shape and vocabulary with four layers, so that a step takes a second.
 SHALLOW = {"num_hidden_layers": 4}
 
 
@@ -37,7 +37,7 @@ def real_model(shape, settings):
 
 
 def peak_of_a_real_step(model, settings):
-    """The most bytes that torch's allocator has handed out at once in a forward and backward, beyond the model."""
+    """Peak bytes of torch's allocator in a forward and backward, without the model."""
     ids = torch.randint(0, 1000, (settings.batch, settings.sequence))
 
     def step():
@@ -74,7 +74,7 @@ def test_within_5_percent_of_a_real_step(settings):
     planned = plan.gradients + plan.activations + plan.workspace
     measured = peak_of_a_real_step(model, settings)
     assert abs(planned - measured) <= 0.05 * (measured + tensor_bytes(model)), (planned, measured)
-    # The whole step, its optimizer included.
+    # The whole step, with its optimizer.
     optimizer = PagedAdamW([p for p in model.parameters() if p.requires_grad])
     optimizer.step()
     state = sum(t.nbytes for s in optimizer.state.values() for name, t in s.items() if name != "step")
@@ -88,7 +88,7 @@ def test_checkpointing_and_8_bit_and_devices_need_less():
     kept, computed = bytes_of(checkpointing=False), bytes_of(checkpointing=True)
     assert computed.activations < kept.activations
     assert computed.packed == kept.packed
-    wide, eight = bytes_of(rank=64), bytes_of(rank=64, optimizer_bits=8)  # no factor is below min_8bit_size
+    wide, eight = bytes_of(rank=64), bytes_of(rank=64, optimizer_bits=8)  # no parameter is below min_8bit_size
     assert eight.optimizer == pytest.approx(wide.optimizer * (2 + 8 / 256) / 8, rel=1e-3)
     paged = bytes_of(paged=True)
     assert paged.resident == computed.resident - computed.optimizer
@@ -98,14 +98,14 @@ def test_checkpointing_and_8_bit_and_devices_need_less():
 
 
 def test_llama_65b_on_one_card_of_48_gb(tmp_path, capsys):
-    """The claim that QLoRA is known for, with the paper's rank of 64 on all linear layers."""
+    """QLoRA's best-known claim, with the paper's rank of 64 on all linear layers."""
     path = tmp_path / "plan.json"
     command = ["plan", "llama-65b", "--budget", "48", "--rank", "64", "--seq", "512", "--optimizer-bits", "32", "8"]
     assert main([*command, "--paged", "--json", str(path), "--png", str(tmp_path / "plan.png")]) == 0
     plans = json.loads(path.read_text())["plans"]
     fits = {(p["settings"]["checkpointing"], p["settings"]["optimizer_bits"]): p["fits"] for p in plans}
     assert fits == {(True, 32): True, (True, 8): True, (False, 32): False, (False, 8): False}
-    # 64.5e9 weights in 4.127 bits, their number from the shapes: 80 (4 h² + 3 h i).
+    # 64.5e9 weights at 4.127 bits; their number follows from the shapes: 80 (4 h² + 3 h i).
     weights = 80 * (4 * 8192**2 + 3 * 8192 * 22016)
     assert plans[0]["bytes"]["packed"] == weights // 2
     assert plans[0]["bytes"]["statistics"] == pytest.approx(weights / 64 * (1 + 4 / 256), rel=1e-3)
@@ -139,7 +139,7 @@ def test_bad_requests(capsys):
 
 
 def test_planning_needs_no_weights_and_little_memory():
-    """The shapes of 65B in a process that may not hold one of its layers dense (0.4 GB in bfloat16)."""
+    """Plans 65B's shapes in less memory than one dense layer of it (0.4 GB in bfloat16)."""
     code = """
 import resource
 from qlora.planning.estimate import Settings, estimate

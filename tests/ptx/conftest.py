@@ -1,4 +1,4 @@
-"""The tests of the operators once more, each launch executed as PTX: `device` is an architecture here."""
+"""Runs the operator tests again with each launch executed as PTX; here `device` is an architecture."""
 
 import os
 import zlib
@@ -10,8 +10,7 @@ FULL = "QLORA_TEST_FULL" in os.environ  # every test on every architecture and w
 
 
 def pytest_collection_modifyitems(items):
-    """Only tests that run an operator on `device` belong here; the others ran in tests/ops. What looks back on them all
-    comes last."""
+    """Keeps only tests that run an operator on `device`; the others run in tests/ops. Puts test_coverage last."""
     here = [item for item in items if "tests/ptx/" in str(item.path).replace("\\", "/")]
     reason = executor.why_not()
     for item in here:
@@ -32,7 +31,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def device(request):
-    """Each test takes one architecture and one schedule, spread by its name, or those that it was given."""
+    """One architecture and schedule per test, chosen by its name, or those that it was parametrized with."""
     number = zlib.crc32(request.node.nodeid.encode())
     marker = request.node.get_closest_marker("archs")
     archs = marker.args if marker else executor.ARCHS

@@ -1,8 +1,8 @@
-"""Runs the launches of the CUDA operators as the PTX that nvcc emits, on an emulator that checks every access.
+"""Runs launches of the CUDA operators as nvcc's PTX, on an emulator that checks every memory access.
 
-The operators run as on simt (see ``devices.py``), but a launch is handed to the emulator whose folder the environment
-variable PTXEMU names: kernel, grid and parameters as the host code chose them, pointers translated. Each tensor of the
-call is a buffer there; what the operator allocates uninitialised stays uninitialised until a kernel writes it.
+The operators run as on simt (see ``devices.py``), but launches go to the emulator in the folder PTXEMU (an environment
+variable), with the kernel, grid and parameters that the host code chose and with translated pointers. Each tensor of
+the call is a buffer in the emulator; uninitialized tensors stay uninitialized until a kernel writes them.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHS = ("sm_75", "sm_80", "sm_86", "sm_90")
-CODE = {"sm_86": "sm_80"}  # runs that PTX, with less shared memory and other thresholds
+CODE = {"sm_86": "sm_80"}  # runs the PTX of sm_80, with less shared memory and other thresholds
 FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-lineinfo", "-Wno-deprecated-gpu-targets", f"-I{ROOT / 'csrc'}")
 LAUNCHER = ctypes.CFUNCTYPE(
     ctypes.c_void_p,
@@ -36,7 +36,7 @@ LAUNCHER = ctypes.CFUNCTYPE(
 
 
 def why_not() -> str:
-    """Why nothing here can run; empty if it can."""
+    """Why these tests cannot run; empty if they can."""
     if "PTXEMU" not in os.environ:
         return "PTXEMU does not name the folder of a PTX emulator"
     if devices.simt_library() is None:
@@ -50,7 +50,7 @@ def why_not() -> str:
 
 @functools.cache
 def emulator():
-    # It builds itself on first use: in a copy, for its own folder may not be ours to write.
+    # It builds itself on first use, so it is copied, because its own folder may be read-only.
     copy = ROOT / "build" / "ptxemu"
     shutil.copytree(os.environ["PTXEMU"], copy, dirs_exist_ok=True, ignore=shutil.ignore_patterns("build", ".*"))
     sys.path.insert(0, str(copy))
@@ -61,9 +61,9 @@ def emulator():
 
 @functools.cache
 def ptx_of(source: Path, arch: str) -> Path:
-    """Compiles one .cu, unless its PTX is newer than every source."""
+    """The PTX of a .cu file, compiled unless it is newer than every source."""
     if arch == "sm_90" and source.stem.endswith("_wgmma"):
-        arch = "sm_90a"  # Hopper's own instructions
+        arch = "sm_90a"  # instructions that only Hopper has
     folder = ROOT / "build" / "ptx" / arch
     folder.mkdir(parents=True, exist_ok=True)
     ptx = folder / (source.stem + ".ptx")
@@ -77,7 +77,7 @@ def ptx_of(source: Path, arch: str) -> Path:
 
 @functools.cache
 def kernels(arch: str) -> dict:
-    """Symbol of each kernel -> the module that holds it."""
+    """The module that contains each kernel, by the kernel's symbol."""
     found = {}
     for source in SOURCES:
         module = emulator().Module.from_ptx(str(ptx_of(source, CODE.get(arch, arch))))
@@ -85,14 +85,14 @@ def kernels(arch: str) -> dict:
     return found
 
 
-LAUNCHED: dict[str, set[str]] = {arch: set() for arch in ARCHS}  # kernels that have run without a finding
+LAUNCHED: dict[str, set[str]] = {arch: set() for arch in ARCHS}  # kernels that have run without an error
 
 
 class Memory:
-    """The tensors of one operator call, here and in the emulator."""
+    """The tensors of one operator call, on the host and in the emulator."""
 
     def __init__(self) -> None:
-        self.ranges: dict[int, tuple[int, bool]] = {}  # address -> (bytes, initialised)
+        self.ranges: dict[int, tuple[int, bool]] = {}  # address -> (bytes, initialized)
         self.buffers: dict[int, tuple] = {}  # address -> (buffer, bytes as last seen on both sides)
         self.keep: list[torch.Tensor] = []
 
@@ -123,7 +123,7 @@ class Memory:
         return None
 
     def to_emulator(self) -> None:
-        """What the host wrote since the last launch."""
+        """Copies what the host has written since the last launch."""
         for address, (buffer, seen) in self.buffers.items():
             host = self.host(address)
             if not np.array_equal(host, seen):
@@ -150,7 +150,7 @@ class _LogAllocations(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         if isinstance(result, torch.Tensor):
             self.memory.add(result, initialised="empty" not in function.name())
-            if function._schema.is_mutable:  # fill_ and the like
+            if function._schema.is_mutable:  # such as fill_
                 self.memory.mark_initialised(result)
         return result
 
@@ -179,14 +179,14 @@ class Executor:
             self.results.append(result)
             LAUNCHED[self.arch].add(name.decode())
             self.memory.to_host()
-        except Exception as error:  # a Python error must not cross the C++ frames in between
+        except Exception as error:  # a Python exception must not propagate through C++ frames
             self.failure = error
             self.text = ctypes.create_string_buffer(str(error)[:4000].encode())
             return ctypes.addressof(self.text)
         return None
 
     def call(self, op, *args, **kwargs):
-        """One operator call; every tensor that it returns was written completely."""
+        """One operator call; checks that every returned tensor was written completely."""
         self.memory = Memory()
         for value in (*args, *kwargs.values()):
             for tensor in value if isinstance(value, list | tuple) else [value]:
@@ -206,7 +206,7 @@ class Executor:
 
 @contextlib.contextmanager
 def ptx(arch: str, seed: int = 1, sm_count: int = 4, **options):
-    """CPU tensors go to the PTX of the CUDA kernels."""
+    """Runs the PTX of the CUDA kernels on CPU tensors."""
     executor = Executor(arch, seed, **options)
     with devices.simt(arch=int(arch[3:]), sm_count=sm_count, call=executor.call) as library:
         callback = LAUNCHER(executor.launch)

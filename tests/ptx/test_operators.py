@@ -1,4 +1,4 @@
-"""Every test of an operator that runs on a device, on PTX."""
+"""Runs every operator test that uses a device as PTX."""
 
 from ops.test_adamw import *  # noqa: F403
 from ops.test_affine import *  # noqa: F403

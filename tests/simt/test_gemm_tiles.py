@@ -1,5 +1,7 @@
-"""Tests every tile of gemm and gemm_dx, and the vendor's GEMM with many adapters, on simulated GPUs for which select.h
-chooses them; the same tests also run as PTX."""
+"""Tests every tile of gemm and gemm_dx, and dequantize_matmul, on described GPUs for which select.h chooses them.
+
+The PTX tests run them too.
+"""
 
 import devices
 import pytest
@@ -10,7 +12,7 @@ from tolerances import accumulation, assert_within, operand_rounding, output_rou
 from qlora import _C, ops
 
 LARGE, SMALL, HOPPER = (80, 163 * 1024), (89, 99 * 1024), (90, 227 * 1024)  # arch, shared memory
-# Tokens, the tile's rows and tokens, the GPU, and the number of SMs for which (840, 832) selects it, forward and dx.
+# Tokens; rows and tokens of the tile; the GPU; its number of SMs, for which select.h chooses the tile for (840, 832).
 TILES = {
     "64x32": (40, (64, 32), LARGE, 32),
     "64x64": (40, (64, 64), LARGE, 14),
@@ -19,7 +21,7 @@ TILES = {
     "wgmma-64": (40, (128, 64), HOPPER, 7),
     "wgmma-128": (100, (128, 128), HOPPER, 7),
 }
-# 13 or 14 chunks, and 67: not multiples of the numbers of groups or stages, and 67 are more than a panel of scales.
+# 13, 14 or 67 chunks: not divisible by the number of groups or stages, and 67 exceed a panel of scales.
 CASES = [(tile, 840, 832, adapters) for tile in TILES for adapters in (0, 1, 3)] + [
     (tile, 72, 4288, 0) for tile in TILES
 ]
@@ -76,7 +78,7 @@ def test_every_tile(device, tile, n, k, adapters, dtype):
 @pytest.mark.archs("sm_80", "sm_90")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_many_adapters_by_the_vendors_gemm(device, dtype):
-    """Each row equals the result with only its adapter, forward and dx: torch's GEMM adds to each row's own term."""
+    """Each row equals the result with only its adapter, in forward and dx: torch's GEMM adds to each row's own term."""
     m, n, k, r = 70, 520, 576, 24
     weight, _ = weights(n, k)
     x, grad = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)

@@ -1,4 +1,4 @@
-"""Tests of the CUDA kernels that need the simt executor: schedules, memory traffic, launches, profiler ranges."""
+"""Tests that need the simt executor: schedules, memory traffic, profiler ranges of the CUDA kernels."""
 
 import devices
 import pytest
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(devices.simt_library() is None, reason="libqlora
 
 
 def run(m, n=136, k=256, dtype=torch.bfloat16, **options):
-    """Run forward and backward with an adapter; return the results and the counters of the forward."""
+    """Runs forward and backward with an adapter; returns the results and the counters."""
     torch.manual_seed(0)
     weight, _ = weights(n, k)
     x, a, b = torch.randn(m, k).to(dtype), torch.randn(16, k).to(dtype), torch.randn(n, 16).to(dtype)
@@ -39,7 +39,7 @@ def test_every_schedule_gives_the_same_bits(m, dtype):
 
 @pytest.mark.parametrize("arch", [75, 86, 90])
 def test_every_gpu_gives_a_result(arch):
-    """Tiles, and so the order of sums, differ between GPUs; results must agree otherwise."""
+    """Tiles, and so the order of sums, differ between GPUs; nothing else may differ."""
     for m in (1, 70, 200):
         results = [run(m, dtype=torch.float16, arch=a, sm_count=s)[0] for a, s in ((80, 4), (arch, 108))]
         for one, other in zip(*results, strict=True):
@@ -61,7 +61,7 @@ def test_weights_are_read_once_by_decode():
     _, counts = run(1, n=n, k=k)
     others = (k + 16 * k + n * 16) * 2
     blocks = n // 16
-    per_block = (k + 16 * 16 + 16 + 512) * 4  # x, t, the tables and the nested scales, in each block of 16 rows
+    per_block = (k + 16 * 16 + 16 + 512) * 4  # x, x_down, the tables and the nested scales, for each block of 16 rows
     assert counts["global_load_bytes"] <= n * k * 4.2 / 8 + others + blocks * per_block
 
 
@@ -97,11 +97,11 @@ def test_17_to_32_tokens_are_decoded_in_two_launches(r):
     with devices.simt() as library:
         library.qlora_simt_reset()
         y = ops.forward(x, *weight, *lora, 0.5, bias)
-        assert devices.counters(library)["launches"] == (3 if r else 2)  # with an adapter, one for x lora_aᵀ
+        assert devices.counters(library)["launches"] == (3 if r else 2)  # one for the dot products with lora_a
         halves = [ops.forward(part, *weight, *lora, 0.5, bias) for part in x.split(16)]
         assert torch.equal(y, torch.cat(halves))
         adapters = tuple(torch.stack([t, 2 * t]) for t in lora) if r else ()
-        if adapters:  # each row keeps its adapter when the rows are split
+        if adapters:  # keeps each row's adapter
             scaling, of_row = torch.ones(2), torch.arange(29) % 3 - 1
             y = ops.forward_multi(x, *weight, *adapters, scaling, of_row)
             halves = [
@@ -113,8 +113,8 @@ def test_17_to_32_tokens_are_decoded_in_two_launches(r):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_launches_of_an_adapted_layer(dtype):
-    """Forward: down projection, product. Backward: both down projections in one launch, both gradients in one, dx; from
-    128 tokens on also the sums over parts of the tokens."""
+    """Forward: down projection, product. Backward: both down projections, both gradients, dx; from 128 tokens on also
+    the sums over chunks of tokens."""
     weight, _ = weights(136, 192)
     x, grad = (torch.randn(64, c).to(getattr(torch, dtype)) for c in (192, 136))
     a, b = torch.randn(8, 192), torch.randn(136, 8)
@@ -135,7 +135,7 @@ def test_launches_of_an_adapted_layer(dtype):
 @pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.parametrize("panel_bytes", [200_000, 128 << 20], ids=["panels", "whole"])
 def test_many_tokens_by_the_vendors_gemm(dtype, adapter, panel_bytes):
-    """sm_90: W is dequantized, and torch's own matmul adds the product to the adapter's rounded term."""
+    """On sm_90 W is dequantized, and torch's matmul adds to the adapter's term, which was rounded before."""
     m, n, k, r, s = 1030, 520, 576, 5, 0.5
     weight, dense = weights(n, k)
     x, grad, bias = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype), torch.randn(n)
@@ -148,11 +148,11 @@ def test_many_tokens_by_the_vendors_gemm(dtype, adapter, panel_bytes):
         assert library.qlora_simt_last_range().startswith(b"qlora::forward")
         library.qlora_simt_reset()
         d_x = torch.ops.qlora.backward(grad, x, *weight, *lora, None, True, False, False, False)[0]
-        # Only the low-rank products run in our kernels. Down: 33 tiles of 32 tokens, 17 chunks of 32 with a split
-        # factor. Up: 17 tiles of 64 tokens, 5 of 8 x 16 rows, with three products of parts.
+        # Only the low-rank products are qlora's: down has 33 tiles of 32 tokens and 17 chunks of 32, with a split
+        # factor; up has 17 tiles of 64 tokens and 5 of 8 x 16 rows, with three products of parts.
         products = 33 * 4 * 17 * 2 * 2 + 17 * 8 * 5 * 8 * 3
         assert devices.counters(library)["mma"] == (products if adapter else 0)
-    # Panels of 128 rows; the down and the up projection.
+    # Launches for the panels of 128 rows, and for the down and up projections.
     assert launches == (1 if panel_bytes == 128 << 20 else 5) + (2 if adapter else 0)
     X, G, A, B = x.double(), grad.double(), a.double(), b.double()
     for actual, tokens, W, down, up, addend in (
@@ -167,14 +167,14 @@ def test_many_tokens_by_the_vendors_gemm(dtype, adapter, panel_bytes):
             products, small = t @ up.abs(), t.sum(1, keepdim=True) + up.abs().sum(0)
             bound = bound + accumulation(len(W) + r, products) + 2 * split_rounding("simt", dtype, products, small)
             expected = base + s * tokens @ down @ up
-            term = (expected - base).abs() + addend.abs()  # rounded with the bias
+            term = (expected - base).abs() + addend.abs()  # rounded together with the bias
             bound = bound + output_rounding(term + bound, dtype)
         assert_within(actual, expected, bound + output_rounding(expected.abs() + bound, dtype))
 
 
 @pytest.mark.parametrize("runs", [False, True])
 def test_a_row_is_computed_as_if_its_adapter_were_the_only_one(runs):
-    """Bit-equal, in a tile of tokens with other adapters, one of which holds nan and inf."""
+    """Bitwise the same in a tile of tokens with other adapters, one of which contains nan and inf."""
     m, n, k, r = 150, 72, 256, 24
     weight, _ = weights(n, k)
     x, a, b = (torch.randn(s).bfloat16() for s in ((m, k), (3, r, k), (3, n, r)))
@@ -193,7 +193,7 @@ def test_a_row_is_computed_as_if_its_adapter_were_the_only_one(runs):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("m", [3, 40])
 def test_a_row_with_an_adapter_that_is_not_there_is_nan(m, dtype):
-    """An error would need adapter_of_row on the host, which waits for the GPU; other rows are not affected."""
+    """It is nan because checking adapter_of_row on the host would wait for the GPU. No other row is affected."""
     weight, _ = weights(24, 64)
     x, a, b = torch.randn(m, 64).to(dtype), torch.randn(2, 4, 64), torch.randn(2, 24, 4)
     of_row = torch.arange(m) % 3 - 1
@@ -208,7 +208,7 @@ def test_a_row_with_an_adapter_that_is_not_there_is_nan(m, dtype):
 
 @pytest.mark.parametrize(("arch", "m", "n", "k"), [(75, 8, 16, 13824), (75, 1, 160, 64 * 401), (86, 8, 160, 64 * 301)])
 def test_decode_with_several_panels_of_scales(arch, m, n, k):
-    """With little shared memory or long rows, scales are computed in several panels; no warp may skip a chunk."""
+    """With little shared memory or long rows, scales are dequantized in panels; no warp may miss a panel's end."""
     weight, dense = weights(n, k)
     x = torch.randn(m, k).half()
     with devices.simt(arch=arch):
@@ -217,5 +217,5 @@ def test_decode_with_several_panels_of_scales(arch, m, n, k):
     products = x.double().abs() @ dense.abs().T
     bound = accumulation(k, products) + operand_rounding("simt", x.dtype, products)
     assert_within(y, expected, bound + output_rounding(expected.abs() + bound, x.dtype))
-    # The bound is wide for such long rows; a missed chunk is a hundredth of it and shows only in the norm.
+    # The bound is wide for such long rows. A missed chunk is a hundredth of it, but changes the norm.
     assert (y.double() - expected).norm() < 2e-3 * expected.norm()

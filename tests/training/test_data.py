@@ -1,4 +1,4 @@
-"""Records: three shapes, clear errors, the assistant's tokens only, packing that changes no result."""
+"""Training data: three shapes of records, clear errors, loss only on the assistant's tokens, exact packing."""
 
 import json
 
@@ -185,7 +185,7 @@ def test_a_model_that_ignores_positions_is_found_out(folder):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_experts_that_sum_in_another_order_are_no_leak(dtype):
-    """How many tokens an expert sees depends on the other record, and with it the last digits of its products."""
+    """The number of tokens per expert depends on the other record, and so do the last digits of its products."""
     import transformers
 
     import qlora
@@ -201,9 +201,9 @@ def test_experts_that_sum_in_another_order_are_no_leak(dtype):
 
 
 def test_packed_and_padded_rows_have_the_same_loss(folder):
-    """Examples in one row do not see each other: transformers derives block-diagonal attention from the positions."""
+    """Examples in one row are isolated: transformers derives block-diagonal attention from the positions."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    model.config.use_cache = False  # as finetune does: with a cache transformers looks for no packed sequences
+    model.config.use_cache = False  # as in finetune: with a cache transformers does not look for packed sequences
     group = [
         Example(ids, ids) for ids in (torch.randint(5, model.config.vocab_size, (n,)).tolist() for n in (9, 5, 7, 3))
     ]

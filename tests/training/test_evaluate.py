@@ -1,4 +1,4 @@
-"""Perplexity: the sum that it is, and the order of weight formats on the real model."""
+"""Perplexity: equal to its definition, and the order of weight formats on a real model."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def toy(tmp_path_factory):
 
 
 def scored_one_by_one(model, ids, context, stride):
-    """The definition, token by token: each given what its window holds before it."""
+    """The definition, token by token: each is scored given the earlier tokens of its window."""
     total, scored, start = 0.0, 1, 0
     while scored < len(ids):
         end = min(start + context, len(ids))
@@ -89,11 +89,11 @@ def test_an_adapter_counts(toy, tmp_path):
 
 
 def test_the_order_of_formats_on_the_real_model():
-    """SmolLM2, 300 tokens: dense before NF4 before FP4 and INT4; double quantization costs little."""
+    """SmolLM2 on 300 tokens: dense is best, then NF4, then FP4 and INT4; double quantization costs little."""
     try:
         folder = smollm2_folder()
     except OSError as error:
-        pytest.skip(f"SmolLM2 is neither in the cache nor to be had: {error}")
+        pytest.skip(f"SmolLM2 is not in the cache and cannot be downloaded: {error}")
     ids = tokens_of(folder, TEXT.read_text())[:301]
     nats = {
         name: perplexity(load_in_format(folder, name, torch.float32), ids, 301, 300).nats_per_token

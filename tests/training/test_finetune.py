@@ -1,4 +1,4 @@
-"""The job on a random Llama: it learns, it resumes bit for bit, and nothing is lost on the way."""
+"""Fine-tuning a random Llama: it learns, resumes bit for bit, and loses nothing on errors."""
 
 import dataclasses
 import json
@@ -57,7 +57,7 @@ def assert_same_adapter(first, second):
 
 
 class StopAt(TrainerCallback):
-    """Does ``action`` at the end of one step."""
+    """Runs ``action`` at the end of one step."""
 
     def __init__(self, step, action):
         self.step, self.action = step, action
@@ -76,7 +76,7 @@ def test_the_loss_falls_and_everything_is_written(settings):
     assert report["eval_loss_after"] == result.eval_loss_after
     assert report["memory_bytes"]["linear_layers_4bit"] * 4 == report["memory_bytes"]["linear_layers_16bit"]
     assert len(checkpoints(output)) == settings.keep_checkpoints
-    # The saved adapter gives the trained model's answers.
+    # The saved adapter produces the trained model's answers.
     model, tokenizer = load_for_inference(settings.model, result.adapter, torch.float32)
     prompt = "what is sea ?"
     assert chat_reply(model, tokenizer, prompt, 8) == chat_reply(result.model, result.tokenizer, prompt, 8)
@@ -146,8 +146,10 @@ def test_ctrl_c_restores_the_signal_handler(settings):
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
 def test_a_full_disk_leaves_the_previous_checkpoint(settings, monkeypatch, error):
-    """The second checkpoint fails in the middle, after its adapter was written; the run resumes from the first.
-    torch.save reports a full disk as RuntimeError."""
+    """The second checkpoint fails after its adapter was written; the run resumes from the first.
+
+    torch.save reports a full disk as RuntimeError.
+    """
     original = AdapterTrainer._save_optimizer_and_scheduler
 
     def full_at_step_8(self, output_dir):
@@ -241,7 +243,7 @@ def test_every_optimizer_trains_and_resumes(settings, tmp_path, optimizer):
 
 @pytest.fixture
 def untied(tmp_path, model_folder):
-    """The tiny model with a head of its own."""
+    """The tiny model with a head that shares no weight."""
     from transformers import AutoModelForCausalLM
 
     folder = tmp_path / "untied"
@@ -278,7 +280,7 @@ def test_what_peft_adds_is_resumed_and_loaded_too(settings, tmp_path, change, un
 
 @pytest.mark.parametrize("compute_dtype", ["bf16", "fp32"])
 def test_all_that_is_trained_is_float32(settings, untied, compute_dtype):
-    """Updates of 1e-4 of a bf16 weight would be lost, and gradient scalers refuse fp16 gradients."""
+    """Updates of 1e-4 of a bf16 weight would be lost, and gradient scalers reject fp16 gradients."""
     change = {"modules_to_save": ("lm_head", "norm", "embed_tokens"), "dora": True, "compute_dtype": compute_dtype}
     result = finetune(dataclasses.replace(settings, model=untied, max_steps=4, learning_rate=1e-5, **change))
     trained = {name: p for name, p in result.model.named_parameters() if p.requires_grad}
@@ -303,7 +305,7 @@ def test_a_loss_that_is_nan_stops_at_its_step_and_names_the_records(settings):
 
 
 def test_of_a_step_of_many_forwards_the_one_that_is_nan_is_named(settings, monkeypatch):
-    """The loss is read once a step."""
+    """The losses are read once per step."""
     calls = []
     own = AdapterTrainer._forbid_nan
 
@@ -322,7 +324,7 @@ def test_of_a_step_of_many_forwards_the_one_that_is_nan_is_named(settings, monke
 
 @pytest.mark.parametrize(("step", "kept"), [(8, ["checkpoint-4"]), (12, ["checkpoint-4", "checkpoint-8"])])
 def test_weights_that_are_nan_are_not_saved(settings, step, kept):
-    """The update of the step before a save made them so: no loss has seen them yet."""
+    """The update just before a save made them nan, and no loss was computed with them yet."""
 
     class Poison(TrainerCallback):
         def on_optimizer_step(self, args, state, control, model=None, **kwargs):
@@ -377,7 +379,7 @@ def test_a_report_says_where_and_how_the_run_was_made(settings):
     steps = [entry for entry in report["history"] if "loss" in entry]
     assert all({"learning_rate", "seconds", "num_input_tokens_seen"} <= entry.keys() for entry in steps)
     stored = json.loads((result.adapter.parent / "settings.json").read_text())
-    assert stored["compute_dtype"] in ("bf16", "fp32", "fp16")  # what auto came to: a resumed run keeps it
+    assert stored["compute_dtype"] in ("bf16", "fp32", "fp16")  # the choice of auto, which a resumed run keeps
 
 
 def test_a_resume_notices_that_the_model_changed(settings, tmp_path):
@@ -411,11 +413,11 @@ def test_a_model_that_is_in_4_bit_already_is_trained_as_it_is(settings, tmp_path
     assert {layer.quant_type for layer in layers} == {"fp4"}
     assert result.eval_loss_after < result.eval_loss_before
     facts = json.loads((result.adapter / "qlora_config.json").read_text())
-    assert (facts["quant_type"], facts["double_quant"]) == ("fp4", False)  # of the base, not of the settings
+    assert (facts["quant_type"], facts["double_quant"]) == ("fp4", False)  # the base's format, not that of the settings
 
 
 def test_a_trainer_computes_on_the_device_that_was_chosen(tmp_path):
-    """Not on the first one: with "meta" in the place of a second GPU."""
+    """Not on the first device; "meta" replaces a second GPU."""
     from accelerate import Accelerator
     from transformers import TrainingArguments
 
@@ -426,4 +428,4 @@ def test_a_trainer_computes_on_the_device_that_was_chosen(tmp_path):
     assert Accelerator().device == torch.device("meta")
     assert (
         TrainingArguments(str(tmp_path), use_cpu=True, report_to="none").device.type == "cpu"
-    )  # sets accelerate's state anew
+    )  # resets accelerate's state

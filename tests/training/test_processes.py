@@ -1,4 +1,4 @@
-"""The command on two processes: the result of one, by DDP and FSDP2; resumed on another number; interrupted on any."""
+"""`qlora finetune` on two processes: same result as one with DDP and FSDP2, resume on another number, interruption."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def command(world, output, *more):
         "--compute-dtype": "fp32",
         "--device": "cpu",
         "--eval-fraction": 0.125,
-        "--max-length": 16,  # one record a row: 56 rows, which two processes share evenly
+        "--max-length": 16,  # one record per row: 56 rows, which two processes share evenly
         "--max-steps": 8,
         "--learning-rate": 5e-3,
         "--batch-size": 2,
@@ -78,7 +78,7 @@ def assert_same(one, other):
     a, b = (load_file(folder / "adapter/adapter_model.safetensors") for folder in (one, other))
     assert a.keys() == b.keys()
     for name, tensor in a.items():
-        # AdamW magnifies the order of float32 sums where gradients are tiny.
+        # AdamW amplifies effects of the order of float32 sums where gradients are tiny.
         torch.testing.assert_close(tensor, b[name], rtol=1e-3, atol=2e-4)
 
 
@@ -90,9 +90,9 @@ def single(world):
 
 @pytest.mark.parametrize("options", [(), ("--fsdp",)], ids=["ddp", "fsdp2"])
 def test_two_processes_train_what_one_does(world, single, tmp_path, options):
-    """With an evaluation before, after which accelerate alone would leave the processes to themselves."""
+    """With an evaluation before training, after which accelerate would let each process train alone."""
     out = run(command(world, tmp_path / "run", *options), 2)
-    assert out.count("records trained on") == 1  # one speaks for all
+    assert out.count("records trained on") == 1  # only one process prints
     assert_same(single, tmp_path / "run")
     assert not (tmp_path / "run/.saving").exists()
 
@@ -105,10 +105,10 @@ def test_two_processes_train_what_one_does(world, single, tmp_path, options):
 def test_a_run_goes_on_with_another_number_of_processes(world, single, tmp_path, before, after, options, options_after):
     output = tmp_path / "run"
     run(command(world, output, *options), before)
-    for newest in output.glob("checkpoint-8"):  # as if it had stopped after four steps
+    for newest in output.glob("checkpoint-8"):  # simulates a stop after four steps
         (newest / "trainer_state.json").unlink()
     settings = json.loads((output / "settings.json").read_text())
-    assert "fsdp" not in settings  # a run may go on without it
+    assert "fsdp" not in settings  # a resumed run may differ in it
     run(["finetune", "--output", str(output), "--resume", "--device", "cpu", *options_after], after)
     assert_same(single, output)
 
@@ -118,7 +118,7 @@ def test_an_interruption_of_any_process_saves_and_stops_all(world, tmp_path, who
     output = tmp_path / "run"
     process = start(command(world, output, "--max-steps", "4000", "--save-steps", "20", "--eval-fraction", "0"), 2)
     deadline = time.monotonic() + 120
-    while not list(output.glob("checkpoint-*")):  # it trains
+    while not list(output.glob("checkpoint-*")):  # waits until it trains
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()[1][-3000:]
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""Data as people have it: every file format and every shape of record, one meaning."""
+"""Reading records: every file format and every shape of record gives the same result."""
 
 import json
 
@@ -98,7 +98,7 @@ def test_errors_name_the_place(tmp_path, name, content, message):
 
 
 def test_a_data_set_of_the_hub(monkeypatch, tmp_path):
-    """By a stand-in for the Hub: the loader is asked for the split, and its records are checked like a file's."""
+    """With a stand-in for the Hub: the loader gets the split, and its records are checked like those of a file."""
     import datasets
 
     asked = []

@@ -1,4 +1,4 @@
-"""Runs tests/training/traced_gpu.py in a process of its own: its stand-in for a GPU is there for the whole process."""
+"""Runs tests/training/traced_gpu.py in a separate process, because its stand-in for a GPU affects the whole process."""
 
 import subprocess
 import sys

@@ -1,9 +1,8 @@
-"""The whole job on a GPU that is not there: training step, generation and evaluation of a tiny model are traced on
-torch's fake tensors on an accelerator.
+"""Traces training, generation and evaluation of a tiny model with torch's fake tensors on an absent GPU.
 
-Every operator sees the devices of its arguments, so a tensor that is made on the CPU by mistake is an error here; so is
-reading a value, for which a GPU would have to be waited for. The accelerator is torch's stand-in for devices written in
-Python: in a build for the CPU autograd and indexing of tensors on "cuda" ask CUDA for its stream, and abort.
+Every operator checks the devices of its arguments, so a tensor created on the CPU by mistake is an error here. So is
+reading a value, which would wait for a GPU. The accelerator is torch's stand-in for devices written in Python, because
+in a CPU build autograd and indexing of tensors on "cuda" ask CUDA for its stream and abort.
 """
 
 from contextlib import contextmanager, nullcontext
@@ -31,7 +30,7 @@ from qlora.training.data import Collator, Example
 
 
 class _Backend(_DummyBackendModule):
-    """What checkpointing and autocast ask a device for."""
+    """The device functions that checkpointing and autocast use."""
 
     def get_rng_state(self, device=0):
         return torch.zeros(16, dtype=torch.uint8)
@@ -48,12 +47,12 @@ class _Backend(_DummyBackendModule):
 
 _setup_privateuseone_for_python_backend("fakegpu", backend_module=_Backend())
 GPU = torch.device("fakegpu:0")
-# Numbers that torch.optim's own AdamW keeps on the CPU as well.
+# Scalars that torch.optim.AdamW also keeps on the CPU.
 SCALARS_ON_THE_CPU = 1
 
 
 class OnlyOnGpu(TorchDispatchMode):
-    """Fails if an operator gives a tensor of some size that is not on the GPU."""
+    """Fails if an operator returns a tensor with more than SCALARS_ON_THE_CPU elements outside the GPU."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -64,7 +63,7 @@ class OnlyOnGpu(TorchDispatchMode):
 
 
 class TensorFromNumbers(TorchFunctionMode):
-    """``torch.tensor(numbers, device=…)``, which the stand-in cannot do: its numbers are not without data."""
+    """Handles ``torch.tensor(numbers, device=…)``, which the stand-in cannot do because the numbers have data."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -85,14 +84,14 @@ def folder(tmp_path_factory):
 
 
 def on_gpu(tensor, mode):
-    """A tensor of that shape and dtype without data on the GPU."""
+    """A tensor of the same shape and dtype on the GPU, without data."""
     fake = mode.from_tensor(tensor.detach())
     with mode:
         return fake.to(GPU)
 
 
 def on_fake_gpu(module, mode):
-    """Gives a module parameters and buffers without data on the GPU, in place."""
+    """Replaces a module's parameters and buffers by tensors on the GPU without data, in place."""
     for part in module.modules():
         for name, parameter in list(part._parameters.items()):
             if parameter is not None:
@@ -145,8 +144,10 @@ def test_training_step(folder, dtype, packed, optimizer, options):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("quant_type", ["nf4", "int4"])
 def test_evaluation_and_generation(folder, dtype, quant_type):
-    """Generation: the prompt, then one token with the cache. (transformers' loop itself asks after each token whether
-    all replies have ended, which waits for a GPU.)"""
+    """Generation runs the prompt, then one token with the cache.
+
+    transformers' own loop checks after each token whether all replies have ended, which waits for a GPU.
+    """
     model = load(folder, dtype, quant_type=quant_type).eval()
     mode = FakeTensorMode()
     on_fake_gpu(model, mode)
@@ -162,7 +163,7 @@ def test_evaluation_and_generation(folder, dtype, quant_type):
 
 
 def test_the_trace_finds_what_it_is_for(folder):
-    """Planted: a mask made on the CPU, a value that is read, and places that are looked for on the GPU."""
+    """It finds planted errors: a mask created on the CPU, a value that is read, and nonzero() on the GPU."""
     with FakeTensorMode():
         x, other = torch.ones(4, device=GPU), torch.ones(4)
         with pytest.raises(RuntimeError, match="device"), OnlyOnGpu():
