@@ -2,7 +2,7 @@
 
 Run: python benchmarks/gpu.py [products] [host] [layers]. It needs a GPU, for layers also transformers and PEFT;
 bitsandbytes is included if it is installed. Products are medians of five CUDA graph replays over weights that rotate to
-exceed L2. Layers are synchronized eager steps, with contenders in turn. docs/gpu.md has results.
+exceed L2. Layers are synchronized eager steps, with contenders in turn. docs/notes/gpu-runs.md has results.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Works through QLoRA on an 8 x 8 weight with rank 2: the memory as textbooks count it, and what they omit.
 
-Run: python examples/textbook_walk.py (needs only torch and qlora). docs/textbook-walk.md explains each line.
+Run: python examples/textbook_walk.py (needs only torch and qlora). docs/notes/textbook-walk.md explains each line.
 """
 
 import torch

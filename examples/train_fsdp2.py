@@ -1,6 +1,7 @@
 """Trains a model on several processes with FSDP2, which shards its packed weights, using only torch and PEFT.
 
-Run: torchrun --nproc-per-node 2 examples/train_fsdp2.py --model FOLDER (for several machines see docs/distributed.md).
+Run: torchrun --nproc-per-node 2 examples/train_fsdp2.py --model FOLDER
+(docs/guides/several-processes.md tells how on several machines).
 Each process uses its own GPU; without GPUs the processes communicate through gloo.
 """
 

@@ -1,4 +1,4 @@
-"""Counts the kernels' PTX instructions, memory sectors and bank conflicts, for the table in docs/kernels.md.
+"""Counts the kernels' PTX instructions, memory sectors and bank conflicts, for the table in docs/notes/cuda-kernels.md.
 
     PTXEMU=… QLORA_SIMT_LIBRARY=… python tools/ptx_counts.py [--hot]
 

@@ -12,7 +12,7 @@ namespace {
 
 // Block sizes for a core with 48 KiB of L1 and 2 MiB of L2. With a chunk of 256 elements of the reduction, two tiles of
 // rows and two of columns fit into L1 together. 512 elements took 1.2 times as long at m = 512, because rows and
-// columns evicted each other (docs/performance.md).
+// columns evicted each other (docs/notes/cpu-kernels.md).
 constexpr int64_t kChunkSteps = 8;
 constexpr int64_t kFewItems = 8;  // with fewer items than this, panels get narrower so that every thread has work
 

@@ -12,7 +12,7 @@ struct GpuInfo {
   int sm_count = 0;
   int shared_bytes_per_block = 0;  // the most that a launch may use
   // Size of a dequantized panel of W. Most weights fit into one panel: each further panel reads x again, and its last
-  // wave leaves SMs idle (docs/kernels.md).
+  // wave leaves SMs idle (docs/notes/cuda-kernels.md).
   int64_t panel_bytes = int64_t{128} << 20;
   bool has_wgmma = false;  // compute capability 9.0, and the library was built for it
 };
@@ -26,7 +26,7 @@ struct Problem {
 };
 
 inline constexpr int kDecodeTokens = 16;  // tokens of one launch; up to here, reading the weight dominates the cost
-// Two launches of the `decode` kernel are still faster than the kernels with large tiles (docs/kernels.md).
+// Two launches of the `decode` kernel are still faster than the kernels with large tiles (docs/notes/cuda-kernels.md).
 inline constexpr int kDecodeMostTokens = 2 * kDecodeTokens;
 
 // Division of work in the `decode` kernel: rows of W per thread block, and the number of chunks of 64 weights whose
@@ -48,7 +48,7 @@ constexpr int64_t decode_shared_bytes(int rows, int64_t m, int64_t panel_chunks)
 
 // Blocks of 16 rows hide latency best, because three or four of them share an SM. Above eight tokens, reading x costs
 // most. Blocks of 32 rows read it half as often; they are used if shared memory has room for two per SM and at least
-// three of four SMs get one. Both rules come from the timing model (docs/kernels.md). A panel is as long as shared
+// three of four SMs get one. Both rules come from the timing model (docs/notes/cuda-kernels.md). A panel is as long as shared
 // memory allows (at least 28 chunks for 16 rows); if another panel follows, every warp gets the same number of chunks.
 constexpr bool decode_takes_32_rows(int64_t m, int64_t n, const GpuInfo& gpu) {
   return m > 8 && gpu.shared_bytes_per_block >= 160 * 1024 && n >= int64_t{24} * gpu.sm_count;
@@ -82,7 +82,7 @@ constexpr int64_t gemm_waves(GemmTile tile, int64_t m, int64_t rows, const GpuIn
 }
 
 // The tile with the shortest predicted time: the number of waves, with one block per SM at a time, times the predicted
-// relative cost of a block (docs/kernels.md).
+// relative cost of a block (docs/notes/cuda-kernels.md).
 constexpr GemmTile select_gemm_tile(int64_t m, int64_t rows, const GpuInfo& gpu) {
   if (gpu.shared_bytes_per_block < 96 * 1024) return GemmTile::kTuring;
   struct Candidate {
@@ -143,7 +143,7 @@ constexpr VendorTokens vendor_tokens(const Problem& p, const GpuInfo& gpu) {
   if (p.dtype == DType::kFloat32) return {kDecodeTokens + 1, kDecodeTokens + 1};
   // sm_75: the fused kernels use the same tensor-core instructions as the vendor's GEMM.
   if (gpu.arch < 80) return {INT64_MAX, INT64_MAX};
-  // Times of the fused kernels are predicted. Times of panels are measured on an H200 (docs/gpu.md); other GPUs use
+  // Times of the fused kernels are predicted. Times of panels are measured on an H200 (docs/notes/gpu-runs.md); other GPUs use
   // bitsandbytes' thresholds between the two ways.
   if (gpu.has_wgmma) return {513, 513};
   if (gpu.arch < 86 || (gpu.arch >= 90 && gpu.arch < 120)) return {65, 65};

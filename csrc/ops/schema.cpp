@@ -1,7 +1,7 @@
 // Schemas of all operators of torch.ops.qlora. Implementations are registered per device.
 #include <torch/csrc/stable/library.h>
 
-// m tokens, n out features, k in features, r rank; the format is described in docs/format.md.
+// m tokens, n out features, k in features, r rank; the format is described in docs/concepts/format.md.
 //
 // nested_absmax and nested_offset: double quantization; None and an empty tensor mean the same.
 // quantization_error: float64 [3]: sum of squared differences, sum of squares of the weight, largest difference

@@ -18,8 +18,8 @@ _BNB_STATE = "quant_state.bitsandbytes__"
 class QuantizedWeight:
     """A weight of ``shape``, quantized blockwise to 4 bit. Immutable; can be moved, pickled and sharded.
 
-    The format is bit-compatible with bitsandbytes (docs/format.md). ``dtype`` is the weight's dtype before quantization
-    and the default dtype of :meth:`dequantize`.
+    The format is bit-compatible with bitsandbytes (docs/concepts/format.md). ``dtype`` is the weight's dtype before
+    quantization and the default dtype of :meth:`dequantize`.
     """
 
     packed: Tensor  # uint8 [ceil(numel / 2)], high nibble first

@@ -1,7 +1,7 @@
 """bitsandbytes: reading and writing its checkpoints without it, and running its layers on qlora's kernels.
 
 Comparisons cover only cases in which its CPU code is correct: rows of whole blocks, and training mode
-(docs/integrations.md).
+(docs/guides/integrate.md).
 """
 
 import json

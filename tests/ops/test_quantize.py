@@ -72,7 +72,7 @@ def test_dequantize_rounds_once(device, quant_type, dtype, double_quant):
 
 
 def decode_in_numpy(packed, absmax, nested_absmax, nested_offset, count, quant_type, block_size):
-    """A third implementation of the format, written only from its description (docs/format.md)."""
+    """A third implementation of the format, written only from its description (docs/concepts/format.md)."""
     codes = np.empty(2 * len(packed), np.uint8)
     codes[0::2] = packed // 16
     codes[1::2] = packed % 16

@@ -1,6 +1,6 @@
 // Factors for the 16-bit levels of the tensor cores. Rounding the levels directly would cost accuracy. Multiplied by a
 // suitable factor before rounding, which the float32 scale undoes, their root mean square error is 0.49 times that of
-// torch in bfloat16 and 0.41 times in float16; torch rounds each dequantized weight (docs/kernels.md).
+// torch in bfloat16 and 0.41 times in float16; torch rounds each dequantized weight (docs/notes/cuda-kernels.md).
 #pragma once
 
 #include "format/codebook.h"

@@ -1,6 +1,6 @@
 // Unpacks two weights with one lookup in a table of all 256 byte values in shared memory, replicated so that every lane
 // reads its own bank: 32 KiB, no bank conflicts. Two weights take three instructions (extract the byte, compute the
-// address, load); selecting them in registers with prmt takes 5.25 (docs/kernels.md).
+// address, load); selecting them in registers with prmt takes 5.25 (docs/notes/cuda-kernels.md).
 #pragma once
 
 #include "cuda/device/elements.cuh"

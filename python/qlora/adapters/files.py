@@ -254,20 +254,20 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
 
 
 def forbid_saving(model: nn.Module) -> None:
-    """Makes ``save_pretrained`` of a transformers model an error: what it would write no ``from_pretrained`` reads."""
+    """Makes ``save_pretrained`` of a transformers model an error: ``from_pretrained`` could not read the result."""
     if callable(getattr(type(model), "save_pretrained", None)):
-        model.save_pretrained = _refuse_to_save  # type: ignore[assignment]  # of this instance
+        model.save_pretrained = _refuse_to_save  # type: ignore[assignment]  # only on this instance
 
 
 def allow_saving(model: nn.Module) -> None:
-    """Takes :func:`forbid_saving` back."""
+    """Undoes :func:`forbid_saving`."""
     vars(model).pop("save_pretrained", None)
 
 
 def _refuse_to_save(*args: object, **kwargs: object) -> None:
     raise ValueError(
-        "save_pretrained: prepare_model has put 4-bit layers and adapters into this model, and no from_pretrained could"
-        " read what it would write. Save the adapter by qlora.save_adapter(model, folder), or merge it first by"
-        " qlora.merge_and_unload(model). To save a model in 4 bit load it with quantization_config=qlora.QLoRAConfig();"
-        " checkpoints of a Trainer need PEFT's adapters (get_peft_model) or save_strategy='no'"
+        "save_pretrained: this model has 4-bit layers and adapters from prepare_model; from_pretrained could not read"
+        " the result. Save the adapter with qlora.save_adapter(model, folder), or merge it first with"
+        " qlora.merge_and_unload(model). To save a 4-bit model, load it with quantization_config=qlora.QLoRAConfig()."
+        " With a Trainer, use PEFT's adapters (get_peft_model), or save_strategy='no'"
     )

@@ -10,7 +10,7 @@ from qlora.adapters.masters import train_in_float32
 from qlora.storage.files import atomic_write, atomic_write_all
 from qlora.storage.fingerprint import checkpoint_fingerprint
 
-BASE_FILE = "qlora_config.json"  # beside PEFT's two files: how the base was quantized, and its fingerprint
+BASE_FILE = "qlora_config.json"  # beside PEFT's two files; holds the base's quantization format and fingerprint
 _FORMAT = {"quant_type": str, "block_size": int, "double_quant": bool}
 
 
@@ -22,7 +22,7 @@ def add_lora(
     target_modules: tuple[str, ...] | list[str] | None = None,
     **options: Any,
 ) -> Any:
-    """A PeftModel with a trainable adapter; ``alpha`` None: ``rank``. Raises ValueError if no layer has such a name."""
+    """A PeftModel with a trainable adapter; ``alpha`` defaults to ``rank``. Raises ValueError if no layer matches."""
     from peft import LoraConfig, get_peft_model
 
     from qlora.nn.qlora_linear import check_adapter
@@ -49,7 +49,7 @@ def save_base_facts(adapter: Path, model: Any, base: Path) -> None:
 
 
 def _read_base_facts(adapter: Path) -> dict[str, Any]:
-    """What :func:`save_base_facts` wrote; nothing for an adapter from elsewhere."""
+    """Reads what :func:`save_base_facts` wrote; empty for an adapter that another tool saved."""
     path = adapter / BASE_FILE
     if not path.exists():
         return {}
@@ -64,10 +64,10 @@ def _read_base_facts(adapter: Path) -> dict[str, Any]:
 
 
 def check_adapter_folder(adapter: Path, base: Path) -> dict[str, Any]:
-    """How the base of an adapter was quantized, once it is sure that ``base`` is that base.
+    """Checks that ``base`` is the base of ``adapter``, and returns how that base was quantized.
 
-    Raises FileNotFoundError or ValueError naming the file and the rule: a folder that is none, an adapter that is not
-    PEFT's LoRA, or of another task or another base.
+    Raises FileNotFoundError if it is not an adapter folder, and ValueError if the adapter is not a LoRA adapter of PEFT
+    or belongs to another task or another base.
     """
     path = adapter / CONFIG_FILE
     if not path.exists():
@@ -76,22 +76,22 @@ def check_adapter_folder(adapter: Path, base: Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
         kind, task = config.get("peft_type"), config.get("task_type")
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is not JSON of an adapter: {error}") from error
+        raise ValueError(f"{path} is not an adapter's JSON file: {error}") from error
     if kind != "LORA":
-        raise ValueError(f"{path}: peft_type={kind!r}, only LORA adapters can be loaded")
+        raise ValueError(f"{path}: peft_type={kind!r}, but only LORA adapters can be loaded")
     if task not in (None, "CAUSAL_LM"):
-        raise ValueError(f"{path}: task_type={task!r}, this adapter is no one of a causal language model")
+        raise ValueError(f"{path}: task_type={task!r}, but only adapters of causal language models can be loaded")
     facts = _read_base_facts(adapter)
     known = facts.pop("base_fingerprint", None)
     if known is not None and known != checkpoint_fingerprint(base):
-        raise ValueError(f"{adapter} was trained on another base than {base}: the weight files there are others")
+        raise ValueError(f"{adapter} was trained on another base than {base}: the weight files there differ")
     return facts
 
 
 def load_adapter_into(model: Any, adapter: Path) -> Any:
     """A PeftModel with the adapter of a folder, for inference, on the device of ``model``.
 
-    Raises ValueError if its tensors are not those of this model, by name and shape, or its file is damaged.
+    Raises ValueError if names or shapes of its tensors do not fit this model, or if its file is damaged.
     """
     from peft import PeftConfig, PeftModel
     from safetensors import SafetensorError
@@ -104,7 +104,7 @@ def load_adapter_into(model: Any, adapter: Path) -> Any:
         result = adapted.load_adapter(adapter, "default", torch_device=device)
     except (SafetensorError, EOFError) as error:
         raise ValueError(f"{adapter} is not readable (truncated or damaged): {error}") from error
-    except (RuntimeError, TypeError) as error:  # shapes that differ; options that this PEFT does not know
+    except (RuntimeError, TypeError) as error:  # shapes that differ, or options unknown to this version of PEFT
         raise ValueError(f"{adapter} does not fit this model: {error}") from error
     wrong = {"has no tensor for": result.missing_keys, "has tensors for no layer of": result.unexpected_keys}
     for what, keys in wrong.items():
@@ -114,8 +114,10 @@ def load_adapter_into(model: Any, adapter: Path) -> Any:
 
 
 def save_lora(model: Any, folder: Path, is_writer: bool = True) -> None:
-    """Writes the adapter of a PeftModel as PEFT does; parameters that FSDP2 has sharded are gathered, so that all
-    processes call it, of which one writes. Files that exist are replaced together, once all are on disk."""
+    """Writes the adapter of a PeftModel as PEFT does; existing files are replaced together once all are on disk.
+
+    It gathers parameters that FSDP2 has sharded, so all processes must call it; only the one with is_writer writes.
+    """
     state = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -144,7 +146,7 @@ def restore_lora(model: Any, folder: Path) -> None:
         tensors = load_peft_weights(str(folder), device="cpu")
         result = set_peft_model_state_dict(model, tensors)
     except (SafetensorError, OSError, RuntimeError) as error:
-        raise ValueError(f"{folder} holds no adapter of this model, or a damaged one: {error}") from error
+        raise ValueError(f"{folder} contains no adapter of this model, or a damaged one: {error}") from error
     lost = [*(set(result.missing_keys) & trained), *result.unexpected_keys]
     if lost:
-        raise ValueError(f"{folder} holds another adapter: {len(lost)} names differ, e.g. {sorted(lost)[:2]}")
+        raise ValueError(f"{folder} contains another adapter: {len(lost)} names differ, e.g. {sorted(lost)[:2]}")

@@ -140,7 +140,7 @@ def _scales(
 
 def _check_map(code: Tensor) -> None:
     """Raises ValueError if ``code`` is not bitsandbytes' own dynamic map, the only one that the kernels support."""
-    if not torch.equal(code.float(), reference.table(_C.dynamic_map(), code)):
+    if not torch.equal(code.float(), table(_C.dynamic_map(), code)):
         raise ValueError("absmax_code is not the 8-bit dynamic map: these scales cannot be dequantized")
 
 

@@ -3,8 +3,8 @@
 The float32 logits [tokens, vocabulary] and their gradient are the largest tensors of a training step (Llama-3 at 8,192
 tokens: 4.2 GB each). Here ``torch.utils.checkpoint`` computes a chunk of them in the forward and again in the backward.
 Each chunk goes through the model's own forward, with the backbone replaced by its stored output, so everything that the
-model does to its logits (softcapping, scales, a transform before the head) is included. docs/finetuning.md compares
-this with the chunked losses of TRL and torch.
+model does to its logits (softcapping, scales, a transform before the head) is included. docs/guides/fine-tune.md
+compares this with the chunked losses of TRL and torch.
 """
 
 from collections.abc import Iterator

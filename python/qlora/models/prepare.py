@@ -42,12 +42,6 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
 
 
-def _is_inside(model: nn.Module, name: str) -> bool:
-    """Whether a layer is inside an adapted layer of qlora or PEFT."""
-    parent = model.get_submodule(name.rpartition(".")[0])
-    return isinstance(parent, QLoRALinear) or hasattr(parent, "get_base_layer")
-
-
 def _check_options(
     model: nn.Module, rank: int | None, dropout: float, quant_type: str, block_size: int, checkpointing: bool
 ) -> None:
@@ -82,26 +76,6 @@ def _require_grad(module: nn.Module, inputs: object, output: Tensor) -> None:
     # here gets its gradients without it.
     if not torch.compiler.is_compiling():
         output.requires_grad_(True)
-
-
-def forbid_saving(model: nn.Module) -> None:
-    """Makes ``save_pretrained`` of a transformers model an error: ``from_pretrained`` could not read the result."""
-    if callable(getattr(type(model), "save_pretrained", None)):
-        model.save_pretrained = _refuse_to_save  # type: ignore[assignment]  # only on this instance
-
-
-def allow_saving(model: nn.Module) -> None:
-    """Undoes :func:`forbid_saving`."""
-    vars(model).pop("save_pretrained", None)
-
-
-def _refuse_to_save(*args: object, **kwargs: object) -> None:
-    raise ValueError(
-        "save_pretrained: this model has 4-bit layers and adapters from prepare_model; from_pretrained could not read"
-        " the result. Save the adapter with qlora.save_adapter(model, folder), or merge it first with"
-        " qlora.merge_and_unload(model). To save a 4-bit model, load it with quantization_config=qlora.QLoRAConfig()."
-        " With a Trainer, use PEFT's adapters (get_peft_model), or save_strategy='no'"
-    )
 
 
 def _left_alone(model: nn.Module, names: Sequence[str], quantize_head: bool) -> dict[str, str]:
@@ -274,13 +248,3 @@ def _with_progress(names: Sequence[str], label: str, show: bool) -> Iterator[str
     from rich.progress import track
 
     yield from track(names, description=label)
-
-
-def bare_layers(model: nn.Module) -> dict[str, Linear4bit]:
-    """All 4-bit layers of a model that have no adapters of qlora or PEFT, by name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, Linear4bit) and not _is_inside(model, n)}
-
-
-def qlora_layers(model: nn.Module) -> dict[str, QLoRALinear]:
-    """All adapted layers of a model by name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, QLoRALinear)}

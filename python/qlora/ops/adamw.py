@@ -20,10 +20,10 @@ def adamw(
     weight_decay: float,
     step: int,
 ) -> None:
-    """One step of AdamW in place, in one pass: ``param`` of any float dtype, moments in float32.
+    """One step of AdamW in place, in one pass. ``param`` has any float dtype, the moments are float32.
 
-    All tensors are of one shape; param and the moments are contiguous. step counts from 1. Every operation is rounded
-    by itself in float32, so the result is bitwise the same on every device.
+    All tensors have the same shape; param and the moments are contiguous. step counts from 1. Every operation is
+    rounded separately in float32, so the result is bitwise the same on every device.
     Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization", Algorithm 2.
     """
     with torch.no_grad():
@@ -45,11 +45,11 @@ def adamw_8bit(
     weight_decay: float,
     step: int,
 ) -> None:
-    """:func:`adamw` with moments in 8 bit, blocks of 256 along the flat order.
+    """:func:`adamw` with 8-bit moments in blocks of 256 along the flat order.
 
-    exp_avg and exp_avg_sq are uint8 codes of the signed and of the unsigned dynamic map, with a float32 absmax for each
-    block, ``[ceil(numel / 256)]``. A fresh state is codes and absmax of zero. A second moment that is not zero never
-    rounds to zero, or the next step would divide by eps.
+    exp_avg holds uint8 codes of the signed dynamic map, exp_avg_sq of the unsigned one; each has a float32 absmax per
+    block, ``[ceil(numel / 256)]``. A fresh state has codes and absmax of zero. A nonzero second moment never rounds to
+    zero, because the next step would then divide by eps.
     Source: Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization".
     """
     state = (exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax)
@@ -69,10 +69,10 @@ def adamw_many(
     weight_decay: float,
     steps: Sequence[int],
 ) -> None:
-    """:func:`adamw` or :func:`adamw_8bit` for many parameters on one device; the same bits. A GPU needs one launch for
-    each sixteen.
+    """:func:`adamw` or :func:`adamw_8bit` for many parameters on one device, with bitwise the same results.
 
-    ``states`` has each parameter's moments in the order of those functions: all of two tensors, or all of four.
+    A GPU needs one launch per sixteen parameters. ``states`` has each parameter's moments in the order of those
+    functions: two tensors for every parameter, or four for every parameter.
     """
     if not params:
         return

@@ -55,7 +55,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     if isinstance(given.scale, Tensor):
         if given.scale.requires_grad or given.zero_point.requires_grad:
             raise RuntimeError(
-                "scale and zero_point require grad: forward.affine has no gradient for them, detach them"
+                "scale and zero_point require grad: forward.affine has no gradient for them; detach them"
             )
         ctx.save_for_backward(given.x, given.quantized_W, given.B, given.A, given.scale, given.zero_point)
     else:

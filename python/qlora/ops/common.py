@@ -1,4 +1,4 @@
-"""What several operators share: names of formats and dtypes, what autograd refuses, the rule for autocast.
+"""Helpers of several operators: names of formats and dtypes, gradients by name, what autograd refuses, autocast.
 
 Importing this module loads the operators.
 """
@@ -17,7 +17,7 @@ QUANT_TYPES: tuple[str, ...] = _C.QUANT_TYPES
 
 
 def check_format(quant_type: str, block_size: int) -> None:
-    """Raises ValueError unless the format knows the quant type and allows the block size."""
+    """Raises ValueError for an unknown quant type or a block size that the format does not allow."""
     if quant_type not in QUANT_TYPES:
         raise ValueError(f"quant_type='{quant_type}' is unknown: use one of {', '.join(QUANT_TYPES)}")
     if not _C.MIN_BLOCK_SIZE <= block_size <= _C.MAX_BLOCK_SIZE or block_size & (block_size - 1):
@@ -29,7 +29,7 @@ def check_format(quant_type: str, block_size: int) -> None:
 def needs_gradient(arguments: type, ctx: Any) -> Any:
     """``ctx.needs_input_grad`` by the names of an operator's arguments (a NamedTuple class).
 
-    The dispatcher leaves out trailing arguments at their defaults: nothing needs their gradients.
+    The dispatcher omits trailing arguments that have their defaults: nothing needs their gradients.
     """
     given = ctx.needs_input_grad
     return arguments(*given, *(False,) * (len(arguments._fields) - len(given)))  # type: ignore[attr-defined]
@@ -43,7 +43,7 @@ def gradients(arguments: type, **by_name: Tensor | None) -> tuple[Tensor | None,
 def require_frozen(*statistics: Tensor | None) -> None:
     """Raises RuntimeError if one of a weight's statistics requires a gradient."""
     if any(t is not None and t.requires_grad for t in statistics):
-        raise RuntimeError("absmax or its nested statistics require grad: a 4-bit weight is frozen, detach them")
+        raise RuntimeError("absmax or its nested statistics require grad: a 4-bit weight is frozen, so detach them")
 
 
 def refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
@@ -52,15 +52,15 @@ def refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
 
 
 def refuse_forward_mode(*inputs: Any) -> None:
-    """Raises NotImplementedError if an input carries a tangent: torch would drop it without a word."""
+    """Raises NotImplementedError if an input carries a tangent, which torch would silently drop."""
     if forward_ad._current_level < 0:
         return
     if any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in inputs):
         raise NotImplementedError("qlora has no forward-mode derivatives (jvp, forward AD): use reverse mode")
 
 
-# torch's ready-made rule casts every float tensor, the float32 scales as well. This one casts activations only:
-# adapters and bias may have a dtype of their own.
+# torch's ready-made rule casts every float tensor, even the float32 scales. This one casts only the activations:
+# adapters and bias may have their own dtype.
 
 _AUTOCAST_LIBRARY = torch.library.Library("qlora", "FRAGMENT")
 _AUTOCAST_KEYS = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}

@@ -53,11 +53,11 @@ def forward(
     bias: Tensor | None = None,
     lora_x: Tensor | None = None,
 ) -> Tensor:
-    """``y = x Wᵀ + bias + scaling * (lora_x or x) lora_aᵀ lora_bᵀ`` in one float32 accumulator, W unpacked on the way.
+    """``y = x Wᵀ + bias + scaling * (lora_x or x) lora_aᵀ lora_bᵀ`` in one float32 accumulator, W unpacked on the fly.
 
-    x ``[..., k]`` float32, bfloat16 or float16; shape ``(n, k)``; lora_a ``[r, k]`` and lora_b ``[n, r]`` of one float
-    dtype that may differ from x's; bias ``[n]``; lora_x is the input after dropout, of the shape and dtype of x.
-    Returns ``[..., n]`` in the dtype of x. Differentiable in x, lora_a, lora_b, bias and lora_x, once.
+    x ``[..., k]`` is float32, bfloat16 or float16; shape is ``(n, k)``; lora_a ``[r, k]`` and lora_b ``[n, r]`` share a
+    float dtype, which may differ from x's; bias ``[n]``; lora_x is the input after dropout, of the shape and dtype of
+    x. Returns ``[..., n]`` in the dtype of x. Differentiable once, in x, lora_a, lora_b, bias and lora_x.
     """
     return _call_forward(
         Arguments(
@@ -78,9 +78,9 @@ def forward(
     )
 
 
-# Calls go around what torch.library's registrations cost: Python for each key of the dispatcher, 13 µs a call without
-# gradients and 60 with them. Compilers, autocast, functorch and subclasses of Tensor take the dispatcher's way.
-# docs/notes/cpu-kernels.md has the figures.
+# A shortcut for eager calls. The registrations below run Python for each dispatcher key, which costs 13 µs a call
+# without gradients and 60 µs with them. Compilers, autocast, functorch and subclasses of Tensor still need the
+# dispatcher. docs/notes/cpu-kernels.md has the figures.
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -116,10 +116,12 @@ def _call_forward(inputs: Arguments) -> Tensor:
 
 
 def _call_backward(grad: Tensor, *inputs: Any) -> Any:
-    """The operator without the dispatcher's autograd key, where nothing needs it. Not around ``ctx.saved_tensors``, in
-    which a checkpoint computes its forward once more."""
+    """Calls the operator below the dispatcher's autograd key where nothing needs that key.
+
+    Read ``ctx.saved_tensors`` before this call: under a checkpoint, reading it runs the forward again, with autograd.
+    """
     if (
-        torch.is_grad_enabled()  # create_graph: the registration refuses it
+        torch.is_grad_enabled()  # create_graph=True, which the registered autograd function refuses
         or torch.compiler.is_compiling()
         or type(grad) is not Tensor
         or torch._C._are_functorch_transforms_active()

@@ -50,11 +50,11 @@ def forward_multi(
     adapter_of_row: Tensor,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """:func:`qlora.ops.forward` with an adapter for each row of x; the weight is unpacked once for all of them.
+    """:func:`qlora.ops.forward` with a separate adapter for each row of x; the weight is unpacked once for all rows.
 
-    lora_a ``[adapters, r, k]`` and lora_b ``[adapters, n, r]``; scaling float32 ``[adapters]``; adapter_of_row int64,
-    one for each row of x (the product of its leading dimensions), -1 for the base alone. Differentiable in x, lora_a,
-    lora_b and bias, once.
+    lora_a ``[adapters, r, k]`` and lora_b ``[adapters, n, r]``; scaling float32 ``[adapters]``; adapter_of_row int64
+    ``[rows]``, rows being the product of x's leading dimensions, with -1 for the base alone. Differentiable once, in x,
+    lora_a, lora_b and bias.
     """
     refuse_forward_mode(x, lora_a, lora_b, scaling, bias)
     weight = (packed, absmax, nested_absmax, nested_offset, list(shape), quant_type, block_size)
@@ -65,7 +65,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     given = Arguments(*inputs)
     require_frozen(given.absmax, given.nested_absmax, given.nested_offset)
     if given.scaling.requires_grad:
-        raise RuntimeError("scaling requires grad: forward.multi has no gradient for it, detach it")
+        raise RuntimeError("scaling requires grad: forward.multi has no gradient for it, so detach it")
     ctx.save_for_backward(*given[:5], given.lora_a, given.lora_b, given.scaling, given.adapter_of_row)
     ctx.weight = (list(given.shape), given.quant_type, given.block_size)
     ctx.bias_dtype = None if given.bias is None else given.bias.dtype

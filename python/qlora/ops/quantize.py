@@ -19,11 +19,11 @@ def quantize(
     """Quantizes a float32, bfloat16 or float16 weight of any shape to 4 bit, blockwise along the flat order.
 
     Returns ``(packed, absmax, nested_absmax, nested_offset)``: packed is uint8 ``[ceil(numel / 2)]``; absmax is float32
-    ``[blocks]``, or uint8 with double quantization; the nested tensors are float32, ``[ceil(blocks / 256)]`` and
-    ``[1]``, empty without it.
+    ``[blocks]``, or uint8 codes with double quantization. The nested tensors are float32, ``[ceil(blocks / 256)]`` and
+    ``[1]``, and empty without double quantization.
 
-    Raises RuntimeError for an unknown quant_type, a block size that is no power of two in 32 … 4096, and, with
-    check_finite, for nan or inf (naming the position).
+    Raises RuntimeError for an unknown quant_type, for a block size that is not a power of two in 32 … 4096, and, with
+    check_finite, for nan or inf (the message gives the position).
     Source: Dettmers et al. 2023, "QLoRA"; docs/concepts/format.md.
     """
     return torch.ops.qlora.quantize(weight, quant_type, block_size, double_quant, check_finite)
@@ -39,7 +39,10 @@ def dequantize(
     block_size: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The weight as a dense tensor of ``shape`` and ``dtype``: float32 level times float32 scale, rounded once."""
+    """The weight as a dense tensor of ``shape`` and ``dtype``: float32 level times float32 scale, rounded once.
+
+    Tensors as returned by :func:`quantize`; ``dtype`` is float32, bfloat16 or float16.
+    """
     return torch.ops.qlora.dequantize(
         packed, absmax, nested_absmax, nested_offset, list(shape), quant_type, block_size, dtype
     )
@@ -54,8 +57,11 @@ def quantization_error(
     quant_type: str,
     block_size: int,
 ) -> Tensor:
-    """How far a 4-bit weight is from ``weight``: float64 ``[3]``, the sum of squared differences, the sum of squares of
-    ``weight``, and the largest absolute difference. Allocates nothing of the weight's size."""
+    """The difference between a 4-bit weight and ``weight``, without a temporary of the weight's size.
+
+    Returns float64 ``[3]``: the sum of squared differences, the sum of squares of ``weight``, and the largest absolute
+    difference.
+    """
     return torch.ops.qlora.quantization_error(
         weight, packed, absmax, nested_absmax, nested_offset, quant_type, block_size
     )
