@@ -9,7 +9,8 @@
 namespace qlora::cuda {
 namespace decode {
 
-constexpr int kWarps = kDecodeWarps;  // with more warps, each has too few chunks for its start-up (docs/notes/cuda-kernels.md)
+constexpr int kWarps =
+    kDecodeWarps;  // with more warps, each has too few chunks for its start-up (docs/notes/cuda-kernels.md)
 constexpr int kThreads = 32 * kWarps;
 
 // Words between the sums of two tokens and of two warps, padded so that neither the stores of lanes (g, t) nor the

@@ -48,8 +48,9 @@ constexpr int64_t decode_shared_bytes(int rows, int64_t m, int64_t panel_chunks)
 
 // Blocks of 16 rows hide latency best, because three or four of them share an SM. Above eight tokens, reading x costs
 // most. Blocks of 32 rows read it half as often; they are used if shared memory has room for two per SM and at least
-// three of four SMs get one. Both rules come from the timing model (docs/notes/cuda-kernels.md). A panel is as long as shared
-// memory allows (at least 28 chunks for 16 rows); if another panel follows, every warp gets the same number of chunks.
+// three of four SMs get one. Both rules come from the timing model (docs/notes/cuda-kernels.md). A panel is as long as
+// shared memory allows (at least 28 chunks for 16 rows); if another panel follows, every warp gets the same number of
+// chunks.
 constexpr bool decode_takes_32_rows(int64_t m, int64_t n, const GpuInfo& gpu) {
   return m > 8 && gpu.shared_bytes_per_block >= 160 * 1024 && n >= int64_t{24} * gpu.sm_count;
 }
@@ -143,8 +144,8 @@ constexpr VendorTokens vendor_tokens(const Problem& p, const GpuInfo& gpu) {
   if (p.dtype == DType::kFloat32) return {kDecodeTokens + 1, kDecodeTokens + 1};
   // sm_75: the fused kernels use the same tensor-core instructions as the vendor's GEMM.
   if (gpu.arch < 80) return {INT64_MAX, INT64_MAX};
-  // Times of the fused kernels are predicted. Times of panels are measured on an H200 (docs/notes/gpu-runs.md); other GPUs use
-  // bitsandbytes' thresholds between the two ways.
+  // Times of the fused kernels are predicted. Times of panels are measured on an H200 (docs/notes/gpu-runs.md); other
+  // GPUs use bitsandbytes' thresholds between the two ways.
   if (gpu.has_wgmma) return {513, 513};
   if (gpu.arch < 86 || (gpu.arch >= 90 && gpu.arch < 120)) return {65, 65};
   return {256, 256};

@@ -89,7 +89,8 @@ Tensor dequantize(Tensor packed, Tensor absmax, OptionalTensor nested_absmax, Op
   return out;
 }
 
-// One pass and no temporary: a Python sum over dequantized chunks would fragment the heap (docs/concepts/architecture.md).
+// One pass and no temporary: a Python sum over dequantized chunks would fragment the heap
+// (docs/concepts/architecture.md).
 Tensor quantization_error(Tensor weight, Tensor packed, Tensor absmax, OptionalTensor nested_absmax,
                           OptionalTensor nested_offset, std::string quant_type, int64_t block_size) {
   const cpu::KernelTable& kernels = active_kernels();

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class Work:
     copies: int = 1
 
 
-def require_bitsandbytes():
+def require_bitsandbytes() -> Any:
     try:
         import bitsandbytes
     except ImportError as error:
@@ -154,7 +155,7 @@ def multi_works(weights: Weights, tokens: Sequence[int]) -> Iterator[Work]:
         x = weights.random(m, weights.k)
         of_row = torch.arange(m, device=weights.device) % ADAPTERS
 
-        def many(i: int, x=x, of_row=of_row) -> Tensor:
+        def many(i: int, x: Tensor = x, of_row: Tensor = of_row) -> Tensor:
             w = weights.ours[i]
             return ops.forward_multi(x, *w.arguments, lora_a, lora_b, scaling, of_row)
 

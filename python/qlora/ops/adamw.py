@@ -1,6 +1,7 @@
 """``adamw`` and ``adamw_8bit``: one step of the optimizer in one pass, in place."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,5 +88,5 @@ def adamw_many(
 @torch.library.register_fake("qlora::adamw_8bit")
 @torch.library.register_fake("qlora::adamw.many")
 @torch.library.register_fake("qlora::adamw_8bit.many")
-def _(param, *state_and_hyperparameters):
+def _(param: Tensor, *state_and_hyperparameters: Any) -> None:
     return None

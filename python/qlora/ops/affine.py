@@ -82,13 +82,24 @@ torch.library.register_autograd("qlora::backward.affine_grid", refuse_double_bac
 
 @torch.library.register_fake("qlora::forward.affine")
 @torch.library.register_fake("qlora::forward.affine_grid")
-def _(x, quantized_W, scale, zero_point, B, A, alpha):
+def _(x: Tensor, quantized_W: Tensor, scale: Any, zero_point: Any, B: Tensor, A: Tensor, alpha: float) -> Tensor:
     return x.new_empty((*x.shape[:-1], quantized_W.shape[1]))
 
 
 @torch.library.register_fake("qlora::backward.affine_grid")
-def _(grad, x, quantized_W, scale, zero_point, B, A, alpha, needs_x, needs_lora):
-    def nothing():
+def _(
+    grad: Tensor,
+    x: Tensor,
+    quantized_W: Tensor,
+    scale: Any,
+    zero_point: Any,
+    B: Tensor,
+    A: Tensor,
+    alpha: float,
+    needs_x: bool,
+    needs_lora: bool,
+) -> tuple[Tensor, ...]:
+    def nothing() -> Tensor:
         return x.new_empty(0, dtype=torch.float32)
 
     return (

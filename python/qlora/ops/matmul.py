@@ -172,7 +172,18 @@ torch.library.register_autograd("qlora::backward", refuse_double_backward)
 
 @torch.library.register_fake("qlora::forward.multi")
 @torch.library.register_fake("qlora::forward")
-def _(x, packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size, *unused_lora, **unused):
+def _(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    shape: list[int],
+    quant_type: str,
+    block_size: int,
+    *unused_lora: Any,
+    **unused: Any,
+) -> Tensor:
     torch._check(x.shape[-1] == shape[1], lambda: f"x has {x.shape[-1]} features: in_features={shape[1]}")
     torch._check(
         x.device == packed.device == absmax.device,
@@ -183,32 +194,31 @@ def _(x, packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_
 
 @torch.library.register_fake("qlora::backward")
 def _(
-    grad,
-    x,
-    packed,
-    absmax,
-    nested_absmax,
-    nested_offset,
-    shape,
-    quant_type,
-    block_size,
-    lora_a,
-    lora_b,
-    scaling,
-    lora_x,
-    needs_x,
-    needs_lora,
-    needs_lora_x,
-    needs_bias,
-):
-    def nothing():
+    grad: Tensor,
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    shape: list[int],
+    quant_type: str,
+    block_size: int,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: Any,
+    lora_x: Tensor | None,
+    needs_x: bool,
+    needs_lora: bool,
+    needs_lora_x: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, ...]:
+    def nothing() -> Tensor:
         return x.new_empty(0, dtype=torch.float32)
 
-    has_lora = lora_a is not None
     return (
         x.new_empty(x.shape) if needs_x else nothing(),
-        lora_a.new_empty(lora_a.shape) if needs_lora and has_lora else nothing(),
-        lora_b.new_empty(lora_b.shape) if needs_lora and has_lora else nothing(),
+        lora_a.new_empty(lora_a.shape) if needs_lora and lora_a is not None else nothing(),
+        lora_b.new_empty(lora_b.shape) if needs_lora and lora_b is not None else nothing(),
         x.new_empty(x.shape) if needs_lora_x and lora_x is not None else nothing(),
         x.new_empty(shape[0], dtype=torch.float32) if needs_bias else nothing(),
     )

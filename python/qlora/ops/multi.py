@@ -93,24 +93,24 @@ torch.library.register_autograd("qlora::backward.multi", refuse_double_backward)
 
 @torch.library.register_fake("qlora::backward.multi")
 def _(
-    grad,
-    x,
-    packed,
-    absmax,
-    nested_absmax,
-    nested_offset,
-    shape,
-    quant_type,
-    block_size,
-    lora_a,
-    lora_b,
-    scaling,
-    adapter_of_row,
-    needs_x,
-    needs_lora,
-    needs_bias,
-):
-    def nothing():
+    grad: Tensor,
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    shape: list[int],
+    quant_type: str,
+    block_size: int,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: Any,
+    adapter_of_row: Tensor,
+    needs_x: bool,
+    needs_lora: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, ...]:
+    def nothing() -> Tensor:
         return x.new_empty(0, dtype=torch.float32)
 
     return (

@@ -76,7 +76,9 @@ torch.library.register_autograd("qlora::dequantize", _refuse_gradient)
 
 
 @torch.library.register_fake("qlora::quantize")
-def _(weight, quant_type="nf4", block_size=64, double_quant=True, check_finite=True):
+def _(
+    weight: Tensor, quant_type: str = "nf4", block_size: int = 64, double_quant: bool = True, check_finite: bool = True
+) -> tuple[Tensor, ...]:
     numel = weight.numel()
     blocks = (numel + block_size - 1) // block_size
     nested = (blocks + _C.NESTED_BLOCK - 1) // _C.NESTED_BLOCK if double_quant else 0
@@ -89,10 +91,27 @@ def _(weight, quant_type="nf4", block_size=64, double_quant=True, check_finite=T
 
 
 @torch.library.register_fake("qlora::dequantize")
-def _(packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size, dtype):
+def _(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    shape: list[int],
+    quant_type: str,
+    block_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
     return packed.new_empty(shape, dtype=dtype)
 
 
 @torch.library.register_fake("qlora::quantization_error")
-def _(weight, packed, absmax, nested_absmax, nested_offset, quant_type, block_size):
+def _(
+    weight: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    block_size: int,
+) -> Tensor:
     return weight.new_empty(3, dtype=torch.float64)

@@ -3,6 +3,7 @@
 import json
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -11,7 +12,7 @@ def is_meta(tensor: Tensor) -> bool:
     return tensor.device.type == "meta"
 
 
-def open_safetensors(path: Path):
+def open_safetensors(path: Path) -> Any:
     """``safetensors.safe_open`` for untrusted files; raises ValueError with the file's name if the file is damaged."""
     from safetensors import SafetensorError, safe_open
 

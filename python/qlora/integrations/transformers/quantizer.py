@@ -1,12 +1,6 @@
-"""transformers integration: ``from_pretrained(…, quantization_config=qlora.QLoRAConfig())`` loads 4-bit models.
-
-Such models can be saved and reloaded. transformers has no entry points for quantizers, so ``import qlora`` registers
-this one when transformers is imported (:mod:`qlora.integrations.registration`).
-"""
+"""QLoRAQuantizer: what transformers calls of a quantization method."""
 
 import logging
-import re
-from collections.abc import Iterator
 from copy import copy
 from typing import Any
 
@@ -16,22 +10,19 @@ from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlora.distributed import refuse_fsdp1
-from qlora.integrations import METHOD
-from qlora.nn import Embedding4bit, Experts4bit, Linear4bit
+from qlora.integrations.transformers.config import QLoRAConfig
+from qlora.integrations.transformers.conversion import DeserializeBitsandbytes, Quantize, concerns
+from qlora.integrations.transformers.layers import make_dense, own_tensors, quantized_layers
+from qlora.nn import Experts4bit, Linear4bit
 from qlora.nn.borrowing import borrowed
 from qlora.nn.experts4bit import holds_experts, why_not_experts
 from qlora.nn.linear4bit import dense_linear
-from qlora.nn.packed import STATISTICS
 from qlora.nn.replacing import head_names, replace_module, why_not_plain
-from qlora.ops import FLOAT_DTYPES, check_format
-from qlora.weight import QuantizedWeight, quantize
 
 logger = logging.getLogger(__name__)
 
-_EXTRA_STATE = "_extra_state"
 # Names in a bitsandbytes checkpoint: the weight and its statistics.
 _BNB_NAMES = (
     "weight",
@@ -42,144 +33,6 @@ _BNB_NAMES = (
     "weight.quant_state.bitsandbytes__nf4",
     "weight.quant_state.bitsandbytes__fp4",
 )
-
-
-class QLoRAConfig(QuantizationConfigMixin):
-    """How ``from_pretrained`` quantizes a model; a saved model has this config in its ``config.json``.
-
-    Args:
-        quant_type, double_quant, block_size: the format, see :func:`qlora.quantize`.
-        compute_dtype: dtype of the products: "float32", "bfloat16" or "float16"; None takes the dtype of activations.
-        skip_modules: layers to leave as they are, besides the output head: whole names, prefixes or suffixes.
-        checkpoint_format: "qlora", or "bitsandbytes" for the layout of that library's checkpoints.
-
-    Raises ValueError with the value and the rule.
-    """
-
-    def __init__(
-        self,
-        quant_type: str = "nf4",
-        double_quant: bool = True,
-        block_size: int = 64,
-        compute_dtype: torch.dtype | str | None = None,
-        skip_modules: list[str] | None = None,
-        checkpoint_format: str = "qlora",
-        **kwargs: Any,
-    ) -> None:
-        kwargs.pop("quant_method", None)
-        if kwargs:
-            raise ValueError(f"QLoRAConfig has no option {sorted(kwargs)}")
-        check_format(quant_type, block_size)
-        if checkpoint_format not in ("qlora", "bitsandbytes"):
-            raise ValueError(f"checkpoint_format='{checkpoint_format}' must be qlora or bitsandbytes")
-        self.quant_method = METHOD
-        self.quant_type, self.double_quant, self.block_size = quant_type, double_quant, block_size
-        self.compute_dtype = _dtype_name(compute_dtype)
-        if isinstance(skip_modules, str):
-            raise ValueError(f"skip_modules='{skip_modules}' must be a list of names: ['{skip_modules}']")
-        self.skip_modules = None if skip_modules is None else list(skip_modules)
-        self.checkpoint_format = checkpoint_format
-
-    @property
-    def torch_compute_dtype(self) -> torch.dtype | None:
-        return None if self.compute_dtype is None else getattr(torch, self.compute_dtype)
-
-
-def _dtype_name(dtype: torch.dtype | str | None) -> str | None:
-    name = None if dtype is None else str(dtype).removeprefix("torch.")
-    if name not in (None, "float32", "bfloat16", "float16"):
-        raise ValueError(f"compute_dtype={dtype} must be float32, bfloat16 or float16")
-    return name
-
-
-class Quantize(ConversionOps):
-    """Converts a dense weight of the checkpoint into the tensors of its 4-bit layer."""
-
-    def __init__(self, hf_quantizer: "QLoRAQuantizer") -> None:
-        self.hf_quantizer = hf_quantizer
-
-    def convert(self, input_dict: dict[str, Any], model: Any | None = None, **kwargs: Any) -> dict[str, Tensor]:
-        assert model is not None
-        result: dict[str, Tensor] = {}
-        for name, value in input_dict.items():
-            dense = value[0] if isinstance(value, list) else value
-            dense = dense if dense.dtype in FLOAT_DTYPES else dense.float()
-            module, leaf = get_module_from_name(model, name)
-            prefix = name.removesuffix(leaf)
-            if isinstance(module, Experts4bit):
-                tensors = module.quantize(dense)
-                result[name] = tensors["weight"]
-                result |= {f"{name}_{statistic}": tensors[statistic] for statistic in STATISTICS}
-                continue
-            if module.dense_class is Conv1D:  # the checkpoint stores its weight as (in, out)
-                dense = dense.t().contiguous()
-            options = self.hf_quantizer.quantization_config
-            weight = quantize(dense, options.quant_type, options.block_size, options.double_quant)
-            result |= {prefix + key: tensor for key, tensor in layer_tensors(weight).items()}
-            result[prefix + _EXTRA_STATE] = module.get_extra_state()
-        return result
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return Identity()
-
-
-class Identity(ConversionOps):
-    """No conversion: 4-bit layers are saved as they are."""
-
-    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        return input_dict
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return self
-
-
-class DeserializeBitsandbytes(ConversionOps):
-    """Converts the entries of a bitsandbytes layer into the tensors of Linear4bit, bit for bit."""
-
-    def __init__(self, hf_quantizer: "QLoRAQuantizer") -> None:
-        self.hf_quantizer = hf_quantizer
-
-    def convert(
-        self,
-        input_dict: dict[str, Any],
-        model: Any | None = None,
-        full_layer_name: str | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Tensor]:
-        assert model is not None
-        assert full_layer_name is not None
-        entries = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
-        module, _ = get_module_from_name(model, full_layer_name)
-        if not isinstance(module, Linear4bit):
-            if len(entries) > 1:
-                raise ValueError(f"{full_layer_name} is 4-bit in the checkpoint, but dense in the model")
-            return entries
-        if len(entries) == 1:
-            raise ValueError(
-                f"{full_layer_name} is dense in the checkpoint, or its statistics are missing: name the layer in"
-                " skip_modules if it is meant to be dense"
-            )
-        weight = QuantizedWeight.from_bnb(entries)
-        if weight.shape != (module.out_features, module.in_features):
-            raise ValueError(
-                f"{full_layer_name} has shape {weight.shape} in the checkpoint: the model needs"
-                f" {(module.out_features, module.in_features)}"
-            )
-        module.adopt(weight)  # takes over the format, which may differ between layers; the caller loads the tensors
-        return layer_tensors(weight) | {_EXTRA_STATE: module.get_extra_state()}
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return Identity()
-
-
-def layer_tensors(weight: QuantizedWeight) -> dict[str, Tensor]:
-    """The tensors of a Linear4bit, by their names in its state dict."""
-    n, k = weight.shape
-    packed = weight.packed.view(n, k // 2) if k % 2 == 0 else weight.packed
-    return {"weight": packed, **{name: getattr(weight, name) for name in STATISTICS}}
 
 
 class QLoRAQuantizer(HfQuantizer):
@@ -348,7 +201,7 @@ class QLoRAQuantizer(HfQuantizer):
         missing = [
             name
             for layer, module in quantized_layers(model)
-            for name, tensor in _own_tensors(layer, module)
+            for name, tensor in own_tensors(layer, module)
             if tensor.device.type != "meta" and not getattr(tensor, "_is_hf_initialized", False)
         ]
         if missing:
@@ -357,10 +210,10 @@ class QLoRAQuantizer(HfQuantizer):
         self.quantization_config.checkpoint_format = "qlora"
         self.quantized_names = {name for name, _ in quantized_layers(model)}
         # 4-bit layers are saved under the model's own names, because converters cannot split or join packed rows.
-        packed = [tensor for name, module in quantized_layers(model) for tensor, _ in _own_tensors(name, module)]
+        packed = [tensor for name, module in quantized_layers(model) for tensor, _ in own_tensors(name, module)]
         conversions = getattr(model, "_weight_conversions", None)
         if conversions:
-            model._weight_conversions = [conversion for conversion in conversions if not _concerns(conversion, packed)]
+            model._weight_conversions = [conversion for conversion in conversions if not concerns(conversion, packed)]
         for _, module in quantized_layers(model):
             module.requires_grad_(False)
         return model
@@ -370,45 +223,3 @@ class QLoRAQuantizer(HfQuantizer):
         wanted: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         make_dense(model, wanted)
         return model
-
-
-def make_dense(model: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Replaces all 4-bit layers by dense ones, in ``dtype`` (default: their dtype before quantization)."""
-    for module in list(model.modules()):
-        if isinstance(module, Experts4bit):
-            replace_module(model, module, module.to_experts(dtype))
-        elif isinstance(module, Linear4bit):
-            replace_module(model, module, module.to_linear(dtype))
-        elif isinstance(module, Embedding4bit):
-            replace_module(model, module, module.to_embedding(dtype))
-
-
-def quantized_layers(model: Any) -> Iterator[tuple[str, Linear4bit | Experts4bit]]:
-    """All 4-bit layers of a model, by name."""
-    for name, module in model.named_modules():
-        if isinstance(module, Linear4bit | Experts4bit):
-            yield name, module
-
-
-def _own_tensors(name: str, module: Linear4bit | Experts4bit) -> Iterator[tuple[str, Tensor]]:
-    weights = module.weight_names if isinstance(module, Experts4bit) else ["weight"]
-    for weight in weights:
-        yield f"{name}.{weight}", getattr(module, weight)
-        for statistic in STATISTICS:
-            leaf = f"{weight}_{statistic}" if isinstance(module, Experts4bit) else statistic
-            yield f"{name}.{leaf}", getattr(module, leaf)
-
-
-def _concerns(conversion: Any, packed: list[str]) -> bool:
-    """Whether a weight conversion creates one of the tensors ``packed`` from others, for example by splitting."""
-    if isinstance(conversion, Quantize | DeserializeBitsandbytes):
-        return True
-    operations = getattr(conversion, "operations", None)
-    if operations is None:
-        return False
-    if any(isinstance(operation, DeserializeBitsandbytes) for operation in operations):
-        return True
-    # A pattern matches whole parts of a name, e.g. "mlp.experts.gate_up_proj"; a star is a number, r"\1" is a group
-    # of the source pattern.
-    patterns = [target.replace(r"\1", ".*").replace("*.", r"\d+\.") for target in conversion.target_patterns]
-    return any(re.search(rf"(^|\.){pattern}(\.|$)", name) for pattern in patterns for name in packed)

@@ -1,8 +1,4 @@
-"""PEFT integration: ``get_peft_model`` puts a fused LoRA layer on qlora's 4-bit layers; files keep PEFT's format.
-
-``import qlora`` makes PEFT use these layers (:mod:`qlora.integrations.registration`). A LoraConfig needs no entry for
-them, and adapters that are loaded later are fused too.
-"""
+"""Whole PeftModels: merging, LoftQ's initialization, an adapter for each sample of a batch."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,33 +9,11 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from qlora.integrations.peft_layers import LoraEmbedding4bit, LoraExperts4bit, LoraLinear4bit
-from qlora.nn import Embedding4bit, Experts4bit, Linear4bit, MergeReport
+from qlora.integrations.peft.layers import LoraEmbedding4bit, LoraExperts4bit, LoraLinear4bit
+from qlora.nn import MergeReport
 from qlora.nn.merging import MergeInto
 from qlora.nn.merging import requantize as to_format
 from qlora.storage.weights import WeightSource
-
-_LAYERS: dict[type, Any] = {Linear4bit: LoraLinear4bit, Embedding4bit: LoraEmbedding4bit}
-
-
-def create_module(adapter_config: Any, adapter_name: str, target: Any, **kwargs: Any) -> nn.Module | None:
-    """The LoRA layer for ``target``, or None if ``target`` is not a layer of qlora. PEFT's model calls this first."""
-    base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
-    if kwargs.get("parameter_name") is not None:
-        if isinstance(base, Experts4bit):
-            return LoraExperts4bit(target, adapter_name, adapter_config, **kwargs)
-        if isinstance(base, tuple(_LAYERS)):
-            raise ValueError(
-                f"target_parameters: name the layer of '{kwargs['target_name']}' in target_modules instead"
-            )
-        return None
-    for kind, layer in _LAYERS.items():
-        if isinstance(base, kind):
-            return layer(target, adapter_name, adapter_config, **kwargs)
-    return None
-
-
-# ---- whole models ----
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear4bit]:
