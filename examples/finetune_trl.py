@@ -35,7 +35,7 @@ def quantization_config(name: str):
 
 def conversations(limit: int) -> Dataset:
     """The demo's prompts and answers, in TRL's format."""
-    spec = importlib.util.find_spec("qlora.training")
+    spec = importlib.util.find_spec("qlora.demo")
     lines = Path(spec.submodule_search_locations[0], "lighthouse.jsonl").read_text().splitlines()[:limit]
     rows = [json.loads(line) for line in lines]
     return Dataset.from_list(

@@ -7,8 +7,8 @@
 #include <string>
 #include <vector>
 
-#include "cpu/cpu_features.h"
-#include "cpu/dispatch.h"
+#include "cpu/isa/dispatch.h"
+#include "cpu/isa/features.h"
 #include "cpu/select.h"
 #include "cuda/select.h"
 #include "format/adamw.h"

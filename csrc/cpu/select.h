@@ -1,7 +1,7 @@
 // Choice of the forward kernel for a shape: a pure function, so it can be tested and explained without running kernels.
 #pragma once
 
-#include "cpu/kernel_table.h"
+#include "cpu/isa/table.h"
 
 namespace qlora::cpu {
 

@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "cpu/dispatch.h"
-#include "cpu/double_quantize.h"
+#include "cpu/isa/dispatch.h"
+#include "cpu/quantize/double_quantize.h"
 #include "cpu/select.h"
 #include "format/dynamic_map.h"
 #include "format/half.h"

@@ -4,8 +4,8 @@
 
 #include <cstring>
 
-#include "ops/cuda_ops.h"
-#include "ops/cuda_runtime.h"
+#include "ops/cuda/ops.h"
+#include "ops/cuda/runtime.h"
 #include "simt.h"
 
 STABLE_TORCH_LIBRARY_IMPL(qlora, PrivateUse3, m) { qlora::ops::implement_cuda_ops(m); }

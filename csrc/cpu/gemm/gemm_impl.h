@@ -1,0 +1,254 @@
+// Kernel for many tokens: a panel of W is dequantized once into cache and used for every token. Forward, backward and
+// low-rank gradients share one loop nest with different operands:
+// out[row, col] = sum over steps of operand[row, step] * columns[step, col].
+//
+// Vectors hold columns (tokens), and elements of the operand are broadcast. So a row of W is used as it was
+// dequantized, without a transpose; the backward only swaps which index of the panel is contiguous.
+#pragma once
+
+#include <cstring>
+
+#include "cpu/gemv/gemv_impl.h"
+#include "cpu/isa/table.h"
+#include "cpu/quantize/dequantize_impl.h"
+
+namespace qlora::cpu {
+namespace {
+
+// Panel sizes: 32 KiB of float32, the size of L1, in either orientation.
+template <bool kTransposed>
+struct Panel {
+  static constexpr int64_t kRows = kTransposed ? 128 : 64;  // transposed: one cache line is 128 weights of a row of W
+  static constexpr int64_t kSteps = kTransposed ? 64 : 128;
+  static constexpr int64_t kLd = kTransposed ? kRows : kSteps;
+};
+inline constexpr int64_t kMostTilesPerBlock = 10;  // 480 columns of 128 rows: 245 KiB of accumulators stay in L2
+
+// Loads elements [offset, offset + count) of row `line` of a dense matrix as float32.
+template <class V>
+void load_dense_line(const Operand& a, int64_t line, int64_t offset, int64_t count, float* out) {
+  const int64_t base = line * a.ld + offset;
+  if (a.affine.scale != nullptr) {  // value * scale + zero_point, each operation rounded
+    const int64_t grid = line / a.affine.group * a.affine.group_stride;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t cell = grid + (offset + i) * a.affine.channel_stride;
+      const float scaled = load_scalar(a.dense, a.dtype, base + i) * a.affine.scale[cell];
+      out[i] = scaled + a.affine.zero_point[cell];
+    }
+    return;
+  }
+  if (a.dtype == DType::kFloat32) {
+    std::memcpy(out, static_cast<const float*>(a.dense) + base, static_cast<size_t>(count) * sizeof(float));
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) out[i] = load_scalar(a.dense, a.dtype, base + i);
+}
+
+// Fills panel[row][step] (or [step][row] if transposed) with `rows` rows from row0 and `steps` steps from step0.
+// Missing rows of the last register tile are zero.
+template <class V, bool kTransposed>
+void fill_panel(const Operand& a, int64_t row0, int64_t rows, int64_t step0, int64_t steps, float* panel) {
+  using P = Panel<kTransposed>;
+  const int64_t padded_rows = ceil_div(rows, V::kTileRows) * V::kTileRows;
+  const int64_t lines = kTransposed ? steps : rows;  // lines of the matrix in memory
+  const int64_t line0 = kTransposed ? step0 : row0;
+  const int64_t offset = kTransposed ? row0 : step0;
+  const int64_t count = kTransposed ? rows : steps;
+  typename V::Table table{};
+  if (a.packed != nullptr) table = V::table(a.packed->levels);
+  for (int64_t i = 0; i < lines; ++i) {
+    float* out = panel + i * P::kLd;
+    if (a.packed != nullptr) {
+      dequantize_span<V>(*a.packed, table, (line0 + i) * a.packed->k + offset, count, out);
+    } else {
+      load_dense_line<V>(a, line0 + i, offset, count, out);
+    }
+    if (kTransposed)
+      for (int64_t j = rows; j < padded_rows; ++j) out[j] = 0.0f;
+  }
+  if (!kTransposed && padded_rows > rows)
+    std::memset(panel + rows * P::kLd, 0, static_cast<size_t>((padded_rows - rows) * P::kLd) * sizeof(float));
+}
+
+// Multiplies one register tile, kTileRows x kVecs vectors of accumulators, over `steps` steps. It adds to c, or
+// overwrites c if `first`.
+template <class V, bool kTransposed, int kVecs>
+void tile(const float* panel, const float* columns, int64_t steps, bool first, float* c, int64_t c_ld) {
+  constexpr int64_t kRowStride = kTransposed ? 1 : Panel<kTransposed>::kLd;
+  constexpr int64_t kStepStride = kTransposed ? Panel<kTransposed>::kLd : 1;
+  constexpr int64_t kTileCols = V::kLanes * V::kTileVecs;
+  typename V::F acc[V::kTileRows][kVecs];
+  for (int i = 0; i < V::kTileRows; ++i)
+    for (int j = 0; j < kVecs; ++j) acc[i][j] = V::zero();
+  for (int64_t s = 0; s < steps; ++s) {
+    typename V::F x[kVecs];
+    for (int j = 0; j < kVecs; ++j) x[j] = V::load(columns + s * kTileCols + j * V::kLanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < V::kTileRows; ++i) {
+      const auto w = V::set1(panel[i * kRowStride + s * kStepStride]);
+      for (int j = 0; j < kVecs; ++j) acc[i][j] = V::fma(w, x[j], acc[i][j]);
+    }
+  }
+  for (int i = 0; i < V::kTileRows; ++i)
+    for (int j = 0; j < kVecs; ++j) {
+      float* out = c + i * c_ld + j * V::kLanes;
+      V::store(out, first ? acc[i][j] : V::add(V::load(out), acc[i][j]));
+    }
+}
+
+template <class V, bool kTransposed>
+void tile_any_width(const float* panel, const float* columns, int64_t steps, int64_t cols, bool first, float* c,
+                    int64_t c_ld) {
+  static_assert(V::kTileVecs == 1 || V::kTileVecs == 3);
+  if constexpr (V::kTileVecs == 3) {
+    if (cols <= V::kLanes) return tile<V, kTransposed, 1>(panel, columns, steps, first, c, c_ld);
+    if (cols <= 2 * V::kLanes) return tile<V, kTransposed, 2>(panel, columns, steps, first, c, c_ld);
+  }
+  tile<V, kTransposed, V::kTileVecs>(panel, columns, steps, first, c, c_ld);
+}
+
+// Scales, adds the bias, converts, and writes one block of accumulators c[rows][c_ld].
+template <class T>
+void store_block(const GemmParams& p, int64_t row0, int64_t rows, int64_t col0, int64_t cols, const float* c,
+                 int64_t c_ld) {
+  T* out = static_cast<T*>(p.out);
+  if (p.rows_are_major) {
+    for (int64_t i = 0; i < rows; ++i) {
+      const float bias = p.bias != nullptr ? load_scalar(p.bias, p.bias_dtype, row0 + i) : 0.0f;
+      T* line = out + (row0 + i) * p.out_ld + col0;
+      for (int64_t j = 0; j < cols; ++j) assign(line[j], c[i * c_ld + j] * p.scale + bias);
+    }
+    return;
+  }
+  float bias[Panel<true>::kRows];
+  for (int64_t i = 0; i < rows; ++i) bias[i] = p.bias != nullptr ? load_scalar(p.bias, p.bias_dtype, row0 + i) : 0.0f;
+  for (int64_t j = 0; j < cols; ++j) {
+    T* line = out + (col0 + j) * p.out_ld + row0;
+    for (int64_t i = 0; i < rows; ++i) assign(line[i], c[i * c_ld + j] * p.scale + bias[i]);
+  }
+}
+
+// Blocks of columns, as equal as possible, because threads receive equal numbers of items.
+template <class V>
+struct ColumnBlocks {
+  static constexpr int64_t kTileCols = V::kLanes * V::kTileVecs;
+  static constexpr int64_t kMostCols = kMostTilesPerBlock * kTileCols;
+  int64_t count, cols;  // cols: columns of a block, a multiple of the tile width
+  explicit ColumnBlocks(int64_t all_cols) {
+    const int64_t tiles = ceil_div(all_cols, kTileCols);
+    count = ceil_div(tiles, kMostTilesPerBlock);
+    cols = count > 0 ? ceil_div(tiles, count) * kTileCols : 0;
+  }
+};
+
+template <class V, bool kTransposed>
+void gemm_items_typed(const GemmParams& p, int64_t begin, int64_t end, float* panel) {
+  using P = Panel<kTransposed>;
+  constexpr int64_t kTileCols = V::kLanes * V::kTileVecs, kBlockCols = ColumnBlocks<V>::kMostCols;
+  const ColumnBlocks<V> blocks(p.cols);
+  float* c = panel + P::kRows * P::kSteps;
+
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t row0 = item / blocks.count * P::kRows, rows = min_i64(P::kRows, p.rows - row0);
+    const int64_t col0 = item % blocks.count * blocks.cols, cols = min_i64(blocks.cols, p.cols - col0);
+    bool first = true;
+    for (int64_t term = 0; term < p.term_count; ++term) {
+      const Term& t = p.terms[term];
+      for (int64_t s0 = 0; s0 < t.steps; s0 += P::kSteps) {
+        const int64_t steps = min_i64(P::kSteps, t.steps - s0);
+        fill_panel<V, kTransposed>(t.operand, row0, rows, s0, steps, panel);
+        for (int64_t j = 0; j < cols; j += kTileCols) {
+          const float* columns = t.columns + (col0 + j) * t.steps + s0 * kTileCols;
+          for (int64_t i = 0; i < rows; i += V::kTileRows)
+            tile_any_width<V, kTransposed>(panel + i * (kTransposed ? 1 : P::kLd), columns, steps, cols - j, first,
+                                           c + i * kBlockCols + j, kBlockCols);
+        }
+        first = false;
+      }
+    }
+    if (first) std::memset(c, 0, static_cast<size_t>(P::kRows * kBlockCols) * sizeof(float));  // no term had steps
+    switch (p.out_dtype) {
+      case DType::kBFloat16:
+        store_block<bf16>(p, row0, rows, col0, cols, c, kBlockCols);
+        break;
+      case DType::kFloat16:
+        store_block<fp16>(p, row0, rows, col0, cols, c, kBlockCols);
+        break;
+      default:
+        store_block<float>(p, row0, rows, col0, cols, c, kBlockCols);
+    }
+  }
+}
+
+template <class V>
+int64_t gemm_items(const GemmParams& p) {
+  const int64_t rows = p.transposed ? Panel<true>::kRows : Panel<false>::kRows;
+  return ceil_div(p.rows, rows) * ColumnBlocks<V>(p.cols).count;
+}
+
+// Floats for one panel of the operand and the accumulators of its rows.
+template <class V>
+int64_t gemm_scratch(const GemmParams& p) {
+  if (p.transposed) return Panel<true>::kRows * (Panel<true>::kSteps + ColumnBlocks<V>::kMostCols);
+  return Panel<false>::kRows * (Panel<false>::kSteps + ColumnBlocks<V>::kMostCols);
+}
+
+template <class V>
+void gemm(const GemmParams& p, int64_t begin, int64_t end, float* scratch) {
+  if (p.transposed) {
+    gemm_items_typed<V, true>(p, begin, end, scratch);
+  } else {
+    gemm_items_typed<V, false>(p, begin, end, scratch);
+  }
+}
+
+template <class V, class T>
+void pack_tile(const PackParams& p, int64_t col0, int64_t cols) {
+  constexpr int64_t kTileCols = V::kLanes * V::kTileVecs;
+  const T* src = static_cast<const T*>(p.src);
+  float* out = p.out + col0 * p.steps;
+  if (p.steps_are_rows) {
+    for (int64_t s = 0; s < p.steps; ++s) {
+      const T* line = src + s * p.ld + col0;
+      float* to = out + s * kTileCols;
+      int64_t j = 0;
+      for (; j + V::kLanes <= cols; j += V::kLanes) V::store(to + j, V::load(line + j));
+      for (; j < cols; ++j) to[j] = to_float(line[j]);
+      for (; j < kTileCols; ++j) to[j] = 0.0f;
+    }
+    return;
+  }
+  // Transposes one cache line of steps at a time, so that the cache lines of all columns stay in L1.
+  constexpr int64_t kStepsAtOnce = 16;
+  for (int64_t s0 = 0; s0 < p.steps; s0 += kStepsAtOnce) {
+    const int64_t steps = min_i64(kStepsAtOnce, p.steps - s0);
+    float* to = out + s0 * kTileCols;
+    for (int64_t j = 0; j < cols; ++j) {
+      const T* line = src + (col0 + j) * p.ld + s0;
+      for (int64_t s = 0; s < steps; ++s) to[s * kTileCols + j] = to_float(line[s]);
+    }
+    for (int64_t s = 0; s < steps; ++s)
+      for (int64_t j = cols; j < kTileCols; ++j) to[s * kTileCols + j] = 0.0f;
+  }
+}
+
+template <class V>
+void pack(const PackParams& p, int64_t begin, int64_t end) {
+  constexpr int64_t kTileCols = V::kLanes * V::kTileVecs;
+  for (int64_t tile_index = begin; tile_index < end; ++tile_index) {
+    const int64_t col0 = tile_index * kTileCols, cols = min_i64(kTileCols, p.cols - col0);
+    switch (p.dtype) {
+      case DType::kBFloat16:
+        pack_tile<V, bf16>(p, col0, cols);
+        break;
+      case DType::kFloat16:
+        pack_tile<V, fp16>(p, col0, cols);
+        break;
+      default:
+        pack_tile<V, float>(p, col0, cols);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace qlora::cpu

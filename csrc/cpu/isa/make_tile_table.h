@@ -1,0 +1,37 @@
+// Fills a table with the kernels on tiles of bfloat16; included once each by isa_amx.cpp and isa_avx512bf16.cpp.
+#pragma once
+
+#include "cpu/isa/make_table.h"
+#include "cpu/tiles/backward_impl.h"
+#include "cpu/tiles/forward_impl.h"
+
+namespace qlora::cpu {
+namespace {
+
+constexpr Matmul16 make_matmul16(int64_t decode_tokens) {
+  return Matmul16{decode_tokens,
+                  pack_factor,
+                  forward_tokens,
+                  forward_tokens_scratch,
+                  forward_items,
+                  forward_scratch,
+                  forward,
+                  backward_tokens,
+                  backward_tokens_scratch,
+                  backward_items,
+                  backward_scratch,
+                  backward,
+                  pack_token_factor,
+                  factor_grad,
+                  factor_grad_scratch};
+}
+
+constexpr KernelTable make_tile_table(const char* isa, const Matmul16* matmul16) {
+  KernelTable t = make_table<VecAvx512>();
+  t.isa = isa;
+  t.matmul16 = matmul16;
+  return t;
+}
+
+}  // namespace
+}  // namespace qlora::cpu

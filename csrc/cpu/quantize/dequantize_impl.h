@@ -1,0 +1,55 @@
+// Dequantizes any span of a packed weight, in flat order, for one vector type. The matmul kernels also fill their
+// panels with it.
+#pragma once
+
+#include "cpu/isa/table.h"
+#include "format/half.h"
+
+namespace qlora::cpu {
+namespace {
+
+// Writes elements [first, first + count) to `out`. A span may begin on a low nibble and cross blocks.
+template <class V, class T>
+void dequantize_span(const PackedWeight& w, typename V::Table table, int64_t first, int64_t count, T* out) {
+  const int64_t block_mask = (int64_t{1} << w.block_shift) - 1;
+  const int64_t end = first + count;
+  while (first < end) {
+    const int64_t block_end = min_i64((first | block_mask) + 1, end);
+    const float scale = scale_of_block(w.scales, first >> w.block_shift);
+    const auto scale_v = V::set1(scale);
+    if constexpr (V::kHasTables16 && sizeof(T) == 2) {
+      if (first % 2 == 0 && block_end - first >= 32) {
+        const auto scaled = V::template scaled_table<T>(table, scale_v);
+        for (; first + 32 <= block_end; first += 32, out += 32) V::decode_table(scaled, w.packed + (first >> 1), out);
+      }
+    }
+    if (first & 1) {
+      *out++ = from_float<T>(w.levels[nibble_at(w.packed, first)] * scale);
+      ++first;
+    }
+    for (; first + V::kLanes <= block_end; first += V::kLanes, out += V::kLanes)
+      V::store(out, V::mul(V::decode_run(table, w.packed + (first >> 1)), scale_v));
+    for (; first < block_end; ++first) *out++ = from_float<T>(w.levels[nibble_at(w.packed, first)] * scale);
+  }
+}
+
+template <class V, class T>
+void dequantize_typed(const DequantizeParams& p, int64_t begin, int64_t end) {
+  dequantize_span<V>(p.weight, V::table(p.weight.levels), begin, end - begin,
+                     static_cast<T*>(p.out) + (begin - p.first));
+}
+
+template <class V>
+void dequantize(const DequantizeParams& p, int64_t begin, int64_t end) {
+  switch (p.dtype) {
+    case DType::kBFloat16:
+      return dequantize_typed<V, bf16>(p, begin, end);
+    case DType::kFloat16:
+      return dequantize_typed<V, fp16>(p, begin, end);
+    default:
+      return dequantize_typed<V, float>(p, begin, end);
+  }
+}
+
+}  // namespace
+}  // namespace qlora::cpu

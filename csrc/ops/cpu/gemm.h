@@ -1,0 +1,130 @@
+// The products on the CPU's gemm kernel that compose forward and backward: token-major matrices and packed columns.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "ops/arguments.h"
+#include "ops/cpu/common.h"
+
+namespace qlora::ops {
+
+// Packed columns of a gemm. The steps of its reduction are the columns of a matrix (features) or its rows (tokens).
+struct Columns {
+  Tensor storage;
+  const float* data = nullptr;
+};
+enum class StepsAre { kColumns, kRows };
+
+inline Columns pack(const cpu::KernelTable& kernels, const Matrix& m, StepsAre steps_are) {
+  const bool rows = steps_are == StepsAre::kRows;
+  const int64_t cols = rows ? m.cols : m.rows, steps = rows ? m.rows : m.cols;
+  Tensor storage = empty_cpu({kernels.packed_floats(cols, steps)}, ScalarType::Float);
+  const cpu::PackParams p{m.data, m.dtype, m.cols, rows, cols, steps, storage.mutable_data_ptr<float>()};
+  parallel(ceil_div(cols, kernels.tile_cols), 1, [&](int64_t begin, int64_t end) { kernels.pack(p, begin, end); });
+  return {storage, p.out};
+}
+
+inline cpu::Operand dense(const Matrix& m) {
+  cpu::Operand operand;
+  operand.dense = m.data;
+  operand.dtype = m.dtype;
+  operand.ld = m.cols;
+  return operand;
+}
+
+inline cpu::Operand quantized(const PackedWeight& w) {
+  cpu::Operand operand;
+  operand.packed = &w;
+  return operand;
+}
+
+inline void run(const cpu::KernelTable& kernels, const cpu::GemmParams& p) {
+  if (p.rows == 0 || p.cols == 0) return;
+  parallel(kernels.gemm_items(p), 1,
+           [&](int64_t begin, int64_t end) { kernels.gemm(p, begin, end, thread_scratch(kernels.gemm_scratch(p))); });
+}
+
+enum class Operands { kAsStored, kTransposed };
+
+// Low-rank activations [tokens, r] = scale * (m · columns)ᵀ in float32, where m is used as stored or transposed.
+inline Matrix low_rank(const cpu::KernelTable& kernels, const Matrix& m, Operands form, const Columns& columns,
+                       int64_t tokens, float scale) {
+  cpu::GemmParams p;
+  p.transposed = form == Operands::kTransposed;
+  p.rows = p.transposed ? m.cols : m.rows;
+  p.cols = tokens;
+  const cpu::Term term{dense(m), columns.data, p.transposed ? m.rows : m.cols};
+  p.terms = &term;
+  p.scale = scale;
+  Tensor out = empty_cpu({tokens, p.rows}, ScalarType::Float);
+  p.out = out.mutable_data_ptr();
+  p.out_ld = p.rows;
+  run(kernels, p);
+  return {out, p.out, DType::kFloat32, tokens, p.rows};
+}
+
+// Gradient of one low-rank factor: the sum over tokens of activation [tokens, r] times columns [tokens, features].
+// The result is [r, features] if r_is_major, else [features, r].
+inline Tensor low_rank_grad(const cpu::KernelTable& kernels, const Matrix& activation, const Columns& columns,
+                            int64_t features, ScalarType dtype, bool r_is_major) {
+  cpu::GemmParams p;
+  p.transposed = true;
+  p.rows = activation.cols;
+  p.cols = features;
+  const cpu::Term term{dense(activation), columns.data, activation.rows};
+  p.terms = &term;
+  Tensor out = r_is_major ? empty_cpu({p.rows, features}, dtype) : empty_cpu({features, p.rows}, dtype);
+  p.out = out.mutable_data_ptr();
+  p.out_dtype = float_dtype(dtype, "lora");
+  p.out_ld = r_is_major ? features : p.rows;
+  p.rows_are_major = r_is_major;
+  run(kernels, p);
+  return out;
+}
+
+inline Tensor nothing() { return empty_cpu({0}, ScalarType::Float); }
+
+// One low-rank term of a sum: `matrix` [rows, r] (or [r, rows] if transposed) times activations [tokens, r].
+struct LowRankTerm {
+  const Matrix* matrix;
+  const Matrix* activation;
+};
+
+// out [tokens, rows] = base · x + sum of the low-rank terms + bias, all in one accumulator.
+inline Tensor sum_of_terms(const cpu::KernelTable& kernels, Operands form, int64_t rows, const cpu::Operand& base,
+                           const Columns& x, int64_t steps, const std::vector<LowRankTerm>& low_rank_terms,
+                           const Tensor& like, const Matrix* bias = nullptr) {
+  std::vector<cpu::Term> terms{{base, x.data, steps}};
+  std::vector<Columns> packed;  // keeps the columns alive
+  for (const LowRankTerm& t : low_rank_terms) {
+    packed.push_back(pack(kernels, *t.activation, StepsAre::kColumns));
+    terms.push_back({dense(*t.matrix), packed.back().data, t.activation->cols});
+  }
+  const Tensor out = on_huge_pages(empty_with_last_dim(like, rows, like.scalar_type()));
+  cpu::GemmParams p;
+  p.terms = terms.data();
+  p.term_count = static_cast<int64_t>(terms.size());
+  p.transposed = form == Operands::kTransposed;
+  p.rows = rows;
+  p.cols = 1;
+  for (int64_t d = 0; d + 1 < like.dim(); ++d) p.cols *= like.size(d);
+  p.out = out.mutable_data_ptr();
+  p.out_dtype = float_dtype(like.scalar_type(), "x");
+  p.out_ld = rows;
+  if (bias != nullptr) {
+    p.bias = bias->data;
+    p.bias_dtype = bias->dtype;
+  }
+  run(kernels, p);
+  return out;
+}
+
+// Sum over tokens, float32 [n], as a product with ones, so the order of summation is that of the other gradients.
+inline Tensor bias_grad(const cpu::KernelTable& kernels, const Columns& dy_by_token, int64_t tokens, int64_t n) {
+  const std::vector<float> ones(static_cast<size_t>(tokens), 1.0f);
+  const Matrix ones_column{nothing(), ones.data(), DType::kFloat32, tokens, 1};
+  return torch::stable::view(low_rank_grad(kernels, ones_column, dy_by_token, n, ScalarType::Float, true), {n});
+}
+
+}  // namespace qlora::ops

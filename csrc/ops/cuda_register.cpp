@@ -1,4 +1,0 @@
-// Registers the CUDA implementations; libqlora_cuda.so is loaded only where torch has CUDA.
-#include "ops/cuda_ops.h"
-
-STABLE_TORCH_LIBRARY_IMPL(qlora, CUDA, m) { qlora::ops::implement_cuda_ops(m); }
