@@ -6,7 +6,7 @@
 //   kernels sweep [n k …]              times as CSV: graph replays over weights that rotate beyond L2, medians of five
 //   kernels one KERNEL TILE m n k [times]
 //
-// TILE is, for decode, 16 or 32 rows (32 only for more than 8 tokens); for gemm and gemm_dx, a number of GemmTile; for
+// TILE is, for gemv, 16 or 32 rows (32 only for more than 8 tokens); for gemm and gemm_dx, a number of GemmTile; for
 // lora_down, tokens; for lora_grad, parts; for dequantize, panels. 0: select.h chooses.
 #include <cuda_runtime.h>
 
@@ -118,7 +118,7 @@ std::vector<Weight> random_weights(int64_t n, int64_t k, int copies) {
   std::vector<Weight> weights;
   const int64_t blocks = n * k / 64, nested = (blocks + 255) / 256;
   for (int i = 0; i < copies; ++i) {
-    Weight w;
+    WeightView w;
     w.packed = random_bytes(n * k / 2, 7 + i);
     w.absmax_codes = random_bytes(blocks, 99 + i, 64, 192);
     w.nested_absmax = random_floats(nested, 5, 0.005f, 0.01f);
@@ -132,17 +132,17 @@ std::vector<Weight> random_weights(int64_t n, int64_t k, int copies) {
   return weights;
 }
 void release(std::vector<Weight>& weights) {
-  for (const Weight& w : weights)
+  for (const WeightView& w : weights)
     for (const void* p : {static_cast<const void*>(w.packed), static_cast<const void*>(w.absmax_codes),
                           static_cast<const void*>(w.nested_absmax), static_cast<const void*>(w.nested_offset)})
       cudaFree(const_cast<void*>(p));
 }
 
-using Call = std::function<void(const Weight&)>;
+using Call = std::function<void(const WeightView&)>;
 
-Call decode_call(const Bench& b, int rows, int64_t m) {
-  return [=](const Weight& w) {
-    DecodeParams p{};
+Call gemv_call(const Bench& b, int rows, int64_t m) {
+  return [=](const WeightView& w) {
+    GemvParams p{};
     p.weight = w;
     p.x = b.tokens;
     p.dtype = DType::kBFloat16;
@@ -150,13 +150,13 @@ Call decode_call(const Bench& b, int rows, int64_t m) {
     p.adapters = 1;
     p.lora_dtype = DType::kBFloat16;
     p.y = b.out;
-    p.tile = select_decode_tile(m, w.n, w.k, b.gpu);
+    p.tile = select_gemv_tile(m, w.n, w.k, b.gpu);
     if (rows != 0) {
-      const int64_t room = (b.gpu.shared_bytes_per_block - decode_shared_bytes(rows, m, 0)) / (4 * rows);
-      const int64_t longest = std::min<int64_t>(room, kDecodeMostPanelChunks), chunks = w.k / 64;
-      p.tile = {rows, static_cast<int>(chunks <= longest ? chunks : longest / kDecodeWarps * kDecodeWarps)};
+      const int64_t room = (b.gpu.shared_bytes_per_block - gemv_shared_bytes(rows, m, 0)) / (4 * rows);
+      const int64_t longest = std::min<int64_t>(room, kGemvMostPanelChunks), chunks = w.k / 64;
+      p.tile = {rows, static_cast<int>(chunks <= longest ? chunks : longest / kGemvWarps * kGemvWarps)};
     }
-    require(launch_decode(p, b.stream), "decode");
+    require(launch_gemv(p, b.stream), "gemv");
   };
 }
 
@@ -181,7 +181,7 @@ std::vector<int> gemm_tiles(const GpuInfo& gpu) {
 }
 
 Call gemm_call(const Bench& b, int tile, int64_t m) {
-  return [=](const Weight& w) {
+  return [=](const WeightView& w) {
     GemmParams p{};
     p.weight = w;
     p.x = b.tokens;
@@ -193,7 +193,7 @@ Call gemm_call(const Bench& b, int tile, int64_t m) {
 }
 
 Call gemm_dx_call(const Bench& b, int tile, int64_t m) {
-  return [=](const Weight& w) {
+  return [=](const WeightView& w) {
     GemmDxParams p{};
     p.weight = w;
     p.dy = b.tokens;
@@ -205,7 +205,7 @@ Call gemm_dx_call(const Bench& b, int tile, int64_t m) {
 }
 
 Call dequantize_call(const Bench& b, int panels) {
-  return [=](const Weight& w) {
+  return [=](const WeightView& w) {
     const int64_t rows = w.n / std::max(panels, 1);
     for (int64_t first = 0; first < w.n; first += rows)
       require(launch_dequantize({w, first * w.k, 1, rows * w.k, w.k, b.out, DType::kBFloat16}, b.stream), "dequantize");
@@ -215,7 +215,7 @@ Call dequantize_call(const Bench& b, int panels) {
 LowRankFactor factor_a(const Bench& b, int64_t features) { return {b.factors, DType::kFloat32, features, 1, 0, true}; }
 
 Call lora_down_call(const Bench& b, int tokens, int64_t m) {
-  return [=](const Weight& w) {
+  return [=](const WeightView& w) {
     LoraDownParams p{};
     p.job[0] = {b.tokens, w.k, factor_a(b, w.k), b.floats, nullptr};
     p.count = 1;
@@ -229,7 +229,7 @@ Call lora_down_call(const Bench& b, int tokens, int64_t m) {
 }
 
 Call lora_grad_call(const Bench& b, int parts, int64_t m) {
-  return [=](const Weight& w) {
+  return [=](const WeightView& w) {
     LoraGradParams p{};
     LoraGradJob& job = p.job[0];
     job.x = b.tokens;
@@ -250,19 +250,19 @@ Call lora_grad_call(const Bench& b, int parts, int64_t m) {
 }
 
 Call lora_up_call(const Bench& b, int64_t m) {
-  return [=](const Weight& w) {
+  return [=](const WeightView& w) {
     LoraUpParams p{};
     p.dtype = DType::kBFloat16;
     p.out = output(b, m, w.k);
     p.out.up = factor_a(b, w.k);
-    p.out.lora_t = b.activation;
+    p.out.activations = b.activation;
     p.out.r = kRank;
     require(launch_lora_up(p, b.stream), "lora_up");
   };
 }
 
 Call call_of(const Bench& b, const std::string& kernel, int tile, int64_t m) {
-  if (kernel == "decode") return decode_call(b, tile, m);
+  if (kernel == "gemv") return gemv_call(b, tile, m);
   if (kernel == "gemm") return gemm_call(b, tile, m);
   if (kernel == "gemm_dx") return gemm_dx_call(b, tile, m);
   if (kernel == "dequantize") return dequantize_call(b, tile);
@@ -289,7 +289,7 @@ __global__ void add_errors(const uint16_t* ours, const float* right, int64_t cou
 }
 
 // ‖ours - right‖ / ‖right‖, where `right` comes from the general path.
-double relative_error(const Bench& b, const std::string& kernel, int tile, int64_t m, const Weight& w) {
+double relative_error(const Bench& b, const std::string& kernel, int tile, int64_t m, const WeightView& w) {
   const bool is_dx = kernel == "gemm_dx";
   const int64_t rows = is_dx ? w.k : w.n, steps = is_dx ? w.n : w.k;
   require(cudaMemset(b.out, 0xFF, m * rows * 2), "poison");
@@ -330,9 +330,9 @@ int check(const Bench& b, bool small) {
           std::printf("%s %s tile %d m %lld n %lld k %lld: %.2e\n", fine ? "ok  " : "FAIL", kernel, tile,
                       static_cast<long long>(m), static_cast<long long>(n), static_cast<long long>(k), error);
       };
-      if (m <= kDecodeTokens)
+      if (m <= kGemvTokens)
         for (const int rows : {16, 32})
-          if (rows == 16 || m > 8) one("decode", rows);
+          if (rows == 16 || m > 8) one("gemv", rows);
       for (const char* kernel : {"gemm", "gemm_dx"})
         for (const int tile : gemm_tiles(b.gpu)) one(kernel, tile);
       for (const char* kernel : {"lora_down", "lora_grad", "lora_up", "dequantize"})
@@ -375,7 +375,7 @@ double microseconds(const Bench& b, const Call& call, const std::vector<Weight>&
   cudaGraph_t graph;
   cudaGraphExec_t replay;
   require(cudaStreamBeginCapture(b.stream, cudaStreamCaptureModeThreadLocal), "capture");
-  for (const Weight& w : weights) call(w);
+  for (const WeightView& w : weights) call(w);
   require(cudaStreamEndCapture(b.stream, &graph), "capture");
   require(cudaGraphInstantiate(&replay, graph, 0), "cudaGraphInstantiate");
   static Stopwatch watch;
@@ -409,7 +409,7 @@ void sweep_shape(const Bench& b, int64_t n, int64_t k, double l2_bytes) {
   };
   for (const int64_t m : {1, 2, 4, 8, 12, 16})
     for (const int rows : {16, 32})
-      if (rows == 16 || m > 8) product("decode", rows, m);
+      if (rows == 16 || m > 8) product("gemv", rows, m);
   for (const int64_t m : {16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048})
     for (const char* kernel : {"gemm", "gemm_dx"})
       for (const int tile : gemm_tiles(b.gpu)) product(kernel, tile, m);

@@ -59,7 +59,7 @@ qlora::DType token_dtype(const std::string& dtype) {
 
 py::tuple explain_forward(int64_t m, int64_t k, const std::string& dtype) {
   const qlora::DType type = token_dtype(dtype);
-  const qlora::cpu::Matmul16* tiles = active_kernels().tiles_for(type);
+  const qlora::cpu::TileKernels* tiles = active_kernels().tiles_for(type);
   const auto kernel = qlora::cpu::select_forward(m, k, tiles);
   const auto gradients = tiles != nullptr ? qlora::cpu::ForwardKernel::kTiles : qlora::cpu::ForwardKernel::kGemm;
   return py::make_tuple(qlora::cpu::kernel_name(kernel), qlora::cpu::why_not_faster(kernel, type),
@@ -78,15 +78,15 @@ py::dict cuda_select(int64_t m, int64_t n, int64_t k, const std::string& dtype, 
   const char* why_forward = why_general_forward(problem, gpu);
   const char* why_backward = why_general_backward(problem, gpu);
   const GemmTile tile = select_gemm_tile(m, n, gpu);
-  const int64_t decode_m = m < kDecodeTokens ? m : kDecodeTokens;
-  const DecodeTile decode_tile = select_decode_tile(decode_m, n, k, gpu);
+  const int64_t gemv_m = m < kGemvTokens ? m : kGemvTokens;
+  const GemvTile gemv_tile = select_gemv_tile(gemv_m, n, k, gpu);
   const auto tuple = [](int rows, int tokens) { return py::make_tuple(rows, tokens); };
   py::dict chosen;
   chosen["forward"] = kernel_name(kernel);
-  chosen["forward_tile"] = kernel == ForwardKernel::kDecode ? tuple(decode_tile.rows, kDecodeTokens)
+  chosen["forward_tile"] = kernel == ForwardKernel::kGemv   ? tuple(gemv_tile.rows, kGemvTokens)
                            : kernel == ForwardKernel::kGemm ? tuple(tile_rows(tile), tile_tokens(tile))
-                           : kernel == ForwardKernel::kVendor
-                               ? tuple(static_cast<int>(select_vendor_panel(n, k, type, gpu)), static_cast<int>(m))
+                           : kernel == ForwardKernel::kDequantizeMatmul
+                               ? tuple(static_cast<int>(select_panel(n, k, type, gpu)), static_cast<int>(m))
                                : tuple(64, 64);
   chosen["why_not_faster"] = why_forward != nullptr ? why_forward : "";
   const BackwardKernel backward = select_backward(problem, gpu);
@@ -94,8 +94,8 @@ py::dict cuda_select(int64_t m, int64_t n, int64_t k, const std::string& dtype, 
   const GemmTile dx_tile = select_gemm_tile(m, k, gpu);
   chosen["backward_tile"] = backward == BackwardKernel::kGemmDx
                                 ? tuple(dx_tile == GemmTile::kTuring ? 128 : tile_rows(dx_tile), tile_tokens(dx_tile))
-                            : backward == BackwardKernel::kVendor
-                                ? tuple(static_cast<int>(select_vendor_panel(k, n, type, gpu)), static_cast<int>(m))
+                            : backward == BackwardKernel::kDequantizeMatmul
+                                ? tuple(static_cast<int>(select_panel(k, n, type, gpu)), static_cast<int>(m))
                                 : tuple(64, 64);
   chosen["why_not_faster_backward"] = why_backward != nullptr ? why_backward : "";
   const char* why_factors = why_general_factors(problem, gpu);
@@ -104,8 +104,8 @@ py::dict cuda_select(int64_t m, int64_t n, int64_t k, const std::string& dtype, 
   const char* why_low_rank = why_general_low_rank(problem, gpu);
   chosen["low_rank"] = why_low_rank != nullptr ? "general" : "lora_down";
   chosen["why_not_faster_low_rank"] = why_low_rank != nullptr ? why_low_rank : "";
-  if (kernel == ForwardKernel::kDecode)
-    chosen["shared_bytes"] = decode_shared_bytes(decode_tile.rows, decode_m, decode_tile.panel_chunks);
+  if (kernel == ForwardKernel::kGemv)
+    chosen["shared_bytes"] = gemv_shared_bytes(gemv_tile.rows, gemv_m, gemv_tile.panel_chunks);
   return chosen;
 }
 
@@ -142,7 +142,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("MAX_BLOCK_SIZE") = qlora::kMaxBlockSize;
   m.attr("NESTED_BLOCK") = qlora::kNestedBlock;
   m.attr("MOMENT_BLOCK") = qlora::kMomentBlock;
-  m.attr("DECODE_TOKENS") = qlora::cpu::kDecodeTokens;
+  m.attr("GEMV_TOKENS") = qlora::cpu::kGemvTokens;
   m.attr("GPU_PANEL_BYTES") = qlora::cuda::GpuInfo{}.panel_bytes;
 #ifdef QLORA_CUDA_ARCHS
   m.attr("CUDA_ARCHS") = py::make_tuple(QLORA_CUDA_ARCHS);  // ascending; the build includes PTX of the last one

@@ -5,25 +5,25 @@
 
 namespace qlora::cpu {
 
-enum class ForwardKernel { kDecodeWords, kDecodeSpans, kTiles, kGemm };
+enum class ForwardKernel { kGemvWords, kGemvElements, kTiles, kGemm };
 
 // `tiles`: the tile kernels for tokens of this dtype, or null (KernelTable::tiles_for).
-constexpr ForwardKernel select_forward(int64_t m, int64_t k, const Matmul16* tiles) {
-  if (tiles != nullptr && m > tiles->decode_tokens) return ForwardKernel::kTiles;
-  if (m > kDecodeTokens) return ForwardKernel::kGemm;
-  return k % kMinBlockSize == 0 ? ForwardKernel::kDecodeWords : ForwardKernel::kDecodeSpans;
+constexpr ForwardKernel select_forward(int64_t m, int64_t k, const TileKernels* tiles) {
+  if (tiles != nullptr && m > tiles->gemv_tokens) return ForwardKernel::kTiles;
+  if (m > kGemvTokens) return ForwardKernel::kGemm;
+  return k % kMinBlockSize == 0 ? ForwardKernel::kGemvWords : ForwardKernel::kGemvElements;
 }
 
 constexpr const char* kernel_name(ForwardKernel kernel) {
-  return kernel == ForwardKernel::kDecodeWords   ? "decode_words"
-         : kernel == ForwardKernel::kDecodeSpans ? "decode_spans"
-         : kernel == ForwardKernel::kTiles       ? "tiles"
-                                                 : "gemm";
+  return kernel == ForwardKernel::kGemvWords      ? "gemv_words"
+         : kernel == ForwardKernel::kGemvElements ? "gemv_elements"
+         : kernel == ForwardKernel::kTiles        ? "tiles"
+                                                  : "gemm";
 }
 
 // Why no faster kernel runs; empty if this one is the fastest for the number of tokens.
 constexpr const char* why_not_faster(ForwardKernel kernel, DType dtype) {
-  if (kernel == ForwardKernel::kDecodeSpans)
+  if (kernel == ForwardKernel::kGemvElements)
     return "in_features is not a multiple of 32, so rows do not start on a block boundary of words";
   if (kernel != ForwardKernel::kGemm) return "";
   return dtype == DType::kFloat32

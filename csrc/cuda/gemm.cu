@@ -69,10 +69,10 @@ QLORA_KERNEL void QLORA_BOUNDS(S::kBlockThreads, S::kGroups == 1 ? 2 : 1) kernel
       const SharedAddress scale_at = panel.address(warp_row + 2 * R * g, in_panel);
 #pragma unroll
       for (int f = 0; f < R; ++f) {
-        decode_step<T, 0>(pairs, raw[2 * f], raw[2 * f + 1], fragment[f][0]);
-        decode_step<T, 1>(pairs, raw[2 * f], raw[2 * f + 1], fragment[f][1]);
-        decode_step<T, 2>(pairs, raw[2 * f], raw[2 * f + 1], fragment[f][2]);
-        decode_step<T, 3>(pairs, raw[2 * f], raw[2 * f + 1], fragment[f][3]);
+        unpack_step<T, 0>(pairs, raw[2 * f], raw[2 * f + 1], fragment[f][0]);
+        unpack_step<T, 1>(pairs, raw[2 * f], raw[2 * f + 1], fragment[f][1]);
+        unpack_step<T, 2>(pairs, raw[2 * f], raw[2 * f + 1], fragment[f][2]);
+        unpack_step<T, 3>(pairs, raw[2 * f], raw[2 * f + 1], fragment[f][3]);
         scale[2 * f] = ptx::load_shared<float>(scale_at + 2 * f * panel.pitch() * 4);
         scale[2 * f + 1] = ptx::load_shared<float>(scale_at + (2 * f + 1) * panel.pitch() * 4);
       }
@@ -141,7 +141,7 @@ Status launch_typed(const GemmParams& p, cudaStream_t stream) {
 }  // namespace gemm
 
 Status launch_gemm(GemmParams p, cudaStream_t stream) {
-  p.level_multiplier = level_multiplier(static_cast<QuantType>(p.weight.quant_type), p.dtype);
+  p.level_multiplier = level_multiplier(p.weight.quant_type, p.dtype);
   p.level_factor = 1.0f / p.level_multiplier;
   return p.dtype == DType::kBFloat16 ? gemm::launch_typed<bf16>(p, stream) : gemm::launch_typed<fp16>(p, stream);
 }

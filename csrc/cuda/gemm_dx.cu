@@ -43,7 +43,7 @@ struct Shape {
 template <class S>
 class WeightTile {
  public:
-  QLORA_METHOD WeightTile(SharedAddress base, const Weight& w, int64_t first_feature)
+  QLORA_METHOD WeightTile(SharedAddress base, const WeightView& w, int64_t first_feature)
       : base_(base),
         stage_(base),
         rows_left_(static_cast<int>(w.n) - S::Group::index() * kChunk),
@@ -101,7 +101,7 @@ class WeightTile {
 template <class S>
 class ScaleTile {
  public:
-  QLORA_METHOD ScaleTile(SharedAddress base, const Weight& w, int64_t first_feature)
+  QLORA_METHOD ScaleTile(SharedAddress base, const WeightView& w, int64_t first_feature)
       : base_(base), row_(S::Group::index() * kChunk + S::Group::thread() % kChunk) {
     const int pair = S::Group::thread() / kChunk;
     for (int i = 0; i < 2; ++i) feature_[i] = static_cast<int>(min_i64(first_feature + (2 * pair + i) * 32, w.k - 32));
@@ -109,14 +109,14 @@ class ScaleTile {
   }
 
   // Starts loading the scales of the group's next chunk.
-  QLORA_METHOD void load(const Weight& w, const WarpScales& scales) {
+  QLORA_METHOD void load(const WeightView& w, const WarpScales& scales) {
     const int64_t row = min_i64(row_, w.n - 1) * w.k;
     raw_[0] = scales.load(w, (row + feature_[0]) >> w.block_shift);
     if (!is_shared(w)) raw_[1] = scales.load(w, (row + feature_[1]) >> w.block_shift);
     row_ += S::kGroups * kChunk;
   }
   // Computes the loaded scales and stores them in `buffer`, which must not be the one being read.
-  QLORA_METHOD void store(const Weight& w, const WarpScales& scales, int buffer) const {
+  QLORA_METHOD void store(const WeightView& w, const WarpScales& scales, int buffer) const {
     const SharedAddress to = base_ + buffer * S::kScaleStageBytes + to_;
     const float first = scales.value(raw_[0]), second = is_shared(w) ? first : scales.value(raw_[1]);
     ptx::store_shared(to, first);
@@ -135,7 +135,7 @@ class ScaleTile {
   static QLORA_METHOD int slot(int row) { return row ^ (row >> 5 << 2); }
 
   // Whether both warps of a pair always use the same quantization block.
-  static QLORA_METHOD bool is_shared(const Weight& w) { return w.block_shift > 5 && w.k % 64 == 0; }
+  static QLORA_METHOD bool is_shared(const WeightView& w) { return w.block_shift > 5 && w.k % 64 == 0; }
 
   SharedAddress base_, to_;
   int row_;  // row in the next chunk
@@ -146,7 +146,7 @@ class ScaleTile {
 // Unpacks four rows times four in features of a lane, scales and rounds them: `first` is the fragment of in features
 // 4g + {0, 1}, `second` that of 4g + {2, 3}.
 template <class T>
-QLORA_DEVICE void decode_rows(const ValuePairs& pairs, const uint32_t (&bytes)[4], const Floats4& scale,
+QLORA_DEVICE void unpack_rows(const ValuePairs& pairs, const uint32_t (&bytes)[4], const Floats4& scale,
                               uint32_t (&first)[4], uint32_t (&second)[4]) {
   const float scales[4] = {scale.x, scale.y, scale.z, scale.w};
   float even[2][4], odd[2][4];
@@ -213,7 +213,7 @@ QLORA_KERNEL void QLORA_BOUNDS(S::kBlockThreads, S::kGroups == 1 ? 2 : 1) kernel
                                    ptx::load_shared<uint16_t, (4 * s + 1) * S::kRowBytes>(bytes_at),
                                    ptx::load_shared<uint16_t, (4 * s + 2) * S::kRowBytes>(bytes_at),
                                    ptx::load_shared<uint16_t, (4 * s + 3) * S::kRowBytes>(bytes_at)};
-        decode_rows<T>(pairs, bytes, scale_tile.at(buffer, s), fragment[s % 2][0], fragment[s % 2][1]);
+        unpack_rows<T>(pairs, bytes, scale_tile.at(buffer, s), fragment[s % 2][0], fragment[s % 2][1]);
       });
       unroll<kTokens / 8>([&](auto group) {
         constexpr int j = decltype(group)::value;

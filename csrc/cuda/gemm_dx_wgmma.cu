@@ -37,7 +37,7 @@ QLORA_DEVICE int stage_behind(int stage) { return stage + 1 == kStages ? 0 : sta
 // Scales are loaded one chunk before they are stored.
 class WeightTile {
  public:
-  QLORA_METHOD WeightTile(SharedAddress weights, SharedAddress scales, const Weight& w, int64_t first_feature)
+  QLORA_METHOD WeightTile(SharedAddress weights, SharedAddress scales, const WeightView& w, int64_t first_feature)
       : weights_(weights), scales_(scales) {
     const int piece = ptx::thread() % kPieces;
     inside_ = first_feature + piece * 32 < w.k;
@@ -47,7 +47,7 @@ class WeightTile {
   }
 
   // Starts copying the next chunk, if there is one; bytes outside W are zero.
-  QLORA_METHOD void fetch(const Weight& w) {
+  QLORA_METHOD void fetch(const WeightView& w) {
     const SharedAddress to = weights_ + filled_ * kWeightStageBytes + to_;
     if (inside_ && next_row_ + ptx::thread() / kPieces < w.n)
       ptx::cp_async_16(to, from_);
@@ -58,7 +58,7 @@ class WeightTile {
     filled_ = stage_behind(filled_);
   }
 
-  QLORA_METHOD void load_scale(const Weight& w, const WarpScales& scales, int chunk) {
+  QLORA_METHOD void load_scale(const WeightView& w, const WarpScales& scales, int chunk) {
     const int64_t row = min_i64(int64_t{chunk} * kChunk + ptx::thread() % kChunk, w.n - 1);
     raw_ = scales.load(w, (row * w.k + scale_feature_) >> w.block_shift);
   }

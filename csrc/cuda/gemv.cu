@@ -7,10 +7,10 @@
 #include "cuda/device/unroll.cuh"
 
 namespace qlora::cuda {
-namespace decode {
+namespace gemv {
 
 constexpr int kWarps =
-    kDecodeWarps;  // with more warps, each has too few chunks for its start-up (docs/notes/cuda-kernels.md)
+    kGemvWarps;  // with more warps, each has too few chunks for its start-up (docs/notes/cuda-kernels.md)
 constexpr int kThreads = 32 * kWarps;
 
 // Words between the sums of two tokens and of two warps, padded so that neither the stores of lanes (g, t) nor the
@@ -34,8 +34,8 @@ QLORA_DEVICE uint32_t word_of(const Words4& lower, const Words4& upper, int i) {
 
 // Half of the low-rank term of one row and token: every second group of eight ranks, or every second rank.
 template <class T>
-QLORA_DEVICE float low_rank_part(const DecodeParams& p, int64_t row, int64_t token, int64_t adapter, int half) {
-  const float* t = p.lora_t + token * p.r;
+QLORA_DEVICE float low_rank_part(const GemvParams& p, int64_t row, int64_t token, int64_t adapter, int half) {
+  const float* t = p.x_down + token * p.r;
   const int64_t b = adapter * p.b_adapter_stride + row * p.r;
   float sum = 0.0f;
   if (p.b_is_vectorized) {
@@ -63,7 +63,7 @@ QLORA_DEVICE float low_rank_part(const DecodeParams& p, int64_t row, int64_t tok
 // Adds the sums of the warps and stores y. A warp handles 16 rows of one token: lanes 0-15 add the sums of the first
 // half of the warps, lanes 16-31 those of the second half.
 template <class T, int R, int kTokens>
-QLORA_DEVICE void finish(const DecodeParams& p, SharedAddress sums, int64_t first_row) {
+QLORA_DEVICE void finish(const GemvParams& p, SharedAddress sums, int64_t first_row) {
   const int half = ptx::lane() / 16;
   for (int item = ptx::warp(); item < kTokens * R; item += kWarps) {
     const int token = item / R, local = item % R * 16 + ptx::lane() % 16;
@@ -99,7 +99,7 @@ class Ring {
   static QLORA_BOTH constexpr int stage_bytes(int64_t m) { return 512 * R + 128 * static_cast<int>(m); }
   static QLORA_BOTH constexpr int bytes(int64_t m) { return stage_bytes(m) * kStages; }
 
-  QLORA_METHOD Ring(SharedAddress base, const DecodeParams& p, int64_t first_row)
+  QLORA_METHOD Ring(SharedAddress base, const GemvParams& p, int64_t first_row)
       : base_(base), end_(base + bytes(p.m)), stage_bytes_(stage_bytes(p.m)), x_pitch_bytes_(p.weight.k * 8) {
     const int slot = ptx::lane() / 2, token = ptx::lane() / 8, piece = ptx::lane() % 8;
 #pragma unroll
@@ -161,7 +161,7 @@ class Ring {
 };
 
 template <class T, int R, int kTokens, int kStages>
-QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS DecodeParams p) {
+QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GemvParams p) {
   if (!ptx::can_run<T>(0)) return;
   const SharedAddress table = ptx::shared_base();
   const int chunks = static_cast<int>(p.weight.k / kChunk);
@@ -210,7 +210,7 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS DecodeParams p) 
         unroll<4>([&](auto step) {
           constexpr int kStep = decltype(step)::value;
           uint32_t fragment[4];
-          decode_step<T, kStep>(pairs, a, b, fragment);
+          unpack_step<T, kStep>(pairs, a, b, fragment);
 #pragma unroll
           for (int j = 0; j < kTokens / 8; ++j) {
             const uint32_t b0 = word_of(x[j][0], x[j][1], 2 * kStep), b1 = word_of(x[j][0], x[j][1], 2 * kStep + 1);
@@ -252,29 +252,29 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS DecodeParams p) 
 }
 
 template <class T, int R, int kTokens>
-Status launch_tile(const DecodeParams& p, cudaStream_t stream) {
-  constexpr int kStages = decode_stages(kTokens);
+Status launch_tile(const GemvParams& p, cudaStream_t stream) {
+  constexpr int kStages = gemv_stages(kTokens);
   static_assert(kWarps * kWarpPitch<R, kTokens> * 4 <= kPairTableBytes, "the sums fit where the table was");
-  static_assert(decode_shared_bytes(16 * R, kTokens, 7) ==
+  static_assert(gemv_shared_bytes(16 * R, kTokens, 7) ==
                     kPairTableBytes + kWarps * Ring<R, kTokens, kStages>::bytes(kTokens) + panel_bytes(16 * R, 7),
                 "select.h counts the same bytes");
-  const auto shared_bytes = static_cast<int>(decode_shared_bytes(16 * R, p.m, p.tile.panel_chunks));
+  const auto shared_bytes = static_cast<int>(gemv_shared_bytes(16 * R, p.m, p.tile.panel_chunks));
   return start(kernel<T, R, kTokens, kStages>, {ceil_div(p.weight.n, 16 * R)}, kThreads, shared_bytes, stream, p);
 }
 
 template <class T>
-Status launch_typed(const DecodeParams& p, cudaStream_t stream) {
+Status launch_typed(const GemvParams& p, cudaStream_t stream) {
   if (p.tile.rows == 32)
     return p.m <= 8 ? Status{"32 rows are for more than 8 tokens"} : launch_tile<T, 2, 16>(p, stream);
   return p.m <= 8 ? launch_tile<T, 1, 8>(p, stream) : launch_tile<T, 1, 16>(p, stream);
 }
 
-}  // namespace decode
+}  // namespace gemv
 
-Status launch_decode(DecodeParams p, cudaStream_t stream) {
-  p.level_multiplier = level_multiplier(static_cast<QuantType>(p.weight.quant_type), p.dtype);
+Status launch_gemv(GemvParams p, cudaStream_t stream) {
+  p.level_multiplier = level_multiplier(p.weight.quant_type, p.dtype);
   p.level_factor = 1.0f / p.level_multiplier;
-  return p.dtype == DType::kBFloat16 ? decode::launch_typed<bf16>(p, stream) : decode::launch_typed<fp16>(p, stream);
+  return p.dtype == DType::kBFloat16 ? gemv::launch_typed<bf16>(p, stream) : gemv::launch_typed<fp16>(p, stream);
 }
 
 }  // namespace qlora::cuda

@@ -24,19 +24,6 @@ struct Status {
 
 Status query_gpu(int device, GpuInfo* info);
 
-// A packed matrix (n, k) in device memory. Exactly one of absmax and absmax_codes is set.
-struct Weight {
-  const uint8_t* packed = nullptr;        // [ceil(n * k / 2)]
-  const float* absmax = nullptr;          // [blocks]
-  const uint8_t* absmax_codes = nullptr;  // [blocks], double quantization
-  const float* nested_absmax = nullptr;   // [ceil(blocks / 256)]
-  const float* nested_offset = nullptr;   // [1]
-  int64_t n = 0;
-  int64_t k = 0;
-  int block_shift = 0;  // log2(weights per absmax)
-  int quant_type = 0;   // QuantType
-};
-
 // ---- 4-bit packing ----
 
 struct QuantizeParams {
@@ -44,7 +31,7 @@ struct QuantizeParams {
   DType dtype;         // float32, bfloat16 or float16
   int64_t numel;
   int block_shift;
-  int quant_type;
+  QuantType quant_type;
   bool check_finite;        // false: only blocks with inf are reported, which cannot be double-quantized
   uint8_t* packed;          // [ceil(numel / 2)], aligned to 4 bytes
   float* absmax;            // [blocks]
@@ -66,7 +53,7 @@ Status launch_double_quantize(const DoubleQuantizeParams& p, cudaStream_t stream
 // A panel of the flat weight: row i of `rows` has row_elems elements from first + i * row_stride on. `first` must be a
 // multiple of 32, so that 1024 elements overlap at most 32 blocks; with several rows, row_elems and row_stride too.
 struct DequantizeParams {
-  Weight weight;
+  WeightView weight;
   int64_t first;
   int64_t rows, row_elems, row_stride;
   void* out;  // [rows, row_elems], aligned to 16 bytes
@@ -76,7 +63,7 @@ Status launch_dequantize(const DequantizeParams& p, cudaStream_t stream);
 
 inline constexpr int kErrorParts = 256;
 struct QuantizationErrorParams {
-  Weight weight;
+  WeightView weight;
   const void* exact;  // [n * k]
   DType dtype;
   double* parts;  // [kErrorParts, 3], workspace
@@ -106,13 +93,13 @@ struct DenseMatrix {
 
 // ---- tensor cores: 16-bit tokens, in_features a multiple of 64, blocks of at least 64 ----
 
-// y = x Wᵀ + lora_t lora_bᵀ + bias for m <= kDecodeTokens.
-struct DecodeParams {
-  Weight weight;
+// y = x Wᵀ + x_down lora_bᵀ + bias for m <= kGemvTokens.
+struct GemvParams {
+  WeightView weight;
   const void* x;  // [m, k], aligned to 16 bytes
   DType dtype;    // of x and y: bfloat16 or float16
   int64_t m;
-  const float* lora_t;  // [m, r], scaled; r == 0: none
+  const float* x_down;  // [m, r], scaled; r == 0: none
   const void* lora_b;   // [n, r], or [adapters, n, r] with adapter_of_token
   DType lora_dtype;
   int64_t r;
@@ -123,11 +110,11 @@ struct DecodeParams {
   const void* bias;          // [n] or null
   DType bias_dtype;
   void* y;                 // [m, n]
-  DecodeTile tile;         // select_decode_tile()
+  GemvTile tile;           // select_gemv_tile()
   float level_multiplier;  // the launch sets these two
   float level_factor;
 };
-Status launch_decode(DecodeParams p, cudaStream_t stream);
+Status launch_gemv(GemvParams p, cudaStream_t stream);
 
 // A low-rank factor: element (rank, feature) of adapter a is data[a * adapter_stride + rank * rank_stride + feature *
 // feature_stride]. One of rank_stride and feature_stride is 1.
@@ -138,13 +125,13 @@ struct LowRankFactor {
   bool is_vectorized = false;  // aligned to 16 bytes, and all strides other than 1 are multiples of 8
 };
 
-// y [m, rows] = product + lora_t · up + bias. Rows are out features in the forward, in features in the backward.
+// y [m, rows] = product + activations · up + bias. Rows are out features in the forward, in features in the backward.
 struct GemmOutput {
   void* y;
   int64_t m;
   int64_t rows;
   LowRankFactor up;                 // its features are the rows
-  const float* lora_t;              // [m, r], scaled; aligned to 16 bytes
+  const float* activations;         // [m, r], scaled; aligned to 16 bytes
   int r;                            // 0: none
   const int64_t* adapter_of_token;  // [m], -1: none; null: one adapter for all
   int64_t adapters;
@@ -154,7 +141,7 @@ struct GemmOutput {
 
 // y = x Wᵀ + low-rank term + bias for any number of tokens; out.rows is n.
 struct GemmParams {
-  Weight weight;
+  WeightView weight;
   const void* x;  // [m, k], aligned to 16 bytes
   DType dtype;    // of x and y: bfloat16 or float16
   GemmTile tile;
@@ -168,7 +155,7 @@ Status launch_gemm_wgmma(const GemmParams& p, cudaStream_t stream);
 
 // dx = dy W + low-rank term, for every block size; out.rows is k, a multiple of 32; n is a multiple of 8.
 struct GemmDxParams {
-  Weight weight;
+  WeightView weight;
   const void* dy;  // [m, n], aligned to 16 bytes
   DType dtype;     // of dy and dx: bfloat16 or float16
   GemmTile tile;   // select_gemm_tile() of m and k
@@ -263,8 +250,8 @@ struct LoraSumJobs {
 };
 Status launch_lora_sum(const LoraSumJobs& jobs, cudaStream_t stream);
 
-// y = lora_t · up + bias, without a base product: the gradient of lora_x, and the term to which the vendor's GEMM adds
-// its product. r > 0.
+// y = activations · up + bias, without a base product: the gradient of lora_x, and the term to which the vendor's GEMM
+// adds its product. r > 0.
 struct LoraUpParams {
   DType dtype;  // of y: bfloat16 or float16
   GemmOutput out;
@@ -279,7 +266,7 @@ enum class OperandKind { kPacked, kPackedTransposed, kDense };
 //               + sum over r up(adapter of col; row, r) * activation(col, r) + bias[row]
 struct GeneralParams {
   OperandKind kind = OperandKind::kDense;
-  Weight weight;        // kPacked: row is n and step is k; kPackedTransposed: row is k and step is n
+  WeightView weight;    // kPacked: row is n and step is k; kPackedTransposed: row is k and step is n
   DenseMatrix operand;  // kDense
   AffineGrid affine;    // with kDense integers: (in feature, out feature) -> scale, zero point
   bool affine_rows_are_channels = false;

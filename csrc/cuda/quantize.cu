@@ -162,10 +162,10 @@ template <class T>
 Status launch_typed(const QuantizeParams& p, cudaStream_t stream) {
   const int64_t block = int64_t{1} << p.block_shift;
   const int64_t per_block = (block < kPerWarp ? kPerWarp : block) * (kThreads / 32) * kRounds;
-  const auto kernel_of_type = p.quant_type == static_cast<int>(QuantType::kNf4)   ? kernel<T, QuantType::kNf4>
-                              : p.quant_type == static_cast<int>(QuantType::kFp4) ? kernel<T, QuantType::kFp4>
-                                                                                  : kernel<T, QuantType::kInt4>;
-  const int shared_bytes = p.quant_type == static_cast<int>(QuantType::kNf4) ? kTableBytes : 0;
+  const auto kernel_of_type = p.quant_type == QuantType::kNf4   ? kernel<T, QuantType::kNf4>
+                              : p.quant_type == QuantType::kFp4 ? kernel<T, QuantType::kFp4>
+                                                                : kernel<T, QuantType::kInt4>;
+  const int shared_bytes = p.quant_type == QuantType::kNf4 ? kTableBytes : 0;
   return start(kernel_of_type, {ceil_div(p.numel, per_block)}, kThreads, shared_bytes, stream, p);
 }
 

@@ -25,25 +25,25 @@ struct Problem {
   bool many_adapters = false;
 };
 
-inline constexpr int kDecodeTokens = 16;  // tokens of one launch; up to here, reading the weight dominates the cost
-// Two launches of the `decode` kernel are still faster than the kernels with large tiles (docs/notes/cuda-kernels.md).
-inline constexpr int kDecodeMostTokens = 2 * kDecodeTokens;
+inline constexpr int kGemvTokens = 16;  // tokens of one launch; up to here, reading the weight dominates the cost
+// Two launches of the `gemv` kernel are still faster than the kernels with large tiles (docs/notes/cuda-kernels.md).
+inline constexpr int kGemvMostTokens = 2 * kGemvTokens;
 
-// Division of work in the `decode` kernel: rows of W per thread block, and the number of chunks of 64 weights whose
+// Division of work in the `gemv` kernel: rows of W per thread block, and the number of chunks of 64 weights whose
 // scales are in shared memory at a time.
-struct DecodeTile {
+struct GemvTile {
   int rows = 0;  // 16, or 32 for more than eight tokens
   int panel_chunks = 0;
 };
 
-constexpr int kDecodeWarps = 4;
-constexpr int kDecodeTableBytes = 32 * 1024;
-constexpr int kDecodeMostPanelChunks = 256;
-constexpr int decode_stages(int64_t m) { return m <= 8 ? 5 : 3; }
+constexpr int kGemvWarps = 4;
+constexpr int kGemvTableBytes = 32 * 1024;
+constexpr int kGemvMostPanelChunks = 256;
+constexpr int gemv_stages(int64_t m) { return m <= 8 ? 5 : 3; }
 
 // Bytes of the table, a ring of stages for each warp, and scales, for `rows` rows.
-constexpr int64_t decode_shared_bytes(int rows, int64_t m, int64_t panel_chunks) {
-  return kDecodeTableBytes + kDecodeWarps * decode_stages(m) * (32 * rows + 128 * m) + 4 * rows * (panel_chunks | 1);
+constexpr int64_t gemv_shared_bytes(int rows, int64_t m, int64_t panel_chunks) {
+  return kGemvTableBytes + kGemvWarps * gemv_stages(m) * (32 * rows + 128 * m) + 4 * rows * (panel_chunks | 1);
 }
 
 // Blocks of 16 rows hide latency best, because three or four of them share an SM. Above eight tokens, reading x costs
@@ -51,15 +51,15 @@ constexpr int64_t decode_shared_bytes(int rows, int64_t m, int64_t panel_chunks)
 // three of four SMs get one. Both rules come from the timing model (docs/notes/cuda-kernels.md). A panel is as long as
 // shared memory allows (at least 28 chunks for 16 rows); if another panel follows, every warp gets the same number of
 // chunks.
-constexpr bool decode_takes_32_rows(int64_t m, int64_t n, const GpuInfo& gpu) {
+constexpr bool gemv_takes_32_rows(int64_t m, int64_t n, const GpuInfo& gpu) {
   return m > 8 && gpu.shared_bytes_per_block >= 160 * 1024 && n >= int64_t{24} * gpu.sm_count;
 }
-constexpr DecodeTile select_decode_tile(int64_t m, int64_t n, int64_t k, const GpuInfo& gpu) {
+constexpr GemvTile select_gemv_tile(int64_t m, int64_t n, int64_t k, const GpuInfo& gpu) {
   const int64_t chunks = k / 64;
-  for (int rows = decode_takes_32_rows(m, n, gpu) ? 32 : 16;; rows /= 2) {
-    const int64_t room = (gpu.shared_bytes_per_block - decode_shared_bytes(rows, m, 0)) / (4 * rows);
-    const int64_t longest = room < kDecodeMostPanelChunks ? room : kDecodeMostPanelChunks;
-    const int64_t panel = chunks <= longest ? chunks : longest / kDecodeWarps * kDecodeWarps;
+  for (int rows = gemv_takes_32_rows(m, n, gpu) ? 32 : 16;; rows /= 2) {
+    const int64_t room = (gpu.shared_bytes_per_block - gemv_shared_bytes(rows, m, 0)) / (4 * rows);
+    const int64_t longest = room < kGemvMostPanelChunks ? room : kGemvMostPanelChunks;
+    const int64_t panel = chunks <= longest ? chunks : longest / kGemvWarps * kGemvWarps;
     // 32 rows are not worth it if panels become short.
     if (panel == chunks || panel >= 16 || rows == 16) return {rows, static_cast<int>(panel)};
   }
@@ -113,7 +113,7 @@ constexpr int select_lora_down_tokens(int64_t m, int64_t r, const GpuInfo& gpu) 
 }
 
 // Whether dot products on the CUDA cores are faster for the down projection, which is the case for few tokens.
-constexpr bool dots_win(int64_t m, int64_t rank) { return m <= kDecodeMostTokens && m * rank <= 1024; }
+constexpr bool dots_win(int64_t m, int64_t rank) { return m <= kGemvMostTokens && m * rank <= 1024; }
 
 // Features per thread block in the gradients of the low-rank factors.
 constexpr int lora_grad_features(int ranks_per_block) { return ranks_per_block == 64 ? 128 : 256; }
@@ -136,12 +136,12 @@ constexpr int select_lora_grad_parts(int64_t m, int64_t features, int64_t ranks,
 
 // The number of tokens from which the vendor's GEMM on dequantized panels is faster than the fused kernels, for forward
 // and dx.
-struct VendorTokens {
+struct DequantizeMatmulTokens {
   int64_t forward, backward;
 };
-constexpr VendorTokens vendor_tokens(const Problem& p, const GpuInfo& gpu) {
+constexpr DequantizeMatmulTokens dequantize_matmul_tokens(const Problem& p, const GpuInfo& gpu) {
   // The fused kernels multiply float32 tokens on the CUDA cores, so panels pay off as soon as weights are reused.
-  if (p.dtype == DType::kFloat32) return {kDecodeTokens + 1, kDecodeTokens + 1};
+  if (p.dtype == DType::kFloat32) return {kGemvTokens + 1, kGemvTokens + 1};
   // sm_75: the fused kernels use the same tensor-core instructions as the vendor's GEMM.
   if (gpu.arch < 80) return {INT64_MAX, INT64_MAX};
   // Times of the fused kernels are predicted. Times of panels are measured on an H200 (docs/notes/gpu-runs.md); other
@@ -153,15 +153,15 @@ constexpr VendorTokens vendor_tokens(const Problem& p, const GpuInfo& gpu) {
 
 // Rows of W (columns in the backward) per dequantized panel: all of them, or equal panels with a multiple of 64.
 // `across` is the other extent of the panel.
-constexpr int64_t select_vendor_panel(int64_t extent, int64_t across, DType dtype, const GpuInfo& gpu) {
+constexpr int64_t select_panel(int64_t extent, int64_t across, DType dtype, const GpuInfo& gpu) {
   const int64_t room = gpu.panel_bytes / (across * (dtype == DType::kFloat32 ? 4 : 2));
   if (extent <= room) return extent;
   const int64_t most = room < 64 ? 64 : room / 64 * 64, panels = (extent + most - 1) / most;
   return ((extent + panels - 1) / panels + 63) / 64 * 64;
 }
 
-enum class ForwardKernel { kDecode, kGemm, kVendor, kGeneral };
-enum class BackwardKernel { kGemmDx, kVendor, kGeneral };
+enum class ForwardKernel { kGemv, kGemm, kDequantizeMatmul, kGeneral };
+enum class BackwardKernel { kGemmDx, kDequantizeMatmul, kGeneral };
 
 constexpr const char* why_no_tensor_cores(DType dtype, const GpuInfo& gpu) {
   if (dtype == DType::kFloat32) return "float32 tokens: their products run on the CUDA cores";
@@ -206,7 +206,7 @@ constexpr const char* why_general_factors(const Problem& p, const GpuInfo& gpu) 
 
 // Whether dequantized panels are faster. `extent` is the extent that panels divide; a small one is not worth the
 // launches. For many adapters in float32, no kernel computes the low-rank term alone.
-constexpr bool vendor_wins(const Problem& p, int64_t extent, int64_t tokens) {
+constexpr bool dequantize_matmul_wins(const Problem& p, int64_t extent, int64_t tokens) {
   if (p.many_adapters && p.dtype == DType::kFloat32) return false;
   return p.n > 0 && p.k > 0 && p.m >= tokens && extent >= 512;
 }
@@ -214,27 +214,30 @@ constexpr bool vendor_wins(const Problem& p, int64_t extent, int64_t tokens) {
 constexpr ForwardKernel select_forward(const Problem& p, const GpuInfo& gpu) {
   const bool general = why_general_forward(p, gpu) != nullptr;
   if (general && p.dtype != DType::kFloat32) return ForwardKernel::kGeneral;
-  if (vendor_wins(p, p.n, vendor_tokens(p, gpu).forward)) return ForwardKernel::kVendor;
+  if (dequantize_matmul_wins(p, p.n, dequantize_matmul_tokens(p, gpu).forward)) return ForwardKernel::kDequantizeMatmul;
   if (general) return ForwardKernel::kGeneral;
-  return p.m <= kDecodeMostTokens ? ForwardKernel::kDecode : ForwardKernel::kGemm;
+  return p.m <= kGemvMostTokens ? ForwardKernel::kGemv : ForwardKernel::kGemm;
 }
 
 constexpr BackwardKernel select_backward(const Problem& p, const GpuInfo& gpu) {
   const bool general = why_general_backward(p, gpu) != nullptr;
   if (general && p.dtype != DType::kFloat32) return BackwardKernel::kGeneral;
-  if (p.k % 32 == 0 && vendor_wins(p, p.k, vendor_tokens(p, gpu).backward)) return BackwardKernel::kVendor;
+  if (p.k % 32 == 0 && dequantize_matmul_wins(p, p.k, dequantize_matmul_tokens(p, gpu).backward))
+    return BackwardKernel::kDequantizeMatmul;
   return general ? BackwardKernel::kGeneral : BackwardKernel::kGemmDx;
 }
 
-constexpr const char* kVendorName = "dequantize_matmul";
+constexpr const char* kDequantizeMatmulName = "dequantize_matmul";
 constexpr const char* kernel_name(ForwardKernel kernel) {
-  return kernel == ForwardKernel::kDecode   ? "decode"
-         : kernel == ForwardKernel::kGemm   ? "gemm"
-         : kernel == ForwardKernel::kVendor ? kVendorName
-                                            : "general";
+  return kernel == ForwardKernel::kGemv               ? "gemv"
+         : kernel == ForwardKernel::kGemm             ? "gemm"
+         : kernel == ForwardKernel::kDequantizeMatmul ? kDequantizeMatmulName
+                                                      : "general";
 }
 constexpr const char* kernel_name(BackwardKernel kernel) {
-  return kernel == BackwardKernel::kGemmDx ? "gemm_dx" : kernel == BackwardKernel::kVendor ? kVendorName : "general";
+  return kernel == BackwardKernel::kGemmDx             ? "gemm_dx"
+         : kernel == BackwardKernel::kDequantizeMatmul ? kDequantizeMatmulName
+                                                       : "general";
 }
 
 }  // namespace qlora::cuda

@@ -1,7 +1,9 @@
 // Layout of a 4-bit weight: nibble order, block sizes, scales. Bit-compatible with bitsandbytes' 4-bit format.
 #pragma once
 
+#include "format/codebook.h"
 #include "format/common.h"
+#include "format/dynamic_map.h"
 
 namespace qlora {
 
@@ -29,31 +31,31 @@ QLORA_INLINE constexpr uint8_t nibble_at(const uint8_t* packed, int64_t element)
 // A little-endian 32-bit word of packed bytes holds elements 0-7; nibble j (bits 4j … 4j+3) is element j ^ 1.
 QLORA_INLINE constexpr int element_of_nibble(int nibble) { return nibble ^ 1; }
 
-// The scales of one packed weight; exactly one of absmax and absmax_codes is set.
-struct Scales {
+// A packed matrix [n, k], flattened row-major and then cut into blocks; on a GPU, pointers are to its memory. Exactly
+// one of absmax and absmax_codes is set.
+struct WeightView {
+  const uint8_t* packed = nullptr;        // [ceil(n * k / 2)]
   const float* absmax = nullptr;          // [blocks]
   const uint8_t* absmax_codes = nullptr;  // [blocks], double quantization: codes of kDynamicMap
   const float* nested_absmax = nullptr;   // [ceil(blocks / 256)]
-  float nested_offset = 0.0f;
-  const float* dynamic_map = nullptr;  // [256], code -> value
+  const float* nested_offset = nullptr;   // [1]
+  int64_t n = 0;                          // out features
+  int64_t k = 0;                          // in features
+  int block_shift = 0;                    // log2(weights per absmax)
+  QuantType quant_type = QuantType::kNf4;
 };
 
-// Product and sum are rounded separately, without a fused multiply-add, as in bitsandbytes.
-QLORA_INLINE float scale_of_block(const Scales& s, int64_t block) {
-  if (s.absmax != nullptr) return s.absmax[block];
-  const float product = s.dynamic_map[s.absmax_codes[block]] * s.nested_absmax[block >> kNestedBlockShift];
-  return product + s.nested_offset;
+// The scale of a block, on the CPU. Product and sum are rounded separately, without a fused multiply-add, as in
+// bitsandbytes.
+QLORA_INLINE float scale_of_block(const WeightView& w, int64_t block) {
+  if (w.absmax != nullptr) return w.absmax[block];
+  const float product = kDynamicMap.value[w.absmax_codes[block]] * w.nested_absmax[block >> kNestedBlockShift];
+  return product + *w.nested_offset;
 }
-
-// A packed matrix [n, k], flattened row-major and then cut into blocks.
-struct PackedWeight {
-  const uint8_t* packed = nullptr;  // [ceil(n * k / 2)]
-  Scales scales;
-  const float* levels = nullptr;  // [16]
-  int64_t n = 0;                  // out features
-  int64_t k = 0;                  // in features
-  int block_shift = 0;            // log2(weights per absmax)
-};
+// The level of an element, on the CPU.
+QLORA_INLINE float level_of_element(const WeightView& w, int64_t element) {
+  return codebook(w.quant_type)[nibble_at(w.packed, element)];
+}
 
 // Scales and zero points of an integer matrix, whose elements stand for value * scale + zero_point. A stride of 0 means
 // one value for all channels or for all groups.

@@ -55,13 +55,13 @@ inline std::optional<Matrix> check_bias(const OptionalTensor& bias, int64_t n, c
   return as_matrix(*bias, "bias", 1, n, like);
 }
 
-struct Lora {
+struct Adapter {
   Matrix a, b;  // [r, k], [n, r]
   float scaling;
 };
 
-inline std::optional<Lora> check_lora(const OptionalTensor& a, const OptionalTensor& b, int64_t n, int64_t k,
-                                      double scaling, const Tensor& like) {
+inline std::optional<Adapter> check_lora(const OptionalTensor& a, const OptionalTensor& b, int64_t n, int64_t k,
+                                         double scaling, const Tensor& like) {
   STD_TORCH_CHECK(a.has_value() == b.has_value(),
                   a.has_value() ? "lora_a was given without lora_b" : "lora_b was given without lora_a",
                   ": an adapter needs both");
@@ -70,12 +70,12 @@ inline std::optional<Lora> check_lora(const OptionalTensor& a, const OptionalTen
   const int64_t r = a->size(0);
   STD_TORCH_CHECK(r > 0, "rank=0: an adapter needs a rank of at least 1");
   STD_TORCH_CHECK(a->scalar_type() == b->scalar_type(), "lora_a and lora_b must have the same dtype");
-  return Lora{lora_matrix(*a, "lora_a", r, k, "[rank, in_features]", like),
-              lora_matrix(*b, "lora_b", n, r, "[out_features, rank]", like), static_cast<float>(scaling)};
+  return Adapter{lora_matrix(*a, "lora_a", r, k, "[rank, in_features]", like),
+                 lora_matrix(*b, "lora_b", n, r, "[out_features, rank]", like), static_cast<float>(scaling)};
 }
 
 inline std::optional<Matrix> check_lora_x(const OptionalTensor& lora_x, const Tensor& x,
-                                          const std::optional<Lora>& lora) {
+                                          const std::optional<Adapter>& lora) {
   if (!lora_x.has_value()) return std::nullopt;
   STD_TORCH_CHECK(lora.has_value(), "lora_x was given without lora_a and lora_b");
   STD_TORCH_CHECK(text_of(lora_x->sizes()) == text_of(x.sizes()) && lora_x->scalar_type() == x.scalar_type(),

@@ -72,10 +72,16 @@ inline DType integer_dtype(ScalarType dtype, const char* name) {
   }
 }
 
+inline std::string quant_type_names() {
+  std::string names;
+  for (const QuantTypeName& entry : kQuantTypes) names += (names.empty() ? "" : ", ") + std::string(entry.name);
+  return names;
+}
+
 inline QuantType parse_quant_type(const std::string& name) {
   for (const QuantTypeName& entry : kQuantTypes)
     if (name == entry.name) return entry.type;
-  STD_TORCH_CHECK(false, "quant_type='", name, "' is unknown: use one of nf4, fp4, int4");
+  STD_TORCH_CHECK(false, "quant_type='", name, "' is unknown: use one of ", quant_type_names());
 }
 
 inline void check_block_size(int64_t block_size) {
@@ -136,6 +142,25 @@ inline CheckedWeight check_weight(const Tensor& packed, const Tensor& absmax, co
                     "absmax must be float32 without double quantization (nested_absmax was not given)");
   }
   return w;
+}
+
+// The weight as kernels read it; valid while `w` lives.
+inline WeightView view_of(const CheckedWeight& w) {
+  static const float none = 0.0f;  // of an empty weight: never read, but tells kernels that scales are float32
+  WeightView view;
+  view.packed = w.packed.const_data_ptr<uint8_t>();
+  if (w.nested_absmax) {
+    view.absmax_codes = w.absmax.const_data_ptr<uint8_t>();
+    view.nested_absmax = w.nested_absmax->const_data_ptr<float>();
+    view.nested_offset = w.nested_offset->const_data_ptr<float>();
+  } else {
+    view.absmax = w.n * w.k == 0 ? &none : w.absmax.const_data_ptr<float>();
+  }
+  view.n = w.n;
+  view.k = w.k;
+  view.block_shift = w.block_shift;
+  view.quant_type = w.type;
+  return view;
 }
 
 }  // namespace qlora::ops

@@ -50,12 +50,12 @@ inline Quantized quantize(const std::vector<float>& weight, int64_t block, Quant
   return q;
 }
 
-inline float element(const PackedWeight& w, int64_t i) {
-  return w.levels[nibble_at(w.packed, i)] * scale_of_block(w.scales, i >> w.block_shift);
+inline float element(const WeightView& w, int64_t i) {
+  return level_of_element(w, i) * scale_of_block(w, i >> w.block_shift);
 }
 
 // y [m, n] = x Wᵀ in double, and the sums of absolute products, which bound the rounding error of any summation order.
-inline void matmul(const PackedWeight& w, const std::vector<float>& x, int64_t m, std::vector<double>& y,
+inline void matmul(const WeightView& w, const std::vector<float>& x, int64_t m, std::vector<double>& y,
                    std::vector<double>& bound) {
   y.assign(static_cast<size_t>(m * w.n), 0.0);
   bound = y;

@@ -18,7 +18,7 @@ class Explanation:
 
     device: str  # cpu or cuda
     isa: str  # instruction set in use
-    kernel: str  # decode_words, decode_spans, tiles or gemm; on a GPU decode, gemm, dequantize_matmul or general
+    kernel: str  # gemv_words, gemv_elements, tiles or gemm; on a GPU gemv, gemm, dequantize_matmul or general
     compute: str  # precision of products and sums
     why_not_faster: str  # empty if the fastest kernel is used
     backward: str = "gemm"  # of the input's gradient: gemm or tiles; on a GPU gemm_dx, dequantize_matmul or general

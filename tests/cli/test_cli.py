@@ -68,7 +68,7 @@ def test_info_names_isa_kernels_and_versions(capsys, monkeypatch):
     assert main(["info"]) == 0
     out = capsys.readouterr().out
     assert "torch " in out
-    assert "cpu/scalar: decode_words" in out
+    assert "cpu/scalar: gemv_words" in out
     assert "not a multiple of 32" in out
 
 

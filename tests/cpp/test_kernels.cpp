@@ -44,11 +44,11 @@ float* scratch(int64_t floats) {
   return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t{63});
 }
 
-PackedWeight view(const reference::Quantized& q, QuantType type, int64_t n, int64_t k, int64_t block) {
-  PackedWeight w;
+WeightView view(const reference::Quantized& q, QuantType type, int64_t n, int64_t k, int64_t block) {
+  WeightView w;
   w.packed = q.packed.data();
-  w.scales.absmax = q.absmax.data();
-  w.levels = codebook(type);
+  w.absmax = q.absmax.data();
+  w.quant_type = type;
   w.n = n;
   w.k = k;
   w.block_shift = log2_exact(block);
@@ -66,9 +66,8 @@ void test_quantize(const KernelTable& kernels) {
         const reference::Quantized expected = reference::quantize(weight, block, entry.type);
         reference::Quantized actual{std::vector<uint8_t>(expected.packed.size()),
                                     std::vector<float>(expected.absmax.size())};
-        const QuantizeParams p{
-            weight.data(),        DType::kFloat32,     numel, block, static_cast<int>(entry.type), true,
-            actual.packed.data(), actual.absmax.data()};
+        const QuantizeParams p{weight.data(),        DType::kFloat32,     numel, block, entry.type, true,
+                               actual.packed.data(), actual.absmax.data()};
         const int64_t bad = kernels.quantize(p, 0, ceil_div(numel, block));
         const std::string name = std::string(kernels.isa) + " quantize " + entry.name + " block " +
                                  std::to_string(block) + " numel " + std::to_string(numel);
@@ -82,7 +81,7 @@ void test_quantize_names_the_first_bad_value(const KernelTable& kernels) {
   weight[250] = INFINITY;
   std::vector<uint8_t> packed(150);
   std::vector<float> absmax(5);
-  const QuantizeParams p{weight.data(), DType::kFloat32, 300, 64, 0, true, packed.data(), absmax.data()};
+  const QuantizeParams p{weight.data(), DType::kFloat32, 300, 64, QuantType::kNf4, true, packed.data(), absmax.data()};
   expect(kernels.quantize(p, 0, 5) == 130, std::string(kernels.isa) + " first nan");
   expect(kernels.quantize(p, 3, 5) == 250, std::string(kernels.isa) + " inf in a later range");
 }
@@ -92,7 +91,7 @@ void test_dequantize_typed(const KernelTable& kernels, DType dtype) {
   for (const QuantTypeName& entry : kQuantTypes) {
     const int64_t n = 7, k = 75, block = 32;
     const reference::Quantized q = reference::quantize(normal(n * k, 3), block, entry.type);
-    const PackedWeight w = view(q, entry.type, n, k, block);
+    const WeightView w = view(q, entry.type, n, k, block);
     std::vector<T> out(static_cast<size_t>(n * k));
     const DequantizeParams p{w, out.data(), dtype};
     kernels.dequantize(p, 0, 38);  // split in the middle of a block and of a vector
@@ -120,10 +119,9 @@ void test_rounding_to_16_bit(const KernelTable& kernels) {
   absmax.push_back(INFINITY);
   const int64_t blocks = static_cast<int64_t>(absmax.size()), block = 32;
   const std::vector<uint8_t> packed(static_cast<size_t>(blocks * block / 2), 0xFF);
-  PackedWeight w;
+  WeightView w;
   w.packed = packed.data();
-  w.scales.absmax = absmax.data();
-  w.levels = kNf4;
+  w.absmax = absmax.data();
   w.n = 1;
   w.k = blocks * block;
   w.block_shift = log2_exact(block);
@@ -155,22 +153,22 @@ void test_forward(const KernelTable& kernels) {
     for (const int64_t m : {1, 3, 8, 9, 100}) {
       const QuantType type = QuantType::kNf4;
       const reference::Quantized q = reference::quantize(normal(n * k, 5), 64, type);
-      const PackedWeight w = view(q, type, n, k, 64);
+      const WeightView w = view(q, type, n, k, 64);
       const std::vector<float> x = normal(m * k, 6);
       std::vector<double> expected, bound;
       reference::matmul(w, x, m, expected, bound);
       std::vector<float> y(static_cast<size_t>(m * n));
-      if (m <= kDecodeTokens) {
+      if (m <= kGemvTokens) {
         std::vector<float> plain(static_cast<size_t>(m * k)), words(static_cast<size_t>(m * kernels.words_floats(k)));
-        const bool use_words = select_forward(m, k, nullptr) == ForwardKernel::kDecodeWords;
+        const bool use_words = select_forward(m, k, nullptr) == ForwardKernel::kGemvWords;
         kernels.pack_words({x.data(), DType::kFloat32, k, plain.data(), use_words ? words.data() : nullptr}, 0, m);
-        DecodeParams p{};
+        GemvParams p{};
         p.weight = w;
         p.m = m;
         p.x_plain = plain.data();
         p.x_words = use_words ? words.data() : nullptr;
         p.y = y.data();
-        kernels.decode(p, 0, n, scratch(kernels.decode_scratch(p)));
+        kernels.gemv(p, 0, n, scratch(kernels.gemv_scratch(p)));
       } else {
         std::vector<float> columns(static_cast<size_t>(kernels.packed_floats(m, k)));
         kernels.pack({x.data(), DType::kFloat32, k, false, m, k, columns.data()}, 0, ceil_div(m, kernels.tile_cols));
@@ -211,10 +209,9 @@ void test_indices_beyond_32_bits(const KernelTable& kernels) {
   float* absmax = reserve<float>(numel / block);
   std::memset(packed + last * k / 2, 0xEE, static_cast<size_t>(k / 2));
   for (int64_t b = last * k / block; b < numel / block; ++b) absmax[b] = 2.0f;
-  PackedWeight w;
+  WeightView w;
   w.packed = packed;
-  w.scales.absmax = absmax;
-  w.levels = kNf4;
+  w.absmax = absmax;
   w.n = n;
   w.k = k;
   w.block_shift = log2_exact(block);
@@ -228,14 +225,14 @@ void test_indices_beyond_32_bits(const KernelTable& kernels) {
   std::vector<float> words(static_cast<size_t>(kernels.words_floats(k))), plain(static_cast<size_t>(k));
   kernels.pack_words({x.data(), DType::kFloat32, k, plain.data(), words.data()}, 0, 1);
   float* y = reserve<float>(n);
-  DecodeParams p{};
+  GemvParams p{};
   p.weight = w;
   p.m = 1;
   p.x_plain = plain.data();
   p.x_words = words.data();
   p.y = y;
-  kernels.decode(p, last, n, scratch(kernels.decode_scratch(p)));
-  expect(std::fabs(y[last] - k * value) < 1e-2f, std::string(kernels.isa) + " decode beyond 2^32");
+  kernels.gemv(p, last, n, scratch(kernels.gemv_scratch(p)));
+  expect(std::fabs(y[last] - k * value) < 1e-2f, std::string(kernels.isa) + " gemv beyond 2^32");
 
   std::vector<float> columns(static_cast<size_t>(kernels.packed_floats(1, k)));
   kernels.pack({x.data(), DType::kFloat32, k, false, 1, k, columns.data()}, 0, 1);
@@ -256,7 +253,7 @@ void test_indices_beyond_32_bits(const KernelTable& kernels) {
 
   float* source = reserve<float>(numel);
   source[numel - 1] = -3.0f;
-  const QuantizeParams q{source, DType::kFloat32, numel, block, 0, true, packed, absmax};
+  const QuantizeParams q{source, DType::kFloat32, numel, block, QuantType::kNf4, true, packed, absmax};
   kernels.quantize(q, numel / block - 1, numel / block);
   expect(absmax[numel / block - 1] == 3.0f && packed[numel / 2 - 1] == 0x70,
          std::string(kernels.isa) + " quantize beyond 2^32");
@@ -279,12 +276,12 @@ void test_double_quantize_of_equal_scales_is_exact() {
   std::vector<uint8_t> codes(300);
   std::vector<float> nested(2);
   double_quantize(absmax.data(), 300, 1.5f, codes.data(), nested.data(), 0, 2);
-  Scales s;
-  s.absmax_codes = codes.data();
-  s.nested_absmax = nested.data();
-  s.nested_offset = 1.5f;
-  s.dynamic_map = kDynamicMap.value;
-  expect(scale_of_block(s, 0) == 1.5f && scale_of_block(s, 299) == 1.5f, "equal scales survive double quantization");
+  const float offset = 1.5f;
+  WeightView w;
+  w.absmax_codes = codes.data();
+  w.nested_absmax = nested.data();
+  w.nested_offset = &offset;
+  expect(scale_of_block(w, 0) == 1.5f && scale_of_block(w, 299) == 1.5f, "equal scales survive double quantization");
 }
 
 void test_unknown_isa_is_reported() {

@@ -24,8 +24,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 TELLING = re.compile(r"passed|failed|FAIL|ERROR SUMMARY|RACECHECK SUMMARY|STICKY|GB/s|TFLOP/s|Error")
 PROFILED = (
-    ("decode", 0, 1),
-    ("decode", 0, 16),
+    ("gemv", 0, 1),
+    ("gemv", 0, 16),
     ("gemm", 0, 64),
     ("gemm", 0, 512),
     ("gemm_dx", 0, 64),

@@ -87,7 +87,7 @@ def test_autocast_and_compile(m):
 
 
 @pytest.mark.parametrize("allowed", [True, False])
-def test_the_vendors_gemm_keeps_torchs_switch_for_reduced_precision(allowed, monkeypatch):
+def test_dequantize_matmul_keeps_torchs_switch_for_reduced_precision(allowed, monkeypatch):
     """Many tokens use torch's GEMM, so the error equals torch's with either setting."""
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", allowed)
     if torch.cuda.get_device_capability() < (8, 0):

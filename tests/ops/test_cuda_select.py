@@ -16,8 +16,8 @@ def select(m, n=4096, k=4096, dtype="bfloat16", block_size=64, gpu=A100):
     return _C.cuda_select(m, n, k, dtype, block_size, **gpu)
 
 
-@pytest.mark.parametrize(("m", "kernel"), [(1, "decode"), (16, "decode"), (32, "decode"), (33, "gemm"), (64, "gemm")])
-def test_few_tokens_decode_many_multiply(m, kernel):
+@pytest.mark.parametrize(("m", "kernel"), [(1, "gemv"), (16, "gemv"), (32, "gemv"), (33, "gemm"), (64, "gemm")])
+def test_few_tokens_take_gemv(m, kernel):
     chosen = select(m)
     assert (chosen["forward"], chosen["why_not_faster"]) == (kernel, "")
     assert chosen["why_not_faster_backward"] == ""
@@ -77,7 +77,7 @@ def test_tiles_grow_with_the_product_and_fit_the_gpu():
     ("gpu", "forward", "backward"),
     [(H100, 513, 513), (B200, 65, 65), (A100, 65, 65), (RTX4090, 256, 256), (RTX5090, 256, 256)],
 )
-def test_the_vendors_gemm_takes_many_tokens(gpu, forward, backward):
+def test_dequantize_matmul_takes_many_tokens(gpu, forward, backward):
     for tokens in (forward, 4096):
         assert select(tokens, gpu=gpu)["forward"] == "dequantize_matmul"
     assert select(forward - 1, gpu=gpu)["forward"] == "gemm"
@@ -114,7 +114,7 @@ def test_panels_are_whole_weights_up_to_128_mib_and_of_equal_size_beyond(dtype):
 
 @pytest.mark.parametrize("gpu", [A100, H100, RTX4090, T4])
 @pytest.mark.parametrize("k", [64, 1024, 4096, 13824, 14336, 16384, 28672, 65536])
-def test_decode_fits_into_shared_memory(gpu, k):
+def test_gemv_fits_into_shared_memory(gpu, k):
     for m in range(1, 33):
         for n in (16, 1280, 4096, 14336):
             chosen = select(m, n, k, "float16", gpu=gpu)

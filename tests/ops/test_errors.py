@@ -96,9 +96,9 @@ def test_unknown_isa(monkeypatch):
 def test_explain_names_the_slower_path_and_its_reason(monkeypatch):
     monkeypatch.delenv("QLORA_CPU_ISA", raising=False)
     fast = qlora.explain(torch.randn(1, 64), qlora.quantize(torch.randn(8, 64)))
-    assert (fast.kernel, fast.why_not_faster) == ("decode_words", "")
+    assert (fast.kernel, fast.why_not_faster) == ("gemv_words", "")
     slow = qlora.explain(torch.randn(2, 3, 100), qlora.quantize(torch.randn(8, 100)))
-    assert slow.kernel == "decode_spans"
+    assert slow.kernel == "gemv_elements"
     assert "multiple of 32" in slow.why_not_faster
     many = qlora.explain(torch.randn(3, 3, 100), qlora.quantize(torch.randn(8, 100)))
     assert many.kernel == "gemm"

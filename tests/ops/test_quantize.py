@@ -92,7 +92,7 @@ def decode_in_numpy(packed, absmax, nested_absmax, nested_offset, count, quant_t
 
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
-def test_decode_written_a_second_time(quant_type, double_quant):
+def test_gemv_written_a_second_time(quant_type, double_quant):
     shape = (13, 333)
     q = ops.quantize(torch.randn(shape), quant_type, 32, double_quant)
     expected = decode_in_numpy(*(t.cpu().numpy() for t in q), 13 * 333, quant_type, 32).reshape(shape)

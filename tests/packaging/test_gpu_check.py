@@ -80,7 +80,7 @@ def test_a_step_that_fails_or_hangs_costs_that_step(tools, tmp_path):
     assert "605 TFLOP/s" in summary
     failed = summary.splitlines()[-1]
     assert failed.startswith("failed: check, ")
-    assert "ncu-decode-1" in failed
+    assert "ncu-gemv-1" in failed
     assert "operators" not in failed
 
 

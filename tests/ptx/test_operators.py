@@ -6,4 +6,4 @@ from ops.test_backward import *  # noqa: F403
 from ops.test_forward import *  # noqa: F403
 from ops.test_multi import *  # noqa: F403
 from ops.test_quantize import *  # noqa: F403
-from simt.test_gemm_tiles import test_every_tile, test_many_adapters_by_the_vendors_gemm  # noqa: F401
+from simt.test_gemm_tiles import test_every_tile, test_many_adapters_by_dequantize_matmul  # noqa: F401

@@ -77,7 +77,7 @@ def test_every_tile(device, tile, n, k, adapters, dtype):
 
 @pytest.mark.archs("sm_80", "sm_90")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_many_adapters_by_the_vendors_gemm(device, dtype):
+def test_many_adapters_by_dequantize_matmul(device, dtype):
     """Each row equals the result with only its adapter, in forward and dx: torch's GEMM adds to each row's own term."""
     m, n, k, r = 70, 520, 576, 24
     weight, _ = weights(n, k)

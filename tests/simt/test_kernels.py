@@ -55,7 +55,7 @@ def test_forward_reads_whole_sectors_without_bank_conflicts():
         assert counts["global_load_ideal"] >= 0.95 * counts["global_load_sectors"]
 
 
-def test_weights_are_read_once_by_decode():
+def test_weights_are_read_once_by_gemv():
     """4.2 bits per parameter for packed bytes and scale codes, plus x, lora_a and lora_b."""
     n, k = 256, 2048
     _, counts = run(1, n=n, k=k)
@@ -90,7 +90,7 @@ def test_ranges_name_the_operator_and_its_extents():
 
 
 @pytest.mark.parametrize("r", [0, 8])
-def test_17_to_32_tokens_are_decoded_in_two_launches(r):
+def test_17_to_32_tokens_take_two_launches(r):
     weight, _ = weights(72, 192)
     x, bias = torch.randn(29, 192).bfloat16(), torch.randn(72)
     lora = (torch.randn(r, 192), torch.randn(72, r)) if r else (None, None)
@@ -134,7 +134,7 @@ def test_launches_of_an_adapted_layer(dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.parametrize("panel_bytes", [200_000, 128 << 20], ids=["panels", "whole"])
-def test_many_tokens_by_the_vendors_gemm(dtype, adapter, panel_bytes):
+def test_many_tokens_by_dequantize_matmul(dtype, adapter, panel_bytes):
     """On sm_90 W is dequantized, and torch's matmul adds to the adapter's term, which was rounded before."""
     m, n, k, r, s = 1030, 520, 576, 5, 0.5
     weight, dense = weights(n, k)
@@ -207,7 +207,7 @@ def test_a_row_with_an_adapter_that_is_not_there_is_nan(m, dtype):
 
 
 @pytest.mark.parametrize(("arch", "m", "n", "k"), [(75, 8, 16, 13824), (75, 1, 160, 64 * 401), (86, 8, 160, 64 * 301)])
-def test_decode_with_several_panels_of_scales(arch, m, n, k):
+def test_gemv_with_several_panels_of_scales(arch, m, n, k):
     """With little shared memory or long rows, scales are dequantized in panels; no warp may miss a panel's end."""
     weight, dense = weights(n, k)
     x = torch.randn(m, k).half()

@@ -55,7 +55,7 @@ void fill_panel(const Operand& a, int64_t row0, int64_t rows, int64_t step0, int
   const int64_t offset = kTransposed ? row0 : step0;
   const int64_t count = kTransposed ? rows : steps;
   typename V::Table table{};
-  if (a.packed != nullptr) table = V::table(a.packed->levels);
+  if (a.packed != nullptr) table = V::table(codebook(a.packed->quant_type));
   for (int64_t i = 0; i < lines; ++i) {
     float* out = panel + i * P::kLd;
     if (a.packed != nullptr) {

@@ -25,22 +25,21 @@ constexpr int64_t row_scales_floats(int64_t k) {
 
 // Writes the scales of all blocks that row `row` overlaps to `out`.
 template <class V>
-void decode_row_scales(const PackedWeight& w, int64_t row, float* out) {
-  const Scales& s = w.scales;
+void dequantize_row_scales(const WeightView& w, int64_t row, float* out) {
   const int64_t begin = (row * w.k) >> w.block_shift;
   const int64_t end = ((row * w.k + w.k - 1) >> w.block_shift) + 1;
   V::store(out + (end - begin), V::zero());  // words beyond the row contribute 0 * 0
-  if (s.absmax != nullptr) {
-    std::memcpy(out, s.absmax + begin, static_cast<size_t>(end - begin) * sizeof(float));
+  if (w.absmax != nullptr) {
+    std::memcpy(out, w.absmax + begin, static_cast<size_t>(end - begin) * sizeof(float));
     return;
   }
-  const auto offset = V::set1(s.nested_offset);
+  const auto offset = V::set1(*w.nested_offset);
   for (int64_t b = begin; b < end;) {
     const int64_t nested_end = min_i64((b | (kNestedBlock - 1)) + 1, end);
-    const auto nested = V::set1(s.nested_absmax[b >> kNestedBlockShift]);
+    const auto nested = V::set1(w.nested_absmax[b >> kNestedBlockShift]);
     for (; b + V::kLanes <= nested_end; b += V::kLanes)
-      V::store(out + (b - begin), V::decode_scales(s.absmax_codes + b, s.dynamic_map, nested, offset));
-    for (; b < nested_end; ++b) out[b - begin] = scale_of_block(s, b);
+      V::store(out + (b - begin), V::dequantize_scales(w.absmax_codes + b, kDynamicMap.value, nested, offset));
+    for (; b < nested_end; ++b) out[b - begin] = scale_of_block(w, b);
   }
 }
 
@@ -61,7 +60,7 @@ QLORA_INLINE void accumulate_nibbles(typename V::Table table, typename V::I word
 // (pack_words) both follow the order of the nibbles in a word, so no shuffles are needed: one load, 7 shifts and 8
 // lookups for 8 * kLanes weights.
 template <class V, int kTokens>
-void row_dot_words(const DecodeParams& p, typename V::Table table, int64_t row, const float* scales, int64_t token0,
+void row_dot_words(const GemvParams& p, typename V::Table table, int64_t row, const float* scales, int64_t token0,
                    float* sums) {
   constexpr int64_t kChunk = 8 * V::kLanes;  // weights
   const int64_t k = p.weight.k;
@@ -92,7 +91,7 @@ void row_dot_words(const DecodeParams& p, typename V::Table table, int64_t row, 
 
 // Dot products of one row for any k: dequantizes up to 512 weights of the row, then multiplies them.
 template <class V, int kTokens>
-void row_dot_spans(const DecodeParams& p, typename V::Table table, int64_t row, int64_t token0, float* sums) {
+void row_dot_spans(const GemvParams& p, typename V::Table table, int64_t row, int64_t token0, float* sums) {
   constexpr int64_t kStretch = 512;
   alignas(64) float w[kStretch];
   const int64_t k = p.weight.k;
@@ -168,7 +167,7 @@ QLORA_INLINE void store_scalar(void* p, DType dtype, int64_t i, float x) {
 }
 
 template <class V, int kTokens>
-void decode_row(const DecodeParams& p, typename V::Table table, int64_t row, const float* scales, int64_t token0) {
+void gemv_row(const GemvParams& p, typename V::Table table, int64_t row, const float* scales, int64_t token0) {
   float sums[kTokens];
   if (p.x_words != nullptr) {
     row_dot_words<V, kTokens>(p, table, row, scales, token0, sums);
@@ -178,45 +177,45 @@ void decode_row(const DecodeParams& p, typename V::Table table, int64_t row, con
   const float bias = p.bias != nullptr ? load_scalar(p.bias, p.bias_dtype, row) : 0.0f;
   for (int t = 0; t < kTokens; ++t) {
     float y = sums[t] + bias;
-    if (p.lora_t != nullptr) {
+    if (p.x_down != nullptr) {
       const int64_t token = token0 + t, adapter = p.adapter_of_token != nullptr ? p.adapter_of_token[token] : 0;
       const int64_t lora_row = adapter * p.weight.n + row;
-      if (adapter >= 0) y += dense_dot<V>(p.lora_b, p.lora_dtype, lora_row * p.r, p.lora_t + token * p.r, p.r);
+      if (adapter >= 0) y += dense_dot<V>(p.lora_b, p.lora_dtype, lora_row * p.r, p.x_down + token * p.r, p.r);
     }
     store_scalar(p.y, p.dtype, (token0 + t) * p.weight.n + row, y);
   }
 }
 
 template <class V>
-int64_t decode_scratch(const DecodeParams& p) {
+int64_t gemv_scratch(const GemvParams& p) {
   return p.x_words != nullptr ? 2 * row_scales_floats<V>(p.weight.k) : 0;
 }
 
 template <class V>
-void decode(const DecodeParams& p, int64_t begin, int64_t end, float* scales) {
-  const auto table = V::table(p.weight.levels);
+void gemv(const GemvParams& p, int64_t begin, int64_t end, float* scales) {
+  const auto table = V::table(codebook(p.weight.quant_type));
   // The scales of the next row are dequantized before this row is multiplied. A vector load right after the stores
   // would wait until they leave the store buffer, because several stores cannot be forwarded to one load (2.5 times
   // the time at 4096 x 4096).
   const bool words = p.x_words != nullptr;
   const int64_t floats = words ? row_scales_floats<V>(p.weight.k) : 0;
-  if (words && begin < end) decode_row_scales<V>(p.weight, begin, scales);
+  if (words && begin < end) dequantize_row_scales<V>(p.weight, begin, scales);
   for (int64_t row = begin; row < end; ++row) {
     const float* now = scales + (row - begin) % 2 * floats;
-    if (words && row + 1 < end) decode_row_scales<V>(p.weight, row + 1, scales + (row + 1 - begin) % 2 * floats);
+    if (words && row + 1 < end) dequantize_row_scales<V>(p.weight, row + 1, scales + (row + 1 - begin) % 2 * floats);
     for (int64_t t = 0; t < p.m; t += kTokensPerPass) {
       switch (min_i64(kTokensPerPass, p.m - t)) {
         case 1:
-          decode_row<V, 1>(p, table, row, now, t);
+          gemv_row<V, 1>(p, table, row, now, t);
           break;
         case 2:
-          decode_row<V, 2>(p, table, row, now, t);
+          gemv_row<V, 2>(p, table, row, now, t);
           break;
         case 3:
-          decode_row<V, 3>(p, table, row, now, t);
+          gemv_row<V, 3>(p, table, row, now, t);
           break;
         default:
-          decode_row<V, kTokensPerPass>(p, table, row, now, t);
+          gemv_row<V, kTokensPerPass>(p, table, row, now, t);
       }
     }
   }

@@ -7,25 +7,25 @@
 
 namespace qlora::cpu {
 namespace {
-int64_t forward_items_amx(const Forward16Params& p) { return has_few_tokens(p) ? few_items(p) : forward_items(p); }
-int64_t forward_scratch_amx(const Forward16Params& p) {
+int64_t forward_items_amx(const ForwardTilesParams& p) { return has_few_tokens(p) ? few_items(p) : forward_items(p); }
+int64_t forward_scratch_amx(const ForwardTilesParams& p) {
   return has_few_tokens(p) ? few_scratch(p) : forward_scratch(p);
 }
-void forward_amx(const Forward16Params& p, int64_t begin, int64_t end, float* scratch) {
+void forward_amx(const ForwardTilesParams& p, int64_t begin, int64_t end, float* scratch) {
   has_few_tokens(p) ? forward_few(p, begin, end, scratch) : forward(p, begin, end, scratch);
 }
 
-constexpr Matmul16 make_matmul16_amx() {
-  // 4096 x 4096 on two Sapphire Rapids cores: `decode` takes 0.45, 0.58, 1.1 ms for 1, 2, 4 tokens; tiles, which lower
+constexpr TileKernels make_tile_kernels_amx() {
+  // 4096 x 4096 on two Sapphire Rapids cores: `gemv` takes 0.45, 0.58, 1.1 ms for 1, 2, 4 tokens; tiles, which lower
   // the clock by a fifth, take 0.66 ms for each.
-  Matmul16 t = make_matmul16(/*decode_tokens=*/2);
+  TileKernels t = make_tile_kernels(/*gemv_tokens=*/2);
   t.forward_items = forward_items_amx;
   t.forward_scratch = forward_scratch_amx;
   t.forward = forward_amx;
   return t;
 }
-const Matmul16 matmul16 = make_matmul16_amx();
-const KernelTable table = make_tile_table("amx", &matmul16);
+const TileKernels tiles = make_tile_kernels_amx();
+const KernelTable table = make_tile_table("amx", &tiles);
 }  // namespace
 const KernelTable* const kAmxTable = &table;
 }  // namespace qlora::cpu

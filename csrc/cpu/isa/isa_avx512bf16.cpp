@@ -7,9 +7,9 @@
 
 namespace qlora::cpu {
 namespace {
-// Tiles always multiply 16 tokens, which costs as much as `decode` for four or five tokens.
-const Matmul16 matmul16 = make_matmul16(/*decode_tokens=*/4);
-const KernelTable table = make_tile_table("avx512bf16", &matmul16);
+// Tiles always multiply 16 tokens, which costs as much as `gemv` for four or five tokens.
+const TileKernels tiles = make_tile_kernels(/*gemv_tokens=*/4);
+const KernelTable table = make_tile_table("avx512bf16", &tiles);
 }  // namespace
 const KernelTable* const kAvx512Bf16Table = &table;
 }  // namespace qlora::cpu

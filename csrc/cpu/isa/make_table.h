@@ -11,20 +11,11 @@ namespace {
 
 template <class V>
 constexpr KernelTable make_table() {
-  return KernelTable{V::kIsa,
-                     V::kLanes,
-                     V::kLanes * V::kTileVecs,
-                     quantize<V>,
-                     dequantize<V>,
-                     pack<V>,
-                     gemm_items<V>,
-                     gemm_scratch<V>,
-                     gemm<V>,
-                     pack_words<V>,
-                     decode_scratch<V>,
-                     decode<V>,
-                     dot<V>,
-                     nullptr};
+  return KernelTable{V::kIsa,       V::kLanes,       V::kLanes * V::kTileVecs,
+                     quantize<V>,   dequantize<V>,   pack<V>,
+                     gemm_items<V>, gemm_scratch<V>, gemm<V>,
+                     pack_words<V>, gemv_scratch<V>, gemv<V>,
+                     dot<V>,        nullptr};
 }
 
 }  // namespace

@@ -8,28 +8,28 @@
 namespace qlora::cpu {
 namespace {
 
-constexpr Matmul16 make_matmul16(int64_t decode_tokens) {
-  return Matmul16{decode_tokens,
-                  pack_factor,
-                  forward_tokens,
-                  forward_tokens_scratch,
-                  forward_items,
-                  forward_scratch,
-                  forward,
-                  backward_tokens,
-                  backward_tokens_scratch,
-                  backward_items,
-                  backward_scratch,
-                  backward,
-                  pack_token_factor,
-                  factor_grad,
-                  factor_grad_scratch};
+constexpr TileKernels make_tile_kernels(int64_t gemv_tokens) {
+  return TileKernels{gemv_tokens,
+                     pack_factor,
+                     forward_tokens,
+                     forward_tokens_scratch,
+                     forward_items,
+                     forward_scratch,
+                     forward,
+                     backward_tokens,
+                     backward_tokens_scratch,
+                     backward_items,
+                     backward_scratch,
+                     backward,
+                     pack_token_factor,
+                     factor_grad,
+                     factor_grad_scratch};
 }
 
-constexpr KernelTable make_tile_table(const char* isa, const Matmul16* matmul16) {
+constexpr KernelTable make_tile_table(const char* isa, const TileKernels* tiles) {
   KernelTable t = make_table<VecAvx512>();
   t.isa = isa;
-  t.matmul16 = matmul16;
+  t.tiles = tiles;
   return t;
 }
 

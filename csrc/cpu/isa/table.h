@@ -17,8 +17,8 @@ struct QuantizeParams {
   const void* weight;  // [numel], float32, bfloat16 or float16
   DType dtype;
   int64_t numel;
-  int64_t block;   // weights per absmax
-  int quant_type;  // QuantType
+  int64_t block;  // weights per absmax
+  QuantType quant_type;
   bool check_finite;
   uint8_t* packed;  // [ceil(numel / 2)]
   float* absmax;    // [ceil(numel / block)]
@@ -26,7 +26,7 @@ struct QuantizeParams {
 
 // Dequantizes a weight. Unit: element. Range bounds must be even, or the end of the weight.
 struct DequantizeParams {
-  PackedWeight weight;
+  WeightView weight;
   void* out;  // begins with element `first`
   DType dtype;
   int64_t first = 0;
@@ -45,7 +45,7 @@ struct PackParams {
 
 // The left matrix of one product: packed 4-bit, or dense (float, or integer with an affine grid).
 struct Operand {
-  const PackedWeight* packed = nullptr;
+  const WeightView* packed = nullptr;
   const void* dense = nullptr;
   DType dtype = DType::kFloat32;
   int64_t ld = 0;
@@ -76,17 +76,17 @@ struct GemmParams {
   bool rows_are_major = false;  // true: out[row * out_ld + col]; false: out[col * out_ld + row]
 };
 
-inline constexpr int64_t kDecodeTokens = 8;  // `decode` handles up to this many tokens, `gemm` more
+inline constexpr int64_t kGemvTokens = 8;  // `gemv` handles up to this many tokens, `gemm` more
 
-// y[t, row] = x[t] · W[row] + bias[row] + sum_r lora_t[t, r] * lora_b[row, r] for few tokens. Unit: row of W.
-struct DecodeParams {
-  PackedWeight weight;
-  int64_t m;             // <= kDecodeTokens
+// y[t, row] = x[t] · W[row] + bias[row] + sum_r x_down[t, r] * lora_b[row, r] for few tokens. Unit: row of W.
+struct GemvParams {
+  WeightView weight;
+  int64_t m;             // <= kGemvTokens
   const float* x_plain;  // [m, k]
   const float* x_words;  // [m, words_floats(k)], in the nibble order of PackWordsParams; null if k % 32 != 0
   const void* bias;      // [n] or null
   DType bias_dtype;
-  const float* lora_t;  // [m, r], scaling * x lora_aᵀ, or null
+  const float* x_down;  // [m, r], scaling * x lora_aᵀ, or null
   const void* lora_b;   // [n, r], or [adapters, n, r] with adapter_of_token
   DType lora_dtype;
   int64_t r;
@@ -95,7 +95,7 @@ struct DecodeParams {
   DType dtype;
 };
 
-// Converts x to float32 and reorders it to the nibble order in which `decode` unpacks words. Unit: token.
+// Converts x to float32 and reorders it to the nibble order in which `gemv` unpacks words. Unit: token.
 struct PackWordsParams {
   const void* x;  // [m, k]
   DType dtype;
@@ -127,12 +127,12 @@ struct KernelTable {
   int64_t (*gemm_scratch)(const GemmParams&);  // scratch of one gemm call in floats, aligned to 64 bytes
   void (*gemm)(const GemmParams&, int64_t begin_item, int64_t end_item, float* scratch);
   void (*pack_words)(const PackWordsParams&, int64_t begin_token, int64_t end_token);
-  int64_t (*decode_scratch)(const DecodeParams&);  // scratch of one decode call in floats
-  void (*decode)(const DecodeParams&, int64_t begin_row, int64_t end_row, float* scratch);
+  int64_t (*gemv_scratch)(const GemvParams&);  // scratch of one gemv call in floats
+  void (*gemv)(const GemvParams&, int64_t begin_row, int64_t end_row, float* scratch);
   void (*dot)(const DotParams&, int64_t begin_row, int64_t end_row);
-  const Matmul16* matmul16;  // null: bfloat16 tokens are converted to float32
+  const TileKernels* tiles;  // null: bfloat16 tokens are converted to float32
 
-  const Matmul16* tiles_for(DType tokens) const { return tokens == DType::kBFloat16 ? matmul16 : nullptr; }
+  const TileKernels* tiles_for(DType tokens) const { return tokens == DType::kBFloat16 ? tiles : nullptr; }
   int64_t words_floats(int64_t k) const { return ceil_div(k, int64_t{8} * lanes) * 8 * lanes; }
   int64_t packed_floats(int64_t cols, int64_t steps) const { return ceil_div(cols, tile_cols) * tile_cols * steps; }
 };

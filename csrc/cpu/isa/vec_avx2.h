@@ -78,7 +78,7 @@ struct VecAvx2 {
   QLORA_INLINE F lookup(Table t, I words) {
     return select(t, _mm256_srli_epi32(words, 4 * kNibble), _mm256_slli_epi32(words, 28 - 4 * kNibble));
   }
-  QLORA_INLINE F decode_run(Table t, const uint8_t* p) {
+  QLORA_INLINE F unpack_run(Table t, const uint8_t* p) {
     uint32_t word;
     std::memcpy(&word, p, 4);
     const __m256i shift = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);  // element i is nibble i ^ 1
@@ -90,7 +90,7 @@ struct VecAvx2 {
     return _mm256_srl_epi32(segment, _mm_cvtsi32_si128(shift));
   }
   QLORA_INLINE F expand_scales(const float* s, I index) { return _mm256_permutevar8x32_ps(_mm256_loadu_ps(s), index); }
-  QLORA_INLINE F decode_scales(const uint8_t* codes, const float* map, F nested, F offset) {
+  QLORA_INLINE F dequantize_scales(const uint8_t* codes, const float* map, F nested, F offset) {
     const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
     return _mm256_add_ps(_mm256_mul_ps(_mm256_i32gather_ps(map, index, 4), nested), offset);
   }

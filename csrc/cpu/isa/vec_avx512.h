@@ -64,7 +64,7 @@ struct VecAvx512 {
   QLORA_INLINE F lookup(Table t, I words) {
     return _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * kNibble), t);
   }
-  QLORA_INLINE F decode_run(Table t, const uint8_t* p) {
+  QLORA_INLINE F unpack_run(Table t, const uint8_t* p) {
     const __m512i pair = _mm512_castsi128_si512(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
     const __m512i word =
         _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1), pair);
@@ -72,8 +72,8 @@ struct VecAvx512 {
         _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);  // element i is nibble i ^ 1
     return _mm512_permutexvar_ps(_mm512_srlv_epi32(word, shift), t);
   }
-  // The table for decode_table(): the 16 levels times a scale, rounded once to T, in both halves of the vector. A block
-  // has only 16 distinct weights, so they are multiplied once per table, not once per weight.
+  // The table for unpack_by_table(): the 16 levels times a scale, rounded once to T, in both halves of the vector. A
+  // block has only 16 distinct weights, so they are multiplied once per table, not once per weight.
   static constexpr bool kHasTables16 = true;
   template <class T>
   QLORA_INLINE I scaled_table(Table levels, F scale) {
@@ -82,7 +82,7 @@ struct VecAvx512 {
     return _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(rounded)));
   }
   // Unpacks 32 consecutive weights, in order, from a byte boundary.
-  QLORA_INLINE void decode_table(I table, const uint8_t* p, void* out) {
+  QLORA_INLINE void unpack_by_table(I table, const uint8_t* p, void* out) {
     const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     const __m512i both =
         _mm512_mask_blend_epi16(0xAAAAAAAAu, _mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16));
@@ -107,7 +107,7 @@ struct VecAvx512 {
     for (int i = 0; i < 2; ++i) part[i] = _mm512_mask_blend_ps(bit6, part[2 * i], part[2 * i + 1]);
     return _mm512_mask_blend_ps(bit7, part[0], part[1]);
   }
-  QLORA_INLINE F decode_scales(const uint8_t* codes, const float* map, F nested, F offset) {
+  QLORA_INLINE F dequantize_scales(const uint8_t* codes, const float* map, F nested, F offset) {
     const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
     return _mm512_add_ps(_mm512_mul_ps(lookup_256(map, index), nested), offset);
   }

@@ -93,7 +93,7 @@ struct VecScalar {
     return make([&](int i) { return t.levels[(words.v[i] >> (4 * kNibble)) & 0xF]; });
   }
   // Unpacks kLanes consecutive weights, in order, from a byte boundary.
-  static F decode_run(Table t, const uint8_t* p) {
+  static F unpack_run(Table t, const uint8_t* p) {
     return make([&](int i) { return t.levels[nibble_at(p, i)]; });
   }
   // The index of each word's scale: word i lies in segment first + i / 4 of 32 weights; 2^shift segments share a scale.
@@ -106,7 +106,7 @@ struct VecScalar {
     return make([&](int i) { return s[index.v[i]]; });
   }
   // map[code] * nested + offset, each operation rounded.
-  static F decode_scales(const uint8_t* codes, const float* map, F nested, F offset) {
+  static F dequantize_scales(const uint8_t* codes, const float* map, F nested, F offset) {
     return make([&](int i) {
       const float product = map[codes[i]] * nested.v[i];
       return product + offset.v[i];

@@ -10,32 +10,33 @@ namespace {
 
 // Writes elements [first, first + count) to `out`. A span may begin on a low nibble and cross blocks.
 template <class V, class T>
-void dequantize_span(const PackedWeight& w, typename V::Table table, int64_t first, int64_t count, T* out) {
+void dequantize_span(const WeightView& w, typename V::Table table, int64_t first, int64_t count, T* out) {
   const int64_t block_mask = (int64_t{1} << w.block_shift) - 1;
   const int64_t end = first + count;
   while (first < end) {
     const int64_t block_end = min_i64((first | block_mask) + 1, end);
-    const float scale = scale_of_block(w.scales, first >> w.block_shift);
+    const float scale = scale_of_block(w, first >> w.block_shift);
     const auto scale_v = V::set1(scale);
     if constexpr (V::kHasTables16 && sizeof(T) == 2) {
       if (first % 2 == 0 && block_end - first >= 32) {
         const auto scaled = V::template scaled_table<T>(table, scale_v);
-        for (; first + 32 <= block_end; first += 32, out += 32) V::decode_table(scaled, w.packed + (first >> 1), out);
+        for (; first + 32 <= block_end; first += 32, out += 32)
+          V::unpack_by_table(scaled, w.packed + (first >> 1), out);
       }
     }
     if (first & 1) {
-      *out++ = from_float<T>(w.levels[nibble_at(w.packed, first)] * scale);
+      *out++ = from_float<T>(level_of_element(w, first) * scale);
       ++first;
     }
     for (; first + V::kLanes <= block_end; first += V::kLanes, out += V::kLanes)
-      V::store(out, V::mul(V::decode_run(table, w.packed + (first >> 1)), scale_v));
-    for (; first < block_end; ++first) *out++ = from_float<T>(w.levels[nibble_at(w.packed, first)] * scale);
+      V::store(out, V::mul(V::unpack_run(table, w.packed + (first >> 1)), scale_v));
+    for (; first < block_end; ++first) *out++ = from_float<T>(level_of_element(w, first) * scale);
   }
 }
 
 template <class V, class T>
 void dequantize_typed(const DequantizeParams& p, int64_t begin, int64_t end) {
-  dequantize_span<V>(p.weight, V::table(p.weight.levels), begin, end - begin,
+  dequantize_span<V>(p.weight, V::table(codebook(p.weight.quant_type)), begin, end - begin,
                      static_cast<T*>(p.out) + (begin - p.first));
 }
 

@@ -90,7 +90,7 @@ int64_t quantize_blocks(const QuantizeParams& p, int64_t begin, int64_t end) {
 
 template <class V, class T>
 int64_t quantize_typed(const QuantizeParams& p, int64_t begin, int64_t end) {
-  switch (static_cast<QuantType>(p.quant_type)) {
+  switch (p.quant_type) {
     case QuantType::kNf4:
       return quantize_blocks<V, T, QuantType::kNf4>(p, begin, end);
     case QuantType::kFp4:

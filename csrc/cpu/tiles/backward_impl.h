@@ -12,13 +12,13 @@ constexpr int64_t kChunkTiles = 8;           // column tiles of a chunk
 
 TokenBlocks backward_blocks(int64_t m) { return TokenBlocks(m, 32); }  // 512 tokens
 
-int64_t backward_panel_chunks(const Backward16Params& p) {
+int64_t backward_panel_chunks(const BackwardTilesParams& p) {
   return ceil_div(p.weight.k, kChunk) >= kFewItems * kBackwardPanelChunks ? kBackwardPanelChunks : 1;
 }
-int64_t backward_items(const Backward16Params& p) {
+int64_t backward_items(const BackwardTilesParams& p) {
   return ceil_div(ceil_div(p.weight.k, kChunk), backward_panel_chunks(p)) * backward_blocks(p.m).count;
 }
-int64_t backward_scratch(const Backward16Params& p) {
+int64_t backward_scratch(const BackwardTilesParams& p) {
   const int64_t tiles = backward_panel_chunks(p) * kChunkTiles;
   return tiles * (kChunkSteps + all_low_rank_steps(p) + backward_blocks(p.m).tiles) * kTileFloats;
 }
@@ -41,9 +41,9 @@ QLORA_INLINE void store_pair(const __m512i (&even)[4], const __m512i (&odd)[4], 
 }
 
 // Unpacks one step of the reduction (32 rows of W) for `count` chunks of columns.
-void decode_pairs(const Backward16Params& p, __m512 levels, int64_t step, int64_t chunk0, int64_t count, uint8_t* out,
-                  int64_t pitch) {
-  const PackedWeight& w = p.weight;
+void unpack_pairs(const BackwardTilesParams& p, __m512 levels, int64_t step, int64_t chunk0, int64_t count,
+                  uint8_t* out, int64_t pitch) {
+  const WeightView& w = p.weight;
   const int64_t col0 = chunk0 * kChunk;
   for (int64_t pair = 0; pair < kTile; ++pair) {
     const int64_t row = step * kStep + 2 * pair;
@@ -59,11 +59,11 @@ void decode_pairs(const Backward16Params& p, __m512 levels, int64_t step, int64_
         if (row + i >= w.n) continue;
         if (p.by_nibble) {
           const int64_t at = (row + i) * w.k + col;
-          const float first = scale_of_block(w.scales, at >> w.block_shift);
-          const float second = whole ? scale_of_block(w.scales, (at + 64) >> w.block_shift) : 0.0f;
-          decode_chunk(w.packed + at / 2, whole, levels, first, second, words[i]);
+          const float first = scale_of_block(w, at >> w.block_shift);
+          const float second = whole ? scale_of_block(w, (at + 64) >> w.block_shift) : 0.0f;
+          unpack_chunk(w.packed + at / 2, whole, levels, first, second, words[i]);
         } else {
-          decode_natural(w, levels, row + i, col, words[i]);
+          unpack_natural(w, levels, row + i, col, words[i]);
         }
       }
       store_pair(words[0], words[1], p.by_nibble, out + c * kChunkTiles * pitch + pair * 64, pitch);
@@ -72,7 +72,7 @@ void decode_pairs(const Backward16Params& p, __m512 levels, int64_t step, int64_
 }
 
 // Packs lora_a into the low-rank steps of a chunk of columns.
-void pack_low_rank_columns(const Backward16Params& p, int64_t chunk, uint8_t* out, int64_t pitch) {
+void pack_low_rank_columns(const BackwardTilesParams& p, int64_t chunk, uint8_t* out, int64_t pitch) {
   const int64_t ranks = tiles_of(p.r), col = chunk * kChunk, count = min_i64(kChunk, p.weight.k - col);
   for (int64_t t = 0; t < kChunkTiles; ++t)
     std::memset(out + t * pitch, 0, static_cast<size_t>(all_low_rank_steps(p) * kTileBytes));
@@ -94,7 +94,7 @@ void pack_low_rank_columns(const Backward16Params& p, int64_t chunk, uint8_t* ou
 }
 
 // Stores the results of 16 tokens and 128 columns, held in eight adjacent tiles.
-void store_columns(const Backward16Params& p, const float* c, int64_t token0, int64_t chunk) {
+void store_columns(const BackwardTilesParams& p, const float* c, int64_t token0, int64_t chunk) {
   const int64_t k = p.weight.k, col = chunk * kChunk, tokens = min_i64(kTile, p.m - token0);
   auto* dx = static_cast<uint16_t*>(p.dx) + token0 * k + col;
   for (int64_t t = 0; t < tokens; ++t, dx += k) {
@@ -128,9 +128,9 @@ void store_columns(const Backward16Params& p, const float* c, int64_t token0, in
   }
 }
 
-void backward(const Backward16Params& p, int64_t begin, int64_t end, float* scratch) {
+void backward(const BackwardTilesParams& p, int64_t begin, int64_t end, float* scratch) {
   const TileScope scope;
-  const PackedWeight& w = p.weight;
+  const WeightView& w = p.weight;
   const int64_t all_steps = steps_of(w.n), extra = all_low_rank_steps(p);
   const int64_t pitch = p.row_steps * kTileBytes;
   const int64_t steps = w.packed != nullptr ? all_steps : 0;
@@ -141,7 +141,7 @@ void backward(const Backward16Params& p, int64_t begin, int64_t end, float* scra
   const int64_t panel_pitch = (kChunkSteps + extra) * kTileBytes;
   auto* results = reinterpret_cast<float*>(panel + most * kChunkTiles * panel_pitch);
   const int64_t results_pitch = most * kChunkTiles * kTileFloats;
-  const __m512 levels = w.levels != nullptr ? _mm512_loadu_ps(w.levels) : _mm512_setzero_ps();
+  const __m512 levels = _mm512_loadu_ps(codebook(w.quant_type));
 
   for (int64_t item = begin; item < end; ++item) {
     const int64_t chunk0 = item % panels * most, count = min_i64(most, chunks - chunk0);
@@ -153,7 +153,7 @@ void backward(const Backward16Params& p, int64_t begin, int64_t end, float* scra
       const int64_t now = min_i64(kChunkSteps, steps - s0);
       const bool is_last = s0 + now == steps;
       for (int64_t s = 0; s < now; ++s)
-        decode_pairs(p, levels, s0 + s, chunk0, count, panel + s * kTileBytes, panel_pitch);
+        unpack_pairs(p, levels, s0 + s, chunk0, count, panel + s * kTileBytes, panel_pitch);
       for (int64_t c = 0; c < count && is_last && extra > 0; ++c)
         pack_low_rank_columns(p, chunk0 + c, panel + c * kChunkTiles * panel_pitch + now * kTileBytes, panel_pitch);
       const int64_t sum_steps = now + (is_last ? extra : 0);
@@ -171,7 +171,7 @@ void backward(const Backward16Params& p, int64_t begin, int64_t end, float* scra
 
 // ---- gradients of the low-rank factors: sums over tokens ----
 
-void pack_token_factor(const PackTokenFactor16Params& p, int64_t begin, int64_t end) {
+void pack_token_factor(const PackTokenFactorParams& p, int64_t begin, int64_t end) {
   const int64_t steps = ceil_div(p.m, kStep);
   for (int64_t step = begin; step < end; ++step)
     for (int64_t q = 0; q < tiles_of(p.r); ++q)
@@ -188,11 +188,11 @@ void pack_token_factor(const PackTokenFactor16Params& p, int64_t begin, int64_t 
       }
 }
 
-int64_t factor_grad_scratch(const FactorGrad16Params& p) {
+int64_t factor_grad_scratch(const FactorGradParams& p) {
   return (tiles_of(p.r) + kStep / kTile) * (kGradFeatures / kTile) * kTileFloats;
 }
 
-void factor_grad(const FactorGrad16Params& p, int64_t begin, int64_t end, float* scratch) {
+void factor_grad(const FactorGradParams& p, int64_t begin, int64_t end, float* scratch) {
   const TileScope scope;
   constexpr int64_t kCols = kGradFeatures / kTile;
   const int64_t steps = ceil_div(p.m, kStep), ranks = tiles_of(p.r);

@@ -21,16 +21,16 @@ struct Few {
   static constexpr int64_t kPanelRows = kRows * kTile;
 };
 
-bool has_few_tokens(const Forward16Params& p) { return tiles_of(p.m) <= kFewTokenTiles; }
+bool has_few_tokens(const ForwardTilesParams& p) { return tiles_of(p.m) <= kFewTokenTiles; }
 
-int64_t few_panel_rows(const Forward16Params& p) {
+int64_t few_panel_rows(const ForwardTilesParams& p) {
   return tiles_of(p.m) == 1 ? Few<1>::kPanelRows : Few<2>::kPanelRows;
 }
 
-int64_t few_items(const Forward16Params& p) { return ceil_div(p.weight.n, few_panel_rows(p)); }
+int64_t few_items(const ForwardTilesParams& p) { return ceil_div(p.weight.n, few_panel_rows(p)); }
 
 // Floats for the scales of the rows, two halves of the panel, the low-rank steps of the rows, and the results.
-int64_t few_scratch(const Forward16Params& p) {
+int64_t few_scratch(const ForwardTilesParams& p) {
   constexpr int64_t kPanelTiles = 16, kResults = 4;
   static_assert(Few<1>::kRows * Few<1>::kSteps == kPanelTiles && Few<2>::kRows * Few<2>::kSteps == kPanelTiles);
   const int64_t rows = few_panel_rows(p);
@@ -64,14 +64,14 @@ QLORA_INLINE void few_step(const uint8_t* rows, int64_t row_pitch, const uint8_t
 }
 
 template <int kCols>
-void forward_few_typed(const Forward16Params& p, int64_t begin, int64_t end, float* scratch) {
+void forward_few_typed(const ForwardTilesParams& p, int64_t begin, int64_t end, float* scratch) {
   using F = Few<kCols>;
   constexpr int64_t kRowsOfTurn = F::kPanelRows / F::kSteps;  // a turn unpacks these rows and multiplies one step
   constexpr int64_t kRowPitch = F::kSteps * kTileBytes, kHalf = F::kRows * kRowPitch;
   static_assert(kTile % kRowsOfTurn == 0);
-  const PackedWeight& w = p.weight;
+  const WeightView& w = p.weight;
   const int64_t steps = steps_of(w.k), extra = all_low_rank_steps(p), pitch = token_steps(w.k, extra) * kTileBytes;
-  RowDecoder decoder(p, F::kPanelRows, scratch);
+  RowUnpacker unpacker(p, F::kPanelRows, scratch);
   auto* panel = reinterpret_cast<uint8_t*>(scratch + row_scales_scratch(w, F::kPanelRows));
   uint8_t* low_rank = panel + 2 * kHalf;
   auto* results = reinterpret_cast<float*>(low_rank + F::kRows * extra * kTileBytes);
@@ -79,12 +79,12 @@ void forward_few_typed(const Forward16Params& p, int64_t begin, int64_t end, flo
 
   for (int64_t item = begin; item < end; ++item) {
     const int64_t row0 = item * F::kPanelRows, rows = min_i64(F::kPanelRows, w.n - row0);
-    decoder.start(row0, rows);
+    unpacker.start(row0, rows);
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    const uint8_t *decoded = panel, *columns = p.columns;
+    const uint8_t *unpacked = panel, *columns = p.columns;
     for (int64_t s0 = 0; s0 < steps; s0 += F::kSteps) {
       const int64_t now = min_i64(F::kSteps, steps - s0);
       uint8_t* out = panel + (s0 / F::kSteps % 2 != 0 ? kHalf : 0);
@@ -94,11 +94,11 @@ void forward_few_typed(const Forward16Params& p, int64_t begin, int64_t end, flo
       for (int64_t turn = 0; turn < F::kSteps; ++turn) {
         const int64_t first = turn * kRowsOfTurn;
         if (item + 1 < end) prefetch_far(next + turn * ahead, ahead);
-        decoder.decode(first, first + kRowsOfTurn, s0, now, out + first / kTile * kRowPitch, kRowPitch);
-        if (s0 > 0) few_step<kCols>(decoded + turn * kTileBytes, kRowPitch, columns + turn * kTileBytes, pitch);
+        unpacker.unpack(first, first + kRowsOfTurn, s0, now, out + first / kTile * kRowPitch, kRowPitch);
+        if (s0 > 0) few_step<kCols>(unpacked + turn * kTileBytes, kRowPitch, columns + turn * kTileBytes, pitch);
       }
       asm volatile("" ::: "memory");  // GCC 12 does not know that its tile loads read memory
-      decoded = out;
+      unpacked = out;
       columns = p.columns + s0 * kTileBytes;
     }
     for (int64_t i = 0; i < F::kPanelRows && extra > 0; ++i)
@@ -106,7 +106,7 @@ void forward_few_typed(const Forward16Params& p, int64_t begin, int64_t end, flo
     asm volatile("" ::: "memory");
     const int64_t left = steps == 0 ? 0 : steps - (steps - 1) / F::kSteps * F::kSteps;  // steps of the last chunk
     for (int64_t s = 0; s < left; ++s)
-      few_step<kCols>(decoded + s * kTileBytes, kRowPitch, columns + s * kTileBytes, pitch);
+      few_step<kCols>(unpacked + s * kTileBytes, kRowPitch, columns + s * kTileBytes, pitch);
     for (int64_t s = 0; s < extra; ++s)
       few_step<kCols>(low_rank + s * kTileBytes, extra * kTileBytes, p.columns + (steps + s) * kTileBytes, pitch);
     _tile_stored(0, results, 64);
@@ -120,7 +120,7 @@ void forward_few_typed(const Forward16Params& p, int64_t begin, int64_t end, flo
   }
 }
 
-void forward_few(const Forward16Params& p, int64_t begin, int64_t end, float* scratch) {
+void forward_few(const ForwardTilesParams& p, int64_t begin, int64_t end, float* scratch) {
   const TileScope scope;
   if (tiles_of(p.m) == 1)
     forward_few_typed<1>(p, begin, end, scratch);

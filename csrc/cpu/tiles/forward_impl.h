@@ -14,27 +14,27 @@ constexpr int64_t kRowsAtOnce = 4;
 TokenBlocks forward_blocks(int64_t m) { return TokenBlocks(m, kForwardTokenTiles); }
 
 // Every panel reads all tokens again. Many tokens come from the last-level cache, so they get fewer, taller panels.
-int64_t forward_panel_tiles(const Forward16Params& p) {
+int64_t forward_panel_tiles(const ForwardTilesParams& p) {
   const int64_t most = forward_blocks(p.m).tiles == kForwardTokenTiles ? kForwardTallTiles : kForwardPanelTiles;
   const int64_t wanted = ceil_div(ceil_div(tiles_of(p.weight.n), kFewItems), 2) * 2;
   return wanted < 2 ? 2 : min_i64(wanted, most);
 }
-int64_t forward_items(const Forward16Params& p) {
+int64_t forward_items(const ForwardTilesParams& p) {
   return ceil_div(tiles_of(p.weight.n), forward_panel_tiles(p)) * forward_blocks(p.m).count;
 }
 
-int64_t forward_scratch(const Forward16Params& p) {
+int64_t forward_scratch(const ForwardTilesParams& p) {
   const int64_t tiles = forward_panel_tiles(p);
   return row_scales_scratch(p.weight, tiles * kTile) +
          (2 * (kChunkSteps + all_low_rank_steps(p)) + tiles * forward_blocks(p.m).tiles) * kTileFloats;
 }
 
-void forward(const Forward16Params& p, int64_t begin, int64_t end, float* scratch) {
+void forward(const ForwardTilesParams& p, int64_t begin, int64_t end, float* scratch) {
   const TileScope scope;
-  const PackedWeight& w = p.weight;
+  const WeightView& w = p.weight;
   const int64_t steps = steps_of(w.k), extra = all_low_rank_steps(p), pitch = token_steps(w.k, extra) * kTileBytes;
   const int64_t most = forward_panel_tiles(p), panels = ceil_div(tiles_of(w.n), most);
-  RowDecoder decoder(p, most * kTile, scratch);
+  RowUnpacker unpacker(p, most * kTile, scratch);
   auto* panel = reinterpret_cast<uint8_t*>(scratch + row_scales_scratch(w, most * kTile));
   const int64_t panel_pitch = (kChunkSteps + extra) * kTileBytes;
   auto* results = reinterpret_cast<float*>(panel + 2 * panel_pitch);
@@ -46,7 +46,7 @@ void forward(const Forward16Params& p, int64_t begin, int64_t end, float* scratc
     const int64_t token0 = item / panels * block;
     const int64_t tokens = min_i64(block, tiles_of(p.m) - token0);
     const uint8_t* columns = p.columns + token0 * pitch;
-    decoder.start(row0, rows);
+    unpacker.start(row0, rows);
 
     int64_t s0 = 0;
     do {  // runs once even if there are no steps, for the bias and the low-rank term
@@ -58,7 +58,7 @@ void forward(const Forward16Params& p, int64_t begin, int64_t end, float* scratc
         // Unpacks a few rows, then prefetches their next chunk, or in the last chunk the same rows of the next panel.
         // (Prefetching the whole next panel in memory order would evict the tokens from L2 if k is large.)
         for (int64_t row = i * kTile; row < (i + is) * kTile; row += kRowsAtOnce) {
-          decoder.decode(row, row + kRowsAtOnce, s0, now, panel + (row / kTile - i) * panel_pitch, panel_pitch);
+          unpacker.unpack(row, row + kRowsAtOnce, s0, now, panel + (row / kTile - i) * panel_pitch, panel_pitch);
           for (int64_t r = row0 + row; r < row0 + min_i64(row + kRowsAtOnce, rows); ++r) {
             const int64_t ahead =
                 is_last ? min_i64(r + most * kTile, w.n - 1) * w.k : r * w.k + (s0 + kChunkSteps) * kStep;

@@ -8,18 +8,18 @@ namespace qlora::cpu {
 namespace {
 
 // Number of scales stored for a row of a panel: one per 64 weights, rounded up to whole chunks of 128 weights.
-int64_t row_segments(const PackedWeight& w) { return ceil_div(w.k, kChunk) * 2; }
+int64_t row_segments(const WeightView& w) { return ceil_div(w.k, kChunk) * 2; }
 
 // Writes the scales of each row, one per segment of 64 weights. `row_scales` is scratch for one row's block scales.
-void decode_segments(const PackedWeight& w, int64_t row0, int64_t rows, float* row_scales, float* segments) {
+void unpack_runs(const WeightView& w, int64_t row0, int64_t rows, float* row_scales, float* segments) {
   const int64_t count = row_segments(w), used = w.k / 64;
   for (int64_t i = 0; i < rows; ++i, segments += count) {
     if (w.block_shift == 6) {
-      // Each block is one segment. decode_row_scales also writes zeros beyond the row: into the next row's scales,
+      // Each block is one segment. dequantize_row_scales also writes zeros beyond the row: into the next row's scales,
       // which are written later, or into row_scales.
-      decode_row_scales<VecAvx512>(w, row0 + i, segments);
+      dequantize_row_scales<VecAvx512>(w, row0 + i, segments);
     } else {
-      decode_row_scales<VecAvx512>(w, row0 + i, row_scales);
+      dequantize_row_scales<VecAvx512>(w, row0 + i, row_scales);
       const int64_t first = ((row0 + i) * w.k) >> w.block_shift;
       for (int64_t g = 0; g < used; ++g)
         segments[g] = row_scales[(((row0 + i) * w.k + g * 64) >> w.block_shift) - first];
@@ -28,37 +28,37 @@ void decode_segments(const PackedWeight& w, int64_t row0, int64_t rows, float* r
   }
 }
 
-// Floats of scratch that RowDecoder needs for `rows` rows.
-int64_t row_scales_scratch(const PackedWeight& w, int64_t rows) {
+// Floats of scratch that RowUnpacker needs for `rows` rows.
+int64_t row_scales_scratch(const WeightView& w, int64_t rows) {
   return ceil_div(rows * row_segments(w) + row_scales_floats<VecAvx512>(w.k), 16) * 16;
 }
 
 // Unpacks parts of the rows of a panel; start() prepares the scales of the panel.
-class RowDecoder {
+class RowUnpacker {
  public:
-  RowDecoder(const Forward16Params& p, int64_t most_rows, float* scratch)
+  RowUnpacker(const ForwardTilesParams& p, int64_t most_rows, float* scratch)
       : w_(p.weight),
         by_nibble_(p.by_nibble),
         segments_(row_segments(p.weight)),
         scales_(scratch),
         row_scales_(scratch + most_rows * segments_),
-        levels_(_mm512_loadu_ps(p.weight.levels)) {}
+        levels_(_mm512_loadu_ps(codebook(p.weight.quant_type))) {}
 
   void start(int64_t row0, int64_t rows) {
     row0_ = row0;
     rows_ = rows;
-    if (by_nibble_) decode_segments(w_, row0, rows, row_scales_, scales_);
+    if (by_nibble_) unpack_runs(w_, row0, rows, row_scales_, scales_);
   }
 
   // Unpacks steps [s0, s0 + now) of rows [begin, end) of the panel into row tiles. `out` is the tile that contains row
   // `begin`; the next tile of rows is `pitch` bytes later. Rows beyond the last one are zero.
-  void decode(int64_t begin, int64_t end, int64_t s0, int64_t now, uint8_t* out, int64_t pitch) const {
-    if (by_nibble_ && end <= rows_ && (s0 + now) * kStep <= w_.k) return decode_whole(begin, end, s0, now, out, pitch);
+  void unpack(int64_t begin, int64_t end, int64_t s0, int64_t now, uint8_t* out, int64_t pitch) const {
+    if (by_nibble_ && end <= rows_ && (s0 + now) * kStep <= w_.k) return unpack_whole(begin, end, s0, now, out, pitch);
     for (int64_t i = begin; i < end; ++i) {
       uint8_t* to = out + (i / kTile - begin / kTile) * pitch + i % kTile * 64;
       for (int64_t c = 0; c < now / 4; ++c, to += 4 * kTileBytes) {
         __m512i words[4] = {};
-        if (i < rows_) decode_any(row0_ + i, scales_ + i * segments_, s0 * kStep + c * kChunk, words);
+        if (i < rows_) unpack_any(row0_ + i, scales_ + i * segments_, s0 * kStep + c * kChunk, words);
         for (int s = 0; s < 4; ++s) _mm512_store_si512(to + s * kTileBytes, words[s]);
       }
     }
@@ -66,7 +66,7 @@ class RowDecoder {
 
  private:
   // The path of nearly all rows: the loop has no conditions and keeps its constants in registers.
-  void decode_whole(int64_t begin, int64_t end, int64_t s0, int64_t now, uint8_t* out, int64_t pitch) const {
+  void unpack_whole(int64_t begin, int64_t end, int64_t s0, int64_t now, uint8_t* out, int64_t pitch) const {
     const __m512 levels = levels_;
     const uint8_t* packed = w_.packed + ((row0_ + begin) * w_.k + s0 * kStep) / 2;
     const float* scales = scales_ + begin * segments_ + s0 / 2;
@@ -74,20 +74,20 @@ class RowDecoder {
       uint8_t* to = out + (i / kTile - begin / kTile) * pitch + i % kTile * 64;
       for (int64_t c = 0; c < now / 4; ++c) {
         __m512i words[4];
-        decode_chunk(packed + c * kChunk / 2, true, levels, scales[2 * c], scales[2 * c + 1], words);
+        unpack_chunk(packed + c * kChunk / 2, true, levels, scales[2 * c], scales[2 * c + 1], words);
         for (int s = 0; s < 4; ++s) _mm512_store_si512(to + (4 * c + s) * kTileBytes, words[s]);
       }
     }
   }
 
-  void decode_any(int64_t row, const float* scales, int64_t col, __m512i (&words)[4]) const {
-    if (!by_nibble_) return decode_natural(w_, levels_, row, col, words);
+  void unpack_any(int64_t row, const float* scales, int64_t col, __m512i (&words)[4]) const {
+    if (!by_nibble_) return unpack_natural(w_, levels_, row, col, words);
     if (col >= w_.k) return;
     const float* of_chunk = scales + col / 64;
-    decode_chunk(w_.packed + (row * w_.k + col) / 2, col + kChunk <= w_.k, levels_, of_chunk[0], of_chunk[1], words);
+    unpack_chunk(w_.packed + (row * w_.k + col) / 2, col + kChunk <= w_.k, levels_, of_chunk[0], of_chunk[1], words);
   }
 
-  const PackedWeight& w_;
+  const WeightView& w_;
   bool by_nibble_;
   int64_t segments_, row0_ = 0, rows_ = 0;
   float *scales_, *row_scales_;
@@ -95,7 +95,7 @@ class RowDecoder {
 };
 
 // Packs row `row` of lora_b into low-rank steps, which are multiplied with those of the tokens.
-void pack_low_rank_row(const Forward16Params& p, int64_t row, uint8_t* out) {
+void pack_low_rank_row(const ForwardTilesParams& p, int64_t row, uint8_t* out) {
   const int64_t ranks = tiles_of(p.r), extra = low_rank_steps(p.r, p.lora_dtype);
   for (int64_t s = 0; s < p.adapters.count * extra; ++s)
     _mm512_storeu_si512(out + s * kTileBytes, _mm512_setzero_si512());
@@ -114,7 +114,7 @@ void pack_low_rank_row(const Forward16Params& p, int64_t row, uint8_t* out) {
 }
 
 // Stores the results of up to 32 rows and 16 tokens: transposes them, adds the bias and rounds.
-void store_transposed(const Forward16Params& p, const float* c, int64_t c_pitch, int64_t row0, int64_t token0) {
+void store_transposed(const ForwardTilesParams& p, const float* c, int64_t c_pitch, int64_t row0, int64_t token0) {
   __m512i low[16], high[16];
   const int64_t rows = p.weight.n - row0, tokens = min_i64(kTile, p.m - token0);
   for (int i = 0; i < 16; ++i) low[i] = _mm512_loadu_si512(c + 16 * i);

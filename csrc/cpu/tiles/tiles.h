@@ -24,7 +24,7 @@ constexpr int64_t steps_of(int64_t count) { return ceil_div(count, kChunk) * (kC
 
 // Whether rows are unpacked in groups of 64 weights with one scale, which leaves the weights in nibble order instead of
 // natural order.
-QLORA_INLINE bool decodes_by_nibble(const PackedWeight& w) { return w.k % 64 == 0 && w.block_shift >= 6; }
+QLORA_INLINE bool unpacks_by_nibble(const WeightView& w) { return w.k % 64 == 0 && w.block_shift >= 6; }
 
 // The low-rank term adds further steps to the same sum. Activations are split into high and low bfloat16 halves, and so
 // are float32 adapters: factor x activation is [high, high] x [high, low] or [high, high, low] x [high, low, high].
@@ -42,7 +42,7 @@ constexpr int64_t token_steps(int64_t features, int64_t low_rank) {
 
 // The adapters used by a batch. Their low-rank steps are consecutive; a token has zeros in the steps of all adapters
 // but its own.
-struct Adapters16 {
+struct TileAdapters {
   int64_t count = 1;
   const int64_t* ids = nullptr;               // [count]; null: {0}
   const int64_t* adapter_of_token = nullptr;  // [m]; null: one adapter for all
@@ -54,7 +54,7 @@ struct Adapters16 {
 };
 
 // A low-rank factor as operand of a down projection, split into high and low halves; a bfloat16 factor has no low half.
-struct Factor16 {
+struct TileFactor {
   const void* data = nullptr;  // element (rank, feature) is data[rank * rank_stride + feature * feature_stride]
   DType dtype = DType::kFloat32;
   int64_t rank_stride = 0, feature_stride = 0;
@@ -67,9 +67,9 @@ struct Factor16 {
 };
 
 // Packs a factor into tiles. Unit: chunk of kChunk features.
-struct PackFactor16Params {
-  Factor16 factor;
-  Adapters16 adapters;
+struct PackFactorParams {
+  TileFactor factor;
+  TileAdapters adapters;
   bool as_rows;    // true: row tiles (ranks are rows); false: column tiles (ranks are columns)
   bool by_nibble;  // row tiles only: nibble order instead of natural order
   uint8_t* out;
@@ -77,99 +77,99 @@ struct PackFactor16Params {
 
 // Packs the tokens of the forward product into column tiles, [tiles_of(m)][token_steps]. The low-rank steps hold
 // scale * x · factor. Unit: tile of 16 tokens.
-struct ForwardTokens16Params {
+struct ForwardTokensParams {
   const void* x;  // [m, k] bfloat16
   int64_t m, k;
   bool by_nibble;
   const void* lora_x;          // null: x
   const uint8_t* factor_rows;  // packed lora_a, or null
-  Factor16 factor;
-  Adapters16 adapters;
+  TileFactor factor;
+  TileAdapters adapters;
   uint8_t* out;
 };
 
 // y [m, n] = x Wᵀ + low-rank term + bias. Unit: item; forward_items() counts them.
-struct Forward16Params {
-  PackedWeight weight;
+struct ForwardTilesParams {
+  WeightView weight;
   int64_t m;
   bool by_nibble;
-  const uint8_t* columns;  // ForwardTokens16Params::out
+  const uint8_t* columns;  // ForwardTokensParams::out
   const void* lora_b;      // [n, r] of each adapter, or null
   DType lora_dtype;
   int64_t r;
   int64_t adapter_stride;  // elements
-  Adapters16 adapters;
+  TileAdapters adapters;
   const void* bias;  // [n] or null
   DType bias_dtype;
   void* y;  // bfloat16
 };
 
 // Packs the tokens of the backward product into row tiles, [tiles_of(m)][token_steps]. The low-rank steps hold
-// v = scale * dy · factor, which is also written as float32. Unit: tile of 16 tokens.
-struct BackwardTokens16Params {
+// dy_down = scale * dy · factor, which is also written as float32. Unit: tile of 16 tokens.
+struct BackwardTokensParams {
   const void* dy;  // [m, n] bfloat16
   int64_t m, n;
   const uint8_t* factor_columns;  // packed lora_b, or null
-  Factor16 factor;
-  Adapters16 adapters;
-  float* v;      // [m, adapters, r] or null
-  uint8_t* out;  // null: only v is computed
+  TileFactor factor;
+  TileAdapters adapters;
+  float* dy_down;  // [m, adapters, r] or null
+  uint8_t* out;    // null: only dy_down is computed
 };
 
 // dx [m, k] = dy W + low-rank term, or only the low-rank term if there is no weight. Unit: item; backward_items()
 // counts them.
-struct Backward16Params {
-  PackedWeight weight;  // packed == nullptr: none; k is the width of dx
+struct BackwardTilesParams {
+  WeightView weight;  // packed == nullptr: none; k is the width of dx
   int64_t m;
   bool by_nibble;
-  const uint8_t* rows;  // BackwardTokens16Params::out
+  const uint8_t* rows;  // BackwardTokensParams::out
   int64_t row_steps;    // token_steps() of `rows`
   const void* lora_a;   // [r, k] of each adapter, or null
   DType lora_dtype;
   int64_t r;
   int64_t adapter_stride;  // elements
-  Adapters16 adapters;
+  TileAdapters adapters;
   void* dx;  // bfloat16
 };
 
 // out = factorᵀ matrix, a sum over tokens. Unit: panel of kGradFeatures features.
 inline constexpr int64_t kGradFeatures = 64;
-struct FactorGrad16Params {
-  const uint8_t* factor;  // PackTokenFactor16Params::out
+struct FactorGradParams {
+  const uint8_t* factor;  // PackTokenFactorParams::out
   int64_t m, r, features;
   const void* matrix;  // [m, features] bfloat16
   bool r_is_major;     // true: out [r, features]; false: [features, r]
   // r counts the ranks of all adapters in use, `group` of each; the result of adapter id begins at id * out_stride.
   int64_t group;
-  Adapters16 adapters;
+  TileAdapters adapters;
   int64_t out_stride;
   void* out;
   DType out_dtype;
 };
 // Packs a float32 matrix [m, r] into row tiles for a reduction over tokens, split into high and low halves:
 // [tiles_of(r)][2][ceil(m / kStep)] tiles. Unit: step of kStep tokens.
-struct PackTokenFactor16Params {
+struct PackTokenFactorParams {
   const float* values;
   int64_t m, r;
   uint8_t* out;
 };
 
-struct Matmul16 {
-  int64_t decode_tokens;  // up to this many tokens `decode` runs instead, because they fill too little of a tile of 16
-  void (*pack_factor)(const PackFactor16Params&, int64_t begin, int64_t end);
-  void (*forward_tokens)(const ForwardTokens16Params&, int64_t begin, int64_t end, float* scratch);
-  int64_t (*forward_tokens_scratch)(const ForwardTokens16Params&);  // floats
-  int64_t (*forward_items)(const Forward16Params&);
-  int64_t (*forward_scratch)(const Forward16Params&);
-  void (*forward)(const Forward16Params&, int64_t begin, int64_t end, float* scratch);
-  void (*backward_tokens)(const BackwardTokens16Params&, int64_t begin, int64_t end, float* scratch);
-  int64_t (*backward_tokens_scratch)(const BackwardTokens16Params&);
-  int64_t (*backward_items)(const Backward16Params&);
-  int64_t (*backward_scratch)(const Backward16Params&);
-  void (*backward)(const Backward16Params&, int64_t begin, int64_t end, float* scratch);
-  void (*pack_token_factor)(const PackTokenFactor16Params&, int64_t begin, int64_t end);
-  void (*factor_grad)(const FactorGrad16Params&, int64_t begin, int64_t end, float* scratch);
-  int64_t (*factor_grad_scratch)(const FactorGrad16Params&);
+struct TileKernels {
+  int64_t gemv_tokens;  // up to this many tokens `gemv` runs instead, because they fill too little of a tile of 16
+  void (*pack_factor)(const PackFactorParams&, int64_t begin, int64_t end);
+  void (*forward_tokens)(const ForwardTokensParams&, int64_t begin, int64_t end, float* scratch);
+  int64_t (*forward_tokens_scratch)(const ForwardTokensParams&);  // floats
+  int64_t (*forward_items)(const ForwardTilesParams&);
+  int64_t (*forward_scratch)(const ForwardTilesParams&);
+  void (*forward)(const ForwardTilesParams&, int64_t begin, int64_t end, float* scratch);
+  void (*backward_tokens)(const BackwardTokensParams&, int64_t begin, int64_t end, float* scratch);
+  int64_t (*backward_tokens_scratch)(const BackwardTokensParams&);
+  int64_t (*backward_items)(const BackwardTilesParams&);
+  int64_t (*backward_scratch)(const BackwardTilesParams&);
+  void (*backward)(const BackwardTilesParams&, int64_t begin, int64_t end, float* scratch);
+  void (*pack_token_factor)(const PackTokenFactorParams&, int64_t begin, int64_t end);
+  void (*factor_grad)(const FactorGradParams&, int64_t begin, int64_t end, float* scratch);
+  int64_t (*factor_grad_scratch)(const FactorGradParams&);
 };
 
 }  // namespace qlora::cpu

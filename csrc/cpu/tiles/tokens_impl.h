@@ -9,7 +9,7 @@
 namespace qlora::cpu {
 namespace {
 
-// Reorders 128 elements to the nibble order of unpacked weights (tile_decode_impl.h): out[s] holds elements 4i + s.
+// Reorders 128 elements to the nibble order of unpacked weights (unpack_impl.h): out[s] holds elements 4i + s.
 QLORA_INLINE void nibble_order(const __m512i (&natural)[4], __m512i (&out)[4]) {
   __m512i index = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 60, 56, 52, 48, 44, 40, 36, 32, 28,
                                    24, 20, 16, 12, 8, 4, 0);
@@ -44,7 +44,7 @@ QLORA_INLINE __m512i pair_halves(__m256i even, __m256i odd) {
   return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
 }
 
-void pack_factor_of(const PackFactor16Params& p, const Factor16& f, uint8_t* packed, int64_t begin, int64_t end) {
+void pack_factor_of(const PackFactorParams& p, const TileFactor& f, uint8_t* packed, int64_t begin, int64_t end) {
   const int64_t steps = steps_of(f.features), splits = f.splits(), pitch = steps * kTileBytes;
   for (int64_t chunk = begin; chunk < end; ++chunk)
     for (int64_t q = 0; q < tiles_of(f.r); ++q) {
@@ -81,9 +81,9 @@ void pack_factor_of(const PackFactor16Params& p, const Factor16& f, uint8_t* pac
     }
 }
 
-void pack_factor(const PackFactor16Params& p, int64_t begin, int64_t end) {
+void pack_factor(const PackFactorParams& p, int64_t begin, int64_t end) {
   for (int64_t i = 0; i < p.adapters.count; ++i) {
-    Factor16 f = p.factor;
+    TileFactor f = p.factor;
     const int64_t element_bytes = f.dtype == DType::kFloat32 ? 4 : 2;
     f.data = static_cast<const char*>(f.data) + p.adapters.id(i) * f.adapter_stride * element_bytes;
     pack_factor_of(p, f, p.out + i * f.packed_bytes(), begin, end);
@@ -120,12 +120,12 @@ void pack_rows(const uint16_t* x, int64_t m, int64_t k, int64_t first, uint8_t* 
                           t < tokens ? load16(x + (first + t) * k + s * kStep, k - s * kStep) : _mm512_setzero_si512());
 }
 
-int64_t token_pitch(int64_t features, const Factor16& factor, const Adapters16& adapters) {
+int64_t token_pitch(int64_t features, const TileFactor& factor, const TileAdapters& adapters) {
   return token_steps(features, adapters.count * low_rank_steps(factor.r, factor.dtype)) * kTileBytes;
 }
 
 // Mask of the tokens, of 16 from `first` on, that use adapter i of those in use.
-__mmask16 tokens_with(const Adapters16& adapters, int64_t i, int64_t first, int64_t m) {
+__mmask16 tokens_with(const TileAdapters& adapters, int64_t i, int64_t first, int64_t m) {
   if (adapters.adapter_of_token == nullptr) return 0xFFFF;
   unsigned mask = 0;
   for (int64_t t = 0; t < kTile && first + t < m; ++t)
@@ -135,13 +135,13 @@ __mmask16 tokens_with(const Adapters16& adapters, int64_t i, int64_t first, int6
 
 constexpr int64_t kTileFloats = 256;
 
-int64_t forward_tokens_scratch(const ForwardTokens16Params& p) {
+int64_t forward_tokens_scratch(const ForwardTokensParams& p) {
   return kTileFloats + (p.lora_x != nullptr ? steps_of(p.k) * kTileFloats : 0);
 }
 
-void forward_tokens(const ForwardTokens16Params& p, int64_t begin, int64_t end, float* scratch) {
+void forward_tokens(const ForwardTokensParams& p, int64_t begin, int64_t end, float* scratch) {
   const TileScope scope;
-  const Factor16& f = p.factor;
+  const TileFactor& f = p.factor;
   const int64_t steps = steps_of(p.k), ranks = tiles_of(f.r), extra = low_rank_steps(f.r, f.dtype);
   for (int64_t tile = begin; tile < end; ++tile) {
     uint8_t* out = p.out + tile * token_pitch(p.k, f, p.adapters);
@@ -179,13 +179,13 @@ void forward_tokens(const ForwardTokens16Params& p, int64_t begin, int64_t end, 
   }
 }
 
-int64_t backward_tokens_scratch(const BackwardTokens16Params& p) {
+int64_t backward_tokens_scratch(const BackwardTokensParams& p) {
   return kTileFloats + (p.out == nullptr ? steps_of(p.n) * kTileFloats : 0);
 }
 
-void backward_tokens(const BackwardTokens16Params& p, int64_t begin, int64_t end, float* scratch) {
+void backward_tokens(const BackwardTokensParams& p, int64_t begin, int64_t end, float* scratch) {
   const TileScope scope;
-  const Factor16& f = p.factor;
+  const TileFactor& f = p.factor;
   const int64_t steps = steps_of(p.n), ranks = tiles_of(f.r), extra = low_rank_steps(f.r, f.dtype);
   for (int64_t tile = begin; tile < end; ++tile) {
     uint8_t* out = p.out != nullptr ? p.out + tile * token_pitch(p.n, f, p.adapters)
@@ -205,8 +205,8 @@ void backward_tokens(const BackwardTokens16Params& p, int64_t begin, int64_t end
           const __mmask16 all = (mine >> t & 1) != 0 ? 0xFFFF : 0;
           const __m512 v = _mm512_maskz_mul_ps(all, _mm512_loadu_ps(scratch + 16 * t), scale);
           const int64_t token = tile * kTile + t;
-          if (p.v != nullptr && token < p.m)
-            _mm512_mask_storeu_ps(p.v + (token * p.adapters.count + a) * f.r + q * kTile,
+          if (p.dy_down != nullptr && token < p.m)
+            _mm512_mask_storeu_ps(p.dy_down + (token * p.adapters.count + a) * f.r + q * kTile,
                                   static_cast<__mmask16>(mask32(min_i64(16, f.r - q * kTile))), v);
           if (p.out == nullptr || all == 0) continue;
           const __m256i high = round16(v), low = rest16(v, high);

@@ -27,7 +27,7 @@ struct TokenBlocks {
 
 // Unpacks 128 weights of a row, or only the first 64 if not `whole`: out[s] holds weights 4i + s. Each half of the
 // chunk has a table of the 16 levels times its scale, rounded to bfloat16, so no weight needs its own product.
-QLORA_INLINE void decode_chunk(const uint8_t* packed, bool whole, __m512 levels, float first_scale, float second_scale,
+QLORA_INLINE void unpack_chunk(const uint8_t* packed, bool whole, __m512 levels, float first_scale, float second_scale,
                                __m512i (&out)[4]) {
   const __m512i words = whole ? _mm512_loadu_si512(packed) : _mm512_maskz_loadu_epi64(0x0F, packed);
   const __m512i table =
@@ -45,7 +45,7 @@ QLORA_INLINE void decode_chunk(const uint8_t* packed, bool whole, __m512 levels,
 }
 
 // Unpacks 128 elements of a row of any weight from `col` on, in natural order, with zeros beyond the end of the row.
-void decode_natural(const PackedWeight& w, __m512 table, int64_t row, int64_t col, __m512i (&out)[4]) {
+void unpack_natural(const WeightView& w, __m512 table, int64_t row, int64_t col, __m512i (&out)[4]) {
   alignas(64) bf16 buffer[kChunk];
   std::memset(buffer, 0, sizeof buffer);
   if (col < w.k) dequantize_span<VecAvx512>(w, table, row * w.k + col, min_i64(kChunk, w.k - col), buffer);

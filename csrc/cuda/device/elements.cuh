@@ -95,7 +95,7 @@ QLORA_DEVICE void store_element(void* data, DType dtype, int64_t i, float value)
 
 // The scale of a block, computed by one lane. Product and sum are rounded separately: kernels are compiled without
 // contraction.
-QLORA_DEVICE float scale_at(const Weight& w, int64_t block) {
+QLORA_DEVICE float scale_at(const WeightView& w, int64_t block) {
   if (w.absmax != nullptr) return ptx::load(w.absmax + block);
   const float product = ptx::load(&kTables.dynamic.value[ptx::load(w.absmax_codes + block)]) *
                         ptx::load(w.nested_absmax + (block >> kNestedBlockShift));
@@ -103,10 +103,10 @@ QLORA_DEVICE float scale_at(const Weight& w, int64_t block) {
 }
 
 // One dequantized weight, in float32.
-QLORA_DEVICE float weight_at(const Weight& w, int64_t element) {
+QLORA_DEVICE float weight_at(const WeightView& w, int64_t element) {
   const uint8_t byte = ptx::load(w.packed + (element >> 1));
   const int code = (element & 1) ? (byte & 0xF) : (byte >> 4);
-  return ptx::load(&kTables.levels[w.quant_type][code]) * scale_at(w, element >> w.block_shift);
+  return ptx::load(&kTables.levels[static_cast<int>(w.quant_type)][code]) * scale_at(w, element >> w.block_shift);
 }
 
 }  // namespace qlora::cuda

@@ -15,7 +15,7 @@ inline constexpr int kChunk = 64;  // weights of a row that are unpacked togethe
 
 // Unpacks the fragment of rows a and b for step kStep of a chunk.
 template <class T, int kStep>
-QLORA_DEVICE void decode_step(const LevelPairs<T>& pairs, Words2 a, Words2 b, uint32_t (&fragment)[4]) {
+QLORA_DEVICE void unpack_step(const LevelPairs<T>& pairs, Words2 a, Words2 b, uint32_t (&fragment)[4]) {
   const uint32_t word_a = kStep < 2 ? a.x : a.y, word_b = kStep < 2 ? b.x : b.y;
   constexpr int kByte = kStep % 2 * 2;
   fragment[0] = pairs.template at<kByte>(word_a);
@@ -38,7 +38,7 @@ class ScalePanel {
   QLORA_METHOD ScalePanel(SharedAddress base, int count) : base_(base), pitch_(count | 1) {}
 
   // Computes all scales of the panel; `factor` undoes level_multiplier. All threads must call it, then pass a barrier.
-  QLORA_METHOD void fill(const Weight& w, const WarpScales& scales, int64_t first_row, int first_chunk, int count,
+  QLORA_METHOD void fill(const WeightView& w, const WarpScales& scales, int64_t first_row, int first_chunk, int count,
                          float factor) const {
     if (scales.nested())
       fill_with(
@@ -63,7 +63,7 @@ class ScalePanel {
   static QLORA_METHOD int chunk_of(int turn, int i) { return (turn + i) / kRowTurns * 32 + ptx::lane(); }
 
   template <class Load, class Value>
-  QLORA_METHOD void fill_with(const Weight& w, int64_t first_row, int first_chunk, int count, float factor,
+  QLORA_METHOD void fill_with(const WeightView& w, int64_t first_row, int first_chunk, int count, float factor,
                               const Load& load, const Value& value) const {
     const int shift = w.block_shift - 6, turns = (count + 31) / 32 * kRowTurns;
     const int64_t row_chunks = w.k / kChunk, last_row = (w.n - 1) * row_chunks;

@@ -34,8 +34,8 @@ class LevelPairs {
 
   // All threads must call it, then pass a barrier.
   template <int kThreads>
-  QLORA_METHOD static void fill(SharedAddress base, int quant_type, float multiplier) {
-    const float level = ptx::load(&kTables.levels[quant_type][ptx::lane() & 15]) * multiplier;
+  QLORA_METHOD static void fill(SharedAddress base, QuantType quant_type, float multiplier) {
+    const float level = ptx::load(&kTables.levels[static_cast<int>(quant_type)][ptx::lane() & 15]) * multiplier;
     fill_pairs<kThreads>(base, level, [](float even, float odd) {
       const uint32_t pair = ptx::pack<T>(even, odd);
       return Words2{pair, pair};
@@ -58,8 +58,8 @@ class ValuePairs {
   QLORA_METHOD explicit ValuePairs(SharedAddress base) : mine_(base + (ptx::lane() & 15) * 8) {}
 
   template <int kThreads>
-  QLORA_METHOD static void fill(SharedAddress base, int quant_type) {
-    const float level = ptx::load(&kTables.levels[quant_type][ptx::lane() & 15]);
+  QLORA_METHOD static void fill(SharedAddress base, QuantType quant_type) {
+    const float level = ptx::load(&kTables.levels[static_cast<int>(quant_type)][ptx::lane() & 15]);
     fill_pairs<kThreads>(base, level, [](float even, float odd) { return Words2{bits_of(even), bits_of(odd)}; });
   }
 

@@ -33,7 +33,7 @@ struct ActivationPairs {
 template <class T>
 QLORA_DEVICE ActivationPairs load_activation(const GemmOutput& p, int64_t token, int r) {
   const Floats4 values =
-      token < 0 ? Floats4{0, 0, 0, 0} : load_activations(p.lora_t, token, r + 4 * (ptx::lane() % 4), p.r);
+      token < 0 ? Floats4{0, 0, 0, 0} : load_activations(p.activations, token, r + 4 * (ptx::lane() % 4), p.r);
   ActivationPairs pairs;
   split_pair<T>(values.x, values.y, pairs.high[0], pairs.low[0]);
   split_pair<T>(values.z, values.w, pairs.high[1], pairs.low[1]);

@@ -10,7 +10,7 @@ namespace qlora::cuda {
 template <int R, int kStep>
 class RowReader {
  public:
-  QLORA_METHOD RowReader(const Weight& w, int64_t first_row, int first_chunk) {
+  QLORA_METHOD RowReader(const WeightView& w, int64_t first_row, int first_chunk) {
     const int64_t row = min_i64(first_row + ptx::lane() / 4 * 2 * R, w.n - 1);
     at_ = w.packed + row * (w.k / 2) + first_chunk * (kChunk / 2) + ptx::lane() % 4 * 8;
     row_bytes_ = static_cast<int>(w.k / 2);

@@ -15,7 +15,7 @@ struct RawScale {
 class WarpScales {
  public:
   // Whole warps must call this and every other member.
-  QLORA_METHOD explicit WarpScales(const Weight& w) : nested_(w.absmax == nullptr) {
+  QLORA_METHOD explicit WarpScales(const WeightView& w) : nested_(w.absmax == nullptr) {
     if (!nested_) return;
     offset_ = ptx::load(w.nested_offset);
 #pragma unroll
@@ -24,17 +24,17 @@ class WarpScales {
   }
 
   // The scale of a block; each lane may pass a different one. Some 30 instructions with double quantization.
-  QLORA_METHOD float of_block(const Weight& w, int64_t block) const { return value(load(w, block)); }
+  QLORA_METHOD float of_block(const WeightView& w, int64_t block) const { return value(load(w, block)); }
 
   // The same in two steps, so that loads of several scales can overlap.
-  QLORA_METHOD RawScale load(const Weight& w, int64_t block) const {
+  QLORA_METHOD RawScale load(const WeightView& w, int64_t block) const {
     if (!nested_) return {ptx::load(w.absmax + block), 0};
     return load_nested(w, block);
   }
   QLORA_METHOD float value(RawScale raw) const { return nested_ ? value_nested(raw) : raw.absmax; }
 
   QLORA_METHOD bool nested() const { return nested_; }
-  QLORA_METHOD static RawScale load_nested(const Weight& w, int64_t block) {
+  QLORA_METHOD static RawScale load_nested(const WeightView& w, int64_t block) {
     return {ptx::load(w.nested_absmax + (block >> kNestedBlockShift)), ptx::load(w.absmax_codes + block)};
   }
   QLORA_METHOD float value_nested(RawScale raw) const {

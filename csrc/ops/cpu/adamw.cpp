@@ -6,7 +6,7 @@
 #include "ops/adamw_arguments.h"
 #include "ops/cpu/common.h"
 
-namespace qlora::ops {
+namespace qlora::ops_cpu {
 namespace {
 
 constexpr int64_t kBlocksPerTask = 32;  // 8192 elements
@@ -49,11 +49,11 @@ void adamw_8bit_many(std::vector<Tensor> params, std::vector<Tensor> grads, std:
 }
 
 }  // namespace
-}  // namespace qlora::ops
+}  // namespace qlora::ops_cpu
 
 STABLE_TORCH_LIBRARY_IMPL(qlora, CPU, m) {
-  m.impl("adamw", TORCH_BOX(&qlora::ops::adamw));
-  m.impl("adamw_8bit", TORCH_BOX(&qlora::ops::adamw_8bit));
-  m.impl("adamw.many", TORCH_BOX(&qlora::ops::adamw_many));
-  m.impl("adamw_8bit.many", TORCH_BOX(&qlora::ops::adamw_8bit_many));
+  m.impl("adamw", TORCH_BOX(&qlora::ops_cpu::adamw));
+  m.impl("adamw_8bit", TORCH_BOX(&qlora::ops_cpu::adamw_8bit));
+  m.impl("adamw.many", TORCH_BOX(&qlora::ops_cpu::adamw_many));
+  m.impl("adamw_8bit.many", TORCH_BOX(&qlora::ops_cpu::adamw_8bit_many));
 }

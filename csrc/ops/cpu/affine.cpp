@@ -6,7 +6,7 @@
 #include "ops/cpu/common.h"
 #include "ops/cpu/gemm.h"
 
-namespace qlora::ops {
+namespace qlora::ops_cpu {
 namespace {
 
 cpu::Operand integers(const Affine& affine) {
@@ -24,9 +24,9 @@ Tensor forward_affine_grid(Tensor x, Tensor quantized_w, Tensor scale, Tensor ze
   const Affine affine = check_affine(x, quantized_w, scale, zero_point, b, a, alpha);
   const Matrix& tokens = affine.tokens;
   const Columns columns = pack(kernels, tokens, StepsAre::kColumns);
-  const Matrix t = low_rank(kernels, affine.b, Operands::kTransposed, columns, tokens.rows, affine.scaling);
+  const Matrix x_down = low_rank_down(kernels, affine.b, Operands::kTransposed, columns, tokens.rows, affine.scaling);
   return sum_of_terms(kernels, Operands::kTransposed, affine.out, integers(affine), columns, affine.in,
-                      {{&affine.a, &t}}, x);
+                      {{&affine.a, &x_down}}, x);
 }
 
 Tensor forward_affine(Tensor x, Tensor quantized_w, double scale, double zero_point, Tensor b, Tensor a, double alpha) {
@@ -45,24 +45,24 @@ std::tuple<Tensor, Tensor, Tensor> backward_affine_grid(Tensor grad, Tensor x, T
   const Matrix dy = grad_matrix(grad, affine.out, tokens);
   Tensor d_x = nothing(), d_b = nothing(), d_a = nothing();
   const Columns dy_columns = pack(kernels, dy, StepsAre::kColumns);
-  const Matrix u = low_rank(kernels, affine.a, Operands::kAsStored, dy_columns, dy.rows, affine.scaling);
+  const Matrix dy_down = low_rank_down(kernels, affine.a, Operands::kAsStored, dy_columns, dy.rows, affine.scaling);
   if (needs_x)
     d_x = sum_of_terms(kernels, Operands::kAsStored, affine.in, integers(affine), dy_columns, affine.out,
-                       {{&affine.b, &u}}, x);
+                       {{&affine.b, &dy_down}}, x);
   if (needs_lora) {
-    const Matrix t = low_rank(kernels, affine.b, Operands::kTransposed, pack(kernels, tokens, StepsAre::kColumns),
-                              tokens.rows, affine.scaling);
-    d_b = low_rank_grad(kernels, u, pack(kernels, tokens, StepsAre::kRows), affine.in, b.scalar_type(), false);
-    d_a = low_rank_grad(kernels, t, pack(kernels, dy, StepsAre::kRows), affine.out, a.scalar_type(), true);
+    const Matrix x_down = low_rank_down(kernels, affine.b, Operands::kTransposed,
+                                        pack(kernels, tokens, StepsAre::kColumns), tokens.rows, affine.scaling);
+    d_b = low_rank_grad(kernels, dy_down, pack(kernels, tokens, StepsAre::kRows), affine.in, b.scalar_type(), false);
+    d_a = low_rank_grad(kernels, x_down, pack(kernels, dy, StepsAre::kRows), affine.out, a.scalar_type(), true);
   }
   return {d_x, d_b, d_a};
 }
 
 }  // namespace
-}  // namespace qlora::ops
+}  // namespace qlora::ops_cpu
 
 STABLE_TORCH_LIBRARY_IMPL(qlora, CPU, m) {
-  m.impl("forward.affine", TORCH_BOX(&qlora::ops::forward_affine));
-  m.impl("forward.affine_grid", TORCH_BOX(&qlora::ops::forward_affine_grid));
-  m.impl("backward.affine_grid", TORCH_BOX(&qlora::ops::backward_affine_grid));
+  m.impl("forward.affine", TORCH_BOX(&qlora::ops_cpu::forward_affine));
+  m.impl("forward.affine_grid", TORCH_BOX(&qlora::ops_cpu::forward_affine_grid));
+  m.impl("backward.affine_grid", TORCH_BOX(&qlora::ops_cpu::backward_affine_grid));
 }

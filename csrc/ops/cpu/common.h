@@ -13,10 +13,11 @@
 #endif
 
 #include "cpu/isa/dispatch.h"
-#include "format/dynamic_map.h"
 #include "ops/checks.h"
 
-namespace qlora::ops {
+namespace qlora::ops_cpu {
+
+using namespace ops;
 
 inline const cpu::KernelTable& active_kernels() {
   const char* bad_value = nullptr;
@@ -49,26 +50,6 @@ inline Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype) 
   return on_huge_pages(torch::stable::empty({sizes.begin(), sizes.size()}, dtype));
 }
 
-// The weight as the CPU kernels read it; valid while `w` lives.
-inline PackedWeight view_of(const CheckedWeight& w) {
-  PackedWeight view;
-  view.packed = w.packed.const_data_ptr<uint8_t>();
-  view.levels = codebook(w.type);
-  view.n = w.n;
-  view.k = w.k;
-  view.block_shift = w.block_shift;
-  if (w.nested_absmax) {
-    view.scales.absmax_codes = w.absmax.const_data_ptr<uint8_t>();
-    view.scales.nested_absmax = w.nested_absmax->const_data_ptr<float>();
-    view.scales.nested_offset = *w.nested_offset->const_data_ptr<float>();
-    view.scales.dynamic_map = kDynamicMap.value;
-  } else {
-    static const float none = 0.0f;  // never read; a non-null absmax tells the kernels that scales are float32
-    view.scales.absmax = w.n * w.k == 0 ? &none : w.absmax.const_data_ptr<float>();
-  }
-  return view;
-}
-
 // Scratch memory of this thread, aligned to 64 bytes; a call may discard its previous content. It is kept for the life
 // of the thread, because malloc would unmap and fault in 300 KB again at every call.
 inline float* thread_scratch(int64_t floats) {
@@ -98,4 +79,4 @@ void parallel(int64_t count, int64_t grain, const Fn& fn) {
   if (count > 0) torch::stable::parallel_for(0, count, grain, fn);
 }
 
-}  // namespace qlora::ops
+}  // namespace qlora::ops_cpu

@@ -7,7 +7,7 @@
 #include "ops/arguments.h"
 #include "ops/cpu/common.h"
 
-namespace qlora::ops {
+namespace qlora::ops_cpu {
 
 // Packed columns of a gemm. The steps of its reduction are the columns of a matrix (features) or its rows (tokens).
 struct Columns {
@@ -33,7 +33,7 @@ inline cpu::Operand dense(const Matrix& m) {
   return operand;
 }
 
-inline cpu::Operand quantized(const PackedWeight& w) {
+inline cpu::Operand quantized(const WeightView& w) {
   cpu::Operand operand;
   operand.packed = &w;
   return operand;
@@ -48,8 +48,8 @@ inline void run(const cpu::KernelTable& kernels, const cpu::GemmParams& p) {
 enum class Operands { kAsStored, kTransposed };
 
 // Low-rank activations [tokens, r] = scale * (m · columns)ᵀ in float32, where m is used as stored or transposed.
-inline Matrix low_rank(const cpu::KernelTable& kernels, const Matrix& m, Operands form, const Columns& columns,
-                       int64_t tokens, float scale) {
+inline Matrix low_rank_down(const cpu::KernelTable& kernels, const Matrix& m, Operands form, const Columns& columns,
+                            int64_t tokens, float scale) {
   cpu::GemmParams p;
   p.transposed = form == Operands::kTransposed;
   p.rows = p.transposed ? m.cols : m.rows;
@@ -86,18 +86,18 @@ inline Tensor low_rank_grad(const cpu::KernelTable& kernels, const Matrix& activ
 inline Tensor nothing() { return empty_cpu({0}, ScalarType::Float); }
 
 // One low-rank term of a sum: `matrix` [rows, r] (or [r, rows] if transposed) times activations [tokens, r].
-struct LowRankTerm {
+struct GemmAdapterTerm {
   const Matrix* matrix;
   const Matrix* activation;
 };
 
 // out [tokens, rows] = base · x + sum of the low-rank terms + bias, all in one accumulator.
 inline Tensor sum_of_terms(const cpu::KernelTable& kernels, Operands form, int64_t rows, const cpu::Operand& base,
-                           const Columns& x, int64_t steps, const std::vector<LowRankTerm>& low_rank_terms,
+                           const Columns& x, int64_t steps, const std::vector<GemmAdapterTerm>& adapter_terms,
                            const Tensor& like, const Matrix* bias = nullptr) {
   std::vector<cpu::Term> terms{{base, x.data, steps}};
   std::vector<Columns> packed;  // keeps the columns alive
-  for (const LowRankTerm& t : low_rank_terms) {
+  for (const GemmAdapterTerm& t : adapter_terms) {
     packed.push_back(pack(kernels, *t.activation, StepsAre::kColumns));
     terms.push_back({dense(*t.matrix), packed.back().data, t.activation->cols});
   }
@@ -127,4 +127,4 @@ inline Tensor bias_grad(const cpu::KernelTable& kernels, const Columns& dy_by_to
   return torch::stable::view(low_rank_grad(kernels, ones_column, dy_by_token, n, ScalarType::Float, true), {n});
 }
 
-}  // namespace qlora::ops
+}  // namespace qlora::ops_cpu

@@ -1,5 +1,5 @@
-// Products for few tokens on the CPU: reorders x for the `decode` kernel, computes the low-rank term by dot products
-// and runs `decode` over the rows of W.
+// Products for few tokens on the CPU: reorders x for the `gemv` kernel, computes the low-rank term by dot products
+// and runs `gemv` over the rows of W.
 #pragma once
 
 #include "cpu/select.h"
@@ -7,7 +7,7 @@
 #include "ops/cpu/common.h"
 #include "ops/cpu/gemm.h"
 
-namespace qlora::ops {
+namespace qlora::ops_cpu {
 
 constexpr int64_t kWeightsPerTask = 1 << 15;  // below this a second thread costs more than it saves
 
@@ -30,24 +30,24 @@ struct TokenFloats {
 };
 
 // out [m, r] = scale * x aᵀ.
-inline void low_rank_dot(const cpu::KernelTable& kernels, const Matrix& a, const float* x_plain, int64_t m, float scale,
-                         float* out) {
+inline void low_rank_down_gemv(const cpu::KernelTable& kernels, const Matrix& a, const float* x_plain, int64_t m,
+                               float scale, float* out) {
   const cpu::DotParams p{a.data, a.dtype, a.rows, a.cols, x_plain, m, scale, out};
   parallel(p.rows, rows_per_task(p.k), [&](int64_t begin, int64_t end) { kernels.dot(p, begin, end); });
 }
 
-// The low-rank term of a `decode` call: scaled activations and the up projections.
-struct DecodeLora {
-  const float* t;  // [m, r]
-  const void* b;   // [n, r], or [adapters, n, r]
+// The low-rank term of a `gemv` call: scaled activations and the up projections.
+struct GemvAdapterTerm {
+  const float* x_down;  // [m, r]
+  const void* b;        // [n, r], or [adapters, n, r]
   DType dtype;
   int64_t r;
   const int64_t* adapter_of_token;  // [m] or null
 };
 
-inline Tensor decode(const cpu::KernelTable& kernels, const PackedWeight& w, const Matrix& x, const TokenFloats& floats,
-                     const DecodeLora* lora, const std::optional<Matrix>& bias, const Tensor& like) {
-  cpu::DecodeParams p{};
+inline Tensor run_gemv(const cpu::KernelTable& kernels, const WeightView& w, const Matrix& x, const TokenFloats& floats,
+                       const GemvAdapterTerm* lora, const std::optional<Matrix>& bias, const Tensor& like) {
+  cpu::GemvParams p{};
   p.weight = w;
   p.m = x.rows;
   p.x_plain = floats.plain;
@@ -57,7 +57,7 @@ inline Tensor decode(const cpu::KernelTable& kernels, const PackedWeight& w, con
     p.bias_dtype = bias->dtype;
   }
   if (lora != nullptr) {
-    p.lora_t = lora->t;
+    p.x_down = lora->x_down;
     p.lora_b = lora->b;
     p.lora_dtype = lora->dtype;
     p.r = lora->r;
@@ -66,10 +66,9 @@ inline Tensor decode(const cpu::KernelTable& kernels, const PackedWeight& w, con
   Tensor y = empty_with_last_dim(like, w.n, like.scalar_type());
   p.y = y.mutable_data_ptr();
   p.dtype = x.dtype;
-  parallel(w.n, rows_per_task(w.k), [&](int64_t begin, int64_t end) {
-    kernels.decode(p, begin, end, thread_scratch(kernels.decode_scratch(p)));
-  });
+  parallel(w.n, rows_per_task(w.k),
+           [&](int64_t begin, int64_t end) { kernels.gemv(p, begin, end, thread_scratch(kernels.gemv_scratch(p))); });
   return y;
 }
 
-}  // namespace qlora::ops
+}  // namespace qlora::ops_cpu

@@ -10,7 +10,7 @@
 #include "ops/cpu/gemv.h"
 #include "ops/cpu/tiles.h"
 
-namespace qlora::ops {
+namespace qlora::ops_cpu {
 namespace {
 
 void check_adapter_of_row(const Adapters& adapters) {
@@ -61,8 +61,8 @@ void check_isolated(const Adapters& adapters, const Matrix& matrix, int64_t adap
 }
 
 // The adapters in use for a product on tiles; `ids` must outlive the result.
-cpu::Adapters16 adapters_of_tiles(const Adapters& adapters, const std::vector<int64_t>& ids) {
-  cpu::Adapters16 t;
+cpu::TileAdapters adapters_of_tiles(const Adapters& adapters, const std::vector<int64_t>& ids) {
+  cpu::TileAdapters t;
   t.count = static_cast<int64_t>(ids.size());
   t.ids = ids.data();
   t.adapter_of_token = adapters.of_row;
@@ -70,65 +70,156 @@ cpu::Adapters16 adapters_of_tiles(const Adapters& adapters, const std::vector<in
   return t;
 }
 
-struct AdapterTerms {
-  std::vector<Matrix> matrices, activations;
-  std::vector<LowRankTerm> terms;
-
+// The low-rank terms of one product, with the matrices that they point to.
+class AdapterTerms {
+ public:
   void add(Matrix matrix, Matrix activation) {
-    matrices.push_back(std::move(matrix));
-    activations.push_back(std::move(activation));
+    matrices_.push_back(std::move(matrix));
+    activations_.push_back(std::move(activation));
   }
-  const std::vector<LowRankTerm>& get() {
-    terms.clear();
-    for (size_t i = 0; i < matrices.size(); ++i) terms.push_back({&matrices[i], &activations[i]});
+  std::vector<GemmAdapterTerm> get() const {
+    std::vector<GemmAdapterTerm> terms;
+    for (size_t i = 0; i < matrices_.size(); ++i) terms.push_back({&matrices_[i], &activations_[i]});
     return terms;
   }
+
+ private:
+  std::vector<Matrix> matrices_, activations_;
 };
+
+// The checked arguments of a call; tensors belong to the caller.
+struct Call {
+  const cpu::KernelTable& kernels;
+  const WeightView& w;
+  const Matrix& tokens;
+  const Adapters& adapters;
+  const std::vector<int64_t>& in_use;
+  const Tensor& like;
+};
+
+Tensor forward_gemv(const Call& c, bool with_words, const std::optional<Matrix>& bias) {
+  const TokenFloats floats(c.kernels, c.tokens, with_words);
+  const Tensor x_down = empty_cpu({c.tokens.rows, c.adapters.r}, ScalarType::Float);
+  float* data = x_down.mutable_data_ptr<float>();
+  for (int64_t i = 0; i < c.tokens.rows; ++i) {
+    const int64_t adapter = c.adapters.of_row[i];
+    if (adapter >= 0)
+      low_rank_down_gemv(c.kernels, c.adapters.a_of(adapter), floats.plain + i * c.w.k, 1, c.adapters.scale[adapter],
+                         data + i * c.adapters.r);
+  }
+  const GemvAdapterTerm term{data, c.adapters.b.data, c.adapters.b.dtype, c.adapters.r, c.adapters.of_row};
+  return run_gemv(c.kernels, c.w, c.tokens, floats, &term, bias, c.like);
+}
+
+Tensor forward_tiles(const Call& c, const cpu::TileKernels& tiles, const std::optional<Matrix>& bias) {
+  std::optional<TileAdapterTerm> term;
+  if (!c.in_use.empty())
+    term = TileAdapterTerm{factor_of_a(c.adapters.a, c.adapters.r), c.adapters.b.data, c.w.n * c.adapters.r,
+                           adapters_of_tiles(c.adapters, c.in_use)};
+  return run_forward_tiles(tiles, c.w, c.tokens, term, std::nullopt, bias, c.like);
+}
+
+Tensor forward_gemm(const Call& c, const std::optional<Matrix>& bias) {
+  const Columns columns = pack(c.kernels, c.tokens, StepsAre::kColumns);
+  AdapterTerms terms;
+  for (const int64_t i : c.in_use) {
+    Matrix x_down =
+        low_rank_down(c.kernels, c.adapters.a_of(i), Operands::kAsStored, columns, c.tokens.rows, c.adapters.scale[i]);
+    mask_rows(x_down, c.adapters, i);
+    terms.add(c.adapters.b_of(i), std::move(x_down));
+  }
+  return sum_of_terms(c.kernels, Operands::kAsStored, c.w.n, quantized(c.w), columns, c.w.k, terms.get(), c.like,
+                      bias ? &*bias : nullptr);
+}
 
 Tensor forward_multi(Tensor x, Tensor packed, Tensor absmax, OptionalTensor nested_absmax, OptionalTensor nested_offset,
                      std::vector<int64_t> shape, std::string quant_type, int64_t block_size, Tensor lora_a,
                      Tensor lora_b, Tensor scaling, Tensor adapter_of_row, OptionalTensor bias) {
   const cpu::KernelTable& kernels = active_kernels();
   const Base base = check_base(x, packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size);
-  const PackedWeight w = view_of(base.w);
-  const Matrix& tokens = base.tokens;
-  const int64_t n = w.n, k = w.k;
+  const WeightView w = view_of(base.w);
   const Adapters adapters = check_adapters(lora_a, lora_b, scaling, adapter_of_row, base);
   check_adapter_of_row(adapters);
-  const std::optional<Matrix> bias_row = check_bias(bias, n, x);
-  const cpu::Matmul16* tiles = tiles_for(kernels, tokens, x);
-  const cpu::ForwardKernel kernel = cpu::select_forward(tokens.rows, k, tiles);
-  if (kernel == cpu::ForwardKernel::kDecodeWords || kernel == cpu::ForwardKernel::kDecodeSpans) {
-    const TokenFloats floats(kernels, tokens, kernel == cpu::ForwardKernel::kDecodeWords);
-    const Tensor t = empty_cpu({tokens.rows, adapters.r}, ScalarType::Float);
-    float* t_data = t.mutable_data_ptr<float>();
-    for (int64_t i = 0; i < tokens.rows; ++i) {
-      const int64_t adapter = adapters.of_row[i];
-      if (adapter >= 0)
-        low_rank_dot(kernels, adapters.a_of(adapter), floats.plain + i * k, 1, adapters.scale[adapter],
-                     t_data + i * adapters.r);
-    }
-    const DecodeLora up{t_data, adapters.b.data, adapters.b.dtype, adapters.r, adapters.of_row};
-    return decode(kernels, w, tokens, floats, &up, bias_row, x);
-  }
-  const std::vector<int64_t> in_use = adapters_in_use(adapters, tokens.rows);
+  const std::optional<Matrix> bias_row = check_bias(bias, w.n, x);
+  const std::vector<int64_t> in_use = adapters_in_use(adapters, base.tokens.rows);
+  const Call call{kernels, w, base.tokens, adapters, in_use, x};
+  const cpu::TileKernels* tiles = tiles_for(kernels, base.tokens, x);
+  const cpu::ForwardKernel kernel = cpu::select_forward(base.tokens.rows, w.k, tiles);
+  if (kernel == cpu::ForwardKernel::kGemvWords || kernel == cpu::ForwardKernel::kGemvElements)
+    return forward_gemv(call, kernel == cpu::ForwardKernel::kGemvWords, bias_row);
   for (const int64_t i : in_use) check_isolated(adapters, adapters.b_of(i), i, "lora_b");
-  if (kernel == cpu::ForwardKernel::kTiles) {
-    std::optional<LowRankTiles> term;
-    if (!in_use.empty())
-      term = LowRankTiles{factor_of_a(adapters.a, adapters.r), adapters.b.data, n * adapters.r,
-                          adapters_of_tiles(adapters, in_use)};
-    return forward16(*tiles, w, tokens, term, std::nullopt, bias_row, x);
+  if (kernel == cpu::ForwardKernel::kTiles) return forward_tiles(call, *tiles, bias_row);
+  return forward_gemm(call, bias_row);
+}
+
+// What a backward call returns; an empty tensor for what was not requested.
+struct Gradients {
+  Tensor x = nothing(), lora_a = nothing(), lora_b = nothing(), bias = nothing();
+};
+struct Needs {
+  bool x, lora, bias;
+};
+
+// Zeros for the adapters that are not in use.
+void make_adapter_gradients(const Call& c, Gradients& d) {
+  const ScalarType dtype = c.adapters.a.tensor.scalar_type();
+  const int64_t count = c.adapters.count, r = c.adapters.r;
+  d.lora_a = torch::stable::new_zeros(c.adapters.a.tensor, {count, r, c.w.k}, dtype);
+  d.lora_b = torch::stable::new_zeros(c.adapters.b.tensor, {count, c.w.n, r}, dtype);
+}
+
+Gradients backward_tiles(const Call& c, const cpu::TileKernels& tiles, const Matrix& dy, const Needs& needs) {
+  Gradients d;
+  if (needs.lora) make_adapter_gradients(c, d);
+  const bool any = !c.in_use.empty(), needs_lora = needs.lora && any;
+  const TileAdapterTerm term{factor_of_b(c.adapters.b, c.w.n), c.adapters.a.data, c.adapters.r * c.w.k,
+                             adapters_of_tiles(c.adapters, c.in_use)};
+  if (needs.x || needs_lora) {
+    const BackwardTokens dy_down =
+        pack_backward_tokens(tiles, dy, any ? &term.down : nullptr, any ? term.adapters : cpu::TileAdapters{}, needs.x);
+    if (needs.x) d.x = run_backward_tiles(tiles, c.w, dy_down, dy.rows, any ? &term : nullptr, c.like);
+    if (needs_lora) {
+      const cpu::TileFactor a = factor_of_a(c.adapters.a, c.adapters.r);
+      const BackwardTokens x_down = pack_backward_tokens(tiles, c.tokens, &a, term.adapters, false);
+      factor_grad_tiles(tiles, *dy_down.activation, c.tokens, term.adapters, true, d.lora_a);
+      factor_grad_tiles(tiles, *x_down.activation, dy, term.adapters, false, d.lora_b);
+    }
   }
-  const Columns columns = pack(kernels, tokens, StepsAre::kColumns);
+  if (needs.bias) d.bias = bias_grad_tiles(tiles, dy);
+  return d;
+}
+
+Gradients backward_gemm(const Call& c, const Matrix& dy, const Needs& needs) {
+  Gradients d;
+  Columns dy_columns, dy_by_token, x_columns, x_by_token;
+  if (needs.x || needs.lora) dy_columns = pack(c.kernels, dy, StepsAre::kColumns);
+  if (needs.bias || needs.lora) dy_by_token = pack(c.kernels, dy, StepsAre::kRows);
+  if (needs.lora) {
+    x_columns = pack(c.kernels, c.tokens, StepsAre::kColumns);
+    x_by_token = pack(c.kernels, c.tokens, StepsAre::kRows);
+    make_adapter_gradients(c, d);
+  }
   AdapterTerms terms;
-  for (const int64_t i : in_use) {
-    Matrix t = low_rank(kernels, adapters.a_of(i), Operands::kAsStored, columns, tokens.rows, adapters.scale[i]);
-    mask_rows(t, adapters, i);
-    terms.add(adapters.b_of(i), std::move(t));
+  for (const int64_t i : c.in_use) {
+    if (!needs.x && !needs.lora) break;
+    const float scale = c.adapters.scale[i];
+    Matrix dy_down = low_rank_down(c.kernels, c.adapters.b_of(i), Operands::kTransposed, dy_columns, dy.rows, scale);
+    mask_rows(dy_down, c.adapters, i);
+    if (needs.lora) {
+      const Matrix x_down =
+          low_rank_down(c.kernels, c.adapters.a_of(i), Operands::kAsStored, x_columns, c.tokens.rows, scale);
+      mask_rows(x_down, c.adapters, i);
+      const ScalarType dtype = d.lora_a.scalar_type();
+      Tensor slice_a = torch::stable::select(d.lora_a, 0, i), slice_b = torch::stable::select(d.lora_b, 0, i);
+      torch::stable::copy_(slice_a, low_rank_grad(c.kernels, dy_down, x_by_token, c.w.k, dtype, true));
+      torch::stable::copy_(slice_b, low_rank_grad(c.kernels, x_down, dy_by_token, c.w.n, dtype, false));
+    }
+    terms.add(c.adapters.a_of(i), std::move(dy_down));
   }
-  return sum_of_terms(kernels, Operands::kAsStored, n, quantized(w), columns, k, terms.get(), x,
-                      bias_row ? &*bias_row : nullptr);
+  if (needs.x)
+    d.x = sum_of_terms(c.kernels, Operands::kTransposed, c.w.k, quantized(c.w), dy_columns, c.w.n, terms.get(), c.like);
+  if (needs.bias) d.bias = bias_grad(c.kernels, dy_by_token, dy.rows, c.w.n);
+  return d;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward_multi(Tensor grad, Tensor x, Tensor packed, Tensor absmax,
@@ -139,77 +230,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_multi(Tensor grad, Tensor x,
                                                           bool needs_lora, bool needs_bias) {
   const cpu::KernelTable& kernels = active_kernels();
   const Base base = check_base(x, packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size);
-  const PackedWeight w = view_of(base.w);
-  const Matrix& tokens = base.tokens;
-  const int64_t n = w.n, k = w.k;
-  const Matrix dy = grad_matrix(grad, n, tokens);
+  const WeightView w = view_of(base.w);
+  const Matrix dy = grad_matrix(grad, w.n, base.tokens);
   const Adapters adapters = check_adapters(lora_a, lora_b, scaling, adapter_of_row, base);
   check_adapter_of_row(adapters);
-
-  Tensor d_x = nothing(), d_lora_a = nothing(), d_lora_b = nothing(), d_bias = nothing();
-  if (const cpu::Matmul16* matmul16 = tiles_for(kernels, dy, x)) {
-    const cpu::Matmul16& tiles = *matmul16;
-    const std::vector<int64_t> in_use = adapters_in_use(adapters, tokens.rows);
-    for (const int64_t i : in_use)
-      if (needs_x) check_isolated(adapters, adapters.a_of(i), i, "lora_a");
-    if (needs_lora) {
-      d_lora_a = torch::stable::new_zeros(lora_a, {adapters.count, adapters.r, k}, lora_a.scalar_type());
-      d_lora_b = torch::stable::new_zeros(lora_b, {adapters.count, n, adapters.r}, lora_a.scalar_type());
-    }
-    const bool any = !in_use.empty();
-    const LowRankTiles term{factor_of_b(adapters.b, n), adapters.a.data, adapters.r * k,
-                            adapters_of_tiles(adapters, in_use)};
-    const cpu::Adapters16 none;
-    if (needs_x || (needs_lora && any)) {
-      const BackwardTokens v =
-          backward_tokens16(tiles, dy, any ? &term.down : nullptr, any ? term.adapters : none, needs_x);
-      if (needs_x) d_x = backward16(tiles, w, v, dy.rows, any ? &term : nullptr, x);
-      if (needs_lora && any) {
-        const cpu::Factor16 a = factor_of_a(adapters.a, adapters.r);
-        const BackwardTokens u = backward_tokens16(tiles, tokens, &a, term.adapters, false);
-        factor_grad16(tiles, *v.v, tokens, term.adapters, true, d_lora_a);
-        factor_grad16(tiles, *u.v, dy, term.adapters, false, d_lora_b);
-      }
-    }
-    if (needs_bias) d_bias = bias_grad16(tiles, dy);
-    return {d_x, d_lora_a, d_lora_b, d_bias};
-  }
-  Columns dy_columns, dy_by_token, x_columns, x_by_token;
-  if (needs_x || needs_lora) dy_columns = pack(kernels, dy, StepsAre::kColumns);
-  if (needs_bias || needs_lora) dy_by_token = pack(kernels, dy, StepsAre::kRows);
-  if (needs_lora) {
-    x_columns = pack(kernels, tokens, StepsAre::kColumns);
-    x_by_token = pack(kernels, tokens, StepsAre::kRows);
-    const ScalarType dtype = lora_a.scalar_type();
-    d_lora_a = torch::stable::new_zeros(lora_a, {adapters.count, adapters.r, k}, dtype);
-    d_lora_b = torch::stable::new_zeros(lora_b, {adapters.count, n, adapters.r}, dtype);
-  }
-  AdapterTerms terms;
-  for (const int64_t i : adapters_in_use(adapters, tokens.rows)) {
-    if (!needs_x && !needs_lora) break;
-    if (needs_x) check_isolated(adapters, adapters.a_of(i), i, "lora_a");
-    Matrix u = low_rank(kernels, adapters.b_of(i), Operands::kTransposed, dy_columns, dy.rows, adapters.scale[i]);
-    mask_rows(u, adapters, i);
-    if (needs_lora) {
-      const Matrix t =
-          low_rank(kernels, adapters.a_of(i), Operands::kAsStored, x_columns, tokens.rows, adapters.scale[i]);
-      mask_rows(t, adapters, i);
-      const ScalarType dtype = lora_a.scalar_type();
-      Tensor slice_a = torch::stable::select(d_lora_a, 0, i), slice_b = torch::stable::select(d_lora_b, 0, i);
-      torch::stable::copy_(slice_a, low_rank_grad(kernels, u, x_by_token, k, dtype, true));
-      torch::stable::copy_(slice_b, low_rank_grad(kernels, t, dy_by_token, n, dtype, false));
-    }
-    terms.add(adapters.a_of(i), std::move(u));
-  }
-  if (needs_x) d_x = sum_of_terms(kernels, Operands::kTransposed, k, quantized(w), dy_columns, n, terms.get(), x);
-  if (needs_bias) d_bias = bias_grad(kernels, dy_by_token, dy.rows, n);
-  return {d_x, d_lora_a, d_lora_b, d_bias};
+  const std::vector<int64_t> in_use = adapters_in_use(adapters, base.tokens.rows);
+  if (needs_x)
+    for (const int64_t i : in_use) check_isolated(adapters, adapters.a_of(i), i, "lora_a");
+  const Call call{kernels, w, base.tokens, adapters, in_use, x};
+  const Needs needs{needs_x, needs_lora, needs_bias};
+  const cpu::TileKernels* tiles = tiles_for(kernels, dy, x);
+  const Gradients d = tiles != nullptr ? backward_tiles(call, *tiles, dy, needs) : backward_gemm(call, dy, needs);
+  return {d.x, d.lora_a, d.lora_b, d.bias};
 }
 
 }  // namespace
-}  // namespace qlora::ops
+}  // namespace qlora::ops_cpu
 
 STABLE_TORCH_LIBRARY_IMPL(qlora, CPU, m) {
-  m.impl("forward.multi", TORCH_BOX(&qlora::ops::forward_multi));
-  m.impl("backward.multi", TORCH_BOX(&qlora::ops::backward_multi));
+  m.impl("forward.multi", TORCH_BOX(&qlora::ops_cpu::forward_multi));
+  m.impl("backward.multi", TORCH_BOX(&qlora::ops_cpu::backward_multi));
 }

@@ -11,7 +11,7 @@
 #include "ops/checks.h"
 #include "ops/cpu/common.h"
 
-namespace qlora::ops {
+namespace qlora::ops_cpu {
 namespace {
 
 constexpr int64_t kElementsPerTask = 1 << 16;  // below this a second thread costs more than it saves
@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(Tensor weight, std::string q
   p.dtype = float_dtype(source.scalar_type(), "weight");
   p.numel = numel;
   p.block = block_size;
-  p.quant_type = static_cast<int>(type);
+  p.quant_type = type;
   p.check_finite = check_finite;
   p.packed = packed.mutable_data_ptr<uint8_t>();
   p.absmax = absmax.mutable_data_ptr<float>();
@@ -99,7 +99,7 @@ Tensor quantization_error(Tensor weight, Tensor packed, Tensor absmax, OptionalT
   const int64_t numel = source.numel();
   check_same_device(packed, "packed", source, "weight");
   const CheckedWeight w = check_weight(packed, absmax, nested_absmax, nested_offset, 1, numel, quant_type, block_size);
-  const PackedWeight view = view_of(w);
+  const WeightView view = view_of(w);
   struct Sums {
     double squared_error = 0.0, squares = 0.0, largest = 0.0;
   };
@@ -139,10 +139,10 @@ Tensor quantization_error(Tensor weight, Tensor packed, Tensor absmax, OptionalT
 }
 
 }  // namespace
-}  // namespace qlora::ops
+}  // namespace qlora::ops_cpu
 
 STABLE_TORCH_LIBRARY_IMPL(qlora, CPU, m) {
-  m.impl("quantize", TORCH_BOX(&qlora::ops::quantize));
-  m.impl("dequantize", TORCH_BOX(&qlora::ops::dequantize));
-  m.impl("quantization_error", TORCH_BOX(&qlora::ops::quantization_error));
+  m.impl("quantize", TORCH_BOX(&qlora::ops_cpu::quantize));
+  m.impl("dequantize", TORCH_BOX(&qlora::ops_cpu::dequantize));
+  m.impl("quantization_error", TORCH_BOX(&qlora::ops_cpu::quantization_error));
 }

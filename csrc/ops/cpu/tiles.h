@@ -3,10 +3,10 @@
 
 #include "ops/cpu/gemm.h"
 
-namespace qlora::ops {
+namespace qlora::ops_cpu {
 
 // The tile kernels for these tokens, or null if they cannot use tiles.
-inline const cpu::Matmul16* tiles_for(const cpu::KernelTable& kernels, const Matrix& tokens, const Tensor& like) {
+inline const cpu::TileKernels* tiles_for(const cpu::KernelTable& kernels, const Matrix& tokens, const Tensor& like) {
   const bool fits = like.scalar_type() == ScalarType::BFloat16 && tokens.rows > 0;
   return fits ? kernels.tiles_for(tokens.dtype) : nullptr;
 }
@@ -15,59 +15,59 @@ inline Tensor tile_buffer(int64_t bytes) { return empty_cpu({bytes}, ScalarType:
 
 // The low-rank term of a product: the factor of the down projection, applied to the tokens, and that of the up
 // projection, applied to its result.
-struct LowRankTiles {
-  cpu::Factor16 down;
+struct TileAdapterTerm {
+  cpu::TileFactor down;
   const void* up;
   int64_t up_stride;  // elements from one adapter to the next
-  cpu::Adapters16 adapters;
+  cpu::TileAdapters adapters;
 };
 
 // lora_a [r, k] or lora_b [n, r] as the factor of a down projection. The matrix holds one adapter or several.
-inline cpu::Factor16 factor_of_a(const Matrix& a, int64_t r) {
+inline cpu::TileFactor factor_of_a(const Matrix& a, int64_t r) {
   return {a.data, a.dtype, a.cols, 1, r, a.cols, r * a.cols};
 }
-inline cpu::Factor16 factor_of_b(const Matrix& b, int64_t n) {
+inline cpu::TileFactor factor_of_b(const Matrix& b, int64_t n) {
   return {b.data, b.dtype, 1, b.cols, b.cols, n, n * b.cols};
 }
 
-inline LowRankTiles forward_low_rank(const Lora& lora) {
-  LowRankTiles t{factor_of_a(lora.a, lora.a.rows), lora.b.data, 0, {}};
+inline TileAdapterTerm forward_term(const Adapter& lora) {
+  TileAdapterTerm t{factor_of_a(lora.a, lora.a.rows), lora.b.data, 0, {}};
   t.adapters.scale = lora.scaling;
   return t;
 }
-inline LowRankTiles backward_low_rank(const Lora& lora) {
-  LowRankTiles t{factor_of_b(lora.b, lora.b.rows), lora.a.data, 0, {}};
+inline TileAdapterTerm backward_term(const Adapter& lora) {
+  TileAdapterTerm t{factor_of_b(lora.b, lora.b.rows), lora.a.data, 0, {}};
   t.adapters.scale = lora.scaling;
   return t;
 }
 
-inline Tensor pack_factor16(const cpu::Matmul16& kernels, const cpu::Factor16& factor, const cpu::Adapters16& adapters,
-                            bool as_rows, bool by_nibble) {
+inline Tensor pack_factor(const cpu::TileKernels& kernels, const cpu::TileFactor& factor,
+                          const cpu::TileAdapters& adapters, bool as_rows, bool by_nibble) {
   Tensor packed = tile_buffer(adapters.count * factor.packed_bytes());
-  const cpu::PackFactor16Params p{factor, adapters, as_rows, by_nibble, packed.mutable_data_ptr<uint8_t>()};
+  const cpu::PackFactorParams p{factor, adapters, as_rows, by_nibble, packed.mutable_data_ptr<uint8_t>()};
   parallel(ceil_div(factor.features, cpu::kChunk), 8,
            [&](int64_t begin, int64_t end) { kernels.pack_factor(p, begin, end); });
   return packed;
 }
 
-inline Tensor forward16(const cpu::Matmul16& kernels, const PackedWeight& w, const Matrix& tokens,
-                        const std::optional<LowRankTiles>& lora, const std::optional<Matrix>& dropped,
-                        const std::optional<Matrix>& bias, const Tensor& like) {
+inline Tensor run_forward_tiles(const cpu::TileKernels& kernels, const WeightView& w, const Matrix& tokens,
+                                const std::optional<TileAdapterTerm>& lora, const std::optional<Matrix>& dropped,
+                                const std::optional<Matrix>& bias, const Tensor& like) {
   const Tensor y = on_huge_pages(empty_with_last_dim(like, w.n, like.scalar_type()));
   if (y.numel() == 0) return y;
-  const bool by_nibble = cpu::decodes_by_nibble(w);
-  cpu::ForwardTokens16Params t{};
+  const bool by_nibble = cpu::unpacks_by_nibble(w);
+  cpu::ForwardTokensParams t{};
   t.x = tokens.data;
   t.m = tokens.rows;
   t.k = w.k;
   t.by_nibble = by_nibble;
-  cpu::Forward16Params p{};
+  cpu::ForwardTilesParams p{};
   Tensor factor = nothing();
-  int64_t low_rank = 0;
+  int64_t low_rank_down = 0;
   if (lora) {
     t.factor = lora->down;
     t.adapters = lora->adapters;
-    factor = pack_factor16(kernels, t.factor, t.adapters, true, by_nibble);
+    factor = pack_factor(kernels, t.factor, t.adapters, true, by_nibble);
     t.factor_rows = factor.const_data_ptr<uint8_t>();
     t.lora_x = dropped ? dropped->data : nullptr;
     p.lora_b = lora->up;
@@ -75,10 +75,10 @@ inline Tensor forward16(const cpu::Matmul16& kernels, const PackedWeight& w, con
     p.r = t.factor.r;
     p.adapter_stride = lora->up_stride;
     p.adapters = lora->adapters;
-    low_rank = t.adapters.count * cpu::low_rank_steps(p.r, p.lora_dtype);
+    low_rank_down = t.adapters.count * cpu::low_rank_steps(p.r, p.lora_dtype);
   }
   const int64_t tiles = cpu::tiles_of(tokens.rows);
-  Tensor columns = tile_buffer(tiles * cpu::token_steps(w.k, low_rank) * cpu::kTileBytes);
+  Tensor columns = tile_buffer(tiles * cpu::token_steps(w.k, low_rank_down) * cpu::kTileBytes);
   t.out = columns.mutable_data_ptr<uint8_t>();
   parallel(tiles, 1, [&](int64_t begin, int64_t end) {
     kernels.forward_tokens(t, begin, end, thread_scratch(kernels.forward_tokens_scratch(t)));
@@ -100,14 +100,14 @@ inline Tensor forward16(const cpu::Matmul16& kernels, const PackedWeight& w, con
 
 // Sums over tokens the products of a float32 matrix [m, adapters * r] and a bfloat16 matrix [m, features]. `out` holds
 // [r, features] if r_is_major, else [features, r], for each adapter.
-inline void factor_grad16(const cpu::Matmul16& kernels, const Matrix& factor, const Matrix& matrix,
-                          const cpu::Adapters16& adapters, bool r_is_major, const Tensor& out) {
+inline void factor_grad_tiles(const cpu::TileKernels& kernels, const Matrix& factor, const Matrix& matrix,
+                              const cpu::TileAdapters& adapters, bool r_is_major, const Tensor& out) {
   const int64_t m = factor.rows, ranks = factor.cols, steps = ceil_div(m, cpu::kStep);
   Tensor packed = tile_buffer(cpu::tiles_of(ranks) * 2 * steps * cpu::kTileBytes);
-  const cpu::PackTokenFactor16Params pack{static_cast<const float*>(factor.data), m, ranks,
-                                          packed.mutable_data_ptr<uint8_t>()};
+  const cpu::PackTokenFactorParams pack{static_cast<const float*>(factor.data), m, ranks,
+                                        packed.mutable_data_ptr<uint8_t>()};
   parallel(steps, 4, [&](int64_t begin, int64_t end) { kernels.pack_token_factor(pack, begin, end); });
-  cpu::FactorGrad16Params p{};
+  cpu::FactorGradParams p{};
   p.factor = pack.out;
   p.m = m;
   p.r = ranks;
@@ -124,25 +124,26 @@ inline void factor_grad16(const cpu::Matmul16& kernels, const Matrix& factor, co
   });
 }
 
-inline Tensor bias_grad16(const cpu::Matmul16& kernels, const Matrix& dy) {
+inline Tensor bias_grad_tiles(const cpu::TileKernels& kernels, const Matrix& dy) {
   const std::vector<float> ones(static_cast<size_t>(dy.rows), 1.0f);
   const Tensor out = empty_cpu({dy.cols}, ScalarType::Float);
-  factor_grad16(kernels, {nothing(), ones.data(), DType::kFloat32, dy.rows, 1}, dy, {}, true, out);
+  factor_grad_tiles(kernels, {nothing(), ones.data(), DType::kFloat32, dy.rows, 1}, dy, {}, true, out);
   return out;
 }
 
-// The packed tokens of a backward product, and v = scale * tokens · factor as float32.
+// The packed tokens of a backward product, and the activation, scale * tokens · factor as float32.
 struct BackwardTokens {
   Tensor storage;
   const uint8_t* rows = nullptr;
-  int64_t steps = 0;        // steps of a tile of tokens
-  std::optional<Matrix> v;  // [m, adapters * r]
+  int64_t steps = 0;                 // steps of a tile of tokens
+  std::optional<Matrix> activation;  // [m, adapters * r]
 };
 
-inline BackwardTokens backward_tokens16(const cpu::Matmul16& kernels, const Matrix& tokens, const cpu::Factor16* factor,
-                                        const cpu::Adapters16& adapters, bool keeps_rows) {
+inline BackwardTokens pack_backward_tokens(const cpu::TileKernels& kernels, const Matrix& tokens,
+                                           const cpu::TileFactor* factor, const cpu::TileAdapters& adapters,
+                                           bool keeps_rows) {
   BackwardTokens result{nothing()};
-  cpu::BackwardTokens16Params p{};
+  cpu::BackwardTokensParams p{};
   p.dy = tokens.data;
   p.m = tokens.rows;
   p.n = tokens.cols;
@@ -150,17 +151,17 @@ inline BackwardTokens backward_tokens16(const cpu::Matmul16& kernels, const Matr
   Tensor packed = nothing();
   if (factor != nullptr) {
     p.factor = *factor;
-    packed = pack_factor16(kernels, *factor, adapters, false, false);
+    packed = pack_factor(kernels, *factor, adapters, false, false);
     p.factor_columns = packed.const_data_ptr<uint8_t>();
     const int64_t ranks = adapters.count * factor->r;
-    Tensor v = empty_cpu({tokens.rows, ranks}, ScalarType::Float);
-    p.v = v.mutable_data_ptr<float>();
-    result.v = Matrix{v, p.v, DType::kFloat32, tokens.rows, ranks};
+    Tensor activation = empty_cpu({tokens.rows, ranks}, ScalarType::Float);
+    p.dy_down = activation.mutable_data_ptr<float>();
+    result.activation = Matrix{activation, p.dy_down, DType::kFloat32, tokens.rows, ranks};
   }
   const int64_t tiles = cpu::tiles_of(tokens.rows);
   if (keeps_rows) {
-    const int64_t low_rank = adapters.count * cpu::low_rank_steps(p.factor.r, p.factor.dtype);
-    result.steps = cpu::token_steps(tokens.cols, low_rank);
+    const int64_t low_rank_down = adapters.count * cpu::low_rank_steps(p.factor.r, p.factor.dtype);
+    result.steps = cpu::token_steps(tokens.cols, low_rank_down);
     result.storage = tile_buffer(tiles * result.steps * cpu::kTileBytes);
     p.out = result.storage.mutable_data_ptr<uint8_t>();
     result.rows = p.out;
@@ -172,14 +173,14 @@ inline BackwardTokens backward_tokens16(const cpu::Matmul16& kernels, const Matr
 }
 
 // dx [..., k] = dy W + low-rank term, or only the low-rank term if w.packed is null.
-inline Tensor backward16(const cpu::Matmul16& kernels, const PackedWeight& w, const BackwardTokens& tokens, int64_t m,
-                         const LowRankTiles* lora, const Tensor& like) {
+inline Tensor run_backward_tiles(const cpu::TileKernels& kernels, const WeightView& w, const BackwardTokens& tokens,
+                                 int64_t m, const TileAdapterTerm* lora, const Tensor& like) {
   const Tensor dx = on_huge_pages(empty_with_last_dim(like, w.k, like.scalar_type()));
   if (dx.numel() == 0) return dx;
-  cpu::Backward16Params p{};
+  cpu::BackwardTilesParams p{};
   p.weight = w;
   p.m = m;
-  p.by_nibble = w.packed != nullptr && cpu::decodes_by_nibble(w);
+  p.by_nibble = w.packed != nullptr && cpu::unpacks_by_nibble(w);
   p.rows = tokens.rows;
   p.row_steps = tokens.steps;
   if (lora != nullptr) {
@@ -196,4 +197,4 @@ inline Tensor backward16(const cpu::Matmul16& kernels, const PackedWeight& w, co
   return dx;
 }
 
-}  // namespace qlora::ops
+}  // namespace qlora::ops_cpu

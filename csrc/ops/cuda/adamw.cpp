@@ -3,7 +3,7 @@
 #include "ops/cuda/ops.h"
 #include "ops/cuda/runtime.h"
 
-namespace qlora::ops {
+namespace qlora::ops_cuda {
 
 namespace {
 
@@ -38,21 +38,21 @@ class Updates {
 
 }  // namespace
 
-void cuda_adamw(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, double lr, double beta1, double beta2,
-                double eps, double weight_decay, int64_t step) {
-  cuda_adamw_many({param}, {grad}, {exp_avg}, {exp_avg_sq}, lr, beta1, beta2, eps, weight_decay, {step});
+void adamw(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, double lr, double beta1, double beta2,
+           double eps, double weight_decay, int64_t step) {
+  adamw_many({param}, {grad}, {exp_avg}, {exp_avg_sq}, lr, beta1, beta2, eps, weight_decay, {step});
 }
 
-void cuda_adamw_8bit(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_absmax, Tensor exp_avg_sq,
-                     Tensor exp_avg_sq_absmax, double lr, double beta1, double beta2, double eps, double weight_decay,
-                     int64_t step) {
-  cuda_adamw_8bit_many({param}, {grad}, {exp_avg}, {exp_avg_absmax}, {exp_avg_sq}, {exp_avg_sq_absmax}, lr, beta1,
-                       beta2, eps, weight_decay, {step});
+void adamw_8bit(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_absmax, Tensor exp_avg_sq,
+                Tensor exp_avg_sq_absmax, double lr, double beta1, double beta2, double eps, double weight_decay,
+                int64_t step) {
+  adamw_8bit_many({param}, {grad}, {exp_avg}, {exp_avg_absmax}, {exp_avg_sq}, {exp_avg_sq_absmax}, lr, beta1, beta2,
+                  eps, weight_decay, {step});
 }
 
-void cuda_adamw_many(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
-                     std::vector<Tensor> exp_avg_sqs, double lr, double beta1, double beta2, double eps,
-                     double weight_decay, std::vector<int64_t> steps) {
+void adamw_many(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
+                std::vector<Tensor> exp_avg_sqs, double lr, double beta1, double beta2, double eps, double weight_decay,
+                std::vector<int64_t> steps) {
   check_lists(params, steps, {&grads, &exp_avgs, &exp_avg_sqs});
   if (params.empty()) return;
   Updates updates(params[0], "adamw");
@@ -66,10 +66,10 @@ void cuda_adamw_many(std::vector<Tensor> params, std::vector<Tensor> grads, std:
   updates.launch();
 }
 
-void cuda_adamw_8bit_many(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
-                          std::vector<Tensor> exp_avg_absmaxs, std::vector<Tensor> exp_avg_sqs,
-                          std::vector<Tensor> exp_avg_sq_absmaxs, double lr, double beta1, double beta2, double eps,
-                          double weight_decay, std::vector<int64_t> steps) {
+void adamw_8bit_many(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
+                     std::vector<Tensor> exp_avg_absmaxs, std::vector<Tensor> exp_avg_sqs,
+                     std::vector<Tensor> exp_avg_sq_absmaxs, double lr, double beta1, double beta2, double eps,
+                     double weight_decay, std::vector<int64_t> steps) {
   check_lists(params, steps, {&grads, &exp_avgs, &exp_avg_absmaxs, &exp_avg_sqs, &exp_avg_sq_absmaxs});
   if (params.empty()) return;
   Updates updates(params[0], "adamw_8bit");
@@ -83,4 +83,4 @@ void cuda_adamw_8bit_many(std::vector<Tensor> params, std::vector<Tensor> grads,
   updates.launch();
 }
 
-}  // namespace qlora::ops
+}  // namespace qlora::ops_cuda

@@ -7,7 +7,7 @@
 
 #include "ops/cuda/runtime.h"
 
-namespace qlora::ops {
+namespace qlora::ops_cuda {
 
 inline cuda::DenseMatrix rows_of(const Matrix& m) { return {m.data, m.dtype, m.cols, 1}; }
 inline cuda::DenseMatrix columns_of(const Matrix& m) { return {m.data, m.dtype, 1, m.cols}; }
@@ -37,7 +37,7 @@ inline cuda::DenseMatrix by_feature(const cuda::LowRankFactor& f) {
 }
 
 // Scaled low-rank activations [m, r]. With a plan, rows without an adapter are uninitialised.
-struct Activation {
+struct AdapterActivation {
   Matrix values;
   std::optional<Tensor> largest = std::nullopt;  // see LoraDownJob
 };
@@ -66,16 +66,16 @@ inline TokenPlan plan_tokens(const Adapters& adapters, int64_t m, const GpuScope
 }
 
 // The low-rank term of a sum: activation [tokens, r] times the up factor (rank, row); `matrix` is the same factor.
-struct Up {
+struct AdapterTerm {
   cuda::LowRankFactor factor;
   const Matrix* matrix = nullptr;
-  const Activation* activation = nullptr;
+  const AdapterActivation* activation = nullptr;
   const Adapters* adapters = nullptr;
 };
 
 // scaling * x · factorᵀ on the CUDA cores. With `adapters`, each token uses its own adapter and scale.
-inline Activation token_dot(const Matrix& x, const cuda::LowRankFactor& factor, int64_t r, float scaling,
-                            cudaStream_t stream, const Adapters* adapters = nullptr) {
+inline AdapterActivation token_dot(const Matrix& x, const cuda::LowRankFactor& factor, int64_t r, float scaling,
+                                   cudaStream_t stream, const Adapters* adapters = nullptr) {
   Matrix out = scratch_matrix(x.tensor, x.rows, r);
   cuda::TokenDotParams p;
   p.x = rows_of(x);
@@ -104,9 +104,9 @@ struct DownPair {
   const Matrix& x;
   const cuda::LowRankFactor& factor;
 };
-inline std::vector<Activation> low_rank_down_tiled(std::initializer_list<DownPair> pairs, int64_t r, float scaling,
-                                                   const GpuScope& scope, bool note_largest,
-                                                   const TokenPlan* plan = nullptr) {
+inline std::vector<AdapterActivation> low_rank_down_tiled(std::initializer_list<DownPair> pairs, int64_t r,
+                                                          float scaling, const GpuScope& scope, bool note_largest,
+                                                          const TokenPlan* plan = nullptr) {
   const Matrix& first = pairs.begin()->x;
   cuda::LoraDownParams p{};
   p.dtype = first.dtype;
@@ -119,7 +119,7 @@ inline std::vector<Activation> low_rank_down_tiled(std::initializer_list<DownPai
   if (note_largest && first.dtype == DType::kFloat16)
     largest = torch::stable::new_zeros(first.tensor, {static_cast<int64_t>(pairs.size())}, ScalarType::Long);
   std::vector<Tensor> tokens;  // kept alive until the launch
-  std::vector<Activation> results;
+  std::vector<AdapterActivation> results;
   for (const DownPair& pair : pairs) {
     const int64_t i = p.count++;
     tokens.push_back(aligned(pair.x.tensor));
@@ -141,16 +141,16 @@ inline bool tensor_core_down(const Matrix& x, int64_t r, const GpuScope& scope) 
 }
 
 // scaling * x · factorᵀ, on the tensor cores if they can run it and are faster.
-inline Activation low_rank_down(const Matrix& x, const cuda::LowRankFactor& factor, int64_t r, float scaling,
-                                const GpuScope& scope) {
+inline AdapterActivation low_rank_down(const Matrix& x, const cuda::LowRankFactor& factor, int64_t r, float scaling,
+                                       const GpuScope& scope) {
   if (!tensor_core_down(x, r, scope) || cuda::dots_win(x.rows, r))
     return token_dot(x, factor, r, scaling, scope.stream());
   return std::move(low_rank_down_tiled({{x, factor}}, r, scaling, scope, false).front());
 }
 
 // The same, with an adapter for each token. `plan` is null if sorting the tokens by adapter does not pay off.
-inline Activation low_rank_down_multi(const Matrix& x, const cuda::LowRankFactor& factor, const Adapters& adapters,
-                                      const TokenPlan* plan, const GpuScope& scope) {
+inline AdapterActivation low_rank_down_multi(const Matrix& x, const cuda::LowRankFactor& factor,
+                                             const Adapters& adapters, const TokenPlan* plan, const GpuScope& scope) {
   if (plan == nullptr) return token_dot(x, factor, adapters.r, 1.0f, scope.stream(), &adapters);
   return std::move(low_rank_down_tiled({{x, factor}}, adapters.r, 1.0f, scope, false, plan).front());
 }
@@ -183,21 +183,20 @@ inline bool tensor_core_grads(const Matrix& dy, const Matrix& x, const GpuScope&
   return x.rows > 0 && dy.dtype == x.dtype && cuda::why_general_factors(problem, scope.gpu()) == nullptr;
 }
 
-// d_lora_a [r, k] = uᵀ x and d_lora_b [n, r] = dyᵀ t on the tensor cores, with a plan for each adapter. t is
-// scaling * x lora_aᵀ and u is scaling * dy lora_b.
-inline void low_rank_grads(const Activation& t, const Activation& u, const Matrix& x, const Matrix& dy,
-                           const Tensor& d_lora_a, const Tensor& d_lora_b, const GpuScope& scope,
+// d_lora_a [r, k] = dy_downᵀ x and d_lora_b [n, r] = dyᵀ x_down on the tensor cores, with a plan for each adapter.
+inline void low_rank_grads(const AdapterActivation& x_down, const AdapterActivation& dy_down, const Matrix& x,
+                           const Matrix& dy, const Tensor& d_lora_a, const Tensor& d_lora_b, const GpuScope& scope,
                            const TokenPlan* plan = nullptr) {
   cuda::LoraGradParams p{};
   cuda::LoraSumJobs sums{};
   p.dtype = x.dtype;
   p.m = x.rows;
-  p.ranks = t.values.cols;
+  p.ranks = x_down.values.cols;
   p.splits = d_lora_a.scalar_type() != x.tensor.scalar_type();
   p.ranks_per_block = cuda::select_lora_grad_ranks(p.ranks);
   if (plan != nullptr) p.plan = plan->plan;
   std::vector<Tensor> alive;  // tensors kept alive until the launches
-  const auto add = [&](const Matrix& tokens, const Activation& activation, const Tensor& out, bool r_is_major) {
+  const auto add = [&](const Matrix& tokens, const AdapterActivation& activation, const Tensor& out, bool r_is_major) {
     const int64_t features = tokens.cols, count = p.plan.adapters * p.ranks * features;
     cuda::LoraGradJob& job = p.job[p.count++];
     alive.push_back(aligned(tokens.tensor));
@@ -218,10 +217,10 @@ inline void low_rank_grads(const Activation& t, const Activation& u, const Matri
     job.out = alive.back().mutable_data_ptr<float>();
     sums.job[sums.count++] = {job.out, job.parts, count, out.mutable_data_ptr(), dtype};
   };
-  add(x, u, d_lora_a, true);
-  add(dy, t, d_lora_b, false);
+  add(x, dy_down, d_lora_a, true);
+  add(dy, x_down, d_lora_b, false);
   check(cuda::launch_lora_grad(p, scope.stream()), "lora_grad");
   if (sums.count > 0) check(cuda::launch_lora_sum(sums, scope.stream()), "lora_sum");
 }
 
-}  // namespace qlora::ops
+}  // namespace qlora::ops_cuda

@@ -3,13 +3,13 @@
 
 #include "ops/cuda/dequantize_matmul.h"
 
-namespace qlora::ops {
+namespace qlora::ops_cuda {
 
 inline Tensor nothing(const Tensor& like) { return empty_like_device(like, {0}, ScalarType::Float); }
 
 // y [..., rows] in the dtype of `like` = operand · columns + up + bias; p holds the operand, the columns and the steps.
-inline Tensor general_product(cuda::GeneralParams p, const Up* up, const Matrix* bias, const Tensor& like, int64_t rows,
-                              cudaStream_t stream) {
+inline Tensor general_product(cuda::GeneralParams p, const AdapterTerm* up, const Matrix* bias, const Tensor& like,
+                              int64_t rows, cudaStream_t stream) {
   Tensor out = empty_with_last_dim(like, rows, like.scalar_type());
   p.rows = rows;
   p.cols = 1;
@@ -33,7 +33,7 @@ inline Tensor general_product(cuda::GeneralParams p, const Up* up, const Matrix*
   return out;
 }
 
-inline cuda::GeneralParams packed_operand(const cuda::Weight& w, bool transposed, const Matrix& columns) {
+inline cuda::GeneralParams packed_operand(const WeightView& w, bool transposed, const Matrix& columns) {
   cuda::GeneralParams p;
   p.kind = transposed ? cuda::OperandKind::kPackedTransposed : cuda::OperandKind::kPacked;
   p.weight = w;
@@ -42,13 +42,13 @@ inline cuda::GeneralParams packed_operand(const cuda::Weight& w, bool transposed
   return p;
 }
 
-// y [..., n] by the `decode` kernel, kDecodeTokens tokens per launch; up->factor is lora_b.
-inline Tensor decode(const cuda::Weight& w, const Matrix& tokens, const Up* up, const Matrix* bias, const Tensor& like,
-                     const GpuScope& scope) {
+// y [..., n] by the `gemv` kernel, kGemvTokens tokens per launch; up->factor is lora_b.
+inline Tensor run_gemv(const WeightView& w, const Matrix& tokens, const AdapterTerm* up, const Matrix* bias,
+                       const Tensor& like, const GpuScope& scope) {
   Tensor y = empty_with_last_dim(like, w.n, like.scalar_type());
   if (tokens.rows == 0 || w.n == 0) return y;
   const Tensor x = aligned(tokens.tensor);
-  cuda::DecodeParams p{};
+  cuda::GemvParams p{};
   p.weight = w;
   p.dtype = tokens.dtype;
   p.adapters = 1;
@@ -64,21 +64,21 @@ inline Tensor decode(const cuda::Weight& w, const Matrix& tokens, const Up* up, 
   }
   set_bias(p, bias);
   constexpr int64_t kBytes = 2;  // bytes of one element of x and y
-  for (int64_t first = 0; first < tokens.rows; first += cuda::kDecodeTokens) {
-    p.m = std::min<int64_t>(cuda::kDecodeTokens, tokens.rows - first);
+  for (int64_t first = 0; first < tokens.rows; first += cuda::kGemvTokens) {
+    p.m = std::min<int64_t>(cuda::kGemvTokens, tokens.rows - first);
     p.x = static_cast<const char*>(x.const_data_ptr()) + first * w.k * kBytes;
     p.y = static_cast<char*>(y.mutable_data_ptr()) + first * w.n * kBytes;
-    if (up != nullptr) p.lora_t = static_cast<const float*>(up->activation->values.data) + first * p.r;
+    if (up != nullptr) p.x_down = static_cast<const float*>(up->activation->values.data) + first * p.r;
     if (up != nullptr && up->adapters != nullptr) p.adapter_of_token = up->adapters->of_row + first;
-    p.tile = cuda::select_decode_tile(p.m, w.n, w.k, scope.gpu());
-    check(cuda::launch_decode(p, scope.stream()), "decode");
+    p.tile = cuda::select_gemv_tile(p.m, w.n, w.k, scope.gpu());
+    check(cuda::launch_gemv(p, scope.stream()), "gemv");
   }
   return y;
 }
 
 // y [..., n] = x Wᵀ + …, by the gemm kernel.
-inline Tensor gemm(const cuda::Weight& w, const Matrix& tokens, const Up* up, const Matrix* bias, const Tensor& like,
-                   const GpuScope& scope) {
+inline Tensor run_gemm(const WeightView& w, const Matrix& tokens, const AdapterTerm* up, const Matrix* bias,
+                       const Tensor& like, const GpuScope& scope) {
   cuda::GemmParams p{};
   const Tensor y = prepare_output(p.out, tokens.rows, up, bias, like, w.n);
   if (y.numel() == 0) return y;
@@ -92,8 +92,8 @@ inline Tensor gemm(const cuda::Weight& w, const Matrix& tokens, const Up* up, co
 }
 
 // dx [..., k] = dy W + …, by the gemm_dx kernel.
-inline Tensor gemm_dx(const cuda::Weight& w, const Matrix& grad, const Up* down, const Tensor& like,
-                      const GpuScope& scope) {
+inline Tensor run_gemm_dx(const WeightView& w, const Matrix& grad, const AdapterTerm* down, const Tensor& like,
+                          const GpuScope& scope) {
   cuda::GemmDxParams p{};
   const Tensor dx = prepare_output(p.out, grad.rows, down, nullptr, like, w.k);
   if (dx.numel() == 0) return dx;
@@ -114,16 +114,17 @@ inline cuda::BackwardKernel input_grad_kernel(const CheckedWeight& w, const Matr
                                                        : cuda::BackwardKernel::kGeneral;
 }
 
-inline Tensor input_grad(CheckedWeight& checked, cuda::BackwardKernel kernel, const Matrix& dy, const Up* down,
+inline Tensor input_grad(CheckedWeight& checked, cuda::BackwardKernel kernel, const Matrix& dy, const AdapterTerm* down,
                          const Tensor& like, const GpuScope& scope) {
-  const cuda::Weight w = device_view_of(checked);
-  if (kernel == cuda::BackwardKernel::kGemmDx) return gemm_dx(w, dy, down, like, scope);
-  if (kernel == cuda::BackwardKernel::kVendor) return dequantize_matmul_dx(w, dy, down, like, scope);
+  const WeightView w = device_view_of(checked);
+  if (kernel == cuda::BackwardKernel::kGemmDx) return run_gemm_dx(w, dy, down, like, scope);
+  if (kernel == cuda::BackwardKernel::kDequantizeMatmul) return dequantize_matmul_dx(w, dy, down, like, scope);
   return general_product(packed_operand(w, true, dy), down, nullptr, like, w.k, scope.stream());
 }
 
 // Gradient of lora_x [..., k]: only the low-rank term, by the lora_up kernel or on the CUDA cores.
-inline Tensor low_rank_up(const Matrix& dy, const Up& down, const Tensor& like, int64_t k, const GpuScope& scope) {
+inline Tensor low_rank_up(const Matrix& dy, const AdapterTerm& down, const Tensor& like, int64_t k,
+                          const GpuScope& scope) {
   const cuda::Problem problem{dy.rows, down.activation->values.cols, k, dy.dtype, 0};
   if (like.scalar_type() != dy.tensor.scalar_type() || cuda::why_general_low_rank(problem, scope.gpu()) != nullptr)
     return general_product({}, &down, nullptr, like, k, scope.stream());
@@ -137,4 +138,4 @@ inline Tensor column_sum(const Matrix& m, cudaStream_t stream) {
   return out;
 }
 
-}  // namespace qlora::ops
+}  // namespace qlora::ops_cuda

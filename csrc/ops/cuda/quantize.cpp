@@ -2,7 +2,7 @@
 #include "ops/cuda/ops.h"
 #include "ops/cuda/runtime.h"
 
-namespace qlora::ops {
+namespace qlora::ops_cuda {
 
 namespace {
 
@@ -14,8 +14,8 @@ int64_t value_of(const Tensor& t) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_quantize(Tensor weight, std::string quant_type, int64_t block_size,
-                                                         bool double_quant, bool check_finite) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(Tensor weight, std::string quant_type, int64_t block_size,
+                                                    bool double_quant, bool check_finite) {
   const QuantType type = parse_quant_type(quant_type);
   check_block_size(block_size);
   const Tensor source = aligned(as_contiguous(weight));
@@ -32,7 +32,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_quantize(Tensor weight, std::str
                                  dtype,
                                  numel,
                                  log2_exact(block_size),
-                                 static_cast<int>(type),
+                                 type,
                                  check_finite,
                                  packed.mutable_data_ptr<uint8_t>(),
                                  absmax.mutable_data_ptr<float>(),
@@ -63,8 +63,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_quantize(Tensor weight, std::str
   return {packed, codes, nested_absmax, nested_offset};
 }
 
-Tensor cuda_dequantize(Tensor packed, Tensor absmax, OptionalTensor nested_absmax, OptionalTensor nested_offset,
-                       std::vector<int64_t> shape, std::string quant_type, int64_t block_size, ScalarType dtype) {
+Tensor dequantize(Tensor packed, Tensor absmax, OptionalTensor nested_absmax, OptionalTensor nested_offset,
+                  std::vector<int64_t> shape, std::string quant_type, int64_t block_size, ScalarType dtype) {
   const int64_t numel = checked_numel(shape);
   CheckedWeight w = check_weight(packed, absmax, nested_absmax, nested_offset, 1, numel, quant_type, block_size);
   const DType out_dtype = float_dtype(dtype, "dtype");
@@ -77,8 +77,8 @@ Tensor cuda_dequantize(Tensor packed, Tensor absmax, OptionalTensor nested_absma
   return out;
 }
 
-Tensor cuda_quantization_error(Tensor weight, Tensor packed, Tensor absmax, OptionalTensor nested_absmax,
-                               OptionalTensor nested_offset, std::string quant_type, int64_t block_size) {
+Tensor quantization_error(Tensor weight, Tensor packed, Tensor absmax, OptionalTensor nested_absmax,
+                          OptionalTensor nested_offset, std::string quant_type, int64_t block_size) {
   const Tensor source = as_contiguous(weight);
   const DType dtype = float_dtype(source.scalar_type(), "weight");
   const int64_t numel = source.numel();
@@ -93,4 +93,4 @@ Tensor cuda_quantization_error(Tensor weight, Tensor packed, Tensor absmax, Opti
   return out;
 }
 
-}  // namespace qlora::ops
+}  // namespace qlora::ops_cuda

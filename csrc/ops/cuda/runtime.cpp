@@ -9,7 +9,7 @@
 #include <cstdio>
 #include <cstdlib>
 
-namespace qlora::ops {
+namespace qlora::ops_cuda {
 
 namespace {
 
@@ -56,4 +56,4 @@ void addmm_out(const Tensor& out, const Tensor& self, const Tensor& a, const Ten
   STD_TORCH_CHECK(error == 0, "torch's addmm failed on CUDA");
 }
 
-}  // namespace qlora::ops
+}  // namespace qlora::ops_cuda

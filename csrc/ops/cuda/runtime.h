@@ -6,7 +6,9 @@
 #include "cuda/launch.h"
 #include "ops/arguments.h"
 
-namespace qlora::ops {
+namespace qlora::ops_cuda {
+
+using namespace ops;
 
 struct Extents {
   int64_t m = 0, n = 0, k = 0, r = 0;
@@ -44,22 +46,9 @@ inline bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(da
 inline Tensor aligned(const Tensor& t) { return is_aligned(t.const_data_ptr()) ? t : torch::stable::clone(t); }
 
 // The weight as the kernels read it, valid while `w` lives. Copies w.packed if it is not aligned.
-inline cuda::Weight device_view_of(CheckedWeight& w) {
+inline WeightView device_view_of(CheckedWeight& w) {
   w.packed = aligned(w.packed);
-  cuda::Weight view;
-  view.packed = w.packed.const_data_ptr<uint8_t>();
-  if (w.nested_absmax) {
-    view.absmax_codes = w.absmax.const_data_ptr<uint8_t>();
-    view.nested_absmax = w.nested_absmax->const_data_ptr<float>();
-    view.nested_offset = w.nested_offset->const_data_ptr<float>();
-  } else if (w.n * w.k > 0) {
-    view.absmax = w.absmax.const_data_ptr<float>();
-  }
-  view.n = w.n;
-  view.k = w.k;
-  view.block_shift = w.block_shift;
-  view.quant_type = static_cast<int>(w.type);
-  return view;
+  return view_of(w);
 }
 
-}  // namespace qlora::ops
+}  // namespace qlora::ops_cuda
