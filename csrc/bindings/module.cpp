@@ -15,6 +15,7 @@
 #include "format/codebook.h"
 #include "format/dynamic_map.h"
 #include "format/layout.h"
+#include "format/quant_type_names.h"
 
 namespace py = pybind11;
 
@@ -41,14 +42,20 @@ const qlora::cpu::KernelTable& active_kernels() {
 std::string preferred_isa() { return qlora::cpu::isa_name(qlora::cpu::preferred_isa()); }
 std::string active_isa() { return active_kernels().isa; }
 
+qlora::QuantType check_quant_type(const std::string& name) {
+  qlora::QuantType type{};
+  if (!qlora::parse_quant_type(name, &type)) throw std::invalid_argument(qlora::unknown_quant_type(name));
+  return type;
+}
+
 std::vector<float> levels(const std::string& quant_type) {
-  for (const qlora::QuantTypeName& entry : qlora::kQuantTypes) {
-    if (quant_type == entry.name) {
-      const float* table = qlora::codebook(entry.type);
-      return {table, table + 16};
-    }
-  }
-  throw std::invalid_argument("quant_type='" + quant_type + "' is unknown: use one of nf4, fp4, int4");
+  const float* table = qlora::codebook(check_quant_type(quant_type));
+  return {table, table + qlora::kLevels};
+}
+
+template <class T, size_t kCount>
+py::tuple tuple_of(const T (&values)[kCount]) {
+  return py::tuple(py::cast(std::vector<T>(values, values + kCount)));
 }
 
 qlora::DType token_dtype(const std::string& dtype) {
@@ -57,13 +64,20 @@ qlora::DType token_dtype(const std::string& dtype) {
                               : qlora::DType::kFloat32;
 }
 
-py::tuple explain_forward(int64_t m, int64_t k, const std::string& dtype) {
+py::dict explain_forward(int64_t m, int64_t k, const std::string& dtype) {
   const qlora::DType type = token_dtype(dtype);
   const qlora::cpu::TileKernels* tiles = active_kernels().tiles_for(type);
   const auto kernel = qlora::cpu::select_forward(m, k, tiles);
   const auto gradients = tiles != nullptr ? qlora::cpu::ForwardKernel::kTiles : qlora::cpu::ForwardKernel::kGemm;
-  return py::make_tuple(qlora::cpu::kernel_name(kernel), qlora::cpu::why_not_faster(kernel, type),
-                        qlora::cpu::kernel_name(gradients));
+  const bool few =
+      kernel == qlora::cpu::ForwardKernel::kGemvWords || kernel == qlora::cpu::ForwardKernel::kGemvElements;
+  py::dict chosen;
+  chosen["kernel"] = qlora::cpu::kernel_name(kernel);
+  chosen["why_not_faster"] = qlora::cpu::why_not_faster(kernel, type);
+  chosen["backward"] = qlora::cpu::kernel_name(gradients);
+  chosen["gradients"] = qlora::cpu::kernel_name(gradients);
+  chosen["low_rank"] = few ? "dot" : qlora::cpu::kernel_name(kernel);
+  return chosen;
 }
 
 // The decisions of select.h for one product on one GPU, as a dictionary.
@@ -129,15 +143,25 @@ PYBIND11_MODULE(_C, m) {
       },
       "The 256 values of the unsigned 8-bit dynamic map, ascending.");
   m.def("explain_forward", &explain_forward, py::arg("m"), py::arg("k"), py::arg("dtype"),
-        "(kernel, why not a faster one, kernel of the gradients) for m tokens of a dtype and k input features.");
+        "The kernels for m tokens of a dtype and k in features, and why not a faster one, as a dictionary.");
   m.def("cuda_select", &cuda_select, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("dtype"), py::arg("block_size"),
         py::arg("arch"), py::arg("sm_count"), py::arg("shared_bytes_per_block"), py::arg("has_wgmma") = py::none(),
         "The kernels and tiles for one product on one GPU, and why not faster ones; needs no GPU.");
-  std::vector<std::string> quant_types;
-  for (const qlora::QuantTypeName& entry : qlora::kQuantTypes) quant_types.emplace_back(entry.name);
+  m.def(
+      "level_multiplier",
+      [](const std::string& quant_type, const std::string& dtype) {
+        return qlora::level_multiplier(check_quant_type(quant_type), token_dtype(dtype));
+      },
+      py::arg("quant_type"), py::arg("dtype"), "The factor of the levels that tensor cores take in a 16-bit dtype.");
+  std::vector<std::string> quant_types, of_bitsandbytes;
+  for (const qlora::QuantTypeName& entry : qlora::kQuantTypes) {
+    quant_types.emplace_back(entry.name);
+    if (qlora::in_bitsandbytes(entry.type)) of_bitsandbytes.emplace_back(entry.name);
+  }
+  m.attr("BITSANDBYTES_QUANT_TYPES") = py::tuple(py::cast(of_bitsandbytes));
   m.attr("QUANT_TYPES") = py::tuple(py::cast(quant_types));
-  m.attr("FP4_THRESHOLDS") = py::tuple(py::cast(std::vector<float>(qlora::kFp4Thresholds, qlora::kFp4Thresholds + 7)));
-  m.attr("FP4_CODE_OF_RANK") = py::tuple(py::cast(std::vector<int>(qlora::kFp4CodeOfRank, qlora::kFp4CodeOfRank + 8)));
+  m.attr("FP4_THRESHOLDS") = tuple_of(qlora::kFp4Thresholds);
+  m.attr("FP4_CODE_OF_RANK") = tuple_of(qlora::kFp4CodeOfRank);
   m.attr("MIN_BLOCK_SIZE") = qlora::kMinBlockSize;
   m.attr("MAX_BLOCK_SIZE") = qlora::kMaxBlockSize;
   m.attr("NESTED_BLOCK") = qlora::kNestedBlock;

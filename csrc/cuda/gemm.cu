@@ -6,7 +6,6 @@
 
 #include "cuda/device/fragments.cuh"
 #include "cuda/device/launch.cuh"
-#include "cuda/device/levels.h"
 #include "cuda/device/results.cuh"
 #include "cuda/device/row_reader.cuh"
 #include "cuda/device/token_tile.cuh"

@@ -7,7 +7,6 @@
 // of the other are scaled and added up, and the next chunk is unpacked.
 #include "cuda/device/fragments.cuh"
 #include "cuda/device/launch.cuh"
-#include "cuda/device/levels.h"
 #include "cuda/device/ptx_wgmma.cuh"
 #include "cuda/device/results.cuh"
 #include "cuda/device/row_reader.cuh"

@@ -3,7 +3,6 @@
 // and their sums are added in a fixed order.
 #include "cuda/device/fragments.cuh"
 #include "cuda/device/launch.cuh"
-#include "cuda/device/levels.h"
 #include "cuda/device/unroll.cuh"
 
 namespace qlora::cuda {

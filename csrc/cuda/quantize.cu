@@ -65,7 +65,13 @@ QLORA_DEVICE uint32_t code_of(float x) {
     const bool c = magnitude > (a ? (b ? t.threshold[6] : t.threshold[4]) : (b ? t.threshold[2] : t.threshold[0]));
     const int rank = (a ? 4 : 0) + (b ? 2 : 0) + (c ? 1 : 0);
     return ((t.codes_of_ranks >> (4 * rank)) & 0xFu) | (x < 0.0f ? 8u : 0u);
+  } else if constexpr (Format<kType>::kThresholds != nullptr) {
+    uint32_t code = 0;
+#pragma unroll
+    for (int i = 0; i < kLevels - 1; ++i) code += x > Format<kType>::kThresholds[i] ? 1u : 0u;
+    return code;
   } else {
+    static_assert(kType == QuantType::kInt4, "a type without thresholds needs its way to a code");
     const float steps = rintf(x * kInt4Steps);
     const float clamped = fminf(fmaxf(steps, -static_cast<float>(kInt4Zero)), 15.0f - kInt4Zero);
     return static_cast<uint32_t>(static_cast<int>(clamped) + kInt4Zero);
@@ -162,9 +168,8 @@ template <class T>
 Status launch_typed(const QuantizeParams& p, cudaStream_t stream) {
   const int64_t block = int64_t{1} << p.block_shift;
   const int64_t per_block = (block < kPerWarp ? kPerWarp : block) * (kThreads / 32) * kRounds;
-  const auto kernel_of_type = p.quant_type == QuantType::kNf4   ? kernel<T, QuantType::kNf4>
-                              : p.quant_type == QuantType::kFp4 ? kernel<T, QuantType::kFp4>
-                                                                : kernel<T, QuantType::kInt4>;
+  const auto kernel_of_type =
+      visit_quant_type(p.quant_type, [](auto type) { return &kernel<T, decltype(type)::value>; });
   const int shared_bytes = p.quant_type == QuantType::kNf4 ? kTableBytes : 0;
   return start(kernel_of_type, {ceil_div(p.numel, per_block)}, kThreads, shared_bytes, stream, p);
 }

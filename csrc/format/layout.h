@@ -47,13 +47,13 @@ struct WeightView {
 
 // The scale of a block, on the CPU. Product and sum are rounded separately, without a fused multiply-add, as in
 // bitsandbytes.
-QLORA_INLINE float scale_of_block(const WeightView& w, int64_t block) {
+static inline float scale_of_block(const WeightView& w, int64_t block) {
   if (w.absmax != nullptr) return w.absmax[block];
   const float product = kDynamicMap.value[w.absmax_codes[block]] * w.nested_absmax[block >> kNestedBlockShift];
   return product + *w.nested_offset;
 }
 // The level of an element, on the CPU.
-QLORA_INLINE float level_of_element(const WeightView& w, int64_t element) {
+static inline float level_of_element(const WeightView& w, int64_t element) {
   return codebook(w.quant_type)[nibble_at(w.packed, element)];
 }
 

@@ -8,6 +8,7 @@
 #include "format/codebook.h"
 #include "format/dtype.h"
 #include "format/layout.h"
+#include "format/quant_type_names.h"
 #include "ops/tensors.h"
 
 namespace qlora::ops {
@@ -72,16 +73,10 @@ inline DType integer_dtype(ScalarType dtype, const char* name) {
   }
 }
 
-inline std::string quant_type_names() {
-  std::string names;
-  for (const QuantTypeName& entry : kQuantTypes) names += (names.empty() ? "" : ", ") + std::string(entry.name);
-  return names;
-}
-
-inline QuantType parse_quant_type(const std::string& name) {
-  for (const QuantTypeName& entry : kQuantTypes)
-    if (name == entry.name) return entry.type;
-  STD_TORCH_CHECK(false, "quant_type='", name, "' is unknown: use one of ", quant_type_names());
+inline QuantType check_quant_type(const std::string& name) {
+  QuantType type{};
+  STD_TORCH_CHECK(parse_quant_type(name, &type), unknown_quant_type(name));
+  return type;
 }
 
 inline void check_block_size(int64_t block_size) {
@@ -111,7 +106,7 @@ struct CheckedWeight {
 inline CheckedWeight check_weight(const Tensor& packed, const Tensor& absmax, const OptionalTensor& nested_absmax,
                                   const OptionalTensor& nested_offset, int64_t n, int64_t k,
                                   const std::string& quant_type, int64_t block_size) {
-  const QuantType type = parse_quant_type(quant_type);
+  const QuantType type = check_quant_type(quant_type);
   check_block_size(block_size);
   const int64_t numel = checked_numel({n, k}), bytes = packed_bytes(numel), blocks = ceil_div(numel, block_size);
   check_same_device(absmax, "absmax", packed, "packed");

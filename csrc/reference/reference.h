@@ -22,8 +22,9 @@ inline int code_of(QuantType type, float x) {
     while (rank < 7 && std::fabs(x) > kFp4Thresholds[rank]) ++rank;
     return kFp4CodeOfRank[rank] + (x < 0 ? 8 : 0);
   }
+  const float* levels = codebook(type);
   int code = 0;
-  while (code < 15 && x > (kNf4[code] + kNf4[code + 1]) / 2) ++code;
+  while (code < 15 && x > (levels[code] + levels[code + 1]) / 2) ++code;
   return code;
 }
 

@@ -11,11 +11,21 @@ namespace {
 
 template <class V>
 constexpr KernelTable make_table() {
-  return KernelTable{V::kIsa,       V::kLanes,       V::kLanes * V::kTileVecs,
-                     quantize<V>,   dequantize<V>,   pack<V>,
-                     gemm_items<V>, gemm_scratch<V>, gemm<V>,
-                     pack_words<V>, gemv_scratch<V>, gemv<V>,
-                     dot<V>,        nullptr};
+  KernelTable t{};
+  t.isa = V::kIsa;
+  t.lanes = V::kLanes;
+  t.tile_cols = V::kLanes * V::kTileVecs;
+  t.quantize = quantize<V>;
+  t.dequantize = dequantize<V>;
+  t.pack = pack<V>;
+  t.gemm_items = gemm_items<V>;
+  t.gemm_scratch = gemm_scratch<V>;
+  t.gemm = gemm<V>;
+  t.pack_words = pack_words<V>;
+  t.gemv_scratch = gemv_scratch<V>;
+  t.gemv = gemv<V>;
+  t.dot = dot<V>;
+  return t;
 }
 
 }  // namespace

@@ -9,21 +9,23 @@ namespace qlora::cpu {
 namespace {
 
 constexpr TileKernels make_tile_kernels(int64_t gemv_tokens) {
-  return TileKernels{gemv_tokens,
-                     pack_factor,
-                     forward_tokens,
-                     forward_tokens_scratch,
-                     forward_items,
-                     forward_scratch,
-                     forward,
-                     backward_tokens,
-                     backward_tokens_scratch,
-                     backward_items,
-                     backward_scratch,
-                     backward,
-                     pack_token_factor,
-                     factor_grad,
-                     factor_grad_scratch};
+  TileKernels t{};
+  t.gemv_tokens = gemv_tokens;
+  t.pack_factor = pack_factor;
+  t.forward_tokens = forward_tokens;
+  t.forward_tokens_scratch = forward_tokens_scratch;
+  t.forward_items = forward_items;
+  t.forward_scratch = forward_scratch;
+  t.forward = forward;
+  t.backward_tokens = backward_tokens;
+  t.backward_tokens_scratch = backward_tokens_scratch;
+  t.backward_items = backward_items;
+  t.backward_scratch = backward_scratch;
+  t.backward = backward;
+  t.pack_token_factor = pack_token_factor;
+  t.factor_grad = factor_grad;
+  t.factor_grad_scratch = factor_grad_scratch;
+  return t;
 }
 
 constexpr KernelTable make_tile_table(const char* isa, const TileKernels* tiles) {

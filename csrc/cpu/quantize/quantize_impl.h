@@ -18,14 +18,15 @@ int64_t first_not_finite(const T* x, int64_t count) {
 // Converts a vector of normalised values to codes, one per byte.
 template <class V, QuantType kType>
 void encode(typename V::F x, uint8_t* codes) {
-  if constexpr (kType == QuantType::kNf4) {
-    V::count_above(x, kNf4Thresholds.value, 15, codes);
+  if constexpr (Format<kType>::kThresholds != nullptr) {
+    V::count_above(x, Format<kType>::kThresholds, kLevels - 1, codes);
   } else if constexpr (kType == QuantType::kFp4) {
     float lanes[V::kLanes];
     V::store(lanes, x);
     V::count_above(V::abs(x), kFp4Thresholds, 7, codes);
     for (int i = 0; i < V::kLanes; ++i) codes[i] = kFp4CodeOfRank[codes[i]] | (lanes[i] < 0.0f ? 8 : 0);
   } else {
+    static_assert(kType == QuantType::kInt4, "a type without thresholds needs its way to a code");
     const auto steps = V::round_even(V::mul(x, V::set1(kInt4Steps)));
     // max ignores a nan in its first argument, so a nan becomes the lowest code on every ISA.
     const auto clamped = V::min(V::max(steps, V::set1(-kInt4Zero)), V::set1(15 - kInt4Zero));
@@ -90,14 +91,8 @@ int64_t quantize_blocks(const QuantizeParams& p, int64_t begin, int64_t end) {
 
 template <class V, class T>
 int64_t quantize_typed(const QuantizeParams& p, int64_t begin, int64_t end) {
-  switch (p.quant_type) {
-    case QuantType::kNf4:
-      return quantize_blocks<V, T, QuantType::kNf4>(p, begin, end);
-    case QuantType::kFp4:
-      return quantize_blocks<V, T, QuantType::kFp4>(p, begin, end);
-    default:
-      return quantize_blocks<V, T, QuantType::kInt4>(p, begin, end);
-  }
+  return visit_quant_type(p.quant_type,
+                          [&](auto type) { return quantize_blocks<V, T, decltype(type)::value>(p, begin, end); });
 }
 
 template <class V>

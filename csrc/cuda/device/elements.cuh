@@ -9,13 +9,13 @@
 namespace qlora::cuda {
 
 struct Tables {
-  float levels[3][16];  // [QuantType][code]
+  float levels[kQuantTypeCount][kLevels];  // [QuantType][code]
   DynamicMap dynamic;
 };
 constexpr Tables make_tables() {
   Tables t{};
-  for (int type = 0; type < 3; ++type)
-    for (int code = 0; code < 16; ++code) t.levels[type][code] = codebook(static_cast<QuantType>(type))[code];
+  for (int type = 0; type < kQuantTypeCount; ++type)
+    for (int code = 0; code < kLevels; ++code) t.levels[type][code] = codebook(static_cast<QuantType>(type))[code];
   t.dynamic = kDynamicMap;
   return t;
 }

@@ -25,7 +25,7 @@ float load(const void* values, DType dtype, int64_t i) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(Tensor weight, std::string quant_type, int64_t block_size,
                                                     bool double_quant, bool check_finite) {
   const cpu::KernelTable& kernels = active_kernels();
-  const QuantType type = parse_quant_type(quant_type);
+  const QuantType type = check_quant_type(quant_type);
   check_block_size(block_size);
   const Tensor source = as_contiguous(weight);
   const int64_t numel = source.numel(), blocks = ceil_div(numel, block_size);

@@ -16,7 +16,7 @@ int64_t value_of(const Tensor& t) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(Tensor weight, std::string quant_type, int64_t block_size,
                                                     bool double_quant, bool check_finite) {
-  const QuantType type = parse_quant_type(quant_type);
+  const QuantType type = check_quant_type(quant_type);
   check_block_size(block_size);
   const Tensor source = aligned(as_contiguous(weight));
   const int64_t numel = source.numel(), blocks = ceil_div(numel, block_size);
