@@ -1,8 +1,8 @@
 """Fine-tunes a model with transformers, PEFT and TRL; the quantization config selects whose 4-bit layers it uses.
 
-Run: python examples/finetune_trl.py (needs qlora[train], peft, trl). The default model is SmolLM2-135M; the data are
-those of `qlora demo`. `--quantizer bitsandbytes` does the same run with bitsandbytes' layers, and
-`--quantizer accelerated` with bitsandbytes' layers on qlora's kernels.
+Run: python examples/finetune_trl.py (needs fused-qlora[train], peft, trl). Without --model it takes SmolLM2-135M, and the
+conversations that `qlora demo` trains on. `--quantizer bitsandbytes` is the same run on bitsandbytes' layers, and
+`--quantizer accelerated` on bitsandbytes' layers with our kernels.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """QLoRA for PyTorch: 4-bit frozen weights and one fused dequantize-matmul plus low-rank add, forward and backward.
 
-``import qlora`` needs only torch. Training, adapters and the command line need ``pip install 'qlora[train]'`` and
+``import qlora`` needs only torch. Training, adapters and the command line need ``pip install 'fused-qlora[train]'`` and
 import their libraries when they are used.
 """
 
@@ -15,7 +15,7 @@ from qlora.integrations.registration import register_when_imported as _register_
 from qlora.models.prepare import PreparedReport, prepare_model
 from qlora.weight import QuantizedWeight, quantize
 
-__version__ = _version("qlora")
+__version__ = _version("fused-qlora")
 
 _register_when_imported()
 

@@ -147,7 +147,7 @@ def test_the_kernel_module_knows_no_torch():
     assert (
         python(
             "import sys; sys.modules['torch'] = None; import importlib.util as u, pathlib, importlib.metadata as m;"
-            "f = next(p for p in m.files('qlora') if p.name.startswith('_C'));"
+            "f = next(p for p in m.files('fused-qlora') if p.name.startswith('_C'));"
             "s = u.spec_from_file_location('_C', f.locate()); c = u.module_from_spec(s); s.loader.exec_module(c);"
             "print(c.runnable_isas()[0])"
         )

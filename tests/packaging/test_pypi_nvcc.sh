@@ -26,7 +26,7 @@ environment=$("$python" cmake/cuda_tools.py --environment)
 echo "building with $environment and $("$work"/venv/lib/python3*/site-packages/nvidia/cu*/bin/nvcc --version | tail -2 | head -1)"
 env $environment CMAKE_ARGS="-DCMAKE_IGNORE_PATH=$hidden" \
   "$python" -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir "$work" .
-"$python" -m zipfile -e "$work"/qlora-*.whl "$work/wheel"
+"$python" -m zipfile -e "$work"/fused_qlora-*.whl "$work/wheel"
 grep -q "sm_80" "$work/wheel/qlora/libqlora_cuda.so" || { echo "no machine code for sm_80 in libqlora_cuda.so"; exit 1; }
 if grep -q "sm_90" "$work/wheel/qlora/libqlora_cuda.so"; then echo "built for more than the GPU at hand"; exit 1; fi
 "$python" - "$work/wheel/qlora" <<'CODE'
