@@ -4,6 +4,7 @@
 #   make test-abi  one wheel under several torch releases    make test-asan  C++ and CUDA tests under the sanitizers
 #   make ptx    PTX of every CUDA kernel                     make cuda-report  their registers for every GPU (nvcc)
 #   make gpu-check  where there is one (see tests/gpu/check.py)  make test-simt-full  every schedule and architecture
+#   make test-aarch64  C++ tests of the scalar kernels for 64-bit ARM, cross-compiled and run by qemu
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,7 +20,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc cmake python -type f -not -name '*.pyc' 2>/dev/null) CMakeLists.txt pyproject.toml
 say = @printf '\033[1m== %s\033[0m\n' "$(1)"
 
-.PHONY: demo test test-cpp test-asan gpu-check test-simt-full test-pypi-nvcc lint format bench test-abi ptx cuda-report clean
+.PHONY: demo test test-cpp test-asan test-aarch64 gpu-check test-simt-full test-pypi-nvcc lint format bench test-abi \
+  ptx cuda-report clean
 
 demo: $(VENV)/.installed
 	$(call say,Fine-tuning SmolLM2-135M in 4 bit)
@@ -48,6 +50,15 @@ test-asan: $(VENV)/.installed $(VENV)/.test-tools
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 QLORA_SIMT_LIBRARY=$(abspath build/asan/tests/simt/libqlora_simt.so) \
 	  $(BIN)/python -m pytest tests/ops -k simt
+
+# The tools are two packages of Debian and Ubuntu; a machine without them skips the target.
+test-aarch64: $(VENV)/.build-tools
+	$(call say,C++ tests of the kernels for aarch64 under qemu)
+	@for tool in aarch64-linux-gnu-g++ qemu-aarch64-static; do command -v $$tool > /dev/null || { \
+	  echo "skipped: $$tool is missing (apt install g++-aarch64-linux-gnu qemu-user-static)"; exit 0; }; done; \
+	$(BIN)/cmake -S . -B build/aarch64 -G Ninja -DQLORA_BUILD_TESTS=ON \
+	  -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) > /dev/null && $(BIN)/cmake --build build/aarch64 && \
+	$(BIN)/ctest --test-dir build/aarch64 --output-on-failure
 
 # In your own Python, where torch has CUDA and qlora is installed: the one of .venv has no CUDA.
 gpu-check:
