@@ -5,6 +5,7 @@
 #   make ptx    PTX of every CUDA kernel                     make cuda-report  their registers for every GPU (nvcc)
 #   make gpu-check  where there is one (see tests/gpu/check.py)  make test-simt-full  every schedule and architecture
 #   make test-aarch64  C++ tests of the scalar kernels for 64-bit ARM, cross-compiled and run by qemu
+#   make wheels  manylinux_2_28 wheels in dist/cpu           make wheels-cuda  the same for CPUs and GPUs, in dist/cuda
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,14 +15,16 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 ABI_TORCHES ?= torch==2.11.0 torch==2.14.1
 CUDA_TORCH ?= torch==2.14.1
+# One wheel for each: the bindings use pybind11, which has no stable ABI of Python.
+WHEEL_PYTHONS ?= $(PYTHON)
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc cmake python -type f -not -name '*.pyc' 2>/dev/null) CMakeLists.txt pyproject.toml
 say = @printf '\033[1m== %s\033[0m\n' "$(1)"
 
-.PHONY: demo test test-cpp test-asan test-aarch64 gpu-check test-simt-full test-pypi-nvcc lint format bench test-abi \
-  ptx cuda-report clean
+.PHONY: demo test test-cpp test-asan test-aarch64 test-abi test-pypi-nvcc test-simt-full gpu-check lint format bench \
+  wheels wheels-cuda ptx cuda-report clean
 
 demo: $(VENV)/.installed
 	$(call say,Fine-tuning SmolLM2-135M in 4 bit)
@@ -57,7 +60,8 @@ test-aarch64: $(VENV)/.build-tools
 	@for tool in aarch64-linux-gnu-g++ qemu-aarch64-static; do command -v $$tool > /dev/null || { \
 	  echo "skipped: $$tool is missing (apt install g++-aarch64-linux-gnu qemu-user-static)"; exit 0; }; done; \
 	$(BIN)/cmake -S . -B build/aarch64 -G Ninja -DQLORA_BUILD_TESTS=ON \
-	  -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) > /dev/null && $(BIN)/cmake --build build/aarch64 && \
+	  -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) > /dev/null && \
+	$(BIN)/cmake --build build/aarch64 && \
 	$(BIN)/ctest --test-dir build/aarch64 --output-on-failure
 
 # In your own Python, where torch has CUDA and qlora is installed: the one of .venv has no CUDA.
@@ -95,6 +99,17 @@ test-abi: $(VENV)/.build-tools
 test-pypi-nvcc:
 	$(call say,The build with nvcc from PyPI)
 	PYTHON=$(PYTHON) CUDA_TORCH="$(CUDA_TORCH)" sh tests/packaging/test_pypi_nvcc.sh
+
+wheels:
+	$(call say,manylinux wheels for the CPU: $(WHEEL_PYTHONS))
+	$(call build_wheels,cpu)
+
+wheels-cuda:
+	$(call say,manylinux wheels for CPU and GPUs: $(WHEEL_PYTHONS))
+	$(call build_wheels,cuda)
+
+build_wheels = @for python in $(WHEEL_PYTHONS); do PYTHON=$$python TORCH="$(TORCH)" CUDA_TORCH="$(CUDA_TORCH)" \
+  TORCH_INDEX="$(TORCH_INDEX)" sh tools/build_wheels.sh $(1) || exit 1; done
 
 ptx:
 	$(call say,PTX of the CUDA kernels in build/ptx)

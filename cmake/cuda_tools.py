@@ -2,9 +2,10 @@
 
     python cmake/cuda_tools.py --requirements    PyPI packages that contain nvcc; nothing if they are not needed
     python cmake/cuda_tools.py --environment     QLORA_CUDA=… QLORA_CUDA_ARCHS=…, for env(1)
+    python cmake/cuda_tools.py --compiler        the packages of torch's CUDA release, GPU or not (wheels)
 
-Run it with the Python that has torch. Both need a driver (nvidia-smi) and a torch with CUDA. Without them nothing is
-printed and the build is for the CPU; the reason goes to stderr if there is a GPU.
+Run by the Python that has torch. A driver (nvidia-smi) and a torch with CUDA are needed for the first two; without them
+nothing is printed, and the build is one for the CPU. Why is said on stderr.
 """
 
 import importlib.metadata
@@ -52,7 +53,14 @@ def nvcc_release() -> tuple[int, int] | None:
 
 
 def main(wanted: str) -> int:
-    archs, cuda = gpu_archs(), torch_cuda()
+    cuda = torch_cuda()
+    if wanted == "--compiler":
+        if cuda is None or int(cuda.split(".")[0]) < 13:
+            print(f"qlora: PyPI has nvcc for CUDA 13 and newer; this torch has {cuda or 'no CUDA'}", file=sys.stderr)
+            return 1
+        print(" ".join(f"{name}=={cuda}.*" for name in PACKAGES))
+        return 0
+    archs = gpu_archs()
     usable = [arch for arch in archs if arch >= OLDEST_ARCH]
     if not archs:
         return 0
@@ -81,6 +89,6 @@ def main(wanted: str) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or sys.argv[1] not in ("--requirements", "--environment"):
+    if len(sys.argv) != 2 or sys.argv[1] not in ("--requirements", "--environment", "--compiler"):
         sys.exit(__doc__)
     sys.exit(main(sys.argv[1]))
