@@ -19,8 +19,9 @@ void __throw_bad_array_new_length() { throw bad_array_new_length(); }
 template basic_ostringstream<char>::basic_ostringstream();
 template basic_stringstream<char>::basic_stringstream();
 
-// CXXABI_1.3.13. The copy constructor and the destructor, which older libraries export, count references too. Their names
-// have the version: without it the linker would take the inline ones of today's headers, which call these functions.
+// CXXABI_1.3.13. The copy constructor and the destructor, which older libraries export, count references too. Their
+// names have the version: without it the linker would take the inline ones of today's headers, which call these
+// functions.
 asm(".symver qlora_copy_exception_ptr, _ZNSt15__exception_ptr13exception_ptrC1ERKS0_@CXXABI_1.3.3");
 asm(".symver qlora_destroy_exception_ptr, _ZNSt15__exception_ptr13exception_ptrD1Ev@CXXABI_1.3.3");
 extern "C" void qlora_copy_exception_ptr(void* copy, const void* from);

@@ -6,8 +6,8 @@
 #   CUDA_TORCH   torch to build against (cuda); what it depends on is not installed, nvcc comes from PyPI
 #   TORCH_INDEX  package index for TORCH, e.g. one with CPU builds
 #
-# The wheel lands in dist/cpu or dist/cuda. Both have the same file name: the one of cuda has all that the one of cpu has,
-# and libqlora_cuda.so with machine code for every GPU.
+# The wheel lands in dist/cpu or dist/cuda, under one file name. The one of cuda has libqlora_cuda.so too, with machine
+# code for every GPU.
 set -eu
 variant=$1
 oldest_glibc=2.28
