@@ -22,7 +22,9 @@ if [ "$variant" = cuda ]; then
   $pip --no-deps "$CUDA_TORCH"
   # shellcheck disable=SC2046
   $pip --no-deps $("$python" cmake/cuda_tools.py --compiler)
-  export QLORA_CUDA=ON
+  # Not the toolkit on PATH: one version for every wheel.
+  CUDACXX=$(ls "$work"/build/lib/python3*/site-packages/nvidia/cu*/bin/nvcc)
+  export CUDACXX QLORA_CUDA=ON
 else
   # shellcheck disable=SC2086
   $pip ${TORCH_INDEX:+--index-url $TORCH_INDEX} "$TORCH"
