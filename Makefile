@@ -2,6 +2,7 @@
 #   make demo   fine-tune a real language model in 4 bit     make test       all tests
 #   make bench  measure against torch                        make lint       style and types
 #   make test-abi  one wheel under several torch releases    make test-asan  C++ and CUDA tests under the sanitizers
+#   make docs   the documentation as a site in build/site
 #   make ptx    PTX of every CUDA kernel                     make cuda-report  their registers for every GPU (nvcc)
 #   make gpu-check  where there is one (see tests/gpu/check.py)  make test-simt-full  every schedule and architecture
 #   make test-aarch64  C++ tests of the scalar kernels for 64-bit ARM, cross-compiled and run by qemu
@@ -23,7 +24,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc cmake python -type f -not -name '*.pyc' 2>/dev/null) CMakeLists.txt pyproject.toml
 say = @printf '\033[1m== %s\033[0m\n' "$(1)"
 
-.PHONY: demo test test-cpp test-asan test-aarch64 test-abi test-pypi-nvcc test-simt-full gpu-check lint format bench \
+DOCS_VENV ?= build/docs-venv
+.PHONY: docs demo test test-cpp test-asan test-aarch64 test-abi test-pypi-nvcc test-simt-full gpu-check lint format bench \
   wheels wheels-cuda ptx cuda-report clean
 
 demo: $(VENV)/.installed
@@ -120,6 +122,18 @@ ptx:
 cuda-report:
 	$(call say,What nvcc makes of the CUDA kernels for every architecture)
 	$(PYTHON) tools/cuda_report.py
+
+# In an environment of its own: the site's tools read the sources and import nothing of them.
+docs: $(DOCS_VENV)/.installed
+	$(call say,The documentation as a site in build/site)
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+
+$(DOCS_VENV)/.installed: pyproject.toml
+	$(call say,Installing the tools of the documentation)
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  $(shell sed -n 's/^docs = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ',')
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build

@@ -82,7 +82,7 @@ py::dict explain_forward(int64_t m, int64_t k, const std::string& dtype) {
 
 // The decisions of select.h for one product on one GPU, as a dictionary.
 py::dict cuda_select(int64_t m, int64_t n, int64_t k, const std::string& dtype, int64_t block_size, int arch,
-                     int sm_count, int shared_bytes_per_block, std::optional<bool> has_wgmma) {
+                     int sm_count, int shared_bytes_per_block, std::optional<bool> has_wgmma, int64_t rank) {
   using namespace qlora::cuda;
   const qlora::DType type = token_dtype(dtype);
   const Problem problem{m, n, k, type, block_size};
@@ -116,7 +116,7 @@ py::dict cuda_select(int64_t m, int64_t n, int64_t k, const std::string& dtype, 
   chosen["gradients"] = why_factors != nullptr ? "general" : "lora_grad";
   chosen["why_not_faster_gradients"] = why_factors != nullptr ? why_factors : "";
   const char* why_low_rank = why_general_low_rank(problem, gpu);
-  chosen["low_rank"] = why_low_rank != nullptr ? "general" : "lora_down";
+  chosen["low_rank"] = why_low_rank != nullptr || dots_win(m, rank) ? "token_dot" : "lora_down";
   chosen["why_not_faster_low_rank"] = why_low_rank != nullptr ? why_low_rank : "";
   if (kernel == ForwardKernel::kGemv)
     chosen["shared_bytes"] = gemv_shared_bytes(gemv_tile.rows, gemv_m, gemv_tile.panel_chunks);
@@ -146,6 +146,7 @@ PYBIND11_MODULE(_C, m) {
         "The kernels for m tokens of a dtype and k in features, and why not a faster one, as a dictionary.");
   m.def("cuda_select", &cuda_select, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("dtype"), py::arg("block_size"),
         py::arg("arch"), py::arg("sm_count"), py::arg("shared_bytes_per_block"), py::arg("has_wgmma") = py::none(),
+        py::arg("rank") = 16,
         "The kernels and tiles for one product on one GPU, and why not faster ones; needs no GPU.");
   m.def(
       "level_multiplier",

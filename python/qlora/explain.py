@@ -11,6 +11,10 @@ from qlora._load import has_cuda_ops
 from qlora.ops import FLOAT_DTYPES
 from qlora.weight import QuantizedWeight
 
+_CUDA_CHOICES = ("why_not_faster",) + tuple(
+    prefix + name for name in ("backward", "gradients", "low_rank") for prefix in ("", "why_not_faster_")
+)
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -25,7 +29,7 @@ class Explanation:
     why_not_faster_backward: str = ""
     gradients: str = "gemm"  # kernel of the gradients of lora_a and lora_b; on a GPU lora_grad or general
     why_not_faster_gradients: str = ""
-    low_rank: str = "gemm"  # kernel of x lora_aᵀ, one adapter or many; on a GPU lora_down or general
+    low_rank: str = "gemm"  # of x lora_aᵀ: dot, gemm or tiles; on a GPU lora_down or token_dot
     why_not_faster_low_rank: str = ""
 
     def __str__(self) -> str:
@@ -33,7 +37,7 @@ class Explanation:
         return f"{self.device}/{self.isa}: {self.kernel}, {self.compute}{reason}"
 
 
-def _explain_cuda(x: Tensor, weight: QuantizedWeight, tokens: int) -> Explanation:
+def _explain_cuda(x: Tensor, weight: QuantizedWeight, tokens: int, rank: int) -> Explanation:
     if not has_cuda_ops():
         raise ValueError(f"x is on {x.device}: this build has kernels for the CPU only (see QLORA_CUDA in the README)")
     gpu: Any = torch.cuda.get_device_properties(x.device)
@@ -48,25 +52,23 @@ def _explain_cuda(x: Tensor, weight: QuantizedWeight, tokens: int) -> Explanatio
         gpu.multi_processor_count,
         gpu.shared_memory_per_block_optin,
         (gpu.major, gpu.minor) == (9, 0) and 90 in _C.CUDA_ARCHS,
+        rank,
     )
-    general = chosen["forward"] == "general" or x.dtype == torch.float32
     return Explanation(
-        "cuda",
-        f"sm_{gpu.major}{gpu.minor}",
-        chosen["forward"],
-        "float32 products and sums, rounded once" if general else "16-bit products on tensor cores, float32 sums",
-        chosen["why_not_faster"],
-        chosen["backward"],
-        chosen["why_not_faster_backward"],
-        chosen["gradients"],
-        chosen["why_not_faster_gradients"],
-        chosen["low_rank"],
-        chosen["why_not_faster_low_rank"],
+        device="cuda",
+        isa=f"sm_{gpu.major}{gpu.minor}",
+        compute="float32 products and sums, rounded once"
+        if chosen["forward"] == "general" or x.dtype == torch.float32
+        else "16-bit products on tensor cores, float32 sums",
+        kernel=chosen["forward"],
+        **{name: chosen[name] for name in _CUDA_CHOICES},
     )
 
 
-def explain(x: Tensor, weight: QuantizedWeight) -> Explanation:
+def explain(x: Tensor, weight: QuantizedWeight, rank: int = 16) -> Explanation:
     """The kernels that ``forward`` uses for ``x`` [..., k] and ``weight`` (n, k), without running them.
+
+    ``rank`` is that of an adapter; it decides over the kernel of its down projection on a GPU.
 
     Raises ValueError if the shapes of x and weight do not match, or no kernel supports the dtype or device of x.
     """
@@ -78,15 +80,19 @@ def explain(x: Tensor, weight: QuantizedWeight) -> Explanation:
         raise ValueError(f"x has {x.shape[-1]} features: the weight has in_features={weight.shape[1]}")
     tokens = x.numel() // max(1, x.shape[-1])
     if x.device.type == "cuda":
-        return _explain_cuda(x, weight, tokens)
+        return _explain_cuda(x, weight, tokens, rank)
     if x.device.type != "cpu":
         raise ValueError(f"x is on {x.device}: kernels exist only for the CPU and for CUDA")
-    kernel, reason, other = _C.explain_forward(tokens, weight.shape[1], str(x.dtype).removeprefix("torch."))
-    reasons = [reason] if reason else []
+    chosen = _C.explain_forward(tokens, weight.shape[1], str(x.dtype).removeprefix("torch."))
+    reasons = [reason] if (reason := chosen.pop("why_not_faster")) else []
     isa, preferred = _C.active_isa(), _C.preferred_isa()
     if isa != preferred:
-        reasons.append(f"QLORA_CPU_ISA chooses {isa}, but this machine's fastest level is {preferred}")
-    products = "bfloat16 products of W rounded once" if kernel == "tiles" else "float32 products"
+        reasons.append(f"QLORA_CPU_ISA chooses {isa}, this machine's fastest level is {preferred}")
+    products = "bfloat16 products of W rounded once" if chosen["kernel"] == "tiles" else "float32 products"
     return Explanation(
-        "cpu", isa, kernel, f"{products}, float32 sums, rounded once", "; ".join(reasons), other, "", other, "", other
+        device="cpu",
+        isa=isa,
+        compute=f"{products}, float32 sums, rounded once",
+        why_not_faster="; ".join(reasons),
+        **chosen,
     )

@@ -13,8 +13,10 @@ from qlora import _C
 from qlora.tables import scales, table
 
 
-def _nf4_codes(x: Tensor) -> Tensor:
-    levels = table(_C.codebook("nf4"), x)
+def _codes(quant_type: str, x: Tensor) -> Tensor:
+    if quant_type in _CODES:
+        return _CODES[quant_type](x)
+    levels = table(_C.codebook(quant_type), x)
     thresholds = (levels[1:] + levels[:-1]) / 2
     return torch.bucketize(x, thresholds, right=False)  # number of thresholds strictly below x
 
@@ -28,7 +30,8 @@ def _int4_codes(x: Tensor) -> Tensor:
     return (torch.round(x * 7).clamp(-8, 7) + 8).long()
 
 
-_CODES = {"nf4": _nf4_codes, "fp4": _fp4_codes, "int4": _int4_codes}
+# Types whose codes are not the number of midpoints below x.
+_CODES = {"fp4": _fp4_codes, "int4": _int4_codes}
 
 
 def _blocks(flat: Tensor, block: int) -> Tensor:
@@ -50,7 +53,7 @@ def quantize(
     reciprocal = 1.0 / absmax
     x = torch.where(reciprocal.isfinite()[:, None], blocks * reciprocal[:, None], blocks / absmax[:, None])
     x = torch.where(absmax[:, None] > 0, x, 0.0)
-    codes = _CODES[quant_type](x).flatten()[: flat.numel()].to(torch.uint8)
+    codes = _codes(quant_type, x).flatten()[: flat.numel()].to(torch.uint8)
     codes = torch.nn.functional.pad(codes, (0, codes.numel() % 2)).view(-1, 2)
     packed = codes[:, 0] << 4 | codes[:, 1]
     none = absmax.new_empty(0)

@@ -113,8 +113,9 @@ class QuantizedWeight:
 
         Raises ValueError for int4, which bitsandbytes does not have.
         """
-        if self.quant_type not in ("nf4", "fp4"):
-            raise ValueError(f"quant_type='{self.quant_type}' does not exist in bitsandbytes: only nf4 and fp4 do")
+        if self.quant_type not in _C.BITSANDBYTES_QUANT_TYPES:
+            known = " and ".join(_C.BITSANDBYTES_QUANT_TYPES)
+            raise ValueError(f"quant_type='{self.quant_type}' does not exist in bitsandbytes: only {known} do")
         state: dict[str, Any] = {
             "quant_type": self.quant_type,
             "blocksize": self.block_size,

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from toys import save_llama
+from tiny_models import save_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora.cli import demo, main

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from integrations.models import save_dense
-from toys import save_llama
+from tiny_models import save_llama
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from toys import TINY_JOB, save_llama
+from tiny_models import TINY_JOB, save_llama
 from training.test_finetune import StopAt
 
 from qlora.devices import choose_device, why_not_gpu

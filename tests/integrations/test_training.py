@@ -7,7 +7,7 @@ import pytest
 import torch
 from integrations.models import TOKENS
 from peft import LoraConfig, PeftModel, get_peft_model
-from toys import save_llama
+from tiny_models import save_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import qlora

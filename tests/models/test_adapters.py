@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toys import TiedModel, save_llama
+from tiny_models import TiedModel, save_llama
 
 import qlora
 from qlora.nn import Linear4bit

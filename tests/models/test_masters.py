@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from toys import save_llama
+from tiny_models import save_llama
 from transformers import AutoModelForCausalLM
 
 import qlora

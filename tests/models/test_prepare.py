@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_models import TiedModel
 from torch import nn
-from toys import TiedModel
 
 import qlora
 from qlora.nn import Linear4bit, QLoRALinear

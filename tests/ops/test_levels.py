@@ -1,32 +1,19 @@
 """Error of the tensor-core forward from rounding levels to 16 bit, compared with torch's rounding of weights."""
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 
 import qlora
 from qlora import _C
 
-SOURCE = (Path(__file__).parents[2] / "csrc/cuda/device/levels.h").read_text()
-
-
-def multiplier(quant_type: str, dtype: torch.dtype) -> float:
-    """The value of level_multiplier() in the source."""
-    if quant_type != "nf4":
-        return {"int4": 7.0, "fp4": 12.0}[quant_type]
-    bf16, fp16 = re.search(r"kBFloat16 \? ([\d.]+)f : ([\d.]+)f", SOURCE).groups()
-    return float(bf16 if dtype == torch.bfloat16 else fp16)
-
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
+@pytest.mark.parametrize("quant_type", _C.QUANT_TYPES)
 def test_rounded_levels_are_closer_than_rounded_weights(quant_type, dtype):
     weight = qlora.quantize(torch.randn(2000, 64), quant_type, double_quant=False)
     exact = weight.dequantize(torch.float32).double()
     codes = torch.stack((weight.packed.flatten() >> 4, weight.packed.flatten() & 15), 1).view(exact.shape).long()
-    factor = multiplier(quant_type, dtype)
+    factor = _C.level_multiplier(quant_type, str(dtype).removeprefix("torch."))
     levels = torch.tensor(_C.codebook(quant_type), dtype=torch.float32)
     rounded = (levels * factor).to(dtype).double() / factor
     ours = (rounded[codes] * weight.absmax.double()[:, None] - exact).square().mean().sqrt()

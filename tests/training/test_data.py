@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from toys import save_llama
+from tiny_models import save_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora.training.data import (

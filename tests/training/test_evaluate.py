@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from toys import save_llama
+from tiny_models import save_llama
 
 from qlora.cli import main
 from qlora.demo.smollm2 import smollm2_folder

@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file
-from toys import TINY_JOB, save_llama
+from tiny_models import TINY_JOB, save_llama
 from transformers import TrainerCallback
 
 from qlora.models.loading import chat_reply, load_for_inference

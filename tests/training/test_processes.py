@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from toys import save_llama
+from tiny_models import save_llama
 
 from qlora.training.trainer import share_of
 

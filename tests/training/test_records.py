@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from toys import save_llama
+from tiny_models import save_llama
 from transformers import AutoTokenizer
 
 from qlora.cli import main

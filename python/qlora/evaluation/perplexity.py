@@ -11,12 +11,13 @@ import torch
 from qlora.adapters.lora import check_adapter_folder, load_adapter_into
 from qlora.models.chunked_loss import chunked_loss, why_not_chunked
 from qlora.models.loading import load_quantized, load_tokenizer, resolve_model
+from qlora.ops import QUANT_TYPES
 
 # Weight formats by name: a dtype of dense weights, or options of QLoRAConfig.
 DENSE_FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PACKED_FORMATS: dict[str, dict[str, Any]] = {
     f"{quant_type}{suffix}": {"quant_type": quant_type, "double_quant": bool(suffix)}
-    for quant_type in ("nf4", "fp4", "int4")
+    for quant_type in QUANT_TYPES
     for suffix in ("", "-dq")
 }
 FORMATS = (*DENSE_FORMATS, *PACKED_FORMATS)
