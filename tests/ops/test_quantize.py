@@ -71,7 +71,7 @@ def test_dequantize_rounds_once(device, quant_type, dtype, double_quant):
         assert torch.equal(actual, reference.dequantize(*q, shape, quant_type, 32, dtype))
 
 
-def decode_in_numpy(packed, absmax, nested_absmax, nested_offset, count, quant_type, block_size):
+def dequantize_in_numpy(packed, absmax, nested_absmax, nested_offset, count, quant_type, block_size):
     """A third implementation of the format, written only from its description (docs/concepts/format.md)."""
     codes = np.empty(2 * len(packed), np.uint8)
     codes[0::2] = packed // 16
@@ -92,10 +92,10 @@ def decode_in_numpy(packed, absmax, nested_absmax, nested_offset, count, quant_t
 
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
-def test_gemv_written_a_second_time(quant_type, double_quant):
+def test_dequantize_written_a_second_time(quant_type, double_quant):
     shape = (13, 333)
     q = ops.quantize(torch.randn(shape), quant_type, 32, double_quant)
-    expected = decode_in_numpy(*(t.cpu().numpy() for t in q), 13 * 333, quant_type, 32).reshape(shape)
+    expected = dequantize_in_numpy(*(t.cpu().numpy() for t in q), 13 * 333, quant_type, 32).reshape(shape)
     assert np.array_equal(ops.dequantize(*q, shape, quant_type, 32, torch.float32).cpu().numpy(), expected)
 
 

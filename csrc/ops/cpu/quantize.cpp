@@ -106,13 +106,13 @@ Tensor quantization_error(Tensor weight, Tensor packed, Tensor absmax, OptionalT
   const int64_t tasks = ceil_div(numel, kElementsPerTask);
   std::vector<Sums> sums(static_cast<size_t>(tasks));  // added in order, so the thread count cannot change the result
   parallel(tasks, 1, [&](int64_t begin, int64_t end) {
-    constexpr int64_t kStretch = 1024;
+    constexpr int64_t kChunk = 1024;
     for (int64_t task = begin; task < end; ++task) {
       Sums& sum = sums[static_cast<size_t>(task)];
       const int64_t last = std::min(numel, (task + 1) * kElementsPerTask);
-      for (int64_t first = task * kElementsPerTask; first < last; first += kStretch) {
-        float dense[kStretch];
-        const int64_t stop = std::min(first + kStretch, last);
+      for (int64_t first = task * kElementsPerTask; first < last; first += kChunk) {
+        float dense[kChunk];
+        const int64_t stop = std::min(first + kChunk, last);
         kernels.dequantize({view, dense, DType::kFloat32, first}, first, stop);
         for (int64_t i = first; i < stop; ++i) {
           const double exact = load(source.const_data_ptr(), dtype, i);
