@@ -92,15 +92,15 @@ void row_dot_words(const GemvParams& p, typename V::Table table, int64_t row, co
 // Dot products of one row for any k: dequantizes up to 512 weights of the row, then multiplies them.
 template <class V, int kTokens>
 void row_dot_spans(const GemvParams& p, typename V::Table table, int64_t row, int64_t token0, float* sums) {
-  constexpr int64_t kStretch = 512;
-  alignas(64) float w[kStretch];
+  constexpr int64_t kRun = 512;
+  alignas(64) float w[kRun];
   const int64_t k = p.weight.k;
   const float* x = p.x_plain + token0 * k;
   typename V::F acc[kTokens];
   float tail[kTokens] = {};
   for (int t = 0; t < kTokens; ++t) acc[t] = V::zero();
-  for (int64_t k0 = 0; k0 < k; k0 += kStretch) {
-    const int64_t count = min_i64(kStretch, k - k0);
+  for (int64_t k0 = 0; k0 < k; k0 += kRun) {
+    const int64_t count = min_i64(kRun, k - k0);
     dequantize_span<V>(p.weight, table, row * k + k0, count, w);
     int64_t i = 0;
     for (; i + V::kLanes <= count; i += V::kLanes)
