@@ -125,6 +125,12 @@ def test_no_path_of_a_machine_in_the_tree():
             assert not pattern.search(path.read_text()), name
 
 
+def test_the_table_of_places_in_contributing_is_true():
+    places = re.findall(r"^\| [^|]* \| `([^`]*/[^`]*)` \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert len(places) >= 15
+    assert [place for place in places if not (ROOT / place).exists()] == []
+
+
 def python(code):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

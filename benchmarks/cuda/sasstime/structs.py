@@ -17,7 +17,7 @@ def factor(name: str, r: int, features: int, rank_is_major: bool, sharers: float
 def output(y: Buffer, m: int, rows: int, r: int, rank_is_major: bool = False) -> list:
     """struct GemmOutput."""
     up = factor("up", r, rows, rank_is_major) if r else NO_FACTOR
-    activations = Buffer("lora_t", m * r * 4, "float", dram=False) if r else None
+    activations = Buffer("activations", m * r * 4, "float", dram=False) if r else None
     return [y, ("q", m), ("q", rows), up, activations, ("i", r), None, ("q", 1), None, ("i", 0)]
 
 
