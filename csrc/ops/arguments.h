@@ -18,71 +18,26 @@ struct Matrix {
 };
 
 // `like` is x; all tensors must be on its device.
-inline Matrix as_matrix(const Tensor& t, const char* name, int64_t rows, int64_t cols, const Tensor& like) {
-  check_same_device(t, name, like, "x");
-  Tensor c = as_contiguous(t);
-  const void* data = c.const_data_ptr();
-  const DType dtype = float_dtype(c.scalar_type(), name);
-  return {std::move(c), data, dtype, rows, cols};
-}
+Matrix as_matrix(const Tensor& t, const char* name, int64_t rows, int64_t cols, const Tensor& like);
 
-inline Matrix tokens_matrix(const Tensor& t, const char* name, int64_t features, const char* rule, const Tensor& like) {
-  STD_TORCH_CHECK(t.dim() >= 1 && t.size(t.dim() - 1) == features, name, " has shape ", text_of(t.sizes()),
-                  ": its last dimension must be ", rule, "=", features);
-  int64_t tokens = 1;
-  for (int64_t d = 0; d + 1 < t.dim(); ++d) tokens *= t.size(d);
-  return as_matrix(t, name, tokens, features, like);
-}
+Matrix tokens_matrix(const Tensor& t, const char* name, int64_t features, const char* rule, const Tensor& like);
 
 // The gradient of y [..., n]; it must have as many rows as x.
-inline Matrix grad_matrix(const Tensor& grad, int64_t n, const Matrix& tokens) {
-  Matrix dy = tokens_matrix(grad, "grad", n, "out_features", tokens.tensor);
-  STD_TORCH_CHECK(dy.rows == tokens.rows, "grad has ", dy.rows, " rows: x has ", tokens.rows);
-  return dy;
-}
+Matrix grad_matrix(const Tensor& grad, int64_t n, const Matrix& tokens);
 
-inline Matrix lora_matrix(const Tensor& t, const char* name, int64_t rows, int64_t cols, const char* rule,
-                          const Tensor& like) {
-  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols, name, " has shape ", text_of(t.sizes()),
-                  ": it must be ", rule, " = [", rows, ", ", cols, "]");
-  return as_matrix(t, name, rows, cols, like);
-}
+Matrix lora_matrix(const Tensor& t, const char* name, int64_t rows, int64_t cols, const char* rule, const Tensor& like);
 
-inline std::optional<Matrix> check_bias(const OptionalTensor& bias, int64_t n, const Tensor& like) {
-  if (!bias.has_value()) return std::nullopt;
-  STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == n, "bias has shape ", text_of(bias->sizes()),
-                  ": it must be [out_features] = [", n, "]");
-  return as_matrix(*bias, "bias", 1, n, like);
-}
+std::optional<Matrix> check_bias(const OptionalTensor& bias, int64_t n, const Tensor& like);
 
 struct Adapter {
   Matrix a, b;  // [r, k], [n, r]
   float scaling;
 };
 
-inline std::optional<Adapter> check_lora(const OptionalTensor& a, const OptionalTensor& b, int64_t n, int64_t k,
-                                         double scaling, const Tensor& like) {
-  STD_TORCH_CHECK(a.has_value() == b.has_value(),
-                  a.has_value() ? "lora_a was given without lora_b" : "lora_b was given without lora_a",
-                  ": an adapter needs both");
-  if (!a.has_value()) return std::nullopt;
-  STD_TORCH_CHECK(a->dim() == 2, "lora_a has shape ", text_of(a->sizes()), ": it must be [rank, in_features]");
-  const int64_t r = a->size(0);
-  STD_TORCH_CHECK(r > 0, "rank=0: an adapter needs a rank of at least 1");
-  STD_TORCH_CHECK(a->scalar_type() == b->scalar_type(), "lora_a and lora_b must have the same dtype");
-  return Adapter{lora_matrix(*a, "lora_a", r, k, "[rank, in_features]", like),
-                 lora_matrix(*b, "lora_b", n, r, "[out_features, rank]", like), static_cast<float>(scaling)};
-}
+std::optional<Adapter> check_lora(const OptionalTensor& a, const OptionalTensor& b, int64_t n, int64_t k,
+                                  double scaling, const Tensor& like);
 
-inline std::optional<Matrix> check_lora_x(const OptionalTensor& lora_x, const Tensor& x,
-                                          const std::optional<Adapter>& lora) {
-  if (!lora_x.has_value()) return std::nullopt;
-  STD_TORCH_CHECK(lora.has_value(), "lora_x was given without lora_a and lora_b");
-  STD_TORCH_CHECK(text_of(lora_x->sizes()) == text_of(x.sizes()) && lora_x->scalar_type() == x.scalar_type(),
-                  "lora_x has shape ", text_of(lora_x->sizes()), ": it must have the shape and dtype of x, ",
-                  text_of(x.sizes()));
-  return tokens_matrix(*lora_x, "lora_x", x.size(x.dim() - 1), "in_features", x);
-}
+std::optional<Matrix> check_lora_x(const OptionalTensor& lora_x, const Tensor& x, const std::optional<Adapter>& lora);
 
 // The arguments that every product has: the weight (n, k) and the tokens [m, k].
 struct Base {
@@ -90,15 +45,9 @@ struct Base {
   Matrix tokens;
 };
 
-inline Base check_base(const Tensor& x, const Tensor& packed, const Tensor& absmax, const OptionalTensor& nested_absmax,
-                       const OptionalTensor& nested_offset, const std::vector<int64_t>& shape,
-                       const std::string& quant_type, int64_t block_size) {
-  STD_TORCH_CHECK(shape.size() == 2, "shape has ", shape.size(),
-                  " dimensions: a matmul weight is (out_features, in_features)");
-  check_same_device(packed, "packed", x, "x");
-  return {check_weight(packed, absmax, nested_absmax, nested_offset, shape[0], shape[1], quant_type, block_size),
-          tokens_matrix(x, "x", shape[1], "in_features", x)};
-}
+Base check_base(const Tensor& x, const Tensor& packed, const Tensor& absmax, const OptionalTensor& nested_absmax,
+                const OptionalTensor& nested_offset, const std::vector<int64_t>& shape, const std::string& quant_type,
+                int64_t block_size);
 
 // Several adapters for one batch. The values of adapter_of_row are checked by the op or kernel of each device.
 struct Adapters {
@@ -121,39 +70,8 @@ struct Adapters {
   }
 };
 
-inline Adapters check_adapters(const Tensor& lora_a, const Tensor& lora_b, const Tensor& scaling,
-                               const Tensor& adapter_of_row, const Base& base) {
-  const int64_t tokens = base.tokens.rows, n = base.w.n, k = base.w.k;
-  const Tensor& x = base.tokens.tensor;
-  STD_TORCH_CHECK(lora_a.dim() == 3 && lora_a.size(2) == k, "lora_a has shape ", text_of(lora_a.sizes()),
-                  ": it must be [adapters, rank, in_features=", k, "]");
-  const int64_t count = lora_a.size(0), r = lora_a.size(1);
-  STD_TORCH_CHECK(r > 0, "rank=0: an adapter needs a rank of at least 1");
-  STD_TORCH_CHECK(lora_b.dim() == 3 && lora_b.size(0) == count && lora_b.size(1) == n && lora_b.size(2) == r,
-                  "lora_b has shape ", text_of(lora_b.sizes()), ": it must be [adapters, out_features, rank] = [",
-                  count, ", ", n, ", ", r, "]");
-  STD_TORCH_CHECK(lora_a.scalar_type() == lora_b.scalar_type(), "lora_a and lora_b must have the same dtype");
-  check_same_device(scaling, "scaling", x, "x");
-  check_same_device(adapter_of_row, "adapter_of_row", x, "x");
-  check_dtype(scaling, ScalarType::Float, "scaling", "it must be float32");
-  check_dtype(adapter_of_row, ScalarType::Long, "adapter_of_row", "it must be int64");
-  STD_TORCH_CHECK(scaling.numel() == count, "scaling has ", scaling.numel(), " values: there are ", count, " adapters");
-  STD_TORCH_CHECK(adapter_of_row.numel() == tokens, "adapter_of_row has ", adapter_of_row.numel(), " values: x has ",
-                  tokens, " rows");
-  Adapters adapters{as_matrix(lora_a, "lora_a", count * r, k, x),
-                    as_matrix(lora_b, "lora_b", count * n, r, x),
-                    as_contiguous(scaling),
-                    as_contiguous(adapter_of_row),
-                    nullptr,
-                    nullptr,
-                    count,
-                    r,
-                    n,
-                    lora_a.element_size()};
-  adapters.scale = adapters.scaling.const_data_ptr<float>();
-  adapters.of_row = adapters.adapter_of_row.const_data_ptr<int64_t>();
-  return adapters;
-}
+Adapters check_adapters(const Tensor& lora_a, const Tensor& lora_b, const Tensor& scaling, const Tensor& adapter_of_row,
+                        const Base& base);
 
 // Arguments of the affine form: integer weights with scale and zero_point, which hold one value, one per output
 // channel, or one row per group of input rows.
@@ -167,51 +85,9 @@ struct Affine {
   float scaling;
 };
 
-inline AffineGrid check_grid(const Tensor& scale, const Tensor& zero_point, int64_t in, int64_t out) {
-  check_dtype(scale, ScalarType::Float, "scale", "it must be float32");
-  check_dtype(zero_point, ScalarType::Float, "zero_point", "it must be float32");
-  STD_TORCH_CHECK(text_of(scale.sizes()) == text_of(zero_point.sizes()), "scale has shape ", text_of(scale.sizes()),
-                  " and zero_point ", text_of(zero_point.sizes()), ": they must agree");
-  const int64_t dims = scale.dim();
-  const int64_t channels = dims == 0 ? 1 : scale.size(dims - 1), groups = dims == 2 ? scale.size(0) : 1;
-  STD_TORCH_CHECK(dims <= 2 && (channels == 1 || channels == out) && groups > 0 && in % groups == 0, "scale has shape ",
-                  text_of(scale.sizes()),
-                  ": it must be [], [out_features] or [groups, out_features or 1] with out_features=", out,
-                  " and in_features=", in, " a multiple of groups");
-  AffineGrid grid;
-  grid.scale = scale.const_data_ptr<float>();
-  grid.zero_point = zero_point.const_data_ptr<float>();
-  grid.group = in / groups > 0 ? in / groups : 1;
-  grid.group_stride = channels;
-  grid.channel_stride = channels == 1 ? 0 : 1;
-  return grid;
-}
+AffineGrid check_grid(const Tensor& scale, const Tensor& zero_point, int64_t in, int64_t out);
 
-inline Affine check_affine(const Tensor& x, const Tensor& quantized_w, const Tensor& scale, const Tensor& zero_point,
-                           const Tensor& b, const Tensor& a, double alpha) {
-  STD_TORCH_CHECK(quantized_w.dim() == 2, "quantized_W has shape ", text_of(quantized_w.sizes()),
-                  ": it must be [in_features, out_features]");
-  check_same_device(quantized_w, "quantized_W", x, "x");
-  check_same_device(scale, "scale", x, "x");
-  check_same_device(zero_point, "zero_point", x, "x");
-  STD_TORCH_CHECK(b.dim() == 2, "B has shape ", text_of(b.sizes()), ": it must be [in_features, rank]");
-  const int64_t in = quantized_w.size(0), out = quantized_w.size(1), r = b.size(1);
-  STD_TORCH_CHECK(r > 0, "rank=0: an adapter needs a rank of at least 1");
-  STD_TORCH_CHECK(a.scalar_type() == b.scalar_type(), "A and B must have the same dtype");
-  Affine affine{tokens_matrix(x, "x", in, "in_features", x),
-                as_contiguous(quantized_w),
-                as_contiguous(scale),
-                as_contiguous(zero_point),
-                integer_dtype(quantized_w.scalar_type(), "quantized_W"),
-                {},
-                in,
-                out,
-                r,
-                lora_matrix(b, "B", in, r, "[in_features, rank]", x),
-                lora_matrix(a, "A", r, out, "[rank, out_features]", x),
-                static_cast<float>(alpha / static_cast<double>(r))};
-  affine.grid = check_grid(affine.scale, affine.zero_point, in, out);
-  return affine;
-}
+Affine check_affine(const Tensor& x, const Tensor& quantized_w, const Tensor& scale, const Tensor& zero_point,
+                    const Tensor& b, const Tensor& a, double alpha);
 
 }  // namespace qlora::ops

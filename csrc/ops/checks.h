@@ -15,21 +15,10 @@ namespace qlora::ops {
 
 using OptionalTensor = std::optional<Tensor>;
 
-inline std::string text_of(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
-  std::string text = "[";
-  for (size_t i = 0; i < sizes.size(); ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
-  return text + "]";
-}
+std::string text_of(torch::headeronly::IntHeaderOnlyArrayRef sizes);
 
 // The multi-dimensional index of a flat position in a tensor of these sizes, as text.
-inline std::string position_text(int64_t flat, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
-  std::vector<int64_t> index(sizes.size());
-  for (size_t d = sizes.size(); d-- > 0;) {
-    index[d] = flat % sizes[d];
-    flat /= sizes[d];
-  }
-  return text_of({index.data(), index.size()});
-}
+std::string position_text(int64_t flat, torch::headeronly::IntHeaderOnlyArrayRef sizes);
 
 // None and an empty tensor mean the same.
 inline bool is_given(const OptionalTensor& t) { return t.has_value() && t->numel() > 0; }
@@ -43,56 +32,18 @@ inline void check_dtype(const Tensor& t, ScalarType dtype, const char* name, con
   STD_TORCH_CHECK(t.scalar_type() == dtype, name, " has the wrong dtype: ", rule);
 }
 
-inline DType float_dtype(ScalarType dtype, const char* name) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16, not ScalarType ", static_cast<int>(dtype));
-  }
-}
+DType float_dtype(ScalarType dtype, const char* name);
 
-inline DType integer_dtype(ScalarType dtype, const char* name) {
-  switch (dtype) {
-    case ScalarType::Char:
-      return DType::kInt8;
-    case ScalarType::Byte:
-      return DType::kUInt8;
-    case ScalarType::Short:
-      return DType::kInt16;
-    case ScalarType::Int:
-      return DType::kInt32;
-    case ScalarType::Long:
-      return DType::kInt64;
-    default:
-      STD_TORCH_CHECK(false, name, " must be an integer tensor, not ScalarType ", static_cast<int>(dtype));
-  }
-}
+DType integer_dtype(ScalarType dtype, const char* name);
 
-inline QuantType check_quant_type(const std::string& name) {
-  QuantType type{};
-  STD_TORCH_CHECK(parse_quant_type(name, &type), unknown_quant_type(name));
-  return type;
-}
+QuantType check_quant_type(const std::string& name);
 
 inline void check_block_size(int64_t block_size) {
   STD_TORCH_CHECK(is_block_size(block_size), "block_size=", block_size, " must be a power of two from ", kMinBlockSize,
                   " to ", kMaxBlockSize);
 }
 
-inline int64_t checked_numel(const std::vector<int64_t>& shape) {
-  int64_t numel = 1;
-  for (const int64_t extent : shape) {
-    STD_TORCH_CHECK(extent >= 0, "shape=", text_of({shape.data(), shape.size()}), " must not be negative");
-    STD_TORCH_CHECK(!__builtin_mul_overflow(numel, extent, &numel), "shape=", text_of({shape.data(), shape.size()}),
-                    " has more than 2^63 elements");
-  }
-  return numel;
-}
+int64_t checked_numel(const std::vector<int64_t>& shape);
 
 // A packed weight with checked, contiguous tensors.
 struct CheckedWeight {
@@ -103,59 +54,11 @@ struct CheckedWeight {
   int block_shift;
 };
 
-inline CheckedWeight check_weight(const Tensor& packed, const Tensor& absmax, const OptionalTensor& nested_absmax,
-                                  const OptionalTensor& nested_offset, int64_t n, int64_t k,
-                                  const std::string& quant_type, int64_t block_size) {
-  const QuantType type = check_quant_type(quant_type);
-  check_block_size(block_size);
-  const int64_t numel = checked_numel({n, k}), bytes = packed_bytes(numel), blocks = ceil_div(numel, block_size);
-  check_same_device(absmax, "absmax", packed, "packed");
-  check_dtype(packed, ScalarType::Byte, "packed", "it must be uint8");
-  STD_TORCH_CHECK(packed.numel() == bytes, "packed has ", packed.numel(), " bytes: a weight of ", numel,
-                  " elements needs ", bytes);
-  STD_TORCH_CHECK(absmax.numel() == blocks, "absmax has ", absmax.numel(), " values: ", numel,
-                  " elements in blocks of ", block_size, " need ", blocks);
-  CheckedWeight w{as_contiguous(packed), as_contiguous(absmax), std::nullopt, std::nullopt, type, n, k,
-                  log2_exact(block_size)};
-  if (numel > 0 && (is_given(nested_absmax) || is_given(nested_offset))) {
-    STD_TORCH_CHECK(is_given(nested_absmax) && is_given(nested_offset),
-                    "nested_absmax and nested_offset belong together: only one of them was given");
-    check_same_device(*nested_absmax, "nested_absmax", packed, "packed");
-    check_same_device(*nested_offset, "nested_offset", packed, "packed");
-    check_dtype(absmax, ScalarType::Byte, "absmax", "it must be uint8 with double quantization");
-    check_dtype(*nested_absmax, ScalarType::Float, "nested_absmax", "it must be float32");
-    check_dtype(*nested_offset, ScalarType::Float, "nested_offset", "it must be float32");
-    const int64_t nested = ceil_div(blocks, kNestedBlock);
-    STD_TORCH_CHECK(nested_absmax->numel() == nested, "nested_absmax has ", nested_absmax->numel(), " values: ", blocks,
-                    " scales in blocks of ", kNestedBlock, " need ", nested);
-    STD_TORCH_CHECK(nested_offset->numel() == 1, "nested_offset has ", nested_offset->numel(),
-                    " values: it must have one");
-    w.nested_absmax = as_contiguous(*nested_absmax);
-    w.nested_offset = *nested_offset;
-  } else {
-    STD_TORCH_CHECK(numel == 0 || absmax.scalar_type() == ScalarType::Float,
-                    "absmax must be float32 without double quantization (nested_absmax was not given)");
-  }
-  return w;
-}
+CheckedWeight check_weight(const Tensor& packed, const Tensor& absmax, const OptionalTensor& nested_absmax,
+                           const OptionalTensor& nested_offset, int64_t n, int64_t k, const std::string& quant_type,
+                           int64_t block_size);
 
 // The weight as kernels read it; valid while `w` lives.
-inline WeightView view_of(const CheckedWeight& w) {
-  static const float none = 0.0f;  // of an empty weight: never read, but tells kernels that scales are float32
-  WeightView view;
-  view.packed = w.packed.const_data_ptr<uint8_t>();
-  if (w.nested_absmax) {
-    view.absmax_codes = w.absmax.const_data_ptr<uint8_t>();
-    view.nested_absmax = w.nested_absmax->const_data_ptr<float>();
-    view.nested_offset = w.nested_offset->const_data_ptr<float>();
-  } else {
-    view.absmax = w.n * w.k == 0 ? &none : w.absmax.const_data_ptr<float>();
-  }
-  view.n = w.n;
-  view.k = w.k;
-  view.block_shift = w.block_shift;
-  view.quant_type = w.type;
-  return view;
-}
+WeightView view_of(const CheckedWeight& w);
 
 }  // namespace qlora::ops
