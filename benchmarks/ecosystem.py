@@ -1,7 +1,7 @@
 """Times the same user code on different 4-bit layers: steps with transformers and PEFT, and bitsandbytes' calls.
 
-Run: python benchmarks/ecosystem.py [step] [calls] [--repeats 5] (needs fused-qlora[bench]). Contenders take turns in
-one process; medians, and ratios of rounds with half the distance of their quartiles.
+Run: python benchmarks/ecosystem.py [step] [calls] [--repeats 5] (needs the extra [bench]). Contenders take turns in one
+process; medians, and ratios of rounds with half the distance of their quartiles.
 """
 
 import argparse

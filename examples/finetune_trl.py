@@ -1,6 +1,6 @@
 """Fine-tunes a model with transformers, PEFT and TRL; the quantization config selects whose 4-bit layers it uses.
 
-Run: python examples/finetune_trl.py (needs fused-qlora[train], peft, trl). Without --model it takes SmolLM2-135M, and
+Run: python examples/finetune_trl.py (needs the extra [train], and trl). Without --model it takes SmolLM2-135M, and
 the conversations that `qlora demo` trains on. `--quantizer bitsandbytes` is the same run on bitsandbytes' layers, and
 `--quantizer accelerated` on bitsandbytes' layers with our kernels.
 """

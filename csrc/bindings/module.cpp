@@ -155,9 +155,10 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("quant_type"), py::arg("dtype"), "The factor of the levels that tensor cores take in a 16-bit dtype.");
   std::vector<std::string> quant_types, of_bitsandbytes;
-  for (const qlora::QuantTypeName& entry : qlora::kQuantTypes) {
-    quant_types.emplace_back(entry.name);
-    if (qlora::in_bitsandbytes(entry.type)) of_bitsandbytes.emplace_back(entry.name);
+  for (int i = 0; i < qlora::kQuantTypeCount; ++i) {
+    const qlora::QuantType type = qlora::quant_type_at(i);
+    quant_types.emplace_back(qlora::quant_type_name(type));
+    if (qlora::in_bitsandbytes(type)) of_bitsandbytes.emplace_back(qlora::quant_type_name(type));
   }
   m.attr("BITSANDBYTES_QUANT_TYPES") = py::tuple(py::cast(of_bitsandbytes));
   m.attr("QUANT_TYPES") = py::tuple(py::cast(quant_types));

@@ -1,5 +1,5 @@
-// Gradients of the low-rank factors on the tensor cores: d_lora_a = uᵀ x and d_lora_b = dyᵀ t, sums over tokens, in one
-// launch.
+// Gradients of the low-rank factors on the tensor cores: d_lora_a = dy_downᵀ x and d_lora_b = dyᵀ x_down, sums over
+// tokens, in one launch.
 //
 // A block owns features of x (or dy) and iterates over tokens, 64 x 64 elements at a time. Both operands are stored by
 // token, and ldmatrix transposes them. The float32 activations are loaded into registers one chunk ahead and split into

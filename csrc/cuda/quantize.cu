@@ -71,7 +71,8 @@ QLORA_DEVICE uint32_t code_of(float x) {
     for (int i = 0; i < kLevels - 1; ++i) code += x > Format<kType>::kThresholds[i] ? 1u : 0u;
     return code;
   } else {
-    static_assert(kType == QuantType::kInt4, "a type without thresholds needs its way to a code");
+    static_assert(kType == QuantType::kInt4,
+                  "write the rule for the codes of this type here: docs/extending/format.md");
     const float steps = rintf(x * kInt4Steps);
     const float clamped = fminf(fmaxf(steps, -static_cast<float>(kInt4Zero)), 15.0f - kInt4Zero);
     return static_cast<uint32_t>(static_cast<int>(clamped) + kInt4Zero);
@@ -103,14 +104,14 @@ QLORA_DEVICE void check_finite(const QuantizeParams& p, const float (&x)[kPerLan
   }
 }
 
-// Quantizes `span` weights from `begin` on with one warp: several blocks of `lanes` lanes each, or one block of at
+// Quantizes `count` weights from `begin` on with one warp: several blocks of `lanes` lanes each, or one block of at
 // least 256 weights.
 template <class T, QuantType kType>
-QLORA_DEVICE void quantize_span(const QuantizeParams& p, int64_t begin, int span, int lanes) {
+QLORA_DEVICE void quantize_run(const QuantizeParams& p, int64_t begin, int count, int lanes) {
   const T* weight = static_cast<const T*>(p.weight);
   float x[kPerLane];
   float absmax = 0.0f;
-  for (int64_t first = begin; first < begin + span && first < p.numel; first += kPerWarp) {
+  for (int64_t first = begin; first < begin + count && first < p.numel; first += kPerWarp) {
     load_eight(weight, first + ptx::lane() * kPerLane, p.numel, x);
     if (p.check_finite) check_finite<T>(p, x, first + ptx::lane() * kPerLane);
     absmax = absmax_of(x, absmax);
@@ -125,9 +126,9 @@ QLORA_DEVICE void quantize_span(const QuantizeParams& p, int64_t begin, int span
   const float reciprocal = 1.0f / absmax;
   const bool usable = (bits_of(reciprocal) & 0x7F800000u) != 0x7F800000u;  // false if absmax is zero or subnormal
   const float factor = usable ? reciprocal : 1.0f;
-  for (int64_t first = begin; first < begin + span && first < p.numel; first += kPerWarp) {
+  for (int64_t first = begin; first < begin + count && first < p.numel; first += kPerWarp) {
     const int64_t mine = first + ptx::lane() * kPerLane;
-    if (span > kPerWarp) load_eight(weight, mine, p.numel, x);
+    if (count > kPerWarp) load_eight(weight, mine, p.numel, x);
     if (!usable) {
       for (int i = 0; i < kPerLane; ++i) x[i] = absmax > 0.0f ? x[i] / absmax : 0.0f;
     }
@@ -154,13 +155,13 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 4) kernel(QLORA_PARAMS QuantizeParams p
   }
   const int block = 1 << p.block_shift;
   const int lanes = block < kPerWarp ? block / kPerLane : 32;
-  const int span = block < kPerWarp ? kPerWarp : block;
+  const int count = block < kPerWarp ? kPerWarp : block;
   const int64_t warp = static_cast<int64_t>(ptx::block_x()) * (kThreads / 32) + ptx::warp();
 #pragma unroll 1
   for (int round = 0; round < kRounds; ++round) {
-    const int64_t begin = (warp * kRounds + round) * span;
+    const int64_t begin = (warp * kRounds + round) * count;
     if (begin >= p.numel) return;
-    quantize_span<T, kType>(p, begin, span, lanes);
+    quantize_run<T, kType>(p, begin, count, lanes);
   }
 }
 

@@ -29,8 +29,8 @@ inline constexpr Thresholds kNf4Thresholds = midpoints(kNf4);
 // The traits of a type:
 //   kName            what users write
 //   kTable           the levels of the 16 codes; a dequantized value is level * absmax in float32, rounded once
-//   kThresholds      midpoints() of ascending levels; null if codes are found another way, which quantize_impl.h and
-//                    quantize.cu then have to know
+//   kThresholds      midpoints() of ascending levels; null if codes are found another way, which quantize_impl.h,
+//                    quantize.cu and both references then have to know
 //   kInBitsandbytes  whether that library has the type, with these levels
 //   k…Multiplier     tensor cores take 16-bit levels; rounded times this factor, which the float32 scale undoes, they
 //                    are closest to the exact ones (tests/ops/test_levels.py)
@@ -99,22 +99,5 @@ static constexpr float level_multiplier(QuantType type, DType dtype) {
     return dtype == DType::kBFloat16 ? F::kBFloat16Multiplier : F::kFloat16Multiplier;
   });
 }
-
-struct QuantTypeName {
-  const char* name;
-  QuantType type;
-};
-struct QuantTypeNames {
-  QuantTypeName entry[kQuantTypeCount];
-  constexpr const QuantTypeName* begin() const { return entry; }
-  constexpr const QuantTypeName* end() const { return entry + kQuantTypeCount; }
-};
-static constexpr QuantTypeNames make_quant_type_names() {
-  QuantTypeNames names{};
-  for (int i = 0; i < kQuantTypeCount; ++i)
-    names.entry[i] = {quant_type_name(static_cast<QuantType>(i)), static_cast<QuantType>(i)};
-  return names;
-}
-inline constexpr QuantTypeNames kQuantTypes = make_quant_type_names();
 
 }  // namespace qlora

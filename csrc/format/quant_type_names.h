@@ -7,18 +7,21 @@
 
 namespace qlora {
 
+constexpr QuantType quant_type_at(int i) { return static_cast<QuantType>(i); }
+
 // "nf4, fp4, int4"
 inline std::string quant_type_names() {
   std::string names;
-  for (const QuantTypeName& entry : kQuantTypes) names += (names.empty() ? "" : ", ") + std::string(entry.name);
+  for (int i = 0; i < kQuantTypeCount; ++i)
+    names += (names.empty() ? "" : ", ") + std::string(quant_type_name(quant_type_at(i)));
   return names;
 }
 
 // False if there is no such type.
 inline bool parse_quant_type(const std::string& name, QuantType* type) {
-  for (const QuantTypeName& entry : kQuantTypes) {
-    if (name != entry.name) continue;
-    *type = entry.type;
+  for (int i = 0; i < kQuantTypeCount; ++i) {
+    if (name != quant_type_name(quant_type_at(i))) continue;
+    *type = quant_type_at(i);
     return true;
   }
   return false;

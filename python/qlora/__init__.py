@@ -1,7 +1,7 @@
 """QLoRA for PyTorch: 4-bit frozen weights and one fused dequantize-matmul plus low-rank add, forward and backward.
 
-``import qlora`` needs only torch. Training, adapters and the command line need ``pip install 'fused-qlora[train]'`` and
-import their libraries when they are used.
+``import qlora`` needs only torch. Training, adapters and the command line need the extra ``[train]``, in a checkout
+``pip install '.[train]'``, and import their libraries when they are used.
 """
 
 from importlib.metadata import version as _version

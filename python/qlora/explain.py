@@ -78,6 +78,8 @@ def explain(x: Tensor, weight: QuantizedWeight, rank: int = 16) -> Explanation:
         raise ValueError(f"x has shape {tuple(x.shape)} and weight {weight.shape}: they must be [..., k] and (n, k)")
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x has {x.shape[-1]} features: the weight has in_features={weight.shape[1]}")
+    if rank < 1:
+        raise ValueError(f"rank={rank} must be at least 1")
     tokens = x.numel() // max(1, x.shape[-1])
     if x.device.type == "cuda":
         return _explain_cuda(x, weight, tokens, rank)

@@ -13,12 +13,23 @@
 #include "cpu/select.h"
 #include "format/dynamic_map.h"
 #include "format/half.h"
+#include "format/quant_type_names.h"
 #include "reference/reference.h"
 
 namespace {
 
 using namespace qlora;
 using namespace qlora::cpu;
+
+struct NamedType {
+  std::string name;
+  QuantType type;
+};
+std::vector<NamedType> quant_types() {
+  std::vector<NamedType> types;
+  for (int i = 0; i < kQuantTypeCount; ++i) types.push_back({quant_type_name(quant_type_at(i)), quant_type_at(i)});
+  return types;
+}
 
 int checks = 0, failures = 0;
 
@@ -56,7 +67,7 @@ WeightView view(const reference::Quantized& q, QuantType type, int64_t n, int64_
 }
 
 void test_quantize(const KernelTable& kernels) {
-  for (const QuantTypeName& entry : kQuantTypes)
+  for (const NamedType& entry : quant_types())
     for (const int64_t block : {32, 64, 4096})
       for (const int64_t numel : {0, 1, 63, 64, 65, 1000, 8193}) {
         std::vector<float> weight = normal(numel, static_cast<unsigned>(numel + block));
@@ -88,7 +99,7 @@ void test_quantize_names_the_first_bad_value(const KernelTable& kernels) {
 
 template <class T>
 void test_dequantize_typed(const KernelTable& kernels, DType dtype) {
-  for (const QuantTypeName& entry : kQuantTypes) {
+  for (const NamedType& entry : quant_types()) {
     const int64_t n = 7, k = 75, block = 32;
     const reference::Quantized q = reference::quantize(normal(n * k, 3), block, entry.type);
     const WeightView w = view(q, entry.type, n, k, block);

@@ -192,22 +192,22 @@ class TestAccelerate:
         dense = torch.randn(64, 128).to(dtype)
         functional = bnb.functional
         packed, state = functional.quantize_4bit(dense, quant_type=quant_type, compress_statistics=True)
-        decoded = functional.dequantize_4bit(packed, state)
+        dequantized = functional.dequantize_4bit(packed, state)
         with ours.accelerate():
             ours_packed, ours_state = functional.quantize_4bit(dense, quant_type=quant_type, compress_statistics=True)
-            ours_decoded = functional.dequantize_4bit(ours_packed, ours_state)
+            ours_dequantized = functional.dequantize_4bit(ours_packed, ours_state)
             if quant_type == "nf4" or dtype == torch.float32:
-                assert torch.equal(ours_decoded, decoded)
+                assert torch.equal(ours_dequantized, dequantized)
             else:  # 16-bit numbers are often halfway between two levels: their CPU code rounds those up, qlora and
                 # their CUDA code towards zero. Both results are equally far from the weight.
-                error = (decoded.float() - dense.float()).abs()
-                torch.testing.assert_close((ours_decoded.float() - dense.float()).abs(), error, rtol=0, atol=0.02)
+                error = (dequantized.float() - dense.float()).abs()
+                torch.testing.assert_close((ours_dequantized.float() - dense.float()).abs(), error, rtol=0, atol=0.02)
             assert torch.equal(ours_state.absmax, state.absmax)
             if quant_type == "nf4":
                 assert torch.equal(ours_packed, packed)
             out = torch.empty_like(dense)
             functional.dequantize_4bit(packed, state, out=out)
-            assert torch.equal(out, decoded)
+            assert torch.equal(out, dequantized)
             x = torch.randn(1, 128).to(dtype)
             plain, plain_state = functional.quantize_4bit(dense, quant_type=quant_type)
             y = functional.gemv_4bit(x, plain.t(), state=plain_state)

@@ -1,4 +1,4 @@
-"""quantize and dequantize: bit-exact with the reference, a separate decoder in numpy, and bitsandbytes' output."""
+"""quantize and dequantize: bit-exact with the reference, a second dequantize in numpy, and bitsandbytes' output."""
 
 from pathlib import Path
 
@@ -107,10 +107,10 @@ def test_bitsandbytes_golden(device, name):
     here = torch.get_default_device()
     entry = {k.rpartition(".")[2]: torch.from_numpy(GOLDEN[k]).to(here) for k in GOLDEN.files if k.startswith(name)}
     nested = (entry["nested_absmax"], entry["nested_offset"]) if kind == "nested" else (None, None)
-    decoded = ops.dequantize(
+    dequantized = ops.dequantize(
         entry["packed"], entry["absmax"], *nested, entry["weight"].shape, quant_type, block, torch.float32
     )
-    assert torch.equal(decoded, entry["dequantized"])
+    assert torch.equal(dequantized, entry["dequantized"])
 
     packed, absmax, nested_absmax, nested_offset = ops.quantize(entry["weight"], quant_type, block, kind == "nested")
     assert torch.equal(absmax, entry["absmax"])

@@ -1,4 +1,4 @@
-"""How sasstime launches gemv.cu: m (1 to 16) n k [rows], the rows of a block, 16 or 32."""
+"""Describes the launch of gemv.cu to sasstime, a timing model of SASS: m (1 to 16) n k [rows of a block, 16 or 32]."""
 
 from sasstime import Buffer, Launch
 

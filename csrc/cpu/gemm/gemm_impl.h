@@ -59,7 +59,7 @@ void fill_panel(const Operand& a, int64_t row0, int64_t rows, int64_t step0, int
   for (int64_t i = 0; i < lines; ++i) {
     float* out = panel + i * P::kLd;
     if (a.packed != nullptr) {
-      dequantize_span<V>(*a.packed, table, (line0 + i) * a.packed->k + offset, count, out);
+      dequantize_run<V>(*a.packed, table, (line0 + i) * a.packed->k + offset, count, out);
     } else {
       load_dense_line<V>(a, line0 + i, offset, count, out);
     }

@@ -91,7 +91,7 @@ void row_dot_words(const GemvParams& p, typename V::Table table, int64_t row, co
 
 // Dot products of one row for any k: dequantizes up to 512 weights of the row, then multiplies them.
 template <class V, int kTokens>
-void row_dot_spans(const GemvParams& p, typename V::Table table, int64_t row, int64_t token0, float* sums) {
+void row_dot_elements(const GemvParams& p, typename V::Table table, int64_t row, int64_t token0, float* sums) {
   constexpr int64_t kRun = 512;
   alignas(64) float w[kRun];
   const int64_t k = p.weight.k;
@@ -101,7 +101,7 @@ void row_dot_spans(const GemvParams& p, typename V::Table table, int64_t row, in
   for (int t = 0; t < kTokens; ++t) acc[t] = V::zero();
   for (int64_t k0 = 0; k0 < k; k0 += kRun) {
     const int64_t count = min_i64(kRun, k - k0);
-    dequantize_span<V>(p.weight, table, row * k + k0, count, w);
+    dequantize_run<V>(p.weight, table, row * k + k0, count, w);
     int64_t i = 0;
     for (; i + V::kLanes <= count; i += V::kLanes)
       for (int t = 0; t < kTokens; ++t) acc[t] = V::fma(V::load(w + i), V::load(x + t * k + k0 + i), acc[t]);
@@ -172,7 +172,7 @@ void gemv_row(const GemvParams& p, typename V::Table table, int64_t row, const f
   if (p.x_words != nullptr) {
     row_dot_words<V, kTokens>(p, table, row, scales, token0, sums);
   } else {
-    row_dot_spans<V, kTokens>(p, table, row, token0, sums);
+    row_dot_elements<V, kTokens>(p, table, row, token0, sums);
   }
   const float bias = p.bias != nullptr ? load_scalar(p.bias, p.bias_dtype, row) : 0.0f;
   for (int t = 0; t < kTokens; ++t) {

@@ -1,4 +1,4 @@
-// Dequantizes any span of a packed weight, in flat order, for one vector type. The matmul kernels also fill their
+// Dequantizes any run of a packed weight, in flat order, for one vector type. The matmul kernels also fill their
 // panels with it.
 #pragma once
 
@@ -8,9 +8,9 @@
 namespace qlora::cpu {
 namespace {
 
-// Writes elements [first, first + count) to `out`. A span may begin on a low nibble and cross blocks.
+// Writes elements [first, first + count) to `out`. A run may begin on a low nibble and cross blocks.
 template <class V, class T>
-void dequantize_span(const WeightView& w, typename V::Table table, int64_t first, int64_t count, T* out) {
+void dequantize_run(const WeightView& w, typename V::Table table, int64_t first, int64_t count, T* out) {
   const int64_t block_mask = (int64_t{1} << w.block_shift) - 1;
   const int64_t end = first + count;
   while (first < end) {
@@ -36,8 +36,8 @@ void dequantize_span(const WeightView& w, typename V::Table table, int64_t first
 
 template <class V, class T>
 void dequantize_typed(const DequantizeParams& p, int64_t begin, int64_t end) {
-  dequantize_span<V>(p.weight, V::table(codebook(p.weight.quant_type)), begin, end - begin,
-                     static_cast<T*>(p.out) + (begin - p.first));
+  dequantize_run<V>(p.weight, V::table(codebook(p.weight.quant_type)), begin, end - begin,
+                    static_cast<T*>(p.out) + (begin - p.first));
 }
 
 template <class V>

@@ -17,7 +17,7 @@ int64_t first_not_finite(const T* x, int64_t count) {
 
 // Converts a vector of normalised values to codes, one per byte.
 template <class V, QuantType kType>
-void encode(typename V::F x, uint8_t* codes) {
+void find_codes(typename V::F x, uint8_t* codes) {
   if constexpr (Format<kType>::kThresholds != nullptr) {
     V::count_above(x, Format<kType>::kThresholds, kLevels - 1, codes);
   } else if constexpr (kType == QuantType::kFp4) {
@@ -26,7 +26,8 @@ void encode(typename V::F x, uint8_t* codes) {
     V::count_above(V::abs(x), kFp4Thresholds, 7, codes);
     for (int i = 0; i < V::kLanes; ++i) codes[i] = kFp4CodeOfRank[codes[i]] | (lanes[i] < 0.0f ? 8 : 0);
   } else {
-    static_assert(kType == QuantType::kInt4, "a type without thresholds needs its way to a code");
+    static_assert(kType == QuantType::kInt4,
+                  "write the rule for the codes of this type here: docs/extending/format.md");
     const auto steps = V::round_even(V::mul(x, V::set1(kInt4Steps)));
     // max ignores a nan in its first argument, so a nan becomes the lowest code on every ISA.
     const auto clamped = V::min(V::max(steps, V::set1(-kInt4Zero)), V::set1(15 - kInt4Zero));
@@ -81,7 +82,7 @@ int64_t quantize_blocks(const QuantizeParams& p, int64_t begin, int64_t end) {
         continue;
       }
     }
-    for (int64_t i = 0; i < padded; i += V::kLanes) encode<V, kType>(V::mul(V::load(x + i), factor), codes + i);
+    for (int64_t i = 0; i < padded; i += V::kLanes) find_codes<V, kType>(V::mul(V::load(x + i), factor), codes + i);
     const int64_t pairs = count / 2;
     for (int64_t i = 0; i < pairs; ++i) packed[i] = static_cast<uint8_t>(codes[2 * i] << 4 | codes[2 * i + 1]);
     if (count % 2) packed[pairs] = static_cast<uint8_t>(codes[count - 1] << 4);  // the unused nibble is zero

@@ -1,5 +1,5 @@
 // Backward kernels on tiles for bfloat16 tokens: the gradient of x, and the gradients of the low-rank factors. Tokens
-// are row tiles, column tiles hold pairs of rows of W, and results are [tokens, columns]. See tile_table.h.
+// are row tiles, column tiles hold pairs of rows of W, and results are [tokens, columns]. See tiles.h.
 #pragma once
 
 #include "cpu/tiles/unpack_impl.h"

@@ -1,5 +1,5 @@
 // Forward kernel on tiles for many bfloat16 tokens. Rows of W are unpacked into row tiles and used immediately; results
-// are [rows, tokens]. The low-rank term adds a few steps to the same sums. See tile_table.h.
+// are [rows, tokens]. The low-rank term adds a few steps to the same sums. See tiles.h.
 #pragma once
 
 #include "cpu/tiles/rows_impl.h"

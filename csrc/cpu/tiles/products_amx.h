@@ -1,4 +1,4 @@
-// Multiplies tiles with AMX: configures its registers and computes up to four tiles of results. See tile_products.h.
+// Multiplies tiles with AMX: configures its registers and computes up to four tiles of results. See products.h.
 #pragma once
 
 #include <immintrin.h>
@@ -27,7 +27,7 @@ class TileScope {
   TileScope& operator=(const TileScope&) = delete;
 };
 
-// Documented in tile_products.h.
+// Documented in products.h.
 template <int kRows, int kCols>
 QLORA_INLINE void multiply(const uint8_t* rows, int64_t row_pitch, const uint8_t* cols, int64_t col_pitch,
                            int64_t steps, bool first, float* c, int64_t c_pitch) {

@@ -1,4 +1,4 @@
-// Multiplies tiles with AVX512-BF16: vdpbf16ps adds two products to each of 16 sums. See tile_products.h.
+// Multiplies tiles with AVX512-BF16: vdpbf16ps adds two products to each of 16 sums. See products.h.
 #pragma once
 
 #include <immintrin.h>
@@ -48,7 +48,7 @@ QLORA_INLINE void multiply_strip(const uint8_t* rows, const uint8_t* cols, int64
     for (int j = 0; j < kCols; ++j) _mm512_storeu_ps(c + j * 256 + i * 16, sum[i][j]);
 }
 
-// Documented in tile_products.h. It keeps 16 vectors of sums: eight rows of two column tiles, or 16 rows of one. More
+// Documented in products.h. It keeps 16 vectors of sums: eight rows of two column tiles, or 16 rows of one. More
 // would not hide the latency of four to six cycles better, and 32 would not fit into the 32 registers.
 template <int kRows, int kCols>
 QLORA_INLINE void multiply(const uint8_t* rows, int64_t row_pitch, const uint8_t* cols, int64_t col_pitch,

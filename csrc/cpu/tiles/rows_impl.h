@@ -1,5 +1,5 @@
 // Parts shared by the forward products on tiles: unpacks rows of W into row tiles, packs lora_b into low-rank steps,
-// and stores results to y. See tile_table.h.
+// and stores results to y. See tiles.h.
 #pragma once
 
 #include "cpu/tiles/unpack_impl.h"

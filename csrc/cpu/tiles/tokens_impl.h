@@ -1,4 +1,4 @@
-// Packs tokens and low-rank factors into tiles, and computes the down projections of the tokens. See tile_table.h.
+// Packs tokens and low-rank factors into tiles, and computes the down projections of the tokens. See tiles.h.
 #pragma once
 
 #include <cstring>

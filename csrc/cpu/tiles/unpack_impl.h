@@ -1,4 +1,4 @@
-// Unpacks W into tiles of bfloat16, and defines the block sizes of the products on tiles. See tile_table.h.
+// Unpacks W into tiles of bfloat16, and defines the block sizes of the products on tiles. See tiles.h.
 #pragma once
 
 #include <cstring>
@@ -48,7 +48,7 @@ QLORA_INLINE void unpack_chunk(const uint8_t* packed, bool whole, __m512 levels,
 void unpack_natural(const WeightView& w, __m512 table, int64_t row, int64_t col, __m512i (&out)[4]) {
   alignas(64) bf16 buffer[kChunk];
   std::memset(buffer, 0, sizeof buffer);
-  if (col < w.k) dequantize_span<VecAvx512>(w, table, row * w.k + col, min_i64(kChunk, w.k - col), buffer);
+  if (col < w.k) dequantize_run<VecAvx512>(w, table, row * w.k + col, min_i64(kChunk, w.k - col), buffer);
   for (int q = 0; q < 4; ++q) out[q] = _mm512_load_si512(buffer + 32 * q);
 }
 

@@ -21,14 +21,14 @@ inline constexpr int64_t kMaxGridYZ = 65535;
 // the kernel, so host threads that set different sizes would overwrite each other's. Done once per kernel and GPU.
 inline cudaError_t allow_all_shared_memory(const void* kernel) {
   static std::mutex mutex;
-  static std::set<std::pair<const void*, int>> asked;
+  static std::set<std::pair<const void*, int>> configured;
   int device = 0, most = 0;
   if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
   const std::lock_guard<std::mutex> lock(mutex);
-  if (asked.count({kernel, device}) > 0) return cudaSuccess;
+  if (configured.count({kernel, device}) > 0) return cudaSuccess;
   cudaError_t error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
-  if (error == cudaSuccess) asked.emplace(kernel, device);
+  if (error == cudaSuccess) configured.emplace(kernel, device);
   return error;
 }
 

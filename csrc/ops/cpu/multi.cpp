@@ -141,12 +141,13 @@ Tensor forward_multi(Tensor x, Tensor packed, Tensor absmax, OptionalTensor nest
   const Adapters adapters = check_adapters(lora_a, lora_b, scaling, adapter_of_row, base);
   check_adapter_of_row(adapters);
   const std::optional<Matrix> bias_row = check_bias(bias, w.n, x);
-  const std::vector<int64_t> in_use = adapters_in_use(adapters, base.tokens.rows);
+  std::vector<int64_t> in_use;  // gemv needs no list of them
   const Call call{kernels, w, base.tokens, adapters, in_use, x};
   const cpu::TileKernels* tiles = tiles_for(kernels, base.tokens, x);
   const cpu::ForwardKernel kernel = cpu::select_forward(base.tokens.rows, w.k, tiles);
   if (kernel == cpu::ForwardKernel::kGemvWords || kernel == cpu::ForwardKernel::kGemvElements)
     return forward_gemv(call, kernel == cpu::ForwardKernel::kGemvWords, bias_row);
+  in_use = adapters_in_use(adapters, base.tokens.rows);
   for (const int64_t i : in_use) check_isolated(adapters, adapters.b_of(i), i, "lora_b");
   if (kernel == cpu::ForwardKernel::kTiles) return forward_tiles(call, *tiles, bias_row);
   return forward_gemm(call, bias_row);

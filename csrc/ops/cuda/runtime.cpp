@@ -32,7 +32,7 @@ struct GpuScope::Guard {
 };
 
 GpuScope::GpuScope(const Tensor& like, const char* op, const Extents& e) {
-  STD_TORCH_CHECK(!like.is_cpu(), "the CUDA kernel of qlora::", op, " was asked for, but its tensors are on the CPU");
+  STD_TORCH_CHECK(!like.is_cpu(), "the CUDA kernel of qlora::", op, " was called, but its tensors are on the CPU");
   guard_ = std::make_unique<Guard>(like.get_device_index());
   void* stream = nullptr;
   const auto error = aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream);

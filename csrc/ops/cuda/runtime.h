@@ -48,7 +48,9 @@ inline Tensor aligned(const Tensor& t) { return is_aligned(t.const_data_ptr()) ?
 // The weight as the kernels read it, valid while `w` lives. Copies w.packed if it is not aligned.
 inline WeightView device_view_of(CheckedWeight& w) {
   w.packed = aligned(w.packed);
-  return view_of(w);
+  WeightView view = view_of(w);
+  if (w.n * w.k == 0) view.absmax = nullptr;  // of an empty weight it points to memory of the host
+  return view;
 }
 
 }  // namespace qlora::ops_cuda

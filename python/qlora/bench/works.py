@@ -34,7 +34,7 @@ def require_bitsandbytes() -> Any:
     try:
         import bitsandbytes
     except ImportError as error:
-        raise ImportError("--compare bitsandbytes needs it installed: pip install 'fused-qlora[bench]'") from error
+        raise ImportError("--compare bitsandbytes needs it installed: pip install bitsandbytes") from error
     return bitsandbytes
 
 

@@ -1,1 +1,1 @@
-"""Whole models: quantizes and adapts every linear layer, saves, loads and merges adapters."""
+"""Whole models: loads them in 4 bit, puts 4-bit layers and adapters into any module, computes the loss in chunks."""

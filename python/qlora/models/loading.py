@@ -25,7 +25,7 @@ def require_train_extra() -> None:
         import safetensors  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as error:
-        raise ImportError(f"{error.name} is missing: pip install 'fused-qlora[train]'") from error
+        raise ImportError(f"{error.name} is missing: in a checkout of qlora run pip install '.[train]'") from error
 
 
 def resolve_model(model: str | Path) -> Path:

@@ -59,7 +59,7 @@ class Embedding4bit(PackedMatrix, nn.Embedding):
         if self.nested_absmax.numel():
             block_of_row = rows.unsqueeze(1) * blocks + torch.arange(blocks, device=rows.device, dtype=torch.int64)
             scales = nested_scales(scales, self.nested_absmax, self.nested_offset, block_of_row)
-        decoded = ops.dequantize(
+        dense = ops.dequantize(
             torch.embedding(self.weight, rows).flatten(),
             scales.flatten(),
             None,
@@ -69,7 +69,7 @@ class Embedding4bit(PackedMatrix, nn.Embedding):
             self.block_size,
             self.original_dtype,
         )
-        return decoded.view(*ids.shape, self.embedding_dim)
+        return dense.view(*ids.shape, self.embedding_dim)
 
     def to_embedding(self, dtype: torch.dtype | None = None) -> nn.Embedding:
         """A frozen dense embedding with the dequantized table, in ``dtype`` or the dtype before quantization."""

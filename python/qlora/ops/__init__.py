@@ -2,7 +2,7 @@
 
 One file for each operator: the function, its fake kernel (shapes and dtypes for compilers), its derivative and its rule
 for autocast. Their schemas stand in ``csrc/ops/schema.cpp``. Each function has a twin of the same signature in
-:mod:`qlora.reference`, in plain torch.
+:mod:`qlora.reference`, in plain torch (``adamw_many``: those of ``adamw`` and ``adamw_8bit``).
 
 Extents: m tokens, n out features, k in features, r rank.
 """
