@@ -65,7 +65,7 @@ QLORA_DEVICE uint32_t code_of(float x) {
     const bool c = magnitude > (a ? (b ? t.threshold[6] : t.threshold[4]) : (b ? t.threshold[2] : t.threshold[0]));
     const int rank = (a ? 4 : 0) + (b ? 2 : 0) + (c ? 1 : 0);
     return ((t.codes_of_ranks >> (4 * rank)) & 0xFu) | (x < 0.0f ? 8u : 0u);
-  } else if constexpr (Format<kType>::kThresholds != nullptr) {
+  } else if constexpr (Format<kType>::kAscends) {
     uint32_t code = 0;
 #pragma unroll
     for (int i = 0; i < kLevels - 1; ++i) code += x > Format<kType>::kThresholds[i] ? 1u : 0u;

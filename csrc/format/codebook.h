@@ -29,8 +29,8 @@ inline constexpr Thresholds kNf4Thresholds = midpoints(kNf4);
 // The traits of a type:
 //   kName            what users write
 //   kTable           the levels of the 16 codes; a dequantized value is level * absmax in float32, rounded once
-//   kThresholds      midpoints() of ascending levels; null if codes are found another way, which quantize_impl.h,
-//                    quantize.cu and both references then have to know
+//   kAscends         whether the levels ascend. Codes are then found by kThresholds, midpoints() of the levels;
+//                    otherwise another way, which quantize_impl.h, quantize.cu and both references have to know
 //   kInBitsandbytes  whether that library has the type, with these levels
 //   k…Multiplier     tensor cores take 16-bit levels; rounded times this factor, which the float32 scale undoes, they
 //                    are closest to the exact ones (tests/ops/test_levels.py)
@@ -41,6 +41,7 @@ template <>
 struct Format<QuantType::kNf4> {
   static constexpr const char* kName = "nf4";
   static constexpr const float* kTable = kNf4;
+  static constexpr bool kAscends = true;
   static constexpr const float* kThresholds = kNf4Thresholds.value;
   static constexpr bool kInBitsandbytes = true;
   // The best of 4096 factors from 1 to 2 for normal weights in blocks of 64.
@@ -51,7 +52,7 @@ template <>
 struct Format<QuantType::kFp4> {
   static constexpr const char* kName = "fp4";
   static constexpr const float* kTable = kFp4;
-  static constexpr const float* kThresholds = nullptr;
+  static constexpr bool kAscends = false;
   static constexpr bool kInBitsandbytes = true;
   // small integers and 0.0625, which 16 bits hold exactly
   static constexpr float kBFloat16Multiplier = 12.0f, kFloat16Multiplier = 12.0f;
@@ -61,7 +62,7 @@ template <>
 struct Format<QuantType::kInt4> {
   static constexpr const char* kName = "int4";
   static constexpr const float* kTable = kInt4.level;
-  static constexpr const float* kThresholds = nullptr;
+  static constexpr bool kAscends = false;
   static constexpr bool kInBitsandbytes = false;
   static constexpr float kBFloat16Multiplier = kInt4Steps, kFloat16Multiplier = kInt4Steps;  // integers
 };

@@ -18,7 +18,7 @@ int64_t first_not_finite(const T* x, int64_t count) {
 // Converts a vector of normalised values to codes, one per byte.
 template <class V, QuantType kType>
 void find_codes(typename V::F x, uint8_t* codes) {
-  if constexpr (Format<kType>::kThresholds != nullptr) {
+  if constexpr (Format<kType>::kAscends) {
     V::count_above(x, Format<kType>::kThresholds, kLevels - 1, codes);
   } else if constexpr (kType == QuantType::kFp4) {
     float lanes[V::kLanes];

@@ -52,6 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     from qlora.bench import works as w
     from qlora.bench.measure import alternate, describe, measure_limits
     from qlora.bench.report import Result, print_table, write_json, write_roofline
+    from qlora.devices import DTYPES as DTYPES_BY_NAME
 
     device = torch.device(arguments.device)
     if device.type == "cuda" and not (torch.cuda.is_available() and has_cuda_ops()):
@@ -61,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
         torch.cuda.set_stream(torch.cuda.Stream(device))
     if "bitsandbytes" in arguments.compare:
         w.require_bitsandbytes()
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[arguments.dtype]
+    dtype = DTYPES_BY_NAME[arguments.dtype]
     wanted = arguments.works or [name for name in WORKS if name != "step"]
 
     machine = describe(device)

@@ -229,4 +229,4 @@ def _cast(dtype: torch.dtype, *args: Any, **kwargs: Any) -> tuple[tuple, dict[st
     return inputs._replace(x=cast_activation(inputs.x, dtype), lora_x=cast_activation(inputs.lora_x, dtype)), {}
 
 
-register_autocast("forward", torch.ops.qlora.forward, _cast)
+register_autocast("forward", _FORWARD, _cast)

@@ -12,6 +12,7 @@ from qlora.models.chunked_loss import backbone_of, chunked_loss
 from qlora.nn import Linear4bit, QLoRALinear
 from qlora.nn.experts4bit import holds_experts
 from qlora.nn.replacing import head_names, replace_module, shared_names, tensor_bytes
+from qlora.ops import FLOAT_DTYPES
 from qlora.planning.simulate import peak_of_a_step
 
 
@@ -70,7 +71,7 @@ class Estimate:
 
 def _dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, name, None)
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if dtype not in FLOAT_DTYPES:
         raise ValueError(f"dtype='{name}' must be float32, bfloat16 or float16")
     return dtype
 

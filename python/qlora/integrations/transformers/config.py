@@ -6,7 +6,7 @@ import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlora.integrations import METHOD
-from qlora.ops import check_format
+from qlora.ops import FLOAT_DTYPES, check_format
 
 
 class QLoRAConfig(QuantizationConfigMixin):
@@ -52,6 +52,6 @@ class QLoRAConfig(QuantizationConfigMixin):
 
 def _dtype_name(dtype: torch.dtype | str | None) -> str | None:
     name = None if dtype is None else str(dtype).removeprefix("torch.")
-    if name not in (None, "float32", "bfloat16", "float16"):
+    if name is not None and getattr(torch, name, None) not in FLOAT_DTYPES:
         raise ValueError(f"compute_dtype={dtype} must be float32, bfloat16 or float16")
     return name
