@@ -60,21 +60,19 @@ def forward(
     x. Returns ``[..., n]`` in the dtype of x. Differentiable once, in x, lora_a, lora_b, bias and lora_x.
     """
     return _call_forward(
-        Arguments(
-            x,
-            packed,
-            absmax,
-            nested_absmax,
-            nested_offset,
-            list(shape),
-            quant_type,
-            block_size,
-            lora_a,
-            lora_b,
-            scaling,
-            bias,
-            lora_x,
-        )
+        x,
+        packed,
+        absmax,
+        nested_absmax,
+        nested_offset,
+        list(shape),
+        quant_type,
+        block_size,
+        lora_a,
+        lora_b,
+        scaling,
+        bias,
+        lora_x,
     )
 
 
@@ -98,9 +96,9 @@ class _Forward(torch.autograd.Function):
         return _differentiate(ctx, *grads)
 
 
-def _call_forward(inputs: Arguments) -> Tensor:
+def _call_forward(*inputs: Any) -> Tensor:
     refuse_forward_mode(*inputs)
-    x = inputs.x
+    x = inputs[0]
     if (
         torch.compiler.is_compiling()
         or type(x) not in _PLAIN
