@@ -12,8 +12,8 @@ RTX5090 = {"arch": 120, "sm_count": 170, "shared_bytes_per_block": 99 * 1024}
 T4 = {"arch": 75, "sm_count": 40, "shared_bytes_per_block": 64 * 1024}
 
 
-def select(m, n=4096, k=4096, dtype="bfloat16", block_size=64, gpu=A100):
-    return _C.cuda_select(m, n, k, dtype, block_size, **gpu)
+def select(m, n=4096, k=4096, dtype="bfloat16", block_size=64, gpu=A100, rank=16):
+    return _C.cuda_select(m, n, k, dtype, block_size, **gpu, rank=rank)
 
 
 @pytest.mark.parametrize(("m", "kernel"), [(1, "gemv"), (16, "gemv"), (32, "gemv"), (33, "gemm"), (64, "gemm")])
@@ -119,3 +119,10 @@ def test_gemv_fits_into_shared_memory(gpu, k):
         for n in (16, 1280, 4096, 14336):
             chosen = select(m, n, k, "float16", gpu=gpu)
             assert chosen["shared_bytes"] <= gpu["shared_bytes_per_block"], (m, n)
+
+
+def test_few_tokens_of_a_small_rank_take_dot_products():
+    assert select(32, rank=32)["low_rank"] == "token_dot"
+    assert select(32, rank=33)["low_rank"] == "lora_down"
+    assert select(33, rank=16)["low_rank"] == "lora_down"
+    assert select(512, k=4100)["low_rank"] == "token_dot"  # rows that are not aligned to 16 bytes

@@ -93,15 +93,20 @@ def test_unknown_isa(monkeypatch):
         _C.active_isa()
 
 
+def test_explain_refuses_a_rank_below_one():
+    with pytest.raises(ValueError, match="rank=0 must be at least 1"):
+        qlora.explain(torch.randn(1, 64), qlora.quantize(torch.randn(8, 64)), rank=0)
+
+
 def test_explain_names_the_slower_path_and_its_reason(monkeypatch):
     monkeypatch.delenv("QLORA_CPU_ISA", raising=False)
     fast = qlora.explain(torch.randn(1, 64), qlora.quantize(torch.randn(8, 64)))
-    assert (fast.kernel, fast.why_not_faster) == ("gemv_words", "")
+    assert (fast.kernel, fast.why_not_faster, fast.low_rank) == ("gemv_words", "", "dot")
     slow = qlora.explain(torch.randn(2, 3, 100), qlora.quantize(torch.randn(8, 100)))
     assert slow.kernel == "gemv_elements"
     assert "multiple of 32" in slow.why_not_faster
     many = qlora.explain(torch.randn(3, 3, 100), qlora.quantize(torch.randn(8, 100)))
-    assert many.kernel == "gemm"
+    assert (many.kernel, many.low_rank) == ("gemm", "gemm")
     assert "float32" in many.why_not_faster
     bfloat = qlora.explain(torch.randn(33, 100).bfloat16(), qlora.quantize(torch.randn(8, 100)))
     if _C.active_isa() in ("amx", "avx512bf16"):

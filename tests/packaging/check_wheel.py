@@ -24,7 +24,7 @@ assert "manylinux_2_28" in tags, tags
 torch.manual_seed(0)
 weight = qlora.quantize(torch.randn(256, 512))
 x = torch.randn(3, 512, requires_grad=True)
-y = qlora.ops.forward(x, *weight.tensors, weight.shape, weight.quant_type, weight.block_size)
+y = qlora.ops.forward(x, *weight.arguments)
 torch.testing.assert_close(y, x @ weight.dequantize().T, rtol=1e-4, atol=1e-3)
 y.sum().backward()
 torch.testing.assert_close(x.grad, weight.dequantize().sum(0).expand(3, -1), rtol=1e-4, atol=1e-3)

@@ -9,6 +9,7 @@ from qlora.ops.common import (
     cast_first_argument,
     gradients,
     needs_gradient,
+    not_requested,
     refuse_double_backward,
     refuse_forward_mode,
     register_autocast,
@@ -99,11 +100,8 @@ def _(
     needs_x: bool,
     needs_lora: bool,
 ) -> tuple[Tensor, ...]:
-    def nothing() -> Tensor:
-        return x.new_empty(0, dtype=torch.float32)
-
     return (
-        x.new_empty(x.shape) if needs_x else nothing(),
-        B.new_empty(B.shape) if needs_lora else nothing(),
-        A.new_empty(A.shape) if needs_lora else nothing(),
+        x.new_empty(x.shape) if needs_x else not_requested(x),
+        B.new_empty(B.shape) if needs_lora else not_requested(x),
+        A.new_empty(A.shape) if needs_lora else not_requested(x),
     )

@@ -40,6 +40,11 @@ def gradients(arguments: type, **by_name: Tensor | None) -> tuple[Tensor | None,
     return tuple(by_name.get(name) for name in arguments._fields)  # type: ignore[attr-defined]
 
 
+def not_requested(like: Tensor) -> Tensor:
+    """What a backward operator returns in the place of a gradient that nobody needs: an empty float32 tensor."""
+    return like.new_empty(0, dtype=torch.float32)
+
+
 def require_frozen(*statistics: Tensor | None) -> None:
     """Raises RuntimeError if one of a weight's statistics requires a gradient."""
     if any(t is not None and t.requires_grad for t in statistics):

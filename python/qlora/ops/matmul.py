@@ -10,6 +10,7 @@ from qlora.ops.common import (
     cast_activation,
     gradients,
     needs_gradient,
+    not_requested,
     refuse_double_backward,
     refuse_forward_mode,
     register_autocast,
@@ -210,15 +211,12 @@ def _(
     needs_lora_x: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, ...]:
-    def nothing() -> Tensor:
-        return x.new_empty(0, dtype=torch.float32)
-
     return (
-        x.new_empty(x.shape) if needs_x else nothing(),
-        lora_a.new_empty(lora_a.shape) if needs_lora and lora_a is not None else nothing(),
-        lora_b.new_empty(lora_b.shape) if needs_lora and lora_b is not None else nothing(),
-        x.new_empty(x.shape) if needs_lora_x and lora_x is not None else nothing(),
-        x.new_empty(shape[0], dtype=torch.float32) if needs_bias else nothing(),
+        x.new_empty(x.shape) if needs_x else not_requested(x),
+        lora_a.new_empty(lora_a.shape) if needs_lora and lora_a is not None else not_requested(x),
+        lora_b.new_empty(lora_b.shape) if needs_lora and lora_b is not None else not_requested(x),
+        x.new_empty(x.shape) if needs_lora_x and lora_x is not None else not_requested(x),
+        x.new_empty(shape[0], dtype=torch.float32) if needs_bias else not_requested(x),
     )
 
 

@@ -10,6 +10,7 @@ from qlora.ops.common import (
     cast_first_argument,
     gradients,
     needs_gradient,
+    not_requested,
     refuse_double_backward,
     refuse_forward_mode,
     register_autocast,
@@ -110,14 +111,11 @@ def _(
     needs_lora: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, ...]:
-    def nothing() -> Tensor:
-        return x.new_empty(0, dtype=torch.float32)
-
     return (
-        x.new_empty(x.shape) if needs_x else nothing(),
-        lora_a.new_empty(lora_a.shape) if needs_lora else nothing(),
-        lora_b.new_empty(lora_b.shape) if needs_lora else nothing(),
-        x.new_empty(shape[0], dtype=torch.float32) if needs_bias else nothing(),
+        x.new_empty(x.shape) if needs_x else not_requested(x),
+        lora_a.new_empty(lora_a.shape) if needs_lora else not_requested(x),
+        lora_b.new_empty(lora_b.shape) if needs_lora else not_requested(x),
+        x.new_empty(shape[0], dtype=torch.float32) if needs_bias else not_requested(x),
     )
 
 
