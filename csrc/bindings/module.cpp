@@ -16,6 +16,7 @@
 #include "format/dynamic_map.h"
 #include "format/layout.h"
 #include "format/quant_type_names.h"
+#include "format/scale_search.h"
 
 namespace py = pybind11;
 
@@ -164,6 +165,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("QUANT_TYPES") = py::tuple(py::cast(quant_types));
   m.attr("FP4_THRESHOLDS") = tuple_of(qlora::kFp4Thresholds);
   m.attr("FP4_CODE_OF_RANK") = tuple_of(qlora::kFp4CodeOfRank);
+  m.attr("SCALE_FACTORS") = tuple_of(qlora::kScaleFactors.value);
   m.attr("MIN_BLOCK_SIZE") = qlora::kMinBlockSize;
   m.attr("MAX_BLOCK_SIZE") = qlora::kMaxBlockSize;
   m.attr("NESTED_BLOCK") = qlora::kNestedBlock;

@@ -100,6 +100,41 @@ CheckedWeight check_weight(const Tensor& packed, const Tensor& absmax, const Opt
   return w;
 }
 
+namespace {
+
+void check_float_matrix(const Tensor& weight) {
+  check_dtype(weight, ScalarType::Float, "weight", "calibration computes in float32: pass weight.float()");
+  STD_TORCH_CHECK(weight.dim() == 2, "weight has shape ", text_of(weight.sizes()), ": it must be a matrix (n, k)");
+}
+
+}  // namespace
+
+void check_search_scales(const Tensor& weight, const Tensor& importance, int64_t block_size) {
+  check_float_matrix(weight);
+  check_block_size(block_size);
+  check_same_device(importance, "importance", weight, "weight");
+  check_dtype(importance, ScalarType::Float, "importance", "it must be float32");
+  STD_TORCH_CHECK(importance.dim() == 1 && importance.size(0) == weight.size(1), "importance has shape ",
+                  text_of(importance.sizes()), ": weight ", text_of(weight.sizes()), " needs one value per column");
+}
+
+void check_feedback(const Tensor& weight, const OptionalTensor& feedback, const OptionalTensor& order) {
+  check_float_matrix(weight);
+  const int64_t k = weight.size(1);
+  if (feedback.has_value()) {
+    check_same_device(*feedback, "feedback", weight, "weight");
+    check_dtype(*feedback, ScalarType::Float, "feedback", "it must be float32");
+    STD_TORCH_CHECK(feedback->dim() == 2 && feedback->size(0) == k && feedback->size(1) == k, "feedback has shape ",
+                    text_of(feedback->sizes()), ": weight ", text_of(weight.sizes()), " needs (", k, ", ", k, ")");
+  }
+  if (order.has_value()) {
+    check_same_device(*order, "order", weight, "weight");
+    check_dtype(*order, ScalarType::Long, "order", "it must be int64");
+    STD_TORCH_CHECK(order->dim() == 1 && order->size(0) == k, "order has shape ", text_of(order->sizes()), ": weight ",
+                    text_of(weight.sizes()), " needs one step per column");
+  }
+}
+
 WeightView view_of(const CheckedWeight& w) {
   static const float none = 0.0f;  // of an empty weight: never read, but tells kernels that scales are float32
   WeightView view;

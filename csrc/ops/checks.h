@@ -58,6 +58,12 @@ CheckedWeight check_weight(const Tensor& packed, const Tensor& absmax, const Opt
                            const OptionalTensor& nested_offset, int64_t n, int64_t k, const std::string& quant_type,
                            int64_t block_size);
 
+// Checks the arguments of search_scales, except that importance is finite.
+void check_search_scales(const Tensor& weight, const Tensor& importance, int64_t block_size);
+
+// Checks feedback and order of quantize_with_feedback, except their values.
+void check_feedback(const Tensor& weight, const OptionalTensor& feedback, const OptionalTensor& order);
+
 // The weight as kernels read it; valid while `w` lives.
 WeightView view_of(const CheckedWeight& w);
 

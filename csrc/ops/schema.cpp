@@ -4,6 +4,9 @@
 // m tokens, n out features, k in features, r rank; the format is described in docs/concepts/format.md.
 //
 // nested_absmax and nested_offset: double quantization; None and an empty tensor mean the same.
+// search_scales: the scales with the least squared error, weighted by importance [k] for the columns of weight [n, k]
+// quantize_with_feedback: packed codes for given scales; feedback [k, k] holds below its diagonal the factors by which
+//           the errors of earlier steps change a column, order int64 [k] the column of each step
 // quantization_error: float64 [3]: sum of squared differences, sum of squares of the weight, largest difference
 // forward:  y [..., n] = x Wᵀ + bias + scaling * (lora_x or x) lora_aᵀ lora_bᵀ        lora_a [r, k], lora_b [n, r]
 // backward: (d_x, d_lora_a, d_lora_b, d_lora_x, d_bias); gradients not requested are empty tensors. d_bias is float32.
@@ -19,6 +22,12 @@ STABLE_TORCH_LIBRARY(qlora, m) {
       "quantize(Tensor weight, str quant_type=\"nf4\", int block_size=64, bool double_quant=True,"
       " bool check_finite=True)"
       " -> (Tensor packed, Tensor absmax, Tensor nested_absmax, Tensor nested_offset)");
+  m.def(
+      "search_scales(Tensor weight, Tensor importance, str quant_type=\"nf4\", int block_size=64,"
+      " bool double_quant=True) -> (Tensor absmax, Tensor nested_absmax, Tensor nested_offset)");
+  m.def(
+      "quantize_with_feedback(Tensor weight, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset,"
+      " str quant_type, int block_size, Tensor? feedback=None, Tensor? order=None) -> Tensor");
   m.def(
       "dequantize(Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset,"
       " int[] shape, str quant_type, int block_size, ScalarType dtype) -> Tensor");

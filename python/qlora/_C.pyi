@@ -8,6 +8,7 @@ FP4_CODE_OF_RANK: tuple[int, ...]
 MIN_BLOCK_SIZE: int
 MAX_BLOCK_SIZE: int
 NESTED_BLOCK: int
+SCALE_FACTORS: tuple[float, ...]
 MOMENT_BLOCK: int
 GEMV_TOKENS: int
 GPU_PANEL_BYTES: int

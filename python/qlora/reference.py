@@ -38,6 +38,31 @@ def _blocks(flat: Tensor, block: int) -> Tensor:
     return torch.nn.functional.pad(flat, (0, -flat.numel() % block)).view(-1, block)
 
 
+def _normalised(x: Tensor, scale: Tensor) -> Tensor:
+    reciprocal = 1.0 / scale
+    return torch.where(scale == 0, 0.0, torch.where(reciprocal.isfinite(), x * reciprocal, x / scale))
+
+
+def _packed(codes: Tensor) -> Tensor:
+    pairs = torch.nn.functional.pad(codes.to(torch.uint8), (0, codes.numel() % 2)).view(-1, 2)
+    return pairs[:, 0] << 4 | pairs[:, 1]
+
+
+def _stored_scales(absmax: Tensor, double_quant: bool) -> tuple[Tensor, Tensor, Tensor]:
+    none = absmax.new_empty(0)
+    if not double_quant:
+        return absmax, none, none
+    offset = absmax.double().mean().float() if absmax.numel() else absmax.new_zeros(())
+    centred = _blocks(absmax - offset, _C.NESTED_BLOCK)
+    valid = _blocks(torch.ones_like(absmax), _C.NESTED_BLOCK).bool()
+    nested_absmax = torch.where(valid, centred.abs(), 0.0).amax(1)
+    x = torch.where(nested_absmax[:, None] > 0, centred * (1.0 / nested_absmax)[:, None], 0.0)
+    levels = table(_C.dynamic_map(), x)
+    thresholds = (levels[1:] + levels[:-1]) / 2
+    scale_codes = torch.bucketize(x, thresholds, right=False).flatten()[: absmax.numel()].to(torch.uint8)
+    return scale_codes, nested_absmax, offset.view(1)
+
+
 def quantize(
     weight: Tensor,
     quant_type: str = "nf4",
@@ -50,24 +75,56 @@ def quantize(
         raise RuntimeError("weight is nan or inf")
     blocks = _blocks(flat, block_size)
     absmax = blocks.abs().amax(1)
-    reciprocal = 1.0 / absmax
-    x = torch.where(reciprocal.isfinite()[:, None], blocks * reciprocal[:, None], blocks / absmax[:, None])
-    x = torch.where(absmax[:, None] > 0, x, 0.0)
-    codes = _codes(quant_type, x).flatten()[: flat.numel()].to(torch.uint8)
-    codes = torch.nn.functional.pad(codes, (0, codes.numel() % 2)).view(-1, 2)
-    packed = codes[:, 0] << 4 | codes[:, 1]
-    none = absmax.new_empty(0)
-    if not double_quant:
-        return packed, absmax, none, none
-    offset = absmax.double().mean().float() if absmax.numel() else absmax.new_zeros(())
-    centred = _blocks(absmax - offset, _C.NESTED_BLOCK)
-    valid = _blocks(torch.ones_like(absmax), _C.NESTED_BLOCK).bool()
-    nested_absmax = torch.where(valid, centred.abs(), 0.0).amax(1)
-    x = torch.where(nested_absmax[:, None] > 0, centred * (1.0 / nested_absmax)[:, None], 0.0)
-    levels = table(_C.dynamic_map(), x)
-    thresholds = (levels[1:] + levels[:-1]) / 2
-    scale_codes = torch.bucketize(x, thresholds, right=False).flatten()[: absmax.numel()].to(torch.uint8)
-    return packed, scale_codes, nested_absmax, offset.view(1)
+    codes = _codes(quant_type, _normalised(blocks, absmax[:, None])).flatten()[: flat.numel()]
+    packed = _packed(codes)
+    return packed, *_stored_scales(absmax, double_quant)
+
+
+def search_scales(
+    weight: Tensor,
+    importance: Tensor,
+    quant_type: str = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not weight.isfinite().all():
+        raise RuntimeError("weight is nan or inf")
+    blocks = _blocks(weight.flatten(), block_size)
+    weights = _blocks(importance.expand_as(weight).flatten(), block_size)
+    absmax = blocks.abs().amax(1)
+    scales_tried = table(list(_C.SCALE_FACTORS), weight) * absmax[:, None]
+    levels = table(_C.codebook(quant_type), weight)
+    loss = torch.zeros_like(scales_tried)
+    for x, w in zip(blocks.T, weights.T, strict=True):  # element by element: the order of the kernels' sums
+        error = x[:, None] - levels[_codes(quant_type, _normalised(x[:, None], scales_tried))] * scales_tried
+        loss = loss + w[:, None] * (error * error)
+    best = scales_tried.gather(1, loss.nan_to_num(torch.inf).argmin(1, keepdim=True)).flatten()
+    usable = (1.0 / scales_tried).isfinite().all(1)  # not for zero and subnormal scales
+    return _stored_scales(torch.where(usable, best, absmax), double_quant)
+
+
+def quantize_with_feedback(
+    weight: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    block_size: int,
+    feedback: Tensor | None = None,
+    order: Tensor | None = None,
+) -> Tensor:
+    n, k = weight.shape
+    levels = table(_C.codebook(quant_type), weight)
+    scale = scales(absmax.flatten(), nested_absmax, nested_offset).repeat_interleave(block_size)[: n * k].view(n, k)
+    columns = torch.arange(k, device=weight.device) if order is None else order
+    target = weight[:, columns].clone()
+    codes = torch.zeros(n, k, dtype=torch.int64, device=weight.device)
+    for step, column in enumerate(columns.tolist()):
+        codes[:, column] = _codes(quant_type, _normalised(target[:, step], scale[:, column]))
+        if feedback is not None:
+            error = weight[:, column] - levels[codes[:, column]] * scale[:, column]
+            target[:, step + 1 :] += error[:, None] * feedback[step + 1 :, step]
+    return _packed(codes.flatten())
 
 
 def dequantize(

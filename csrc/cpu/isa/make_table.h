@@ -4,7 +4,9 @@
 #include "cpu/gemm/gemm_impl.h"
 #include "cpu/gemv/gemv_impl.h"
 #include "cpu/quantize/dequantize_impl.h"
+#include "cpu/quantize/feedback_impl.h"
 #include "cpu/quantize/quantize_impl.h"
+#include "cpu/quantize/search_scales_impl.h"
 
 namespace qlora::cpu {
 namespace {
@@ -16,6 +18,9 @@ constexpr KernelTable make_table() {
   t.lanes = V::kLanes;
   t.tile_cols = V::kLanes * V::kTileVecs;
   t.quantize = quantize<V>;
+  t.search_scales = search_scales<V>;
+  t.feedback_scratch = feedback_scratch<V>;
+  t.quantize_with_feedback = quantize_with_feedback<V>;
   t.dequantize = dequantize<V>;
   t.pack = pack<V>;
   t.gemm_items = gemm_items<V>;

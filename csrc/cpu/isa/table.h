@@ -24,6 +24,29 @@ struct QuantizeParams {
   float* absmax;    // [ceil(numel / block)]
 };
 
+// Searches scales (format/scale_search.h). Unit: block. Returns the flat position of the first nan or inf, or -1.
+struct SearchScalesParams {
+  const float* weight;      // [n, k]
+  const float* importance;  // [k]: the weight of a column's squared errors
+  int64_t n;
+  int64_t k;
+  int64_t block;  // weights per absmax
+  QuantType quant_type;
+  float* absmax;  // [ceil(n * k / block)]
+};
+
+inline constexpr int64_t kFeedbackRows = 64;  // rows of a panel
+
+// Quantizes a weight to given scales, with error feedback. Unit: panel of kFeedbackRows rows.
+struct FeedbackParams {
+  const float* weight;    // [n, k]
+  WeightView scales;      // extents, format and scales; `packed` is not read
+  const float* feedback;  // [k, k], below the diagonal: [step, s] times the error of step s is added to the weight of
+                          // `step`; null: none
+  const int64_t* order;   // [k]: the column of each step; null: in order
+  uint8_t* packed;        // [ceil(n * k / 2)]
+};
+
 // Dequantizes a weight. Unit: element. Range bounds must be even, or the end of the weight.
 struct DequantizeParams {
   WeightView weight;
@@ -121,6 +144,9 @@ struct KernelTable {
   int lanes;          // float32 lanes of a vector
   int64_t tile_cols;  // columns of one packed tile
   int64_t (*quantize)(const QuantizeParams&, int64_t begin_block, int64_t end_block);
+  int64_t (*search_scales)(const SearchScalesParams&, int64_t begin_block, int64_t end_block);
+  int64_t (*feedback_scratch)(int64_t k);  // scratch of one quantize_with_feedback call in floats
+  void (*quantize_with_feedback)(const FeedbackParams&, int64_t begin_panel, int64_t end_panel, float* scratch);
   void (*dequantize)(const DequantizeParams&, int64_t begin, int64_t end);
   void (*pack)(const PackParams&, int64_t begin_tile, int64_t end_tile);
   int64_t (*gemm_items)(const GemmParams&);

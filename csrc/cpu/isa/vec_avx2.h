@@ -85,6 +85,10 @@ struct VecAvx2 {
     const __m256i index = _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(word)), shift);
     return select(t, index, _mm256_slli_epi32(index, 28));
   }
+  QLORA_INLINE F levels_of(Table t, const uint8_t* codes) {
+    const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
+    return select(t, index, _mm256_slli_epi32(index, 28));
+  }
   QLORA_INLINE I scale_index(int first, int shift) {
     const __m256i segment = _mm256_add_epi32(_mm256_set1_epi32(first), _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
     return _mm256_srl_epi32(segment, _mm_cvtsi32_si128(shift));

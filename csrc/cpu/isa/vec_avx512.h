@@ -64,6 +64,9 @@ struct VecAvx512 {
   QLORA_INLINE F lookup(Table t, I words) {
     return _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * kNibble), t);
   }
+  QLORA_INLINE F levels_of(Table t, const uint8_t* codes) {
+    return _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))), t);
+  }
   QLORA_INLINE F unpack_run(Table t, const uint8_t* p) {
     const __m512i pair = _mm512_castsi128_si512(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
     const __m512i word =

@@ -96,6 +96,10 @@ struct VecScalar {
   static F unpack_run(Table t, const uint8_t* p) {
     return make([&](int i) { return t.levels[nibble_at(p, i)]; });
   }
+  // The levels of kLanes codes, one per byte.
+  static F levels_of(Table t, const uint8_t* codes) {
+    return make([&](int i) { return t.levels[codes[i]]; });
+  }
   // The index of each word's scale: word i lies in segment first + i / 4 of 32 weights; 2^shift segments share a scale.
   static I scale_index(int first, int shift) {
     I out;

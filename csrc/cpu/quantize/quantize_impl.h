@@ -46,6 +46,20 @@ int64_t load_block(const T* x, int64_t count, float* out) {
   return padded;
 }
 
+// The largest magnitude of a loaded block, without regard to nan; `is_finite` becomes false if it holds nan or inf.
+template <class V>
+float absmax_of_block(const float* x, int64_t padded, bool* is_finite) {
+  auto largest = V::zero();
+  auto probe = V::zero();  // x * 0 is nan if x is nan or inf, and a nan stays in the sum
+  for (int64_t i = 0; i < padded; i += V::kLanes) {
+    const auto v = V::load(x + i);
+    largest = V::max(V::abs(v), largest);
+    probe = V::fma(v, V::zero(), probe);
+  }
+  *is_finite = V::reduce_add(probe) == 0.0f;
+  return V::reduce_max(largest);
+}
+
 template <class V, class T, QuantType kType>
 int64_t quantize_blocks(const QuantizeParams& p, int64_t begin, int64_t end) {
   alignas(64) float x[kMaxBlockSize];
@@ -56,15 +70,9 @@ int64_t quantize_blocks(const QuantizeParams& p, int64_t begin, int64_t end) {
     const T* source = static_cast<const T*>(p.weight) + first;
     const int64_t padded = load_block<V>(source, count, x);
 
-    auto largest = V::zero();
-    auto probe = V::zero();  // x * 0 is nan if x is nan or inf, and a nan stays in the sum
-    for (int64_t i = 0; i < padded; i += V::kLanes) {
-      const auto v = V::load(x + i);
-      largest = V::max(V::abs(v), largest);
-      probe = V::fma(v, V::zero(), probe);
-    }
-    if (p.check_finite && V::reduce_add(probe) != 0.0f) return first + first_not_finite(source, count);
-    const float absmax = V::reduce_max(largest);
+    bool is_finite = true;
+    const float absmax = absmax_of_block<V>(x, padded, &is_finite);
+    if (p.check_finite && !is_finite) return first + first_not_finite(source, count);
     p.absmax[block] = absmax;
 
     const float reciprocal = 1.0f / absmax;

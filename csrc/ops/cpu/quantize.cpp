@@ -1,15 +1,13 @@
 // The ops quantize, dequantize and quantization_error for the CPU: checks, allocation, parallel loops.
 #include <torch/csrc/stable/library.h>
 
-#include <atomic>
 #include <cmath>
-#include <limits>
 #include <tuple>
 
-#include "cpu/quantize/double_quantize.h"
 #include "format/half.h"
 #include "ops/checks.h"
 #include "ops/cpu/common.h"
+#include "ops/cpu/scales.h"
 
 namespace qlora::ops_cpu {
 namespace {
@@ -40,37 +38,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(Tensor weight, std::string q
   p.check_finite = check_finite;
   p.packed = packed.mutable_data_ptr<uint8_t>();
   p.absmax = absmax.mutable_data_ptr<float>();
-  constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
-  std::atomic<int64_t> bad{kNone};  // the smallest position, so the message does not depend on the thread count
-  parallel(blocks, std::max<int64_t>(1, kElementsPerTask / block_size), [&](int64_t begin, int64_t end) {
-    const int64_t position = kernels.quantize(p, begin, end);
-    if (position < 0) return;
-    int64_t seen = bad.load();
-    while (position < seen && !bad.compare_exchange_weak(seen, position)) {
-    }
-  });
-  STD_TORCH_CHECK(bad.load() == kNone, "weight", position_text(bad.load(), source.sizes()),
+  FirstPosition bad;
+  parallel(blocks, std::max<int64_t>(1, kElementsPerTask / block_size),
+           [&](int64_t begin, int64_t end) { bad.report(kernels.quantize(p, begin, end)); });
+  STD_TORCH_CHECK(!bad.any(), "weight", position_text(bad.value(), source.sizes()),
                   " is nan or inf: only finite weights can be quantized (check_finite=False skips this check)");
-  const Tensor none = empty_cpu({0}, ScalarType::Float);
-  if (!double_quant) return {packed, absmax, none, empty_cpu({0}, ScalarType::Float)};
-  if (!check_finite) {  // one infinite scale would make the mean infinite, and so every block
+  if (double_quant && !check_finite) {  // one infinite scale would make the mean infinite, and so every block
     for (int64_t b = 0; b < blocks; ++b)
       STD_TORCH_CHECK(std::isfinite(p.absmax[b]), "block ", b,
                       " of the weight contains inf: with check_finite=False only", " double_quant=False can store it");
   }
-
-  const int64_t nested_blocks = ceil_div(blocks, kNestedBlock);
-  Tensor codes = empty_cpu({blocks}, ScalarType::Byte);
-  Tensor nested_absmax = empty_cpu({nested_blocks}, ScalarType::Float);
-  Tensor nested_offset = empty_cpu({1}, ScalarType::Float);
-  const float offset = cpu::mean(p.absmax, blocks);
-  *nested_offset.mutable_data_ptr<float>() = offset;
-  uint8_t* codes_data = codes.mutable_data_ptr<uint8_t>();
-  float* nested_data = nested_absmax.mutable_data_ptr<float>();
-  parallel(nested_blocks, 16, [&](int64_t begin, int64_t end) {
-    cpu::double_quantize(p.absmax, blocks, offset, codes_data, nested_data, begin, end);
-  });
-  return {packed, codes, nested_absmax, nested_offset};
+  const auto [scales, nested_absmax, nested_offset] = stored_scales(absmax, double_quant);
+  return {packed, scales, nested_absmax, nested_offset};
 }
 
 Tensor dequantize(Tensor packed, Tensor absmax, OptionalTensor nested_absmax, OptionalTensor nested_offset,

@@ -9,6 +9,7 @@ Extents: m tokens, n out features, k in features, r rank.
 
 from qlora.ops.adamw import adamw, adamw_8bit, adamw_many
 from qlora.ops.affine import forward_affine
+from qlora.ops.calibrate import quantize_with_feedback, search_scales
 from qlora.ops.common import FLOAT_DTYPES, QUANT_TYPES, check_format
 from qlora.ops.matmul import forward
 from qlora.ops.multi import forward_multi
@@ -27,4 +28,6 @@ __all__ = [
     "forward_multi",
     "quantization_error",
     "quantize",
+    "quantize_with_feedback",
+    "search_scales",
 ]

@@ -45,6 +45,22 @@ def not_requested(like: Tensor) -> Tensor:
     return like.new_empty(0, dtype=torch.float32)
 
 
+def new_scales(weight: Tensor, block_size: int, double_quant: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised (absmax, nested_absmax, nested_offset) for a weight, as operators return them."""
+    blocks = (weight.numel() + block_size - 1) // block_size
+    nested = (blocks + _C.NESTED_BLOCK - 1) // _C.NESTED_BLOCK if double_quant else 0
+    return (
+        weight.new_empty(blocks, dtype=torch.uint8 if double_quant else torch.float32),
+        weight.new_empty(nested, dtype=torch.float32),
+        weight.new_empty(1 if double_quant else 0, dtype=torch.float32),
+    )
+
+
+def refuse_quantization_gradient(ctx: Any, *grads: Tensor) -> None:
+    """The derivative of operators that make or read whole 4-bit weights: raises RuntimeError."""
+    raise RuntimeError("quantize and dequantize are not differentiable: a 4-bit weight is frozen")
+
+
 def require_frozen(*statistics: Tensor | None) -> None:
     """Raises RuntimeError if one of a weight's statistics requires a gradient."""
     if any(t is not None and t.requires_grad for t in statistics):

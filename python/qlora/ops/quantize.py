@@ -1,12 +1,11 @@
 """``quantize``, ``dequantize`` and ``quantization_error``: weights to 4 bit and back."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from qlora import _C, _load  # noqa: F401  (_load loads the operators)
+from qlora.ops.common import new_scales, refuse_quantization_gradient
 
 
 def quantize(
@@ -67,27 +66,16 @@ def quantization_error(
     )
 
 
-def _refuse_gradient(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("quantize and dequantize are not differentiable: a 4-bit weight is frozen")
-
-
-torch.library.register_autograd("qlora::quantize", _refuse_gradient)
-torch.library.register_autograd("qlora::dequantize", _refuse_gradient)
+torch.library.register_autograd("qlora::quantize", refuse_quantization_gradient)
+torch.library.register_autograd("qlora::dequantize", refuse_quantization_gradient)
 
 
 @torch.library.register_fake("qlora::quantize")
 def _(
     weight: Tensor, quant_type: str = "nf4", block_size: int = 64, double_quant: bool = True, check_finite: bool = True
 ) -> tuple[Tensor, ...]:
-    numel = weight.numel()
-    blocks = (numel + block_size - 1) // block_size
-    nested = (blocks + _C.NESTED_BLOCK - 1) // _C.NESTED_BLOCK if double_quant else 0
-    return (
-        weight.new_empty((numel + 1) // 2, dtype=torch.uint8),
-        weight.new_empty(blocks, dtype=torch.uint8 if double_quant else torch.float32),
-        weight.new_empty(nested, dtype=torch.float32),
-        weight.new_empty(1 if double_quant else 0, dtype=torch.float32),
-    )
+    packed = weight.new_empty((weight.numel() + 1) // 2, dtype=torch.uint8)
+    return packed, *new_scales(weight, block_size, double_quant)
 
 
 @torch.library.register_fake("qlora::dequantize")
