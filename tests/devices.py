@@ -16,21 +16,11 @@ import torch
 from qlora import _C, _load
 
 KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse3)
-NAMES = (
-    "quantize",
-    "dequantize",
-    "quantization_error",
-    "forward",
-    "backward",
-    "forward.multi",
-    "backward.multi",
-    "forward.affine",
-    "forward.affine_grid",
-    "backward.affine_grid",
-    "adamw",
-    "adamw_8bit",
-    "adamw.many",
-    "adamw_8bit.many",
+# Every operator; one without a CUDA implementation raises an error on simt.
+NAMES = tuple(
+    name.removeprefix("qlora::")
+    for name in torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
+    if name.startswith("qlora::")
 )
 LIBRARY = os.environ.get("QLORA_SIMT_LIBRARY", Path(__file__).parents[1] / "build/tests/tests/simt/libqlora_simt.so")
 
