@@ -50,6 +50,32 @@ struct DoubleQuantizeParams {
 };
 Status launch_double_quantize(const DoubleQuantizeParams& p, cudaStream_t stream);
 
+// Searches scales (format/scale_search.h), one warp for each block.
+struct SearchScalesParams {
+  const float* weight;      // [n, k]
+  const float* importance;  // [k]: the weight of a column's squared errors
+  int64_t n, k;
+  int block_shift;
+  QuantType quant_type;
+  float* absmax;            // [blocks]
+  unsigned long long* bad;  // as in QuantizeParams
+};
+Status launch_search_scales(const SearchScalesParams& p, cudaStream_t stream);
+
+inline constexpr int kFeedbackRows = 32;  // rows of a thread block
+// Quantizes a weight to given scales, with error feedback.
+struct FeedbackParams {
+  const float* weight;      // [n, k]
+  WeightView scales;        // extents, format and scales; `packed` is not read
+  const float* feedback;    // [k, k], read below the diagonal, or null: none
+  const int64_t* order;     // [k]: the column of each step, a permutation; null: in order
+  float* errors;            // [k, ceil(n / kFeedbackRows) * kFeedbackRows], workspace
+  uint8_t* codes;           // [n, k], workspace
+  uint8_t* packed;          // [ceil(n * k / 2)]
+  unsigned long long* bad;  // [2], must be 0: positions of nan or inf in weight and feedback, as in QuantizeParams
+};
+Status launch_quantize_with_feedback(const FeedbackParams& p, cudaStream_t stream);
+
 // A panel of the flat weight: row i of `rows` has row_elems elements from first + i * row_stride on. `first` must be a
 // multiple of 32, so that 1024 elements overlap at most 32 blocks; with several rows, row_elems and row_stride too.
 struct DequantizeParams {

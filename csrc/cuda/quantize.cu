@@ -1,6 +1,7 @@
 // Blockwise 4-bit quantization: finds absmax, normalises, finds codes, packs them. A lane takes eight weights, so it
 // loads 16 or 32 bytes and stores one word. A quantization block of 64 belongs to eight lanes, which find its absmax by
 // shuffles.
+#include "cuda/device/codes.cuh"
 #include "cuda/device/elements.cuh"
 #include "cuda/device/launch.cuh"
 #include "format/nf4_cells.h"
@@ -57,25 +58,8 @@ QLORA_DEVICE uint32_t code_of(float x) {
     const auto entry = ptx::load_shared<Words2>(
         ptx::mad<kCellBytes>(cell, ptx::shared_base() + static_cast<SharedAddress>(ptx::lane() & 15) * 8));
     return entry.y + (x > float_of(entry.x) ? 1u : 0u);
-  } else if constexpr (kType == QuantType::kFp4) {
-    constexpr Fp4Tables t = kFp4Tables;
-    const float magnitude = fabsf(x);
-    const bool a = magnitude > t.threshold[3];
-    const bool b = magnitude > (a ? t.threshold[5] : t.threshold[1]);
-    const bool c = magnitude > (a ? (b ? t.threshold[6] : t.threshold[4]) : (b ? t.threshold[2] : t.threshold[0]));
-    const int rank = (a ? 4 : 0) + (b ? 2 : 0) + (c ? 1 : 0);
-    return ((t.codes_of_ranks >> (4 * rank)) & 0xFu) | (x < 0.0f ? 8u : 0u);
-  } else if constexpr (Format<kType>::kAscends) {
-    uint32_t code = 0;
-#pragma unroll
-    for (int i = 0; i < kLevels - 1; ++i) code += x > Format<kType>::kThresholds[i] ? 1u : 0u;
-    return code;
   } else {
-    static_assert(kType == QuantType::kInt4,
-                  "write the rule for the codes of this type here: docs/extending/format.md");
-    const float steps = rintf(x * kInt4Steps);
-    const float clamped = fminf(fmaxf(steps, -static_cast<float>(kInt4Zero)), 15.0f - kInt4Zero);
-    return static_cast<uint32_t>(static_cast<int>(clamped) + kInt4Zero);
+    return code_by_thresholds<kType>(x);
   }
 }
 
@@ -87,10 +71,6 @@ QLORA_DEVICE float absmax_of(const float (&x)[kPerLane], float before) {
   return largest;
 }
 
-QLORA_DEVICE void report(const QuantizeParams& p, int64_t position) {
-  ptx::atomic_max(p.bad, 0x8000000000000000ull - static_cast<unsigned long long>(position));
-}
-
 template <class T>
 QLORA_DEVICE void check_finite(const QuantizeParams& p, const float (&x)[kPerLane], int64_t first) {
   float probe = 0.0f;  // x * 0 is nan if x is nan or inf, and a nan stays in the sum
@@ -99,7 +79,7 @@ QLORA_DEVICE void check_finite(const QuantizeParams& p, const float (&x)[kPerLan
   if (probe == 0.0f) return;
   for (int i = 0; i < kPerLane; ++i) {
     if ((bits_of(x[i]) & 0x7F800000u) != 0x7F800000u) continue;
-    report(p, first + i);
+    report_position(p.bad, first + i);
     return;
   }
 }
@@ -120,7 +100,7 @@ QLORA_DEVICE void quantize_run(const QuantizeParams& p, int64_t begin, int count
   const int64_t my_first = begin + ptx::lane() * kPerLane;
   if (ptx::lane() % lanes == 0 && my_first < p.numel) {
     ptx::store(p.absmax + (my_first >> p.block_shift), absmax);
-    if (!p.check_finite && (bits_of(absmax) & 0x7F800000u) == 0x7F800000u) report(p, my_first);
+    if (!p.check_finite && (bits_of(absmax) & 0x7F800000u) == 0x7F800000u) report_position(p.bad, my_first);
   }
 
   const float reciprocal = 1.0f / absmax;

@@ -135,6 +135,20 @@ void check_feedback(const Tensor& weight, const OptionalTensor& feedback, const 
   }
 }
 
+void check_permutation(const Tensor& order) {
+  std::vector<bool> seen(static_cast<size_t>(order.numel()), false);
+  for (int64_t step = 0; step < order.numel(); ++step) {
+    const int64_t column = order.const_data_ptr<int64_t>()[step];
+    const bool is_new = column >= 0 && column < order.numel() && !seen[static_cast<size_t>(column)];
+    STD_TORCH_CHECK(is_new, "order[", step, "]=", column, " must name each of ", order.numel(), " columns once");
+    seen[static_cast<size_t>(column)] = true;
+  }
+}
+
+std::string not_finite_text(const char* name, int64_t position, const Tensor& t) {
+  return name + position_text(position, t.sizes()) + " is nan or inf: only finite values can be quantized";
+}
+
 WeightView view_of(const CheckedWeight& w) {
   static const float none = 0.0f;  // of an empty weight: never read, but tells kernels that scales are float32
   WeightView view;

@@ -58,6 +58,12 @@ CheckedWeight check_weight(const Tensor& packed, const Tensor& absmax, const Opt
                            const OptionalTensor& nested_offset, int64_t n, int64_t k, const std::string& quant_type,
                            int64_t block_size);
 
+// Checks that an order on the CPU names each column once; kernels would write out of bounds otherwise.
+void check_permutation(const Tensor& order);
+
+// The message for nan or inf at a flat position.
+std::string not_finite_text(const char* name, int64_t position, const Tensor& t);
+
 // Checks the arguments of search_scales, except that importance is finite.
 void check_search_scales(const Tensor& weight, const Tensor& importance, int64_t block_size);
 

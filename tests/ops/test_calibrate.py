@@ -140,6 +140,12 @@ def test_empty_weights(device):
         assert ops.quantize_with_feedback(weight, *scales, "nf4", 64).shape == (0,)
 
 
+def with_value(t, row, column, value):
+    changed = t.clone()
+    changed[row, column] = value
+    return changed
+
+
 def test_bad_arguments_are_refused(device):
     weight, feedback, order = problem(4, 64)
     scales = ops.search_scales(weight, torch.ones(64))
@@ -156,8 +162,8 @@ def test_bad_arguments_are_refused(device):
         r"order\[0\]=64 must name": lambda: run(order=torch.arange(64, 0, -1)),
         "order has the wrong dtype": lambda: run(order=order.int()),
         r"absmax has 2 values": lambda: run(scales=(scales[0][:2], *scales[1:])),
-        r"weight\[2, 3\] is nan or inf": lambda: run(weight.clone().index_put((torch.tensor(2), torch.tensor(3)), torch.tensor(torch.nan))),
-        r"feedback\[5, 1\] is nan or inf": lambda: run(feedback=feedback.clone().index_put((torch.tensor(5), torch.tensor(1)), torch.tensor(torch.inf))),
+        r"weight\[2, 3\] is nan or inf": lambda: run(with_value(weight, 2, 3, torch.nan)),
+        r"feedback\[5, 1\] is nan or inf": lambda: run(feedback=with_value(feedback, 5, 1, torch.inf)),
         r"importance has shape \[63\]": lambda: ops.search_scales(weight, torch.ones(63)),
         "importance has the wrong dtype": lambda: ops.search_scales(weight, torch.ones(64).double()),
         "block_size=48": lambda: ops.search_scales(weight, torch.ones(64), "nf4", 48),
@@ -167,16 +173,15 @@ def test_bad_arguments_are_refused(device):
         with pytest.raises(RuntimeError, match=message):
             call()
     with pytest.raises(RuntimeError, match=r"weight\[1, 9\] is nan or inf"):
-        ops.search_scales(weight.index_put((torch.tensor(1), torch.tensor(9)), torch.tensor(torch.inf)), torch.ones(64))
+        ops.search_scales(with_value(weight, 1, 9, torch.inf), torch.ones(64))
 
 
 def test_fake_kernels_agree(device):
     weight, feedback, order = problem(7, 75)
     for double_quant in (False, True):
         scales = ops.search_scales(weight, torch.ones(75), "nf4", 64, double_quant)
-        torch.library.opcheck(
-            torch.ops.qlora.search_scales, (weight, torch.ones(75), "nf4", 64, double_quant), test_utils="test_faketensor"
-        )
+        arguments = (weight, torch.ones(75), "nf4", 64, double_quant)
+        torch.library.opcheck(torch.ops.qlora.search_scales, arguments, test_utils="test_faketensor")
         torch.library.opcheck(
             torch.ops.qlora.quantize_with_feedback,
             (weight, *scales, "nf4", 64, feedback, order),

@@ -36,6 +36,7 @@ LAYERS = (
     "optim",
     "distributed",
     "storage",
+    "calibration",
     "integrations",
     "adapters",
     "models",

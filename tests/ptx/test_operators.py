@@ -3,6 +3,7 @@
 from ops.test_adamw import *  # noqa: F403
 from ops.test_affine import *  # noqa: F403
 from ops.test_backward import *  # noqa: F403
+from ops.test_calibrate import *  # noqa: F403
 from ops.test_forward import *  # noqa: F403
 from ops.test_multi import *  # noqa: F403
 from ops.test_quantize import *  # noqa: F403

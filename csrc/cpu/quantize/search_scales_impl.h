@@ -33,7 +33,10 @@ float best_scale(const float* x, const float* importance, int64_t count, float a
     V::store(loss + v * V::kLanes, sum);
   }
   int best = 0;
-  for (int i = 1; i < kScaleCandidates; ++i) best = loss[i] < loss[best] ? i : best;
+  for (int i = 0; i < kScaleCandidates; ++i) {
+    if (!(loss[i] == loss[i])) loss[i] = float_of(0x7F800000u);  // nan: inf times zero
+    best = loss[i] < loss[best] ? i : best;
+  }
   return scale[best];
 }
 

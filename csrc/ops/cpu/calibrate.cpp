@@ -31,39 +31,22 @@ std::tuple<Tensor, Tensor, Tensor> search_scales(Tensor weight, Tensor importanc
   FirstPosition bad;
   parallel(blocks, std::max<int64_t>(1, kElementsPerTask / block_size),
            [&](int64_t begin, int64_t end) { bad.report(kernels.search_scales(p, begin, end)); });
-  STD_TORCH_CHECK(!bad.any(), "weight", position_text(bad.value(), source.sizes()),
-                  " is nan or inf: only finite weights can be quantized");
+  STD_TORCH_CHECK(!bad.any(), not_finite_text("weight", bad.value(), source));
   return stored_scales(absmax, double_quant);
 }
 
-// The first position of nan or inf, or -1.
-int64_t first_not_finite(const Tensor& t) {
+// Checks row i of a matrix up to column `last(i)`.
+template <class Last>
+void check_finite(const Tensor& t, const char* name, const Last& last) {
   const float* values = t.const_data_ptr<float>();
+  const int64_t columns = t.size(1);
   FirstPosition bad;
-  parallel(t.numel(), 1 << 16, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      if ((bits_of(values[i]) & 0x7F800000u) != 0x7F800000u) continue;
-      bad.report(i);
-      return;
-    }
+  parallel(t.size(0), 16, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      for (int64_t i = row * columns; i < row * columns + last(row); ++i)
+        if ((bits_of(values[i]) & 0x7F800000u) == 0x7F800000u) return bad.report(i);
   });
-  return bad.any() ? bad.value() : -1;
-}
-
-void check_finite(const Tensor& t, const char* name) {
-  const int64_t position = first_not_finite(t);
-  STD_TORCH_CHECK(position < 0, name, position_text(position, t.sizes()), " is nan or inf: it must be finite");
-}
-
-// Each column occurs once; otherwise the kernel would write outside of its panel or leave codes unwritten.
-void check_permutation(const Tensor& order) {
-  std::vector<bool> seen(static_cast<size_t>(order.numel()), false);
-  for (int64_t step = 0; step < order.numel(); ++step) {
-    const int64_t column = order.const_data_ptr<int64_t>()[step];
-    const bool is_new = column >= 0 && column < order.numel() && !seen[static_cast<size_t>(column)];
-    STD_TORCH_CHECK(is_new, "order[", step, "]=", column, " must name each of ", order.numel(), " columns once");
-    seen[static_cast<size_t>(column)] = true;
-  }
+  STD_TORCH_CHECK(!bad.any(), not_finite_text(name, bad.value(), t));
 }
 
 Tensor quantize_with_feedback(Tensor weight, Tensor absmax, OptionalTensor nested_absmax, OptionalTensor nested_offset,
@@ -72,8 +55,8 @@ Tensor quantize_with_feedback(Tensor weight, Tensor absmax, OptionalTensor neste
   const cpu::KernelTable& kernels = active_kernels();
   check_feedback(weight, feedback, order);
   const Tensor source = as_contiguous(weight);
-  check_finite(source, "weight");
   const int64_t n = source.size(0), k = source.size(1);
+  check_finite(source, "weight", [k](int64_t) { return k; });
   Tensor packed = empty_cpu({packed_bytes(n * k)}, ScalarType::Byte);
   const CheckedWeight w = check_weight(packed, absmax, nested_absmax, nested_offset, n, k, quant_type, block_size);
   cpu::FeedbackParams p{};
@@ -83,7 +66,7 @@ Tensor quantize_with_feedback(Tensor weight, Tensor absmax, OptionalTensor neste
   Tensor factors = source, steps = source;  // keep contiguous copies alive
   if (feedback.has_value()) {
     factors = as_contiguous(*feedback);
-    check_finite(factors, "feedback");
+    check_finite(factors, "feedback", [](int64_t row) { return row; });  // only what is read
     p.feedback = factors.const_data_ptr<float>();
   }
   if (order.has_value()) {

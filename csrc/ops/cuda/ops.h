@@ -15,6 +15,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(Tensor weight, std::string q
                                                     bool double_quant, bool check_finite);
 Tensor dequantize(Tensor packed, Tensor absmax, OptionalTensor nested_absmax, OptionalTensor nested_offset,
                   std::vector<int64_t> shape, std::string quant_type, int64_t block_size, ScalarType dtype);
+std::tuple<Tensor, Tensor, Tensor> search_scales(Tensor weight, Tensor importance, std::string quant_type,
+                                                 int64_t block_size, bool double_quant);
+Tensor quantize_with_feedback(Tensor weight, Tensor absmax, OptionalTensor nested_absmax, OptionalTensor nested_offset,
+                              std::string quant_type, int64_t block_size, OptionalTensor feedback,
+                              OptionalTensor order);
 Tensor quantization_error(Tensor weight, Tensor packed, Tensor absmax, OptionalTensor nested_absmax,
                           OptionalTensor nested_offset, std::string quant_type, int64_t block_size);
 
@@ -65,6 +70,8 @@ template <class Library>
 void implement_cuda_ops(Library& library) {
   library.impl("quantize", TORCH_BOX(&quantize));
   library.impl("dequantize", TORCH_BOX(&dequantize));
+  library.impl("search_scales", TORCH_BOX(&search_scales));
+  library.impl("quantize_with_feedback", TORCH_BOX(&quantize_with_feedback));
   library.impl("quantization_error", TORCH_BOX(&quantization_error));
   library.impl("forward", TORCH_BOX(&forward));
   library.impl("backward", TORCH_BOX(&backward));

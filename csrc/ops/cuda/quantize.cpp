@@ -1,18 +1,9 @@
 // The ops quantize, dequantize and quantization_error for CUDA: checks, allocation, launches.
 #include "ops/cuda/ops.h"
 #include "ops/cuda/runtime.h"
+#include "ops/cuda/scales.h"
 
 namespace qlora::ops_cuda {
-
-namespace {
-
-// Copies one number from the device; waits for the stream.
-int64_t value_of(const Tensor& t) {
-  const Tensor on_cpu = torch::stable::to(t, torch::stable::Device(torch::headeronly::DeviceType::CPU));
-  return *on_cpu.const_data_ptr<int64_t>();
-}
-
-}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(Tensor weight, std::string quant_type, int64_t block_size,
                                                     bool double_quant, bool check_finite) {
@@ -24,10 +15,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(Tensor weight, std::string q
   const GpuScope scope(source, "quantize", {0, blocks, block_size, 0});
   Tensor packed = empty_like_device(source, {packed_bytes(numel)}, ScalarType::Byte);
   Tensor absmax = empty_like_device(source, {blocks}, ScalarType::Float);
-  const auto none = [&] { return empty_like_device(source, {0}, ScalarType::Float); };
   if (numel > 0) {
     const bool report_inf = double_quant && !check_finite;
-    Tensor bad = torch::stable::new_zeros(source, {1}, ScalarType::Long);
+    FirstPositions bad(source, 1);
     const cuda::QuantizeParams p{source.const_data_ptr(),
                                  dtype,
                                  numel,
@@ -36,31 +26,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(Tensor weight, std::string q
                                  check_finite,
                                  packed.mutable_data_ptr<uint8_t>(),
                                  absmax.mutable_data_ptr<float>(),
-                                 reinterpret_cast<unsigned long long*>(bad.mutable_data_ptr<int64_t>())};
+                                 bad.data()};
     check(cuda::launch_quantize(p, scope.stream()), "quantize");
     if (check_finite || report_inf) {  // the only wait for the stream: an error must name its position
-      const auto seen = static_cast<uint64_t>(value_of(bad));
-      const auto position = static_cast<int64_t>(0x8000000000000000ull - seen);
-      STD_TORCH_CHECK(seen == 0 || !check_finite, "weight", position_text(position, source.sizes()),
+      const int64_t position = bad.values()[0];
+      STD_TORCH_CHECK(position < 0 || !check_finite, "weight", position_text(position, source.sizes()),
                       " is nan or inf: only finite weights can be quantized (check_finite=False skips this check)");
-      STD_TORCH_CHECK(seen == 0, "block ", position / block_size,
+      STD_TORCH_CHECK(position < 0, "block ", position / block_size,
                       " of the weight contains inf: with check_finite=False only double_quant=False can store it");
     }
   }
-  if (!double_quant) return {packed, absmax, none(), none()};
-  const int64_t nested_blocks = ceil_div(blocks, kNestedBlock);
-  Tensor codes = empty_like_device(source, {blocks}, ScalarType::Byte);
-  Tensor nested_absmax = empty_like_device(source, {nested_blocks}, ScalarType::Float);
-  Tensor nested_offset = torch::stable::new_zeros(source, {1}, ScalarType::Float);
-  if (blocks > 0) {
-    const Tensor parts = empty_like_device(source, {cuda::kMeanParts}, ScalarType::Double);
-    const cuda::DoubleQuantizeParams p{
-        absmax.const_data_ptr<float>(),          blocks,
-        parts.mutable_data_ptr<double>(),        codes.mutable_data_ptr<uint8_t>(),
-        nested_absmax.mutable_data_ptr<float>(), nested_offset.mutable_data_ptr<float>()};
-    check(cuda::launch_double_quantize(p, scope.stream()), "double_quantize");
-  }
-  return {packed, codes, nested_absmax, nested_offset};
+  const auto [scales, nested_absmax, nested_offset] = stored_scales(absmax, double_quant, scope.stream());
+  return {packed, scales, nested_absmax, nested_offset};
 }
 
 Tensor dequantize(Tensor packed, Tensor absmax, OptionalTensor nested_absmax, OptionalTensor nested_offset,
