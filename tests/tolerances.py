@@ -48,23 +48,6 @@ def split_rounding(device: str, dtype: torch.dtype, absolute_products: Tensor, s
     return bound + 2.0**-25 * small if dtype == torch.float16 else bound
 
 
-def factor_bounds(device, dtype, s, G, X, A, B, largest=None):
-    """Bounds for d_lora_a = s (G B)ᵀ X and d_lora_b = s Gᵀ (X Aᵀ), from absolute values.
-
-    A factor that is scaled into the range of float16 has its largest value at 2^14 or above, so it loses at most 2^-35
-    of that value. Pass ``largest`` if other rows of the batch may be larger.
-    """
-    (m, n), k = G.shape, X.shape[1]
-    V, U = s * G @ B, s * X @ A.T
-    largest_v, largest_u = (t * 2.0**-10 for t in largest or [0.0 if t.numel() == 0 else t.max() for t in (V, U)])
-    small_a = (s * G.sum(1, keepdim=True) + largest_v).expand(m, V.shape[1]).T @ X
-    small_b = G.T @ (s * X.sum(1, keepdim=True) + largest_u).expand(m, U.shape[1])
-    return tuple(
-        accumulation(steps, products) + split_rounding(device, dtype, products, small)
-        for steps, products, small in ((m + n + 4, V.T @ X, small_a), (m + k + 4, G.T @ U, small_b))
-    )
-
-
 def output_rounding(y: Tensor, dtype: torch.dtype) -> Tensor:
     """Bound for one rounding of ``y`` to ``dtype``."""
     info = torch.finfo(dtype)

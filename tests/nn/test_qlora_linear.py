@@ -16,15 +16,10 @@ def make(bias=True, **options) -> QLoRALinear:
     return layer
 
 
-def dense_output(layer, x, name="default"):
-    weight = (
-        layer.base.dequantize(torch.float32).double()
-        if isinstance(layer.base, Linear4bit)
-        else layer.base.weight.double()
-    )
-    weight = weight + layer.adapters[name].scaling * (layer.lora_b[name].double() @ layer.lora_a[name].double())
-    bias = 0 if layer.bias is None else layer.bias.double()
-    return x.double() @ weight.T + bias
+def dense_output(layer, x):
+    low_rank = layer.adapters["default"].scaling * (layer.lora_b["default"].double() @ layer.lora_a["default"].double())
+    weight = layer.base.dequantize(torch.float32).double() + low_rank
+    return x.double() @ weight.T + (0 if layer.bias is None else layer.bias.double())
 
 
 def close(a, b, tolerance=1e-4):
@@ -48,13 +43,7 @@ def test_forward(device, x, alpha, bias):
     layer = make(bias, alpha=alpha)
     assert layer.adapters["default"].scaling == (1.0 if alpha is None else alpha / 4)
     for tokens in (x, x[:1]):
-        expected = tokens.double() @ layer.base.dequantize(torch.float32).double().T
-        expected = expected + layer.adapters["default"].scaling * (
-            tokens.double() @ layer.lora_a["default"].double().T @ layer.lora_b["default"].double().T
-        )
-        if bias:
-            expected = expected + layer.bias.double()
-        assert close(layer(tokens), expected)
+        assert close(layer(tokens), dense_output(layer, tokens))
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])

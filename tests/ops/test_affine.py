@@ -1,9 +1,10 @@
 """The textbook form: integer weights, scale and zero point, alpha / r."""
 
+import oracle
 import pytest
 import torch
 from cases import DTYPES
-from tolerances import accumulation, assert_within, output_rounding
+from tolerances import accumulation, assert_within
 
 from qlora import ops, reference
 
@@ -56,7 +57,7 @@ def test_forward_and_gradients(device, grid, dtype, m):
     X, G, B, A = x64.abs(), g.abs(), b64.abs(), a64.abs()
 
     def check(actual, expected, bound):
-        assert_within(actual, expected, bound + output_rounding(expected.abs() + bound, actual.dtype))
+        assert_within(actual, *oracle.rounded(expected, bound, actual.dtype))
 
     check(y, y64, accumulation(2 * k + r + 8, X @ (magnitude + s * B @ A)))
     check(x_.grad, g @ dense.T + s * g @ a64.T @ b64.T, accumulation(2 * n + r + 8, G @ (magnitude.T + s * A.T @ B.T)))

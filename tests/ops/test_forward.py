@@ -1,40 +1,20 @@
 """The fused forward against float64, on every ISA, dtype, quant type and shape, with derived tolerances."""
 
+import oracle
 import pytest
 import torch
 from cases import BLOCK_SIZES, DTYPES, QUANT_TYPES, SHAPES, name_of, weights
-from tolerances import (
-    accumulation,
-    assert_error_at_most,
-    assert_within,
-    multiplies_16_bit,
-    operand_rounding,
-    output_rounding,
-)
+from tolerances import assert_error_at_most, assert_within, multiplies_16_bit
 
 from qlora import ops, reference
 
 
-def check(device, x, weight, dense, lora_a=None, lora_b=None, scaling=1.0, bias=None, lora_x=None):
-    y = ops.forward(x, *weight, lora_a, lora_b, scaling, bias, lora_x)
+def check(device, x, weight, dense, *options):
+    y = ops.forward(x, *weight, *options)
     assert y.dtype == x.dtype
-    k = x.shape[-1]
-    x64 = x.double()
-    expected, products = x64 @ dense.T, x64.abs() @ dense.abs().T
-    bound = accumulation(k, products) + operand_rounding(device, x.dtype, products)
-    if bias is not None:
-        expected = expected + bias.double()
-        bound = bound + (k + 2) * 2.0**-24 * bias.double().abs()
-    if lora_a is not None:
-        down_x = x64 if lora_x is None else lora_x.double()
-        a64, b64, r = lora_a.double(), lora_b.double(), lora_a.shape[0]
-        expected = expected + scaling * (down_x @ a64.T @ b64.T)
-        # The inner sum is rounded (k steps), scaled, then summed again with the base (k + r steps).
-        products = abs(scaling) * (down_x.abs() @ a64.abs().T @ b64.abs().T)
-        bound = bound + accumulation(2 * k + r + 4, products) + operand_rounding(device, x.dtype, products)
-    bound = bound + accumulation(4, expected.abs())
-    assert_within(y, expected, bound + output_rounding(expected.abs() + bound, x.dtype))
-    return y, expected
+    answer = oracle.forward(device, x, dense, *options)
+    assert_within(y, *answer)
+    return y, answer.expected
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=name_of)

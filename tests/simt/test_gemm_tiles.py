@@ -4,10 +4,11 @@ The PTX tests run them too.
 """
 
 import devices
+import oracle
 import pytest
 import torch
 from cases import weights
-from tolerances import accumulation, assert_within, operand_rounding, output_rounding
+from tolerances import assert_within
 
 from qlora import _C, ops
 
@@ -58,21 +59,13 @@ def test_every_tile(device, tile, n, k, adapters, dtype):
     a, b, s = torch.randn(max(1, adapters), r, k), torch.randn(max(1, adapters), n, r), torch.rand(max(1, adapters))
     one = (None, None, 1.0) if adapters == 0 else (a[0], b[0], s[0].item())
     y = ops.forward_multi(x, *weight, a, b, s, of_row) if adapters > 1 else ops.forward(x, *weight, *one)
-    results = [(y, x, dense, a, b.mT)]
     if adapters > 1:
         dx = torch.ops.qlora.backward.multi(grad, x, *weight, a, b, s, of_row, True, False, False)[0]
     else:
         dx = torch.ops.qlora.backward(grad, x, *weight, *one, None, True, False, False, False)[0]
-    results += [(dx, grad, dense.T, b.mT, a)]
-    s = s * (adapters > 0)
-    S = s.double()[of_row][:, None]
-    for result, given, W, down, up in results:
-        X, inner, outer = given.double(), down.double()[of_row], up.double()[of_row]
-        term = S * torch.einsum("mk,mrk,mrn->mn", X, inner, outer)
-        products = X.abs() @ W.abs().T + S * torch.einsum("mk,mrk,mrn->mn", X.abs(), inner.abs(), outer.abs())
-        bound = accumulation(2 * X.shape[1] + 5 * r + 8, products) + operand_rounding(device, dtype, products)
-        expected = X @ W.T + term
-        assert_within(result, expected, bound + output_rounding(expected.abs() + bound, dtype))
+    lora = a, b, s * (adapters > 0), of_row
+    assert_within(y, *oracle.forward_multi(device, x, dense, *lora))
+    assert_within(dx, *oracle.dx_multi(device, grad, dense, *lora))
 
 
 @pytest.mark.archs("sm_80", "sm_90")
