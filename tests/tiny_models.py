@@ -1,4 +1,7 @@
-"""Small models for tests: a plain one with a tied head, and a random Llama with a generated tokenizer."""
+"""Small models for tests, plain ones and random ones of transformers, and the comparison of what they compute."""
+
+import hashlib
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -33,6 +36,88 @@ class TiedModel(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.lm_head(x)
+
+
+SIZES = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+# By transformers' model_type: one for each way in which a model stores its weights.
+CONFIGS = {
+    "llama": {**SIZES, "attention_bias": True},
+    # Conv1D: weights are stored as (in, out); the head shares the embedding
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 256, "bos_token_id": 1, "eos_token_id": 2},
+    # its own subclass of nn.Linear; queries, keys and values in one weight
+    "falcon": {k: v for k, v in SIZES.items() if k not in ("intermediate_size", "num_key_value_heads", "pad_token_id")},
+    "mixtral": {**SIZES, "num_local_experts": 4},
+    "qwen3_moe": {**SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16},
+    "gpt_oss": {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},  # transposed, biased
+}
+TOKENS = torch.tensor([[1, 5, 9, 77, 30, 8, 2, 100]])  # for models of these sizes
+
+
+def llama(seed=0, **changes):
+    """A random 2-layer Llama in float32, always the same for the same seed."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**{**SIZES, **changes})).eval()
+
+
+def save_dense(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Saves a random model of this architecture as a checkpoint folder."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **CONFIGS[name])).to(dtype)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+def reloaded(folder, **options):
+    """Loads the causal language model in a folder, as users do."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """The hash of each file, by name."""
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
+
+
+def stir(model, std=0.05):
+    """Gives every adapter's lora_b nonzero values, as training does."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            if "lora_b" in name.lower():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+@torch.no_grad()
+def logits(model, tokens=TOKENS, **inputs):
+    return model.eval()(input_ids=tokens, **inputs).logits.float()
+
+
+def difference(result, wanted):
+    """Norm of the difference, relative to the norm of ``wanted``."""
+    return ((result.float() - wanted.float()).norm() / wanted.float().norm()).item()
+
+
+# Quantization to 4 bit changes the logits of ``llama`` by 0.1 to 0.25; a lost adapter or layer by 0.4 or more.
+FOUR_BIT = 0.35
+SAME = 1e-4
 
 
 CHAT_TEMPLATE = (

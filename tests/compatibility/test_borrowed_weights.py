@@ -2,7 +2,8 @@
 
 import torch
 import transformers
-from compatibility.tiny_models import FOUR_BIT, difference, logits, result_or_refusal
+from compatibility.refusals import result_or_refusal
+from tiny_models import FOUR_BIT, difference, logits
 
 import qlora
 

@@ -6,7 +6,8 @@ import json
 import peft
 import pytest
 import torch
-from compatibility.tiny_models import FOUR_BIT, difference, llama, logits, result_or_refusal, stir
+from compatibility.refusals import result_or_refusal
+from tiny_models import FOUR_BIT, difference, llama, logits, stir
 
 import qlora
 from qlora.adapters.lora import check_adapter_folder, load_adapter_into, save_base_facts

@@ -5,7 +5,8 @@ import shutil
 import pytest
 import torch
 import transformers
-from compatibility.tiny_models import FOUR_BIT, SAME, difference, llama, logits, reloaded, result_or_refusal
+from compatibility.refusals import result_or_refusal
+from tiny_models import FOUR_BIT, SAME, difference, llama, logits, reloaded
 
 import qlora
 from qlora.models.loading import load_quantized

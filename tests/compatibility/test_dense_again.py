@@ -4,7 +4,8 @@ import peft
 import pytest
 import torch
 import transformers
-from compatibility.tiny_models import SAME, SIZES, difference, llama, logits, reloaded, result_or_refusal, stir
+from compatibility.refusals import result_or_refusal
+from tiny_models import SAME, SIZES, difference, llama, logits, reloaded, stir
 
 import qlora
 

@@ -5,7 +5,8 @@ import peft
 import pytest
 import torch
 import transformers
-from compatibility.tiny_models import SAME, TOKENS, difference, llama, logits, reloaded, result_or_refusal
+from compatibility.refusals import result_or_refusal
+from tiny_models import SAME, TOKENS, difference, llama, logits, reloaded
 from torch import nn
 from torch.autograd import forward_ad
 

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 import transformers
-from compatibility.tiny_models import FOUR_BIT, SAME, difference, llama, logits, reloaded, result_or_refusal, stir
+from compatibility.refusals import result_or_refusal
+from tiny_models import FOUR_BIT, SAME, difference, llama, logits, reloaded, stir
 
 import qlora
 

@@ -5,7 +5,8 @@ from collections import OrderedDict
 import pytest
 import torch
 import torch.nn.utils.prune
-from compatibility.tiny_models import difference, llama, logits, result_or_refusal
+from compatibility.refusals import result_or_refusal
+from tiny_models import difference, llama, logits
 from torch import nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 

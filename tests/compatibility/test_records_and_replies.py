@@ -3,7 +3,7 @@
 import json
 
 import torch
-from compatibility.tiny_models import llama
+from tiny_models import llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 

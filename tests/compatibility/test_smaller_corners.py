@@ -5,7 +5,8 @@ from dataclasses import asdict
 import pytest
 import torch
 import transformers
-from compatibility.tiny_models import SIZES, TOKENS, llama, reloaded, result_or_refusal
+from compatibility.refusals import result_or_refusal
+from tiny_models import SIZES, TOKENS, llama, reloaded
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 

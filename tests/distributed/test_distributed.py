@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from integrations.models import save_dense
+from tiny_models import save_dense
 from torch import nn
 
 import qlora

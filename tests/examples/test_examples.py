@@ -5,8 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from integrations.models import save_dense
-from tiny_models import save_llama
+from tiny_models import save_dense, save_llama
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -8,8 +8,8 @@ import json
 
 import pytest
 import torch
-from integrations.models import TOKENS, hashes, save_dense
 from safetensors.torch import load_file, save_file
+from tiny_models import TOKENS, hashes, save_dense
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import qlora

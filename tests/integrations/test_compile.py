@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from integrations.models import save_dense
 from peft import LoraConfig, get_peft_model
+from tiny_models import save_dense
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForCausalLM
 

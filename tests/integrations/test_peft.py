@@ -6,8 +6,8 @@ import sys
 import peft
 import pytest
 import torch
-from integrations.models import TOKENS, save_dense
 from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_models import TOKENS, save_dense
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import qlora

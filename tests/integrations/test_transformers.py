@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
-from integrations.models import TOKENS, hashes, save_dense
 from safetensors.torch import load_file, save_file
+from tiny_models import TOKENS, hashes, save_dense
 from torch import nn
 from transformers import AutoModelForCausalLM
 
