@@ -33,7 +33,7 @@ def test_adapter_bias_and_dropped_input(device, dtype, shape):
     weight, dense = weights(n, k)
     x = torch.randn(m, k).to(dtype)
     lora_x = (x * (torch.rand(m, k) > 0.3)).to(dtype)
-    for adapter_dtype in {dtype, torch.float32}:
+    for adapter_dtype in dict.fromkeys((dtype, torch.float32)):
         a, b = torch.randn(5, k).to(adapter_dtype), torch.randn(n, 5).to(adapter_dtype)
         check(device, x, weight, dense, a, b, -0.7, torch.randn(n).to(adapter_dtype), lora_x)
 
