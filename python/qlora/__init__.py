@@ -10,6 +10,7 @@ from typing import Any as _Any
 from qlora import distributed, integrations, nn, ops, optim, reference
 from qlora.adapters.files import load_adapter, save_adapter
 from qlora.adapters.merging import merge_and_unload
+from qlora.calibration import CalibrationReport, calibrate
 from qlora.explain import Explanation, explain
 from qlora.integrations.registration import register_when_imported as _register_when_imported
 from qlora.models.prepare import PreparedReport, prepare_model
@@ -30,10 +31,12 @@ def __getattr__(name: str) -> _Any:
 
 
 __all__ = [
+    "CalibrationReport",
     "Explanation",
     "PreparedReport",
     "QLoRAConfig",
     "QuantizedWeight",
+    "calibrate",
     "distributed",
     "explain",
     "integrations",

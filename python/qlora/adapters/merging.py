@@ -1,19 +1,23 @@
 """Merges the adapters of a whole model, qlora's or PEFT's, into its weights."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qlora.adapters.files import allow_saving
 from qlora.adapters.masters import back_to_16_bit
-from qlora.nn import MergeReport
+from qlora.calibration.model import calibrate_merged
+from qlora.nn import MergeReport, QLoRALinear
 from qlora.nn.finding import qlora_layers
-from qlora.nn.merging import MergeInto
+from qlora.nn.merging import MergeInto, merge_report
 from qlora.nn.replacing import replace_module
+from qlora.weight import QuantizedWeight
 
 _WORTH_SAYING = 0.9  # warns if less than this share of the adapter is kept
 
@@ -38,17 +42,22 @@ def merge_and_unload(
     dtype: torch.dtype | None = None,
     search_scales: bool = False,
     safe_merge: bool = False,
+    calibration: str | Sequence[str] | Tensor | None = None,
+    tokenizer: Any = None,
+    tokens: int = 16384,
 ) -> Merged:
     """Merges each adapter into its layer and removes it. Takes a model of :func:`qlora.prepare_model` or a PeftModel.
 
     Without ``requantize`` the whole model becomes dense, including embeddings, experts and 4-bit layers without this
-    adapter, and can be saved and loaded as a dense model. With ``requantize`` merged layers are 4-bit again, and
-    rounding undoes most of a small adapter; a warning says how much is kept.
+    adapter, and can be saved and loaded as a dense model. With ``requantize`` merged layers are 4-bit again. Rounding
+    each weight by itself then undoes most of a small adapter; ``calibration``, best with text like the training data,
+    keeps most of it. A warning says how much is kept.
 
     Args:
         name: the adapter (default: each layer's active one); for a PeftModel also a list of several.
         requantize, dtype, search_scales: see :class:`qlora.nn.merging.MergeInto`.
         safe_merge: for a PeftModel: raise an error if an adapter makes a weight nan or inf.
+        calibration, tokenizer, tokens: with ``requantize``, the text for :func:`qlora.calibrate`.
 
     Works in place; for a PeftModel it returns the model that was wrapped. Raises ValueError, before anything changes,
     if no layer has the adapter.
@@ -56,6 +65,7 @@ def merge_and_unload(
     from qlora.integrations.transformers import make_dense
 
     into = MergeInto(requantize, dtype, search_scales)
+    originals = {} if calibration is None else _originals(model, requantize)
     if hasattr(model, "peft_config"):
         from qlora.integrations.peft import merge_peft
 
@@ -76,12 +86,14 @@ def merge_and_unload(
     elif quantizer is not None:
         quantizer.has_adapters = False
         allow_saving(merged)
+    if calibration is not None:
+        reports |= _calibrated(merged, reports, originals, calibration, tokenizer, tokens)
     result = Merged(merged, reports)
     if requantize and not result.adapter_kept >= _WORTH_SAYING:
         warnings.warn(
             f"merged into 4 bit, the weights keep {result.adapter_kept:.0%} of what the adapter changes (median of"
-            f" {len(reports)} layers): rounding to the base's grid undoes the rest. Merge without requantize, or"
-            " keep the adapter beside its base",
+            f" {len(reports)} layers): rounding to the base's grid undoes the rest. Pass calibration= with text like"
+            " the training data, merge without requantize, or keep the adapter beside its base",
             stacklevel=2,
         )
     return result
@@ -102,3 +114,61 @@ def _merge_prepared(model: nn.Module, into: MergeInto, name: str | None) -> dict
     for n, layer in layers.items():
         replace_module(model, layer, layer.merged_linear() if n in merged else layer.base)
     return reports
+
+
+class _Original(NamedTuple):
+    """An adapted layer before its merge, which stays readable after it."""
+
+    base: QuantizedWeight
+    exact: Callable[[], Tensor]  # base + adapter, float32 (out, in)
+
+
+def _originals(model: Any, requantize: bool) -> dict[str, _Original]:
+    """The adapted layers by their names in the merged model. Raises ValueError for what cannot be calibrated."""
+    if not requantize:
+        raise ValueError("calibration needs requantize=True: a dense weight has no codes to choose")
+    if not hasattr(model, "peft_config"):
+        return {n: _Original(m.base_weight(), partial(_exact_prepared, m)) for n, m in qlora_layers(model).items()}
+    from qlora.integrations.peft import lora_layers
+    from qlora.integrations.peft.layers import LoraExperts4bit
+
+    experts = [n for n, m in model.named_modules() if isinstance(m, LoraExperts4bit)]
+    if experts:
+        raise ValueError(f"{experts[0]} has adapters on experts: calibration cannot merge them into 4 bit")
+    return {
+        n.removeprefix("base_model.model."): _Original(m.quantized.quantized_weight, partial(_exact_peft, m))
+        for n, m in lora_layers(model).items()
+    }
+
+
+def _exact_prepared(layer: QLoRALinear) -> Tensor:
+    assert layer.merged_adapter is not None
+    return layer.exact_weight(layer.merged_adapter)
+
+
+def _exact_peft(layer: Any) -> Tensor:
+    return layer.exact_weight(layer.merged_adapters)
+
+
+def _calibrated(
+    model: nn.Module,
+    reports: dict[str, MergeReport],
+    originals: dict[str, _Original],
+    texts: str | Sequence[str] | Tensor,
+    tokenizer: Any,
+    tokens: int,
+) -> dict[str, MergeReport]:
+    """Calibrates the merged layers; new reports, with the share of the adapter that the outputs keep."""
+    exact = {n: originals[n].exact for n in reports}
+    base = {n: originals[n].base for n in reports}
+    calibration = calibrate_merged(model, texts, tokenizer, exact, base, tokens=tokens)
+    kept = {layer.name: layer.kept for layer in calibration.layers if layer.kept is not None}
+    new = {}
+    for name, share in kept.items():
+        module: Any = model.get_submodule(name)
+        weight = module.quantized_weight
+        errors = merge_report(
+            weight.dequantize(torch.float32), exact[name](), base[name], weight.quant_type, reports[name].adapter
+        )
+        new[name] = replace(errors, adapter_kept=share)
+    return new

@@ -139,6 +139,13 @@ class Experts4bit(nn.Module):
             self.original_dtype,
         )
 
+    def set_expert(self, name: str, index: int, weight: QuantizedWeight) -> None:
+        """Copies ``weight``, of the same shape and format, into the weight of one expert."""
+        packed = getattr(self, name)
+        packed.data[index].copy_(weight.packed.view(packed.shape[1:]))
+        for statistic in STATISTICS:
+            getattr(self, f"{name}_{statistic}")[index].copy_(getattr(weight, statistic))
+
     def project(self, name: str, index: int, x: Tensor) -> Tensor:
         """One projection of one expert, with its adapter: x [tokens, in] to [tokens, out]."""
         weight = self.expert(name, index)
@@ -187,11 +194,15 @@ class Experts4bit(nn.Module):
 
     def to_experts(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The original module with dequantized weights, in ``dtype`` (default: the dtype before quantization)."""
+        return self.dense_twin({name: self.dequantize(name, dtype) for name in self.weight_names})
+
+    def dense_twin(self, weights: dict[str, Tensor]) -> nn.Module:
+        """The original module with ``weights`` by name, in its layout."""
         dense: nn.Module = self.experts_class.__new__(self.experts_class)
         nn.Module.__init__(dense)
         copy_attributes(self, dense)
         for name in self.weight_names:
-            dense.register_parameter(name, nn.Parameter(self.dequantize(name, dtype), requires_grad=False))
+            dense.register_parameter(name, nn.Parameter(weights[name], requires_grad=False))
         dense.train(self.training)
         return dense
 

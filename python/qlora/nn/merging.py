@@ -27,7 +27,8 @@ class MergeReport:
     relative_error: float  # of the merged weight; excludes the quantization error of the base
     max_abs_error: float
     # The kept share of the adapter's change D = exact - base: <merged - base, D> / <D, D>; 1 keeps all. Far less in 4
-    # bit: the base lies on the quantization grid, so rounding undoes changes smaller than half a step.
+    # bit: the base lies on the quantization grid, so rounding undoes changes smaller than half a step. With calibration
+    # the same share of the outputs for unseen tokens, where D is what the adapter adds to them.
     adapter_kept: float
 
 
@@ -65,12 +66,13 @@ def merged_weight(
     """Stores ``exact`` (float32) in the format ``into``, and reports the error; ``like`` is the base's weight."""
     if into.requantize:
         weight = requantize(exact, like, search_scales=into.search_scales)
-        return weight, _report(weight.dequantize(torch.float32), exact, like, weight.quant_type, adapter)
+        return weight, merge_report(weight.dequantize(torch.float32), exact, like, weight.quant_type, adapter)
     dense = exact.to(into.dtype or like.dtype)
-    return dense, _report(dense.float(), exact, like, str(dense.dtype).removeprefix("torch."), adapter)
+    return dense, merge_report(dense.float(), exact, like, str(dense.dtype).removeprefix("torch."), adapter)
 
 
-def _report(merged: Tensor, exact: Tensor, like: QuantizedWeight, name: str, adapter: str) -> MergeReport:
+def merge_report(merged: Tensor, exact: Tensor, like: QuantizedWeight, name: str, adapter: str = "") -> MergeReport:
+    """The errors of ``merged`` against ``exact``, float32 each; ``like`` is the base, ``name`` the merged format."""
     difference = merged - exact
     size, wrong = exact.norm(), difference.norm()
     largest = difference.abs().max().item() if difference.numel() else 0.0

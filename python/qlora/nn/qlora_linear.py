@@ -254,6 +254,18 @@ class QLoRALinear(nn.Module):
     def merged_adapter(self) -> str | None:
         return self._merged.adapter if self._merged else None
 
+    def base_weight(self) -> QuantizedWeight:
+        """The 4-bit weight that the forward uses."""
+        if isinstance(self.base, Linear4bit):
+            return self.base.quantized_weight
+        return quantize(self.base.weight, self.quant_type, self.block_size, self.double_quant)
+
+    @torch.no_grad()
+    def exact_weight(self, name: str) -> Tensor:
+        """The sum of the base and an adapter as a float32 weight (out, in)."""
+        delta = low_rank_delta(self.lora_a[name], self.lora_b[name], self.adapters[name].scaling)
+        return self.base_weight().dequantize(torch.float32) + delta
+
     @torch.no_grad()
     def merge(
         self,
@@ -281,12 +293,7 @@ class QLoRALinear(nn.Module):
         if name is None:
             raise RuntimeError("merge: no adapter is active; pass the name of one")
         self._require(name)
-        if isinstance(self.base, Linear4bit):
-            weight = self.base.quantized_weight
-        else:  # the forward uses the quantized weight, not the full-precision one
-            weight = quantize(self.base.weight, self.quant_type, self.block_size, self.double_quant)
-        delta = low_rank_delta(self.lora_a[name], self.lora_b[name], self.adapters[name].scaling)
-        merged, report = merged_weight(weight.dequantize(torch.float32) + delta, weight, into, name)
+        merged, report = merged_weight(self.exact_weight(name), self.base_weight(), into, name)
         self._merged = _Merged(name, merged)
         return report
 

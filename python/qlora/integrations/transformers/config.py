@@ -16,6 +16,9 @@ class QLoRAConfig(QuantizationConfigMixin):
         quant_type, double_quant, block_size: the format, see :func:`qlora.quantize`.
         compute_dtype: dtype of the products: "float32", "bfloat16" or "float16"; None takes the dtype of activations.
         skip_modules: layers to leave as they are, besides the output head: whole names, prefixes or suffixes.
+        calibration: "default" or a list of texts: after loading, calibrates the weights (:func:`qlora.calibrate`) with
+            the model's own tokenizer. Not stored with a saved model.
+        calibration_tokens: how many tokens of it to use.
         checkpoint_format: "qlora", or "bitsandbytes" for the layout of that library's checkpoints.
 
     Raises ValueError with the value and the rule.
@@ -29,6 +32,8 @@ class QLoRAConfig(QuantizationConfigMixin):
         compute_dtype: torch.dtype | str | None = None,
         skip_modules: list[str] | None = None,
         checkpoint_format: str = "qlora",
+        calibration: str | list[str] | None = None,
+        calibration_tokens: int = 16384,
         **kwargs: Any,
     ) -> None:
         kwargs.pop("quant_method", None)
@@ -44,6 +49,14 @@ class QLoRAConfig(QuantizationConfigMixin):
             raise ValueError(f"skip_modules='{skip_modules}' must be a list of names: ['{skip_modules}']")
         self.skip_modules = None if skip_modules is None else list(skip_modules)
         self.checkpoint_format = checkpoint_format
+        if isinstance(calibration, str) and calibration != "default":
+            raise ValueError(f"calibration='{calibration[:40]}' must be 'default' or a list of texts: [text]")
+        if calibration is not None:
+            self.calibration, self.calibration_tokens = calibration, calibration_tokens
+
+    # Only while a model loads, so that a saved config holds no texts.
+    calibration: str | list[str] | None = None
+    calibration_tokens: int = 16384
 
     @property
     def torch_compute_dtype(self) -> torch.dtype | None:

@@ -1,0 +1,242 @@
+"""The repeated blocks of a model: finds them, records how the model calls them, and runs one block at a time."""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora.nn import Experts4bit, Linear4bit
+
+
+class _Stop(Exception):
+    """Ends a forward pass whose rest nobody needs."""
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """(name, blocks): the list of modules with most 4-bit weights, in which no block is inside another list.
+
+    Raises ValueError if the model has no such list.
+    """
+    best, most = None, 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not (best is not None and name.startswith(best[0] + ".")):
+            weights = sum(m.hidden_numel for m in module.modules() if isinstance(m, Linear4bit | Experts4bit))
+            if weights > most:
+                best, most = (name, module), weights
+    if best is None:
+        raise ValueError(
+            f"{type(model).__name__} has no list of blocks with 4-bit layers: calibration goes through a model block by"
+            " block"
+        )
+    return best
+
+
+@dataclass
+class Call:
+    """One call of a block by its model, without the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The block's new hidden states."""
+        output = block(hidden, *self.args, **self.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Call":
+        return Call(_cast(self.args, device, dtype), _cast(self.kwargs, device, dtype))
+
+
+def _cast(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, dtype if value.is_floating_point() else value.dtype)
+    if isinstance(value, tuple | list):
+        return type(value)(_cast(item, device, dtype) for item in value)
+    if isinstance(value, dict):
+        return {key: _cast(item, device, dtype) for key, item in value.items()}
+    return value
+
+
+@contextmanager
+def _forwards(blocks: nn.ModuleList, make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+    """Gives block i the forward ``make(i)`` inside a ``with`` block; its hooks and attributes stay."""
+    before = [vars(block).get("forward") for block in blocks]
+    for index, block in enumerate(blocks):
+        vars(block)["forward"] = make(index)
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, before, strict=True):
+            if forward is None:
+                del vars(block)["forward"]
+            else:
+                vars(block)["forward"] = forward
+
+
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
+    if args:
+        return args[0], Call(args[1:], kwargs)
+    kwargs = dict(kwargs)
+    return kwargs.pop("hidden_states"), Call((), kwargs)
+
+
+def call_model(model: nn.Module, ids: Tensor) -> Any:
+    """The model's output for ``ids`` (batch, length), without a cache."""
+    parameters = inspect.signature(model.forward).parameters
+    if "input_ids" not in parameters:
+        return model(ids)
+    return model(input_ids=ids, **({"use_cache": False} if hasattr(model, "config") else {}))
+
+
+def returns_tuple(model: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> bool:
+    """Whether blocks return a tuple that begins with the hidden states. Runs the first one."""
+    outputs: list[Any] = []
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        outputs.append(output)
+        raise _Stop
+
+    handle = blocks[0].register_forward_hook(hook)
+    try:
+        with suppress(_Stop):
+            call_model(model, ids)
+    finally:
+        handle.remove()
+    if not outputs:
+        raise ValueError(f"{type(model).__name__} does not call its first block")
+    return isinstance(outputs[0], tuple)
+
+
+def record_calls(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, as_tuple: bool) -> tuple[Tensor, list[Call]]:
+    """The hidden states that enter the first block for ``ids``, and how the model calls each block.
+
+    No block runs: each hands on what it got, in a tuple with ``as_tuple``. So calls must depend only on positions
+    (masks, rotary embeddings) and on the tokens, as they do in language models.
+    """
+    first: list[Tensor] = []
+    calls: list[Call] = []
+
+    def make(index: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden, call = _split(args, kwargs)
+            if not calls:
+                first.append(hidden)
+            calls.append(call)
+            if index == len(blocks) - 1:
+                raise _Stop
+            return (hidden,) if as_tuple else hidden
+
+        return forward
+
+    with _forwards(blocks, make), suppress(_Stop):
+        call_model(model, ids)
+    if len(calls) != len(blocks):
+        raise ValueError(
+            f"{type(model).__name__} calls {len(calls)} of its {len(blocks)} blocks once each: all are needed"
+        )
+    return first[0], calls
+
+
+def logits_after(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, hidden: Tensor, as_tuple: bool) -> Tensor:
+    """The model's logits for ``ids`` if its last block returns ``hidden``; no block runs."""
+
+    def make(index: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            entered, _ = _split(args, kwargs)
+            handed = hidden.to(entered.device, entered.dtype) if index == len(blocks) - 1 else entered
+            return (handed,) if as_tuple else handed
+
+        return forward
+
+    with _forwards(blocks, make):
+        output = call_model(model, ids)
+    return getattr(output, "logits", output)
+
+
+@dataclass
+class Group:
+    """Modules of a block that get the same inputs."""
+
+    names: list[str]
+    exact: list[list[tuple[Any, ...]]]  # by batch, of each call: the positional inputs in the dense model
+
+    @property
+    def first(self) -> str:
+        return self.names[0]
+
+
+def run_dense(
+    block: nn.Module, names: Sequence[str], calls: Sequence[Call], hidden: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Group]]:
+    """Runs a dense block on all batches: its outputs, and the modules ``names`` in groups of equal inputs.
+
+    Groups are in the order of their first calls. A module that is never called is in no group.
+    """
+    group_of: dict[str, Group] = {}
+    groups: list[Group] = []
+    outputs = []
+    for batch, (call, states) in enumerate(zip(calls, hidden, strict=True)):
+        seen: list[tuple[Tensor, str]] = []  # keeps the inputs alive, so that "is" compares them
+
+        def note(name: str, inputs: tuple[Any, ...], batch: int = batch, seen: list = seen) -> None:
+            if name not in group_of:
+                twin = next((group_of[other] for x, other in seen if x is inputs[0]), None)
+                group = twin or Group([], [])
+                if twin is None:
+                    groups.append(group)
+                group.names.append(name)
+                group_of[name] = group
+            seen.append((inputs[0], name))
+            group = group_of[name]
+            if group.first == name:
+                group.exact.extend([] for _ in range(batch + 1 - len(group.exact)))
+                group.exact[batch].append(tuple(_detached(inputs)))
+
+        with _inputs_noted(block, names, note):
+            outputs.append(call.run(block, states))
+    for group in groups:
+        group.exact.extend([] for _ in range(len(hidden) - len(group.exact)))
+    return outputs, groups
+
+
+def inputs_of(block: nn.Module, name: str, call: Call, hidden: Tensor) -> list[tuple[Any, ...]]:
+    """The positional inputs of the module ``name`` in one run of a block, for each of its calls.
+
+    Stops the run at the first call: a module is called once, or again in the same way.
+    """
+    found: list[tuple[Any, ...]] = []
+
+    def note(_: str, inputs: tuple[Any, ...]) -> None:
+        found.append(tuple(_detached(inputs)))
+        raise _Stop
+
+    with _inputs_noted(block, [name], note), suppress(_Stop):
+        call.run(block, hidden)
+    return found
+
+
+def _detached(inputs: tuple[Any, ...]) -> Iterator[Any]:
+    for value in inputs:
+        yield value.detach() if isinstance(value, Tensor) else value
+
+
+@contextmanager
+def _inputs_noted(
+    block: nn.Module, names: Sequence[str], note: Callable[[str, tuple[Any, ...]], None]
+) -> Iterator[None]:
+    def hook_of(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            note(name, (*args, *kwargs.values()))
+
+        return hook
+
+    hooks = [block.get_submodule(name).register_forward_pre_hook(hook_of(name), with_kwargs=True) for name in names]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,64 @@
+"""Moments: sums over tokens of products of a layer's inputs, from which its weights are calibrated."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from qlora.weight import QuantizedWeight
+
+
+@dataclass
+class Moments:
+    """What calibration knows about the inputs of one layer with k in features.
+
+    ``inputs`` of the quantized model are what the layer will get; ``exact`` inputs are those of the dense model.
+    """
+
+    square: Tensor  # float32 (k, k): sum over tokens of inputs inputsᵀ
+    cross: Tensor | None  # float32 (k, k): sum over tokens of exact inputsᵀ; None: the inputs are exact
+    tokens: int = 0
+    unseen: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (inputs, exact), for the report of the error
+
+    @classmethod
+    def zeros(cls, k: int, device: torch.device, with_cross: bool) -> "Moments":
+        square = torch.zeros(k, k, device=device)
+        return cls(square, torch.zeros_like(square) if with_cross else None)
+
+    def add(self, inputs: Tensor, exact: Tensor, is_unseen: bool) -> None:
+        """Adds the tokens of one batch, (tokens, k) each; those that are ``is_unseen`` only judge the result."""
+        inputs, exact = inputs.float(), exact.float()
+        if is_unseen:
+            self.unseen.append((inputs, exact))
+            return
+        self.tokens += len(inputs)
+        self.square.addmm_(inputs.T, inputs)
+        if self.cross is not None:
+            self.cross.addmm_(exact.T, inputs)
+
+    @property
+    def importance(self) -> Tensor:
+        """The mean square of each input, float32 [k]."""
+        return self.square.diagonal() / max(1, self.tokens)
+
+    def output_error(self, exact_weight: Tensor, weight: Tensor) -> float:
+        """The relative error of the outputs for the unseen tokens: ‖inputs weightᵀ − exact exact_weightᵀ‖ / ‖…‖.
+
+        nan if there are no unseen tokens.
+        """
+        wrong = size = torch.zeros((), dtype=torch.float64)
+        for inputs, exact in self.unseen:
+            outputs = exact @ exact_weight.T
+            wrong = wrong + (inputs @ weight.T - outputs).square().sum(dtype=torch.float64).cpu()
+            size = size + outputs.square().sum(dtype=torch.float64).cpu()
+        return (wrong / size).sqrt().item() if size != 0 else (0.0 if self.unseen else float("nan"))
+
+    def kept(self, base: QuantizedWeight, exact: Tensor, merged: QuantizedWeight) -> float:
+        """The share of the outputs' change from ``base`` to ``exact`` that ``merged`` keeps, for unseen tokens."""
+        before, after = base.dequantize(torch.float32), merged.dequantize(torch.float32)
+        along = squares = torch.zeros((), dtype=torch.float64)
+        for inputs, _ in self.unseen:
+            change = inputs @ (exact - before).T
+            along = along + ((inputs @ (after - before).T) * change).sum(dtype=torch.float64).cpu()
+            squares = squares + change.square().sum(dtype=torch.float64).cpu()
+        return (along / squares).item() if squares != 0 else 1.0
