@@ -52,7 +52,7 @@ def calibrate(
         tokenizer: makes tokens of texts; by default that of the model's folder.
         weights: the dense weights: a model folder, a safetensors file, or a mapping by parameter name. By default the
             folder or id that the model was loaded from.
-        tokens: how many to use for calibration; an eighth more, at most 4,096, judge the result.
+        tokens: how many to use for calibration; an eighth more, at most 1,024, judge the result.
         recipe: "feedback", or "scales", which needs few tokens and a third of the time, and gains less.
         window: tokens in a row; at most the model's context.
         partial: a folder that keeps finished blocks; a call with the same arguments continues from there.

@@ -1,5 +1,6 @@
 """Moments: sums over tokens of products of a layer's inputs, from which its weights are calibrated."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -41,17 +42,19 @@ class Moments:
         """The mean square of each input, float32 [k]."""
         return self.square.diagonal() / max(1, self.tokens)
 
-    def output_error(self, exact_weight: Tensor, weight: Tensor) -> float:
-        """The relative error of the outputs for the unseen tokens: ‖inputs weightᵀ − exact exact_weightᵀ‖ / ‖…‖.
+    def output_errors(self, exact_weight: Tensor, weights: dict[str, QuantizedWeight]) -> dict[str, float]:
+        """The relative error of the unseen tokens' outputs, ‖inputs weightᵀ − exact exact_weightᵀ‖ / ‖…‖, by name.
 
         nan if there are no unseen tokens.
         """
-        wrong = size = torch.zeros((), dtype=torch.float64)
-        for inputs, exact in self.unseen:
-            outputs = exact @ exact_weight.T
-            wrong = wrong + (inputs @ weight.T - outputs).square().sum(dtype=torch.float64).cpu()
-            size = size + outputs.square().sum(dtype=torch.float64).cpu()
-        return (wrong / size).sqrt().item() if size != 0 else (0.0 if self.unseen else float("nan"))
+        outputs = [exact @ exact_weight.T for _, exact in self.unseen]
+        size = _squares(outputs)
+        errors = {}
+        for name, weight in weights.items():
+            dense = weight.dequantize(torch.float32)
+            wrong = _squares([(inputs @ dense.T).sub_(y) for (inputs, _), y in zip(self.unseen, outputs, strict=True)])
+            errors[name] = math.sqrt(wrong / size) if size > 0 else (0.0 if self.unseen else math.nan)
+        return errors
 
     def kept(self, base: QuantizedWeight, exact: Tensor, merged: QuantizedWeight) -> float:
         """The share of the outputs' change from ``base`` to ``exact`` that ``merged`` keeps, for unseen tokens."""
@@ -62,3 +65,7 @@ class Moments:
             along = along + ((inputs @ (after - before).T) * change).sum(dtype=torch.float64).cpu()
             squares = squares + change.square().sum(dtype=torch.float64).cpu()
         return (along / squares).item() if squares != 0 else 1.0
+
+
+def _squares(tensors: list[Tensor]) -> float:
+    return sum(tensor.square().sum(dtype=torch.float64).item() for tensor in tensors)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from statistics import median
 
+REPORT_FILE = "calibration.json"  # in a folder that `qlora quantize` has written
+
 
 @dataclass(frozen=True)
 class LayerReport:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_MOST_UNSEEN = 4096
+UNSEEN_TOKENS = 1024  # at most
 _SHORTEST = 16  # tokens of a window
 
 
@@ -51,7 +51,7 @@ def default_texts() -> list[str]:
 
 
 def windows_of(texts: str | Sequence[str] | Tensor, tokenizer: Any, model: Any, tokens: int, length: int) -> Windows:
-    """Windows of at most ``length`` tokens, ``tokens`` for calibration and an eighth more (at most 4,096) unseen.
+    """Windows of at most ``length`` tokens, ``tokens`` for calibration and an eighth more (at most 1,024) unseen.
 
     Texts are joined by the end-of-sequence token. If there are fewer tokens, all are used, an eighth of them unseen;
     the caller reports how many. Raises ValueError for fewer than two windows, and for tokens that the model does not
@@ -61,7 +61,7 @@ def windows_of(texts: str | Sequence[str] | Tensor, tokenizer: Any, model: Any, 
     length = min(length, context)
     if length < _SHORTEST or tokens < length:
         raise ValueError(f"window={length} must be at least {_SHORTEST}, and tokens={tokens} at least one window")
-    ids = texts if isinstance(texts, Tensor) else _tokens(texts, tokenizer, model, tokens + _MOST_UNSEEN)
+    ids = texts if isinstance(texts, Tensor) else _tokens(texts, tokenizer, model, tokens + UNSEEN_TOKENS)
     if ids.dim() == 2 and ids.shape[1] <= context:
         length = ids.shape[1]
     flat = ids.flatten().cpu()
@@ -71,7 +71,7 @@ def windows_of(texts: str | Sequence[str] | Tensor, tokenizer: Any, model: Any, 
     if count < 2:
         raise ValueError(f"the text has {len(flat)} tokens: calibration needs at least {2 * length}")
     seen = min(tokens // length, count * 8 // 9 or 1, count - 1)
-    unseen = max(1, min(seen // 8, _MOST_UNSEEN // length, count - seen))
+    unseen = max(1, min(seen // 8, UNSEEN_TOKENS // length, count - seen))
     flat = flat[: (seen + unseen) * length]
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     if vocabulary is not None and (flat.min() < 0 or flat.max() >= vocabulary):

@@ -118,11 +118,11 @@ def calibrate_weight(
     """
     plain = replace(quantize(weight, like.quant_type, like.block_size, like.double_quant), dtype=like.dtype)
     if moments.tokens == 0:
-        error = moments.output_error(weight, plain.dequantize(torch.float32))
+        error = moments.output_errors(weight, {"plain": plain})["plain"]
         return Calibrated(plain, "plain", note or "no tokens reached it", error, error)
     candidates = {} if solver is None else {"feedback": with_feedback(weight, solver, like)}
     candidates |= {"scales": with_scales(weight, moments.importance, like), "plain": plain}
-    errors = {name: moments.output_error(weight, q.dequantize(torch.float32)) for name, q in candidates.items()}
+    errors = moments.output_errors(weight, candidates)
     wanted = next(iter(candidates))
     best = min(errors, key=lambda name: errors[name]) if moments.unseen else wanted
     if solver is not None and solver.note:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ HELP = "measure perplexity over a text file, in one or several weight formats"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="folder or Hugging Face id of a model with dense weights")
+    parser.add_argument("--model", required=True, help="folder or Hugging Face id of a model, dense or in 4 bit")
     parser.add_argument("--text", required=True, type=Path, help="UTF-8 text file")
     parser.add_argument("--adapter", type=Path, help="adapter folder, from qlora finetune or PEFT")
     parser.add_argument(
-        "--format", nargs="+", default=["nf4-dq"], help="fp32, bf16, nf4, fp4, int4; the last three also as e.g. nf4-dq"
+        "--format",
+        nargs="+",
+        help="fp32, bf16, nf4, fp4, int4; the last three also as e.g. nf4-dq (default: nf4-dq; stored for a model"
+        " that is already in 4 bit)",
     )
     parser.add_argument("--context", type=int, default=512, help="tokens per window (default: 512)")
     parser.add_argument("--stride", type=int, help="tokens between the starts of windows (default: half the context)")
@@ -37,20 +41,31 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.progress import Progress
     from rich.table import Table
 
-    from qlora.evaluation.perplexity import FORMATS, load_in_format, perplexity, tokens_of
+    from qlora.evaluation.perplexity import (
+        FORMATS,
+        STORED,
+        is_quantized,
+        load_in_format,
+        perplexity,
+        share_in_calibration,
+        tokens_of,
+    )
 
-    for name in arguments.format:
-        if name not in FORMATS:
+    for name in arguments.format or ():
+        if name not in (*FORMATS, STORED):
             raise ValueError(f"--format '{name}' is unknown: use one of {', '.join(FORMATS)}")
     try:
         text = arguments.text.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{arguments.text} is not UTF-8: {error}") from error
     ids = tokens_of(arguments.model, text)[: arguments.max_tokens]
+    seen = share_in_calibration(arguments.model, ids)
+    if seen:
+        print(f"{seen:.1%} of the text's runs of eight tokens were in the calibration text", file=sys.stderr)
     device, dtype = choices.chosen(arguments)
     results = {}
     with Progress(transient=True) as progress:
-        for name in arguments.format:
+        for name in arguments.format or [STORED if is_quantized(arguments.model) else "nf4-dq"]:
             task = progress.add_task(name, total=len(ids))
             model = load_in_format(arguments.model, name, dtype, arguments.adapter, device)
             show = partial(_show, progress, task)
@@ -64,6 +79,6 @@ def run(arguments: argparse.Namespace) -> int:
     Console().print(table)
     if arguments.json:
         figures = {n: {"nats_per_token": r.nats_per_token, "perplexity": r.perplexity} for n, r in results.items()}
-        record = {"tokens": len(ids) - 1, "context": arguments.context, "formats": figures}
+        record = {"tokens": len(ids) - 1, "context": arguments.context, "seen": seen, "formats": figures}
         arguments.json.write_text(json.dumps(record, indent=2) + "\n")
     return 0

@@ -35,7 +35,8 @@ def run(arguments: argparse.Namespace) -> int:
     require_train_extra()
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from qlora.training.quantizing import REPORT_FILE, quantize_folder
+    from qlora.calibration.report import REPORT_FILE
+    from qlora.training.quantizing import quantize_folder
 
     device = choose_device(arguments.device).value
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -69,11 +70,11 @@ def _show(report: Any) -> None:
         title=f"{len(report.layers)} weights calibrated on {report.tokens} tokens ({report.recipe}) in"
         f" {report.seconds:.0f} s; errors of outputs for {report.unseen_tokens} other tokens"
     )
-    for column in ("layer", "method", "plain", "calibrated", "note"):
+    for column in ("layer", "method", "plain", "calibrated"):
         table.add_column(column, justify="right" if column in ("plain", "calibrated") else "left")
     worst = sorted(report.layers, key=lambda layer: -layer.error)[:10]
     for layer in worst:
-        table.add_row(layer.name, layer.method, f"{layer.plain_error:.2%}", f"{layer.error:.2%}", layer.note)
+        table.add_row(layer.name, layer.method, f"{layer.plain_error:.2%}", f"{layer.error:.2%}")
     table.caption = "the ten with the largest error"
     console = Console()
     console.print(table)

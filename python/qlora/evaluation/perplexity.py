@@ -1,5 +1,6 @@
 """Measures the perplexity of a causal language model over a text, in several weight formats."""
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 
 from qlora.adapters.lora import check_adapter_folder, load_adapter_into
+from qlora.calibration.overlap import from_text, share_seen
+from qlora.calibration.report import REPORT_FILE
 from qlora.models.chunked_loss import chunked_loss, why_not_chunked
 from qlora.models.loading import load_quantized, load_tokenizer, resolve_model
 from qlora.ops import QUANT_TYPES
@@ -21,6 +24,7 @@ PACKED_FORMATS: dict[str, dict[str, Any]] = {
     for suffix in ("", "-dq")
 }
 FORMATS = (*DENSE_FORMATS, *PACKED_FORMATS)
+STORED = "stored"  # the format of a folder that is already in 4 bit
 
 
 @dataclass(frozen=True)
@@ -42,14 +46,20 @@ def load_in_format(
     adapter: str | Path | None = None,
     device: torch.device | str = "cpu",
 ) -> Any:
-    """The model in the weight format ``name`` (of FORMATS) on ``device``, in eval mode.
+    """The model in the weight format ``name`` (of FORMATS, or STORED) on ``device``, in eval mode.
 
-    4-bit formats compute in ``dtype``. Raises ValueError for an unknown format, and for an adapter that does not fit.
+    4-bit formats compute in ``dtype``. Raises ValueError for an unknown format, for another format than STORED of a
+    folder that is already in 4 bit, and for an adapter that does not fit.
     """
     from transformers import AutoModelForCausalLM
 
     folder = resolve_model(model)
-    if name in DENSE_FORMATS:
+    if (name == STORED) != is_quantized(folder):
+        rule = f"its only format is {STORED}" if name != STORED else f"use one of {', '.join(FORMATS)}"
+        raise ValueError(f"format '{name}': {folder} is {'dense' if name == STORED else 'already quantized'}: {rule}")
+    if name == STORED:
+        loaded, _ = load_quantized(folder, dtype, device=device, progress=False)
+    elif name in DENSE_FORMATS:
         place = {"": torch.device(device)}
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=DENSE_FORMATS[name], device_map=place)
     elif name in PACKED_FORMATS:
@@ -60,6 +70,27 @@ def load_in_format(
         check_adapter_folder(Path(adapter), folder)
         loaded = load_adapter_into(loaded, Path(adapter))
     return loaded.eval()
+
+
+def is_quantized(model: str | Path) -> bool:
+    """Whether a model's folder or id holds quantized weights."""
+    from transformers import AutoConfig
+
+    return getattr(AutoConfig.from_pretrained(resolve_model(model)), "quantization_config", None) is not None
+
+
+def share_in_calibration(model: str | Path, ids: torch.Tensor) -> float | None:
+    """The share of the text's runs of eight tokens that the model was calibrated on.
+
+    None for a model without the report of ``qlora quantize``. Raises ValueError for a damaged report.
+    """
+    path = resolve_model(model) / REPORT_FILE
+    if not path.exists():
+        return None
+    try:
+        return share_seen(ids, from_text(json.loads(path.read_text())["seen"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from error
 
 
 def tokens_of(model: str | Path, text: str) -> torch.Tensor:

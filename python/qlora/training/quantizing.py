@@ -12,11 +12,12 @@ import torch
 
 from qlora.calibration import CalibrationReport, calibrate
 from qlora.calibration.overlap import run_hashes, to_text
+from qlora.calibration.report import REPORT_FILE
+from qlora.calibration.texts import UNSEEN_TOKENS
 from qlora.models.loading import load_quantized, load_tokenizer, resolve_model
 from qlora.training.calibration_data import calibration_ids
 
 FORMATS = ("qlora", "bitsandbytes")
-REPORT_FILE = "calibration.json"
 
 
 def quantize_folder(
@@ -52,7 +53,7 @@ def quantize_folder(
     tokenizer = load_tokenizer(folder)
     dtype = getattr(AutoConfig.from_pretrained(folder), "dtype", None) or torch.float32
     format_: dict[str, Any] = {"quant_type": quant_type, "block_size": block_size, "double_quant": double_quant}
-    ids = None if calibration is None else calibration_ids(calibration, tokenizer, tokens * 9 // 8 + 512)
+    ids = None if calibration is None else calibration_ids(calibration, tokenizer, tokens + UNSEEN_TOKENS)
     loaded, _ = load_quantized(folder, dtype, device=device, progress=False, **format_)
     report = None
     output.parent.mkdir(parents=True, exist_ok=True)
