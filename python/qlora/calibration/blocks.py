@@ -194,40 +194,25 @@ def run_dense(
             group = group_of[name]
             if group.first == name:
                 group.exact.extend([] for _ in range(batch + 1 - len(group.exact)))
-                group.exact[batch].append(tuple(_detached(inputs)))
+                group.exact[batch].append(detached_inputs(inputs))
 
-        with _inputs_noted(block, names, note):
+        with inputs_noted(block, names, note):
             outputs.append(call.run(block, states))
     for group in groups:
         group.exact.extend([] for _ in range(len(hidden) - len(group.exact)))
     return outputs, groups
 
 
-def inputs_of(block: nn.Module, name: str, call: Call, hidden: Tensor) -> list[tuple[Any, ...]]:
-    """The positional inputs of the module ``name`` in one run of a block, for each of its calls.
-
-    Stops the run at the first call: a module is called once, or again in the same way.
-    """
-    found: list[tuple[Any, ...]] = []
-
-    def note(_: str, inputs: tuple[Any, ...]) -> None:
-        found.append(tuple(_detached(inputs)))
-        raise _Stop
-
-    with _inputs_noted(block, [name], note), suppress(_Stop):
-        call.run(block, hidden)
-    return found
-
-
-def _detached(inputs: tuple[Any, ...]) -> Iterator[Any]:
-    for value in inputs:
-        yield value.detach() if isinstance(value, Tensor) else value
+def detached_inputs(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(value.detach() if isinstance(value, Tensor) else value for value in inputs)
 
 
 @contextmanager
-def _inputs_noted(
+def inputs_noted(
     block: nn.Module, names: Sequence[str], note: Callable[[str, tuple[Any, ...]], None]
 ) -> Iterator[None]:
+    """Calls ``note(name, inputs)`` before each call of the modules ``names``, inside a ``with`` block."""
+
     def hook_of(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             note(name, (*args, *kwargs.values()))

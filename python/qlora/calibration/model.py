@@ -15,6 +15,7 @@ from qlora.calibration.experts import calibrate_experts
 from qlora.calibration.moments import Moments
 from qlora.calibration.report import CalibrationReport, LayerReport
 from qlora.calibration.resume import PartialRun
+from qlora.calibration.stepping import SteppedRuns
 from qlora.calibration.texts import Windows, windows_of
 from qlora.calibration.weights import RECIPES, Solver, calibrate_weight, why_not_feedback
 from qlora.nn import Experts4bit, Linear4bit, QLoRALinear
@@ -190,22 +191,21 @@ class _Run:
         if finished is None:
             exact_outputs, groups = walk.run_dense(dense, list(layers), calls, self.exact)
             reports: list[LayerReport] = []
-            for group in groups:
-                reports += self._group(prefix, group, layers, dense, quantized, calls)
+            with SteppedRuns(quantized, calls, self.hidden, [group.first for group in groups]) as runs:
+                for group in groups:
+                    reports += self._group(prefix, group, layers, dense, runs.inputs(group.first))
+                self.hidden = runs.outputs()
             finished = {n: t for n, t in quantized.state_dict().items() if _belongs(n, layers)}, reports
             if self.partial is not None:
                 self.partial.save(index, *finished)
         else:
+            _copy(finished[0], quantized)
             exact_outputs = [call.run(dense, hidden) for call, hidden in zip(calls, self.exact, strict=True)]
-        del dense
+            self.hidden = [call.run(quantized, hidden) for call, hidden in zip(calls, self.hidden, strict=True)]
         tensors, reports = finished
-        for module in (block, quantized):
-            own = module.state_dict()
-            for name, tensor in tensors.items():
-                own[name].copy_(tensor)
+        _copy(tensors, block)
         self.report.layers += reports
         self.exact = exact_outputs
-        self.hidden = [call.run(quantized, hidden) for call, hidden in zip(calls, self.hidden, strict=True)]
         for calls_of_batch in self.calls:
             calls_of_batch[index] = walk.Call((), {})  # frees masks and embeddings of this block
         if not all(hidden.isfinite().all() for hidden in self.hidden):
@@ -237,17 +237,12 @@ class _Run:
         group: walk.Group,
         layers: dict[str, Any],
         dense: nn.Module,
-        quantized: nn.Module,
-        calls: list[walk.Call],
+        found: list[tuple[Any, ...] | None],
     ) -> list[LayerReport]:
-        """Calibrates modules with the same inputs, in ``quantized``."""
-        found = [
-            walk.inputs_of(quantized, group.first, call, hidden)
-            for call, hidden in zip(calls, self.hidden, strict=True)
-        ]
+        """Calibrates the 4-bit modules of a group in place; ``found`` holds their inputs by batch."""
         if isinstance(layers[group.first], Experts4bit):
             routed = [
-                (now[0][0], now[0][1], exact[0][0], is_unseen)
+                (now[0], now[1], exact[0][0], is_unseen)
                 for now, exact, (_, is_unseen) in zip(found, group.exact, self.batches, strict=True)
                 if now and exact
             ]
@@ -256,9 +251,9 @@ class _Run:
         k = layers[group.first].in_features
         moments = Moments.zeros(k, self.device, with_cross=self.recipe == "feedback")
         for now, exact, (_, is_unseen) in zip(found, group.exact, self.batches, strict=True):
-            if not now:
+            if now is None:
                 continue
-            inputs = now[0][0].reshape(-1, k)
+            inputs = now[0].reshape(-1, k)
             original = exact[0][0].reshape(-1, k) if exact else inputs
             # A router may send other tokens to a module than in the dense model: then only its own inputs count.
             moments.add(inputs, original if original.shape == inputs.shape else inputs, is_unseen)
@@ -299,6 +294,12 @@ class _Run:
                     ).item()
                 count += window.shape[1] - 1
         return (sums[0] / count, sums[1] / count) if count else (float("nan"), float("nan"))
+
+
+def _copy(tensors: dict[str, Tensor], block: nn.Module) -> None:
+    own = block.state_dict()
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)
 
 
 def _belongs(tensor: str, layers: dict[str, Any]) -> bool:

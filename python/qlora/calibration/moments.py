@@ -68,4 +68,4 @@ class Moments:
 
 
 def _squares(tensors: list[Tensor]) -> float:
-    return sum(tensor.square().sum(dtype=torch.float64).item() for tensor in tensors)
+    return sum(torch.linalg.vector_norm(tensor, dtype=torch.float64).item() ** 2 for tensor in tensors)
