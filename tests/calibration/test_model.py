@@ -167,6 +167,8 @@ def test_a_killed_run_goes_on_and_ends_equal(llama, tmp_path):
     assert (report.loss_before, report.loss_after) == (expected.loss_before, expected.loss_after)
     with pytest.raises(ValueError, match="other settings or other text: delete it"):
         qlora.calibrate(load(llama), text_ids(seed=1), partial=tmp_path / "partial", **OPTIONS)
+    with pytest.raises(ValueError, match="other settings or other text"):
+        qlora.calibrate(load(llama, quant_type="fp4"), text_ids(), partial=tmp_path / "partial", **OPTIONS)
     block = tmp_path / "partial" / "block-00001.safetensors"
     block.write_bytes(block.read_bytes()[:-100])
     with pytest.raises(ValueError, match="block-00001.safetensors is not a readable safetensors file"):

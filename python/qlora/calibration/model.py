@@ -21,6 +21,7 @@ from qlora.calibration.weights import RECIPES, Solver, calibrate_weight, why_not
 from qlora.nn import Experts4bit, Linear4bit, QLoRALinear
 from qlora.nn.finding import is_inside
 from qlora.nn.replacing import replace_module
+from qlora.storage.fingerprint import checkpoint_fingerprint
 from qlora.weight import QuantizedWeight
 
 _COMPUTE = torch.float32  # of hidden states and moments, whatever the model's dtype
@@ -63,9 +64,28 @@ def calibrate(
     model's vocabulary, and, with the layer's name, for activations that are nan or inf.
     """
     _refuse_adapters(model)
-    read = dense_weights(_origin(model) if weights is None else weights, model)
+    weights = _origin(model) if weights is None else weights
+    read = dense_weights(weights, model)
     data = windows_of(texts, tokenizer, model, tokens, window)
-    return _calibrate(model, data, read, recipe, None, partial, on_progress)
+    run = None
+    if partial is not None:
+        run = PartialRun(Path(partial), {"recipe": recipe, "windows": data.digest(), **_identity(model, weights)})
+    return _calibrate(model, data, read, recipe, None, run, on_progress)
+
+
+def _identity(model: nn.Module, weights: str | Path | dict[str, Tensor]) -> dict[str, Any]:
+    """What a resumed run must share with the first one, besides its text."""
+    layers = [m for m in model.modules() if isinstance(m, Linear4bit | Experts4bit)]
+    is_folder = not isinstance(weights, dict) and Path(weights).is_dir()
+    return {
+        "formats": sorted({f"{m.quant_type}, {m.block_size}, {_is_double_quantized(m)}" for m in layers}),
+        "layers": len(layers),
+        "weights": checkpoint_fingerprint(Path(str(weights))) if is_folder else None,
+    }
+
+
+def _is_double_quantized(layer: Linear4bit | Experts4bit) -> bool:
+    return layer.double_quant if isinstance(layer, Experts4bit) else layer.quantized_weight.double_quant
 
 
 @torch.no_grad()
@@ -100,7 +120,7 @@ def _calibrate(
     read: ReadDense,
     recipe: str,
     base: dict[str, QuantizedWeight] | None,
-    partial: str | Path | None,
+    partial: PartialRun | None,
     on_progress: Callable[[int, int], None] | None,
 ) -> CalibrationReport:
     start = time.monotonic()
@@ -113,9 +133,7 @@ def _calibrate(
     was_training = model.training
     model.eval()
     try:
-        run = _Run(model, name, blocks, read, data, recipe, base)
-        if partial is not None:
-            run.partial = PartialRun(Path(partial), {"recipe": recipe, "windows": data.digest(), "blocks": len(blocks)})
+        run = _Run(model, name, blocks, read, data, recipe, base, partial)
         for index in range(len(blocks)):
             if on_progress is not None:
                 on_progress(index, len(blocks))
@@ -159,10 +177,11 @@ class _Run:
         data: Windows,
         recipe: str,
         base: dict[str, QuantizedWeight] | None,
+        partial: PartialRun | None,
     ) -> None:
         self.model, self.name, self.blocks, self.read, self.recipe = model, name, blocks, read, recipe
+        self.partial = partial
         self.base = base  # of layers with a merged adapter, the only ones to calibrate; None: all layers
-        self.partial: PartialRun | None = None
         self.report = CalibrationReport(data.tokens, data.unseen_tokens, recipe)
         self.device = next(model.parameters()).device
         self.batches = [(ids.to(self.device), is_unseen) for ids, is_unseen in data.batches(_BATCH_TOKENS)]
