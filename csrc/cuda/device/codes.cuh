@@ -19,9 +19,10 @@ QLORA_DEVICE uint32_t code_by_thresholds(float x) {
     const int rank = (a ? 4 : 0) + (b ? 2 : 0) + (c ? 1 : 0);
     return ((t.codes_of_ranks >> (4 * rank)) & 0xFu) | (x < 0.0f ? 8u : 0u);
   } else if constexpr (Format<kType>::kAscends) {
+    constexpr Thresholds t = midpoints(Format<kType>::kTable);  // a copy that device code can name
     uint32_t code = 0;
 #pragma unroll
-    for (int i = 0; i < kLevels - 1; ++i) code += x > Format<kType>::kThresholds[i] ? 1u : 0u;
+    for (int i = 0; i < kLevels - 1; ++i) code += x > t.value[i] ? 1u : 0u;
     return code;
   } else {
     static_assert(kType == QuantType::kInt4,
