@@ -58,6 +58,14 @@ CONFIGS = {
     "falcon": {k: v for k, v in SIZES.items() if k not in ("intermediate_size", "num_key_value_heads", "pad_token_id")},
     "mixtral": {**SIZES, "num_local_experts": 4},
     "qwen3_moe": {**SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16},
+    # a shared expert, which gets the same inputs as the router's
+    "qwen2_moe": {
+        **SIZES,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+    },
     "gpt_oss": {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},  # transposed, biased
 }
 TOKENS = torch.tensor([[1, 5, 9, 77, 30, 8, 2, 100]])  # for models of these sizes

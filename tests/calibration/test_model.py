@@ -11,8 +11,10 @@ from torch import nn
 
 import qlora
 from qlora.calibration.blocks import find_blocks
+from qlora.calibration.moments import Moments
 from qlora.calibration.overlap import from_text, run_hashes, share_seen, to_text
 from qlora.calibration.texts import default_texts, windows_of
+from qlora.calibration.weights import Solver
 from qlora.integrations.transformers import quantized_layers
 from qlora.nn import Experts4bit, Linear4bit
 
@@ -97,7 +99,7 @@ def test_error_feedback_needs_enough_tokens_and_says_so(llama):
     methods = {layer.name.rpartition(".")[2]: layer for layer in report.layers}
     assert methods["q_proj"].method == "feedback"  # 192 tokens for 64 inputs
     assert methods["down_proj"].method in ("scales", "plain")  # for 128 inputs
-    assert methods["down_proj"].note == "192 tokens: feedback needs 256 for 128 inputs"
+    assert methods["down_proj"].note.startswith("192 tokens: feedback needs 256 for 128 inputs")
 
 
 def test_the_scales_recipe_searches_scales_only(llama):
@@ -262,10 +264,169 @@ def test_nan_is_refused_with_the_layers_name(llama, broken, named):
         qlora.calibrate(model, text_ids(), weights=state, **OPTIONS)
 
 
-def test_constant_inputs_need_more_damping_or_fall_back(llama):
+def test_a_singular_second_moment_gets_more_damping():
+    square = torch.eye(8) * 1e-6
+    square[0, 1] = square[1, 0] = -5e-6  # not what a sum of squares gives: rounding of huge inputs can
+    solver = Solver.of(Moments(square, None, tokens=16384))
+    assert solver.note == "damping raised from 0.1 to 10: the inputs' second moment is singular"
+    assert solver.feedback.isfinite().all()
+    with pytest.raises(ValueError, match="all inputs are zero, or some are nan or inf"):
+        Solver.of(Moments(torch.zeros(8, 8), None, tokens=16384))
+
+
+def test_feedback_is_the_best_linear_correction():
+    """The factors equal the coefficients of regression: what later inputs make up for an earlier column's error."""
+    x = torch.randn(4096, 6) @ torch.randn(6, 6)
+    moments = Moments.zeros(6, torch.device("cpu"), "feedback")
+    moments.add(x, x, False)
+    solver = Solver.of(moments)
+    damped = moments.square.double() + 0.2 * moments.square.diagonal().double().mean() * torch.eye(6)
+    damped = damped[solver.order][:, solver.order]
+    for step in range(1, 6):
+        # The errors of columns before `step` are best made up for by the columns from `step` on; its own share of it.
+        best = torch.linalg.solve(damped[step:, step:], damped[step:, :step])[0]
+        assert torch.allclose(solver.feedback[step, :step].double(), best, atol=1e-5)
+    assert torch.equal(solver.correction, torch.zeros(6, 6))
+
+
+def test_the_correction_gives_the_dense_models_outputs():
+    inputs = torch.randn(5000, 8)
+    exact = inputs + 0.1 * torch.randn(5000, 8) + 0.2 * inputs.roll(1, 1)
+    moments = Moments.zeros(8, torch.device("cpu"), "feedback")
+    moments.add(inputs, exact, False)
+    weight = torch.randn(4, 8)
+    target = Solver.of(moments).target(weight)
+    wanted = exact @ weight.T
+    assert (inputs @ target.T - wanted).norm() < 0.7 * (inputs @ weight.T - wanted).norm()
+
+
+class Odd(TiedModel):
+    """Variants of a model that are not a chain of blocks."""
+
+    def __init__(self, how):
+        super().__init__(width=64)
+        self.how = how
+        if how == "shared":
+            self.blocks[1].up = self.blocks[0].up
+        if how == "twice":
+            self.blocks = nn.ModuleList([self.blocks[0], self.blocks[0]])
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for _ in range(2 if self.how == "loop" else 1):
+            for block in self.blocks:
+                x = block(x)
+                if self.how == "between":
+                    x = 2 * x
+        return self.lm_head(x)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("shared", "blocks.1 shares weights with blocks.0"),
+        ("twice", "blocks.1 shares weights with blocks.0"),
+        ("loop", r"calls the blocks of blocks in the order \[0, 1, 0, 1\]"),
+        ("between", "blocks.1 does not get what blocks.0 returns"),
+    ],
+)
+def test_models_that_are_no_chain_of_blocks_are_refused(how, message):
+    model = Odd(how)
+    state = copy.deepcopy(model).state_dict()
+    qlora.prepare_model(model, rank=None)
+    with pytest.raises(ValueError, match=message):
+        qlora.calibrate(model, text_ids(vocabulary=50), weights=state, **OPTIONS)
+
+
+class Routed(nn.Module):
+    """A block whose experts are linear layers in a list: each gets other tokens, in another order for each batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(64, 64) for _ in range(4))
+        self.twice = nn.Linear(64, 64)
+
+    def forward(self, x):
+        flat = x.flatten(0, 1)
+        out = torch.zeros_like(flat)
+        chosen = flat[:, :4].argmax(-1)
+        for index in chosen.unique(sorted=True).roll(int(chosen[0])).tolist():
+            out[chosen == index] = self.experts[index](flat[chosen == index])
+        return x + self.twice(self.twice(out)).view_as(x)
+
+
+def test_routed_linear_layers_are_calibrated_on_all_their_tokens():
+    model = TiedModel(width=64)
+    model.blocks = nn.ModuleList(Routed() for _ in range(2))
+    state = copy.deepcopy(model).state_dict()
+    qlora.prepare_model(model, rank=None)
+    report = qlora.calibrate(model, text_ids(vocabulary=50), weights=state, **OPTIONS)
+    assert len(report.layers) == 2 * 5
+    assert all(layer.error == layer.error for layer in report.layers)
+    ids = text_ids(vocabulary=50)[2048:].view(-1, 64)
+    loss = nn.functional.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert report.loss_after == pytest.approx(loss.item(), abs=1e-4)
+
+
+def test_a_backbone_without_logits_has_no_loss(llama):
+    from transformers import AutoModel
+
+    config = qlora.QLoRAConfig(block_size=32)
+    model = AutoModel.from_pretrained(llama, quantization_config=config, dtype=torch.float32)
+    report = qlora.calibrate(model, text_ids().int(), **OPTIONS)
+    assert report.error_ratio < 1
+    assert report.loss_before != report.loss_before
+
+
+def test_a_merged_model_and_other_weights_are_refused(llama):
     model = load(llama)
-    report = qlora.calibrate(model, torch.full((2304,), 7), **OPTIONS)  # one token again and again
-    assert all(layer.error <= layer.plain_error for layer in report.layers)
+    qlora.prepare_model(model, rank=4)
+    stir(model)
+    with pytest.warns(UserWarning, match="of what the adapter changes"):
+        merged = qlora.merge_and_unload(model, requantize=True).model
+    with pytest.raises(ValueError, match="adapters were merged into the model"):
+        qlora.calibrate(merged, text_ids(), **OPTIONS)
+    state = reloaded(llama).state_dict()
+    state["model.layers.1.mlp.up_proj.weight"] = torch.randn(128, 64)
+    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.weight is not the dense weight of the 4-bit layer"):
+        qlora.calibrate(load(llama), text_ids(), weights=state, **OPTIONS)
+
+
+def test_a_merge_with_too_little_text_changes_nothing(llama):
+    model = load(llama)
+    qlora.prepare_model(model, rank=4)
+    stir(model)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match="calibration needs at least"):
+        qlora.merge_and_unload(model, requantize=True, calibration=torch.arange(20))
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_partial_runs_of_other_weights_are_refused(llama, tmp_path):
+    state = reloaded(llama).state_dict()
+    qlora.calibrate(load(llama), text_ids(), weights=state, partial=tmp_path / "partial", **OPTIONS)
+    state["model.layers.1.mlp.up_proj.weight"] = state["model.layers.1.mlp.up_proj.weight"] * 1.01
+    with pytest.raises(ValueError, match="other settings or other text"):
+        qlora.calibrate(load(llama), text_ids(), weights=state, partial=tmp_path / "partial", **OPTIONS)
+
+
+def test_windows_begin_with_the_token_that_begins_every_text(tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(save_llama(tmp_path / "model"))
+    texts = ["the light stays on keeper log sea harbor storm wind wave night day"] * 40
+    plain = windows_of(texts, tokenizer, None, 256, 32)
+    assert not (plain.ids[:, 0] == plain.ids[0, 0]).all()
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.bos_token = "<|user|>"
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<|user|> $A", special_tokens=[("<|user|>", tokenizer.bos_token_id)]
+    )
+    first = windows_of(texts, tokenizer, None, 256, 32).ids
+    assert (first[:, 0] == tokenizer.bos_token_id).all()
+    assert torch.equal(first[:, 1:], plain.ids[:, 1:])
 
 
 def test_blocks_inside_blocks_are_not_taken_for_the_models_own():
@@ -291,6 +452,7 @@ def test_windows_split_text_into_seen_and_unseen():
     windows = windows_of(ids, None, None, 4096, 512)
     assert (windows.tokens, windows.unseen_tokens) == (4096, 512)
     assert torch.equal(windows.ids.flatten(), ids[: 4096 + 512])
+    assert windows_of(ids, None, None, 9000, 512).tokens == 17 * 512  # as many as asked, if the text has them
     short = windows_of(ids[:1500], None, None, 4096, 512)  # too little: all of it
     assert (short.tokens, short.unseen_tokens) == (512, 512)
     tiny = windows_of(ids[:100], None, None, 4096, 512)  # shorter than a window

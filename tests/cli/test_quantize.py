@@ -119,6 +119,8 @@ def test_finetune_on_a_calibrated_base_then_merge_back(world, tmp_path, capsys):
     ]
     assert main(run) == 0
     assert "loss on other tokens" in capsys.readouterr().out
+    assert main([*run, "--resume"]) == 1
+    assert "a resumed run keeps its own" in capsys.readouterr().err
     base = tmp_path / "run-base"
     assert (base / "calibration.json").exists()
     assert main(run) == 1
@@ -153,10 +155,10 @@ def test_a_killed_command_goes_on(world, tmp_path):
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    if process.returncode == -signal.SIGKILL:
-        assert not (tmp_path / "killed").exists()
-        assert first.exists()
-        subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert process.returncode == -signal.SIGKILL, "the command was faster than the kill"
+    assert not (tmp_path / "killed").exists()
+    assert first.exists()
+    subprocess.run(command, env=environment, check=True, capture_output=True)
     assert quantize(world, tmp_path / "whole", "--calibrate", str(world / "text.txt")) == 0
     assert_equal(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
     assert not (tmp_path / ".killed.partial").exists()
@@ -166,9 +168,13 @@ def test_sources_take_turns_and_bad_ones_are_named(world, tmp_path, capsys):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(world / "model")
-    text, data = (calibration_ids(str(world / name), tokenizer, 1024) for name in ("text.txt", "data.jsonl"))
-    mixed = calibration_ids(f"{world / 'text.txt'}+{world / 'data.jsonl'}", tokenizer, 2048)
+    text, data = (calibration_ids([str(world / name)], tokenizer, 1024) for name in ("text.txt", "data.jsonl"))
+    both = [str(world / "text.txt"), str(world / "data.jsonl")]
+    mixed = calibration_ids(both, tokenizer, 2048)
     assert torch.equal(mixed, torch.cat((text[:512], data[:512], text[512:], data[512:])))
+    (tmp_path / "some.txt").write_text("the sea " * 100)
+    filled = calibration_ids([str(tmp_path / "some.txt"), *both], tokenizer, 2001)  # others make up for a short one
+    assert len(filled) == 2001
     (tmp_path / "latin1.txt").write_bytes("é".encode("latin-1"))
     (tmp_path / "short.txt").write_text("the sea")
     (tmp_path / "broken.jsonl").write_text("{")
@@ -180,6 +186,11 @@ def test_sources_take_turns_and_bad_ones_are_named(world, tmp_path, capsys):
     }.items():
         assert quantize(world, tmp_path / "model", "--calibrate", str(tmp_path / name)) == 1
         assert message in capsys.readouterr().err
+    assert quantize(world, tmp_path / "model", "--recipe", "gptq") == 1
+    assert "recipe='gptq' is unknown" in capsys.readouterr().err
+    assert quantize(world, tmp_path / "packed") == 0
+    assert main(["quantize", "--model", str(tmp_path / "packed"), "--output", str(tmp_path / "model")]) == 1
+    assert "is quantized already" in capsys.readouterr().err
     assert quantize(world, tmp_path / "model", "--format", "gguf") == 1
     assert "format 'gguf' is unknown: use one of qlora, bitsandbytes" in capsys.readouterr().err
     merge = ["merge", "--model", "x", "--adapter", "y", "--output", str(tmp_path / "m"), "--calibrate", "default"]

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from qlora.adapters.files import allow_saving
 from qlora.adapters.masters import back_to_16_bit
-from qlora.calibration.model import calibrate_merged
+from qlora.calibration.blocks import find_blocks
+from qlora.calibration.model import MERGED, calibrate_merged
+from qlora.calibration.texts import WINDOW, Windows, windows_of
 from qlora.nn import MergeReport, QLoRALinear
 from qlora.nn.finding import qlora_layers
 from qlora.nn.merging import MergeInto, merge_report
@@ -60,12 +62,17 @@ def merge_and_unload(
         calibration, tokenizer, tokens: with ``requantize``, the text for :func:`qlora.calibrate`.
 
     Works in place; for a PeftModel it returns the model that was wrapped. Raises ValueError, before anything changes,
-    if no layer has the adapter.
+    if no layer has the adapter or the calibration's text does not suffice. If the calibration fails later (activations
+    that are nan), the layers are merged without it.
     """
     from qlora.integrations.transformers import make_dense
 
     into = MergeInto(requantize, dtype, search_scales)
-    originals = {} if calibration is None else _originals(model, requantize)
+    originals, windows = {}, None
+    if calibration is not None:  # whatever is wrong with the text must be said before anything changes
+        originals = _originals(model, requantize)
+        find_blocks(model)
+        windows = windows_of(calibration, tokenizer, model, tokens, WINDOW)
     if hasattr(model, "peft_config"):
         from qlora.integrations.peft import merge_peft
 
@@ -83,11 +90,13 @@ def merge_and_unload(
         make_dense(merged, dtype)
         if quantizer is not None:
             quantizer.remove_quantization_config(merged)
-    elif quantizer is not None:
-        quantizer.has_adapters = False
-        allow_saving(merged)
-    if calibration is not None:
-        reports |= _calibrated(merged, reports, originals, calibration, tokenizer, tokens)
+    else:
+        vars(merged)[MERGED] = True
+        if quantizer is not None:
+            quantizer.has_adapters = False
+            allow_saving(merged)
+    if windows is not None:
+        reports |= _calibrated(merged, reports, originals, windows)
     result = Merged(merged, reports)
     if requantize and not result.adapter_kept >= _WORTH_SAYING:
         warnings.warn(
@@ -154,14 +163,12 @@ def _calibrated(
     model: nn.Module,
     reports: dict[str, MergeReport],
     originals: dict[str, _Original],
-    texts: str | Sequence[str] | Tensor,
-    tokenizer: Any,
-    tokens: int,
+    windows: Windows,
 ) -> dict[str, MergeReport]:
     """Calibrates the merged layers; new reports, with the share of the adapter that the outputs keep."""
     exact = {n: originals[n].exact for n in reports}
     base = {n: originals[n].base for n in reports}
-    calibration = calibrate_merged(model, texts, tokenizer, exact, base, tokens=tokens)
+    calibration = calibrate_merged(model, windows, exact, base)
     kept = {layer.name: layer.kept for layer in calibration.layers if layer.kept is not None}
     new = {}
     for name, share in kept.items():

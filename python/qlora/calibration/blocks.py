@@ -1,7 +1,7 @@
 """The repeated blocks of a model: finds them, records how the model calls them, and runs one block at a time."""
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -47,17 +47,20 @@ class Call:
         output = block(hidden, *self.args, **self.kwargs)
         return output[0] if isinstance(output, tuple) else output
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> "Call":
-        return Call(_cast(self.args, device, dtype), _cast(self.kwargs, device, dtype))
+    def to(self, dtype: torch.dtype, done: dict[int, Tensor]) -> "Call":
+        """With floating-point tensors in ``dtype``; ``done`` holds those already cast, which calls share."""
+        return Call(_cast(self.args, dtype, done), _cast(self.kwargs, dtype, done))
 
 
-def _cast(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+def _cast(value: Any, dtype: torch.dtype, done: dict[int, Tensor]) -> Any:
     if isinstance(value, Tensor):
-        return value.to(device, dtype if value.is_floating_point() else value.dtype)
+        return done.setdefault(id(value), value.to(dtype)) if value.is_floating_point() else value
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_cast(item, dtype, done) for item in value))
     if isinstance(value, tuple | list):
-        return type(value)(_cast(item, device, dtype) for item in value)
+        return type(value)(_cast(item, dtype, done) for item in value)
     if isinstance(value, dict):
-        return {key: _cast(item, device, dtype) for key, item in value.items()}
+        return {key: _cast(item, dtype, done) for key, item in value.items()}
     return value
 
 
@@ -92,30 +95,69 @@ def call_model(model: nn.Module, ids: Tensor) -> Any:
     return model(input_ids=ids, **({"use_cache": False} if hasattr(model, "config") else {}))
 
 
-def returns_tuple(model: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> bool:
-    """Whether blocks return a tuple that begins with the hidden states. Runs the first one."""
+@dataclass(frozen=True)
+class Chain:
+    """How a model goes through its blocks: each once, in order, each with the output of the one before."""
+
+    tuple_length: int | None  # of what a block returns, which begins with the hidden states; None: a tensor
+    has_logits: bool  # whether the model returns logits for each token
+
+    def handed_on(self, hidden: Tensor) -> Any:
+        """What a block returns that hands on ``hidden``."""
+        return hidden if self.tuple_length is None else (hidden, *(None for _ in range(self.tuple_length - 1)))
+
+
+def check_chain(model: nn.Module, name: str, blocks: nn.ModuleList, ids: Tensor) -> Chain:
+    """Runs the model on a short text ``ids`` and looks at how it calls its blocks.
+
+    Raises ValueError, with the block's name, for a model that is not a chain: the streams of a calibration would not be
+    what it computes.
+    """
+    owners: dict[int, int] = {}
+    for index, block in enumerate(blocks):
+        for tensor in block.parameters():
+            if owners.setdefault(id(tensor), index) != index:
+                raise ValueError(f"{name}.{index} shares weights with {name}.{owners[id(tensor)]}: it {_NO_CHAIN}")
+    inputs: list[tuple[int, Tensor]] = []
     outputs: list[Any] = []
 
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        outputs.append(output)
-        raise _Stop
+    def before(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs.append((index, _split(args, kwargs)[0]))
 
-    handle = blocks[0].register_forward_hook(hook)
+        return hook
+
+    hooks = []
+    for index, block in enumerate(blocks):
+        hooks.append(block.register_forward_pre_hook(before(index), with_kwargs=True))
+        hooks.append(block.register_forward_hook(lambda module, args, output: outputs.append(output)))
     try:
-        with suppress(_Stop):
-            call_model(model, ids)
+        result = call_model(model, ids)
     finally:
-        handle.remove()
-    if not outputs:
-        raise ValueError(f"{type(model).__name__} does not call its first block")
-    return isinstance(outputs[0], tuple)
+        for handle in hooks:
+            handle.remove()
+    order = [index for index, _ in inputs]
+    if order != list(range(len(blocks))):
+        raise ValueError(f"{type(model).__name__} calls the blocks of {name} in the order {order[:20]}: it {_NO_CHAIN}")
+    states = [output[0] if isinstance(output, tuple) else output for output in outputs]
+    for index in range(1, len(blocks)):
+        if inputs[index][1].shape != states[index - 1].shape or not torch.equal(inputs[index][1], states[index - 1]):
+            raise ValueError(f"{name}.{index} does not get what {name}.{index - 1} returns: the model {_NO_CHAIN}")
+    logits = getattr(result, "logits", result)
+    return Chain(
+        len(outputs[0]) if isinstance(outputs[0], tuple) else None,
+        isinstance(logits, Tensor) and logits.dim() == 3 and logits.shape[:2] == ids.shape,
+    )
 
 
-def record_calls(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, as_tuple: bool) -> tuple[Tensor, list[Call]]:
+_NO_CHAIN = "cannot be calibrated block by block"
+
+
+def record_calls(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, chain: Chain) -> tuple[Tensor, list[Call]]:
     """The hidden states that enter the first block for ``ids``, and how the model calls each block.
 
-    No block runs: each hands on what it got, in a tuple with ``as_tuple``. So calls must depend only on positions
-    (masks, rotary embeddings) and on the tokens, as they do in language models.
+    No block runs: each hands on what it got. So calls must depend only on positions (masks, rotary embeddings) and on
+    the tokens, as they do in language models.
     """
     first: list[Tensor] = []
     calls: list[Call] = []
@@ -128,27 +170,22 @@ def record_calls(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, as_tuple:
             calls.append(call)
             if index == len(blocks) - 1:
                 raise _Stop
-            return (hidden,) if as_tuple else hidden
+            return chain.handed_on(hidden)
 
         return forward
 
     with _forwards(blocks, make), suppress(_Stop):
         call_model(model, ids)
-    if len(calls) != len(blocks):
-        raise ValueError(
-            f"{type(model).__name__} calls {len(calls)} of its {len(blocks)} blocks once each: all are needed"
-        )
     return first[0], calls
 
 
-def logits_after(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, hidden: Tensor, as_tuple: bool) -> Tensor:
+def logits_after(model: nn.Module, blocks: nn.ModuleList, ids: Tensor, hidden: Tensor, chain: Chain) -> Tensor:
     """The model's logits for ``ids`` if its last block returns ``hidden``; no block runs."""
 
     def make(index: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             entered, _ = _split(args, kwargs)
-            handed = hidden.to(entered.device, entered.dtype) if index == len(blocks) - 1 else entered
-            return (handed,) if as_tuple else handed
+            return chain.handed_on(hidden.to(entered.dtype) if index == len(blocks) - 1 else entered)
 
         return forward
 
@@ -170,11 +207,12 @@ class Group:
 
 
 def run_dense(
-    block: nn.Module, names: Sequence[str], calls: Sequence[Call], hidden: Sequence[Tensor]
+    block: nn.Module, names: Sequence[str], alone: Collection[str], calls: Sequence[Call], hidden: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Group]]:
     """Runs a dense block on all batches: its outputs, and the modules ``names`` in groups of equal inputs.
 
-    Groups are in the order of their first calls. A module that is never called is in no group.
+    Groups are in the order of their first calls; those of ``alone`` have one module. A module that is never called is
+    in no group.
     """
     group_of: dict[str, Group] = {}
     groups: list[Group] = []
@@ -184,7 +222,8 @@ def run_dense(
 
         def note(name: str, inputs: tuple[Any, ...], batch: int = batch, seen: list = seen) -> None:
             if name not in group_of:
-                twin = next((group_of[other] for x, other in seen if x is inputs[0]), None)
+                twins = (group_of[other] for x, other in seen if x is inputs[0] and other not in alone)
+                twin = None if name in alone else next(twins, None)
                 group = twin or Group([], [])
                 if twin is None:
                     groups.append(group)

@@ -23,14 +23,21 @@ def dense_weights(weights: str | Path | dict[str, Tensor], model: nn.Module) -> 
     that is itself quantized.
     """
     if not isinstance(weights, dict) and not Path(weights).is_file() and hasattr(model, "config"):
-        return _checkpoint(str(weights), type(model))
+        return _checkpoint(str(weights), type(model), revision_of(model, str(weights)))
     return WeightSource(weights).read
 
 
-def _checkpoint(folder: str, model_class: Any) -> ReadDense:
+def revision_of(model: Any, path: str) -> str:
+    """The revision of a repository that a model was loaded from; "main" for another repository or a folder."""
+    if Path(path).exists() or path != getattr(model, "name_or_path", ""):
+        return "main"
+    return getattr(model.config, "_commit_hash", None) or "main"
+
+
+def _checkpoint(folder: str, model_class: Any, revision: str) -> ReadDense:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, revision=revision)
     stored = getattr(config, "quantization_config", None)
     if stored is not None:
         raise ValueError(f"{folder} is quantized by '{stored.get('quant_method')}': calibration needs dense weights")
@@ -38,7 +45,7 @@ def _checkpoint(folder: str, model_class: Any) -> ReadDense:
     scratch = tempfile.TemporaryDirectory(prefix="qlora-dense-")
     with _quiet():
         skeleton = model_class.from_pretrained(
-            folder, config=config, dtype="auto", device_map={"": "disk"}, offload_folder=scratch.name
+            folder, config=config, revision=revision, dtype="auto", device_map={"": "disk"}, offload_folder=scratch.name
         )
 
     def read(name: str, scratch: Any = scratch) -> Tensor:

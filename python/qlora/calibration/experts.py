@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from qlora.calibration.moments import Moments
 from qlora.calibration.report import LayerReport
-from qlora.calibration.weights import Solver, calibrate_weight, why_not_feedback
+from qlora.calibration.weights import calibrate_for
 from qlora.nn import Experts4bit
 
 # Of one batch: hidden states and chosen experts in the quantized model, hidden states in the dense one, is unseen.
@@ -68,11 +68,13 @@ def _calibrate(
     recipe: str,
 ) -> LayerReport:
     weight = _dense_weight(dense, projection, index).float()
-    moments = Moments.zeros(weight.shape[1], weight.device, with_cross=recipe == "feedback")
+    name = f"{name}.{projection}.{index}"
+    moments = Moments.zeros(weight.shape[1], weight.device, recipe)
     for inputs, exact, is_unseen in batches:
         moments.add(inputs, exact, is_unseen)
-    note = why_not_feedback(moments, weight.shape[1]) if recipe == "feedback" else ""
-    solver = Solver.of(moments) if recipe == "feedback" and not note else None
-    result = calibrate_weight(weight, moments, solver, layer.expert(projection, index), note)
+    try:
+        result = calibrate_for(weight, moments, layer.expert(projection, index), recipe)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from error
     layer.set_expert(projection, index, result.weight)
-    return LayerReport(f"{name}.{projection}.{index}", result.method, result.error, result.plain_error, result.note)
+    return LayerReport(name, result.method, result.error, result.plain_error, result.note)

@@ -1,6 +1,7 @@
 """calibrate: goes through a 4-bit model block by block and gives its layers weights that fit their inputs."""
 
 import copy
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,16 +17,17 @@ from qlora.calibration.moments import Moments
 from qlora.calibration.report import CalibrationReport, LayerReport
 from qlora.calibration.resume import PartialRun
 from qlora.calibration.stepping import SteppedRuns
-from qlora.calibration.texts import Windows, windows_of
-from qlora.calibration.weights import RECIPES, Solver, calibrate_weight, why_not_feedback
+from qlora.calibration.texts import WINDOW, Windows, windows_of
+from qlora.calibration.weights import RECIPES, calibrate_weight, solver_for
 from qlora.nn import Experts4bit, Linear4bit, QLoRALinear
 from qlora.nn.finding import is_inside
 from qlora.nn.replacing import replace_module
-from qlora.storage.fingerprint import checkpoint_fingerprint
 from qlora.weight import QuantizedWeight
 
+MERGED = "_qlora_merged_in_4_bit"  # attribute of a model whose 4-bit weights contain an adapter
 _COMPUTE = torch.float32  # of hidden states and moments, whatever the model's dtype
-_BATCH_TOKENS = 2048  # per forward pass of a block
+_BATCH_TOKENS, _BATCHES = 2048, 8  # tokens of a forward pass, unless that makes more batches than about this many
+_FAR = 0.5  # relative distance of a 4-bit weight to the dense weight that it was made from: about 0.1
 
 
 @torch.no_grad()
@@ -37,7 +39,7 @@ def calibrate(
     weights: str | Path | dict[str, Tensor] | None = None,
     tokens: int = 16384,
     recipe: str = "feedback",
-    window: int = 512,
+    window: int = WINDOW,
     partial: str | Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> CalibrationReport:
@@ -64,24 +66,26 @@ def calibrate(
     model's vocabulary, and, with the layer's name, for activations that are nan or inf.
     """
     _refuse_adapters(model)
-    weights = _origin(model) if weights is None else weights
-    read = dense_weights(weights, model)
+    read = dense_weights(_origin(model) if weights is None else weights, model)
     data = windows_of(texts, tokenizer, model, tokens, window)
     run = None
     if partial is not None:
-        run = PartialRun(Path(partial), {"recipe": recipe, "windows": data.digest(), **_identity(model, weights)})
+        run = PartialRun(Path(partial), {"recipe": recipe, "windows": data.digest(), **_identity(model, read)})
     return _calibrate(model, data, read, recipe, None, run, on_progress)
 
 
-def _identity(model: nn.Module, weights: str | Path | dict[str, Tensor]) -> dict[str, Any]:
-    """What a resumed run must share with the first one, besides its text."""
-    layers = [m for m in model.modules() if isinstance(m, Linear4bit | Experts4bit)]
-    is_folder = not isinstance(weights, dict) and Path(weights).is_dir()
-    return {
-        "formats": sorted({f"{m.quant_type}, {m.block_size}, {_is_double_quantized(m)}" for m in layers}),
-        "layers": len(layers),
-        "weights": checkpoint_fingerprint(Path(str(weights))) if is_folder else None,
-    }
+def _identity(model: nn.Module, read: ReadDense) -> dict[str, Any]:
+    """What a resumed run must share with the first one, besides its text: formats, and samples of the weights."""
+    digest = hashlib.sha256()
+    formats = set()
+    for name, layer in model.named_modules():
+        if isinstance(layer, Linear4bit | Experts4bit):
+            formats.add(f"{layer.quant_type}, {layer.block_size}, {_is_double_quantized(layer)}")
+            for weight in layer.weight_names if isinstance(layer, Experts4bit) else ["weight"]:
+                flat = read(f"{name}.{weight}").flatten()
+                sample = flat[:: max(1, len(flat) // 64)].float().cpu()
+                digest.update(f"{name}.{weight} {len(flat)} {sample.tolist()}".encode())
+    return {"formats": sorted(formats), "weights": digest.hexdigest()}
 
 
 def _is_double_quantized(layer: Linear4bit | Experts4bit) -> bool:
@@ -91,12 +95,9 @@ def _is_double_quantized(layer: Linear4bit | Experts4bit) -> bool:
 @torch.no_grad()
 def calibrate_merged(
     model: nn.Module,
-    texts: str | Sequence[str] | Tensor,
-    tokenizer: Any,
+    data: Windows,
     exact: dict[str, Callable[[], Tensor]],
     base: dict[str, QuantizedWeight],
-    *,
-    tokens: int = 16384,
     recipe: str = "feedback",
 ) -> CalibrationReport:
     """Calibrates the layers of ``model`` into which adapters were merged; the others stay as they are.
@@ -111,7 +112,7 @@ def calibrate_merged(
         weight = exact[layer]()
         return weight if getattr(layers[layer], "dense_class", nn.Linear) is nn.Linear else weight.t()
 
-    return _calibrate(model, windows_of(texts, tokenizer, model, tokens, 512), read, recipe, base, None, None)
+    return _calibrate(model, data, read, recipe, base, None, None)
 
 
 def _calibrate(
@@ -145,7 +146,12 @@ def _calibrate(
     finally:
         model.train(was_training)
     inside = {layer.name for layer in report.layers}
-    report.left_plain = [n for n, m in model.named_modules() if isinstance(m, Linear4bit) and n not in inside]
+    report.left_plain = [
+        n
+        for n, m in model.named_modules()
+        if (isinstance(m, Linear4bit) and n not in inside)
+        or (isinstance(m, Experts4bit) and not any(layer.startswith(f"{n}.") for layer in inside))
+    ]
     report.seconds = time.monotonic() - start
     return report
 
@@ -159,6 +165,8 @@ def _refuse_adapters(model: nn.Module) -> None:
 
 
 def _origin(model: Any) -> str:
+    if getattr(model, MERGED, False):
+        raise ValueError("weights: adapters were merged into the model, so its checkpoint is not what it was made from")
     path = getattr(model, "name_or_path", "")
     if not path:
         raise ValueError("weights: pass the dense weights; the model does not say from where it was loaded")
@@ -184,14 +192,16 @@ class _Run:
         self.base = base  # of layers with a merged adapter, the only ones to calibrate; None: all layers
         self.report = CalibrationReport(data.tokens, data.unseen_tokens, recipe)
         self.device = next(model.parameters()).device
-        self.batches = [(ids.to(self.device), is_unseen) for ids, is_unseen in data.batches(_BATCH_TOKENS)]
-        self.as_tuple = walk.returns_tuple(model, blocks, self.batches[0][0][:1, :2])
+        batch_tokens = max(_BATCH_TOKENS, data.tokens // _BATCHES)
+        self.batches = [(ids.to(self.device), is_unseen) for ids, is_unseen in data.batches(batch_tokens)]
+        self.chain = walk.check_chain(model, name, blocks, self.batches[0][0][:1, :64])
         self.exact: list[Tensor] = []  # hidden states of the dense model, by batch
         self.calls: list[list[walk.Call]] = []  # by batch, then block
         for ids, _ in self.batches:
-            hidden, calls = walk.record_calls(model, blocks, ids, self.as_tuple)
+            hidden, calls = walk.record_calls(model, blocks, ids, self.chain)
             self.exact.append(hidden.to(_COMPUTE))
-            self.calls.append([call.to(self.device, _COMPUTE) for call in calls])
+            done: dict[int, Tensor] = {}
+            self.calls.append([call.to(_COMPUTE, done) for call in calls])
         self.hidden = list(self.exact)
 
     def block(self, index: int) -> None:
@@ -208,10 +218,15 @@ class _Run:
         calls = [calls[index] for calls in self.calls]
         finished = None if self.partial is None else self.partial.load(index)
         if finished is None:
-            exact_outputs, groups = walk.run_dense(dense, list(layers), calls, self.exact)
+            experts = {n for n, m in layers.items() if isinstance(m, Experts4bit)}
+            exact_outputs, groups = walk.run_dense(dense, list(layers), experts, calls, self.exact)
             reports: list[LayerReport] = []
-            with SteppedRuns(quantized, calls, self.hidden, [group.first for group in groups]) as runs:
-                for group in groups:
+            stops = [group for group in groups if self._gets_all_tokens(group, layers)]
+            for group in groups:
+                if group not in stops:
+                    reports += self._group(prefix, group, layers, dense, None)
+            with SteppedRuns(quantized, calls, self.hidden, [group.first for group in stops]) as runs:
+                for group in stops:
                     reports += self._group(prefix, group, layers, dense, runs.inputs(group.first))
                 self.hidden = runs.outputs()
             finished = {n: t for n, t in quantized.state_dict().items() if _belongs(n, layers)}, reports
@@ -230,6 +245,19 @@ class _Run:
         if not all(hidden.isfinite().all() for hidden in self.hidden):
             raise ValueError(f"{prefix} gives nan or inf: calibration needs finite activations")
 
+    def _gets_all_tokens(self, group: walk.Group, layers: dict[str, Any]) -> bool:
+        """Whether the modules of a group are called once for each batch, with every token of it.
+
+        Others (a router's experts in a list, a layer that is called twice) may get other tokens in the two streams.
+        """
+        if isinstance(layers[group.first], Experts4bit):
+            return True
+        k = layers[group.first].in_features
+        return all(
+            len(exact) == 1 and exact[0][0].numel() == ids.numel() * k
+            for exact, (ids, _) in zip(group.exact, self.batches, strict=True)
+        )
+
     def _dense_block(self, quantized: nn.Module, prefix: str, names: list[str]) -> nn.Module:
         """A copy of a block in which the layers ``names`` have their dense weights."""
         dense = copy.deepcopy(quantized)
@@ -244,6 +272,13 @@ class _Run:
                         f"{prefix}.{name}.weight has shape {tuple(weight.shape)}: the 4-bit layer has"
                         f" {module.matrix_shape()}"
                     )
+                stored = module.dequantize(_COMPUTE)
+                if self.base is None and (weight - stored).norm() > _FAR * weight.norm():
+                    raise ValueError(
+                        f"{prefix}.{name}.weight is not the dense weight of the 4-bit layer: pass the weights= that the"
+                        " model was loaded from"
+                    )
+                del stored
                 replace_module(dense, module, module.dense_twin(weight, module.bias))
             elif isinstance(module, Experts4bit):
                 tensors = {n: self.read(f"{prefix}.{name}.{n}").to(self.device, _COMPUTE) for n in module.weight_names}
@@ -256,33 +291,34 @@ class _Run:
         group: walk.Group,
         layers: dict[str, Any],
         dense: nn.Module,
-        found: list[tuple[Any, ...] | None],
+        found: list[tuple[Any, ...] | None] | None,
     ) -> list[LayerReport]:
-        """Calibrates the 4-bit modules of a group in place; ``found`` holds their inputs by batch."""
+        """Calibrates the 4-bit modules of a group in place.
+
+        ``found`` holds their inputs by batch; None: those of the dense model stand for them.
+        """
+        where = f"{prefix}.{group.first}"
         if isinstance(layers[group.first], Experts4bit):
+            assert found is not None
             routed = [
                 (now[0], now[1], exact[0][0], is_unseen)
                 for now, exact, (_, is_unseen) in zip(found, group.exact, self.batches, strict=True)
                 if now and exact
             ]
-            name = group.first
-            return calibrate_experts(f"{prefix}.{name}", layers[name], dense.get_submodule(name), routed, self.recipe)
+            return calibrate_experts(where, layers[group.first], dense.get_submodule(group.first), routed, self.recipe)
         k = layers[group.first].in_features
-        moments = Moments.zeros(k, self.device, with_cross=self.recipe == "feedback")
-        for now, exact, (_, is_unseen) in zip(found, group.exact, self.batches, strict=True):
-            if now is None:
-                continue
-            inputs = now[0].reshape(-1, k)
-            original = exact[0][0].reshape(-1, k) if exact else inputs
-            # A router may send other tokens to a module than in the dense model: then only its own inputs count.
-            moments.add(inputs, original if original.shape == inputs.shape else inputs, is_unseen)
-        where = f"{prefix}.{group.first}"
+        moments = Moments.zeros(k, self.device, self.recipe, with_cross=found is not None)
+        for index, (exact, (_, is_unseen)) in enumerate(zip(group.exact, self.batches, strict=True)):
+            now = None if found is None else found[index]
+            for call in exact:
+                original = call[0].reshape(-1, k)
+                moments.add(original if now is None else now[0].reshape(-1, k), original, is_unseen)
         if not moments.square.isfinite().all():
             raise ValueError(f"the inputs of {where} are nan or inf, or overflow when squared")
-        note = why_not_feedback(moments, k) if self.recipe == "feedback" else ""
-        solver = None
-        if self.recipe == "feedback" and not note and moments.square.diagonal().sum() > 0:
-            solver = Solver.of(moments)
+        try:
+            solver, note = solver_for(moments, self.recipe)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
         reports = []
         for name in group.names:
             twin: Any = dense.get_submodule(name)
@@ -299,19 +335,17 @@ class _Run:
         return reports
 
     def losses(self) -> tuple[float, float]:
-        """Nats per unseen token of the dense and of the calibrated model."""
+        """Nats per unseen token with the dense and with the calibrated blocks; nan for a model without token logits."""
         sums, count = [0.0, 0.0], 0
         for (ids, is_unseen), exact, hidden in zip(self.batches, self.exact, self.hidden, strict=True):
-            if not is_unseen:
+            if not is_unseen or not self.chain.has_logits:
                 continue
-            for row in range(len(ids)):
-                window = ids[row : row + 1]
-                for i, states in enumerate((exact, hidden)):
-                    logits = walk.logits_after(self.model, self.blocks, window, states[row : row + 1], self.as_tuple)
-                    sums[i] += nn.functional.cross_entropy(
-                        logits[0, :-1].float(), window[0, 1:], reduction="sum"
-                    ).item()
-                count += window.shape[1] - 1
+            for i, states in enumerate((exact, hidden)):
+                logits = walk.logits_after(self.model, self.blocks, ids, states, self.chain)
+                sums[i] += nn.functional.cross_entropy(
+                    logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum"
+                ).item()
+            count += ids[:, 1:].numel()
         return (sums[0] / count, sums[1] / count) if count else (float("nan"), float("nan"))
 
 

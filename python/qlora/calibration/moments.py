@@ -16,23 +16,31 @@ class Moments:
     ``inputs`` of the quantized model are what the layer will get; ``exact`` inputs are those of the dense model.
     """
 
-    square: Tensor  # float32 (k, k): sum over tokens of inputs inputsᵀ
-    cross: Tensor | None  # float32 (k, k): sum over tokens of exact inputsᵀ; None: the inputs are exact
+    square: Tensor  # float32 (k, k): sum over tokens of inputs inputsᵀ; or only its diagonal [k]
+    cross: Tensor | None  # float32 (k, k): sum over tokens of exact inputsᵀ; None: not needed
     tokens: int = 0
     unseen: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (inputs, exact), for the report of the error
 
     @classmethod
-    def zeros(cls, k: int, device: torch.device, with_cross: bool) -> "Moments":
+    def zeros(cls, k: int, device: torch.device, recipe: str, with_cross: bool = True) -> "Moments":
+        """Moments of no tokens, with what ``recipe`` needs: "scales" only the diagonal."""
+        if recipe == "scales":
+            return cls(torch.zeros(k, device=device), None)
         square = torch.zeros(k, k, device=device)
         return cls(square, torch.zeros_like(square) if with_cross else None)
 
     def add(self, inputs: Tensor, exact: Tensor, is_unseen: bool) -> None:
         """Adds the tokens of one batch, (tokens, k) each; those that are ``is_unseen`` only judge the result."""
         inputs, exact = inputs.float(), exact.float()
+        if len(inputs) == 0:
+            return
         if is_unseen:
             self.unseen.append((inputs, exact))
             return
         self.tokens += len(inputs)
+        if self.square.dim() == 1:
+            self.square += inputs.square().sum(0)
+            return
         self.square.addmm_(inputs.T, inputs)
         if self.cross is not None:
             self.cross.addmm_(exact.T, inputs)
@@ -40,7 +48,11 @@ class Moments:
     @property
     def importance(self) -> Tensor:
         """The mean square of each input, float32 [k]."""
-        return self.square.diagonal() / max(1, self.tokens)
+        return self.diagonal / max(1, self.tokens)
+
+    @property
+    def diagonal(self) -> Tensor:
+        return self.square if self.square.dim() == 1 else self.square.diagonal()
 
     def output_errors(self, exact_weight: Tensor, weights: dict[str, QuantizedWeight]) -> dict[str, float]:
         """The relative error of the unseen tokens' outputs, ‖inputs weightᵀ − exact exact_weightᵀ‖ / ‖…‖, by name.
@@ -64,6 +76,8 @@ class Moments:
             change = inputs @ (exact - before).T
             along = along + ((inputs @ (after - before).T) * change).sum(dtype=torch.float64).cpu()
             squares = squares + change.square().sum(dtype=torch.float64).cpu()
+        if not self.unseen:
+            return math.nan
         return (along / squares).item() if squares != 0 else 1.0
 
 

@@ -12,7 +12,7 @@ class LayerReport:
 
     name: str
     method: str  # "feedback", "scales" or "plain"
-    error: float  # relative error of its outputs for unseen tokens
+    error: float  # relative error of its outputs for unseen tokens; nan if none reached it
     plain_error: float  # the same for quantization without calibration
     note: str = ""  # why another method than the recipe's
     # After a merge: the kept share of the adapter's change D of the outputs, <merged - base, D> / <D, D>.
@@ -27,9 +27,9 @@ class CalibrationReport:
     unseen_tokens: int  # for the errors
     recipe: str
     layers: list[LayerReport] = field(default_factory=list)
-    left_plain: list[str] = field(default_factory=list)  # 4-bit layers outside of the repeated blocks
-    loss_before: float = float("nan")  # nats per unseen token of the dense model
-    loss_after: float = float("nan")  # of the calibrated one
+    left_plain: list[str] = field(default_factory=list)  # 4-bit layers outside of the blocks, or never called
+    loss_before: float = float("nan")  # nats per unseen token with dense blocks; nan without token logits
+    loss_after: float = float("nan")  # with the calibrated ones
     seconds: float = 0.0
 
     @property

@@ -28,13 +28,15 @@ class _Run(threading.Thread):
         self.output: Tensor | None = None
         self.error: BaseException | None = None
         self.is_cancelled = False
+        # A new thread would otherwise use the default stream of the default device.
+        self.stream = torch.cuda.current_stream(hidden.device) if hidden.is_cuda else None
         self._turn, self._reply = threading.Semaphore(0), threading.Semaphore(0)
 
     def run(self) -> None:
         self._turn.acquire()
         try:
             if not self.is_cancelled:
-                with torch.no_grad():
+                with torch.no_grad(), torch.cuda.stream(self.stream):
                     self.output = self.call.run(self.block, self.hidden)
         except _Cancelled:
             pass
@@ -75,8 +77,12 @@ class SteppedRuns:
 
     def __enter__(self) -> "SteppedRuns":
         self._hooks.__enter__()
-        for run in self._runs:
-            run.start()
+        try:
+            for run in self._runs:
+                run.start()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora.calibration.dense import revision_of
+
 UNSEEN_TOKENS = 1024  # at most
+WINDOW = 512  # tokens, by default
 _SHORTEST = 16  # tokens of a window
 
 
@@ -61,7 +64,13 @@ def windows_of(texts: str | Sequence[str] | Tensor, tokenizer: Any, model: Any, 
     length = min(length, context)
     if length < _SHORTEST or tokens < length:
         raise ValueError(f"window={length} must be at least {_SHORTEST}, and tokens={tokens} at least one window")
-    ids = texts if isinstance(texts, Tensor) else _tokens(texts, tokenizer, model, tokens + UNSEEN_TOKENS)
+    if isinstance(texts, str) and texts != "default":
+        raise ValueError(f"texts='{texts[:40]}' must be 'default' or a list of texts: [text]")
+    if not isinstance(texts, Tensor) and tokenizer is None:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, revision=revision_of(model, model.name_or_path))
+    ids = (texts if isinstance(texts, Tensor) else _tokens(texts, tokenizer, tokens + UNSEEN_TOKENS)).to(torch.int64)
     if ids.dim() == 2 and ids.shape[1] <= context:
         length = ids.shape[1]
     flat = ids.flatten().cpu()
@@ -70,28 +79,32 @@ def windows_of(texts: str | Sequence[str] | Tensor, tokenizer: Any, model: Any, 
     count = len(flat) // length
     if count < 2:
         raise ValueError(f"the text has {len(flat)} tokens: calibration needs at least {2 * length}")
-    seen = min(tokens // length, count * 8 // 9 or 1, count - 1)
-    unseen = max(1, min(seen // 8, UNSEEN_TOKENS // length, count - seen))
-    flat = flat[: (seen + unseen) * length]
+    unseen = max(1, min(tokens // length // 8, UNSEEN_TOKENS // length, count // 9))
+    seen = min(tokens // length, count - unseen)
+    flat = flat[: (seen + unseen) * length].clone()
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     if vocabulary is not None and (flat.min() < 0 or flat.max() >= vocabulary):
         raise ValueError(
             f"token {flat.max().item()} is outside of the model's vocabulary of {vocabulary}: the tokenizer belongs to"
             " another model"
         )
-    return Windows(flat.view(seen + unseen, length), unseen)
+    windows = flat.view(seen + unseen, length)
+    first = _first_token(tokenizer)
+    if first is not None:
+        windows[:, 0] = first  # models that always begin with it have other activations without
+    return Windows(windows, unseen)
 
 
-def _tokens(texts: str | Sequence[str], tokenizer: Any, model: Any, wanted: int) -> Tensor:
-    if isinstance(texts, str):
-        if texts != "default":
-            raise ValueError(f"texts='{texts[:40]}' must be 'default' or a list of texts: [text]")
-        texts = default_texts()
-    if tokenizer is None:
-        from transformers import AutoTokenizer
+def _first_token(tokenizer: Any) -> int | None:
+    """The token with which the tokenizer begins every text, if there is one."""
+    if tokenizer is None or getattr(tokenizer, "bos_token_id", None) is None:
+        return None
+    ids = tokenizer("a")["input_ids"]
+    return ids[0] if ids and ids[0] == tokenizer.bos_token_id else None
 
-        tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
-    return token_ids(texts, tokenizer, wanted)
+
+def _tokens(texts: str | Sequence[str], tokenizer: Any, wanted: int) -> Tensor:
+    return token_ids(default_texts() if isinstance(texts, str) else texts, tokenizer, wanted)
 
 
 def token_ids(texts: Sequence[str], tokenizer: Any, wanted: int | None = None) -> Tensor:

@@ -41,38 +41,37 @@ class Solver:
     @classmethod
     def of(cls, moments: Moments) -> "Solver":
         """Factorizes the damped second moment in float64. Raises ValueError if that is impossible."""
-        diagonal = moments.square.diagonal().double()
+        diagonal = moments.diagonal.double()
         mean = diagonal.mean()
         if not mean.isfinite() or mean <= 0:
             raise ValueError("all inputs are zero, or some are nan or inf")
         # Columns with large inputs come first, because later columns make up for their errors.
         order = diagonal.argsort(descending=True, stable=True)
-        damping = (
-            _DAMPING * math.sqrt(_DAMPING_TOKENS / moments.tokens) if moments.tokens < _DAMPING_TOKENS else _DAMPING
-        )
-        note, first = "", damping
+        backwards = order.flip(0)
+        first = damping = _DAMPING * max(1.0, math.sqrt(_DAMPING_TOKENS / moments.tokens))
         while True:
-            damped = moments.square.double()
+            damped = moments.square[backwards][:, backwards].double()
             damped.diagonal().add_(damping * mean)
-            # The Cholesky factor of the reversed matrix, reversed back, is upper triangular: its unit form says how the
-            # error of an earlier column is best made up for by a later one.
-            lower, failed = torch.linalg.cholesky_ex(damped[order][:, order].flip(0, 1))
+            lower, failed = torch.linalg.cholesky_ex(damped)
+            del damped
             if failed.item() == 0:
                 break
             damping *= 10
             if damping > _MAX_DAMPING:
                 raise ValueError(f"the second moment of the inputs cannot be factorized, even with damping {damping:g}")
-            note = f"damping raised from {first:.2g} to {damping:.2g}: the inputs' second moment is singular"
-        upper = lower.flip(0, 1)
-        del lower
-        feedback = (upper / upper.diagonal()).T.float().contiguous()
+        raised = f"damping raised from {first:.2g} to {damping:.2g}: the inputs' second moment is singular"
         correction = None
-        if moments.cross is not None:
-            # (C - H) (H + λI)⁻¹, in the order of columns as they are.
-            factor = torch.linalg.cholesky(damped)
-            difference = (moments.cross - moments.square).double()
-            correction = torch.cholesky_solve(difference.T, factor).T.float()
-        return cls(moments, order, feedback, correction, note)
+        if moments.cross is not None:  # (C - H) (H + λI)⁻¹, by the factor of the matrix in backward order
+            difference = (moments.cross - moments.square)[:, backwards].double()
+            correction = torch.empty_like(moments.square)
+            correction[:, backwards] = torch.cholesky_solve(difference.T, lower).T.float()
+            del difference
+        # The factor of the matrix in backward order, reversed, is upper triangular in the order of steps. Its unit form
+        # says how a later column best makes up for the error of an earlier one.
+        upper = lower.float().flip(0, 1)
+        del lower
+        feedback = upper.div_(upper.diagonal().clone()).T.contiguous()
+        return cls(moments, order, feedback, correction, raised if damping > first else "")
 
     def target(self, weight: Tensor) -> Tensor:
         """The weight whose outputs for the quantized model's inputs are nearest to the dense model's outputs."""
@@ -101,10 +100,23 @@ def _pack(
     return replace(like, packed=packed, absmax=scales[0], nested_absmax=scales[1], nested_offset=scales[2])
 
 
-def why_not_feedback(moments: Moments, k: int) -> str:
-    """Why the inputs do not suffice for error feedback; empty if they do."""
+def solver_for(moments: Moments, recipe: str) -> tuple[Solver | None, str]:
+    """What error feedback with these inputs needs, or None and the reason why there is none."""
+    if recipe != "feedback" or moments.tokens == 0:
+        return None, ""
+    k = len(moments.diagonal)
     needed = TOKENS_PER_FEATURE * k
-    return "" if moments.tokens >= needed else f"{moments.tokens} tokens: feedback needs {needed} for {k} inputs"
+    if moments.tokens < needed:
+        return None, f"{moments.tokens} tokens: feedback needs {needed} for {k} inputs"
+    if moments.diagonal.sum() == 0:
+        return None, "all inputs are zero"
+    return Solver.of(moments), ""
+
+
+def calibrate_for(weight: Tensor, moments: Moments, like: QuantizedWeight, recipe: str) -> Calibrated:
+    """Quantizes one weight whose inputs no other weight has."""
+    solver, note = solver_for(moments, recipe)
+    return calibrate_weight(weight, moments, solver, like, note)
 
 
 @torch.no_grad()
@@ -125,8 +137,11 @@ def calibrate_weight(
     errors = moments.output_errors(weight, candidates)
     wanted = next(iter(candidates))
     best = min(errors, key=lambda name: errors[name]) if moments.unseen else wanted
+    notes = [note] if note else []
     if solver is not None and solver.note:
-        note = solver.note
+        notes.append(solver.note)
     if best != wanted:
-        note = f"{wanted} had a larger error of unseen outputs: {errors[wanted]:.3g} instead of {errors[best]:.3g}"
+        worse = f"{errors[wanted]:.3g} instead of {errors[best]:.3g}"
+        notes.append(f"{wanted} had a larger error of unseen outputs: {worse}")
+    note = "; ".join(notes)
     return Calibrated(candidates[best], best, note, errors[best], errors["plain"])

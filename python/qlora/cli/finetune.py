@@ -103,6 +103,8 @@ def run(arguments: argparse.Namespace) -> int:
     from qlora.training.settings import FREE_SETTINGS, FinetuneSettings, settings_of_run
 
     typed = _typed(arguments)
+    if arguments.resume and arguments.calibrate:
+        raise ValueError("--calibrate makes the base of a new run: a resumed run keeps its own")
     if arguments.resume:
         settings = settings_of_run(arguments.output)
         settings = replace(settings, **{name: typed.pop(name) for name in FREE_SETTINGS if name in typed})
@@ -119,7 +121,7 @@ def run(arguments: argparse.Namespace) -> int:
         if missing:
             raise ValueError(f"--{missing[0]} is required unless --resume is given")
         settings = FinetuneSettings(output=arguments.output, **typed)
-        if arguments.calibrate:
+        if arguments.calibrate and not arguments.show_example:
             settings = replace(settings, model=str(_calibrated_base(settings)))
     if arguments.show_example:
         return show_example(settings)
@@ -163,14 +165,15 @@ def _calibrated_base(settings: Any) -> Path:
     report = quantize_folder(
         settings.model,
         base,
-        calibration=f"{settings.data}+{DEFAULT}",
+        calibration=[settings.data, DEFAULT],
+        skip_bad=settings.skip_bad,
         device=choose_device(settings.device).value,
         quant_type=settings.quant_type,
         block_size=settings.block_size,
         double_quant=settings.double_quant,
     )
     assert report is not None
-    print(f"{base}: loss on other tokens {report.loss_before:.3f} (dense) -> {report.loss_after:.3f} in 4 bit")
+    print(f"{base}: loss on other tokens {report.loss_before:.3f} (dense blocks) -> {report.loss_after:.3f} in 4 bit")
     return base
 
 

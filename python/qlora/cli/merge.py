@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibrate",
         metavar="TEXT",
+        nargs="+",
         help="with a 4-bit format: text as for qlora quantize, best the training data; without it, rounding undoes most"
         " of the adapter",
     )

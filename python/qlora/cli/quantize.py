@@ -12,8 +12,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibrate",
         metavar="TEXT",
+        nargs="+",
         help="default (text that comes with qlora), a .txt or .md file, or records as for qlora finetune; several"
-        " joined by + share the tokens (default: no calibration)",
+        " share the tokens (default: no calibration)",
     )
     parser.add_argument("--tokens", type=int, default=16384, help="tokens for calibration (default: 16384)")
     parser.add_argument(
@@ -72,7 +73,8 @@ def _show(report: Any) -> None:
     )
     for column in ("layer", "method", "plain", "calibrated"):
         table.add_column(column, justify="right" if column in ("plain", "calibrated") else "left")
-    worst = sorted(report.layers, key=lambda layer: -layer.error)[:10]
+    judged = [layer for layer in report.layers if layer.error == layer.error]  # nan: no unseen token reached it
+    worst = sorted(judged, key=lambda layer: -layer.error)[:10]
     for layer in worst:
         table.add_row(layer.name, layer.method, f"{layer.plain_error:.2%}", f"{layer.error:.2%}")
     table.caption = "the ten with the largest error"
@@ -84,8 +86,11 @@ def _show(report: Any) -> None:
             f"{len(fallen)} weights got another method than {report.recipe}, e.g. {fallen[0].name}: {fallen[0].note}"
         )
     if report.left_plain:
-        console.print(f"{len(report.left_plain)} layers outside of the blocks are quantized without calibration")
+        console.print(
+            f"{len(report.left_plain)} layers are quantized without calibration: they are outside of the blocks, or"
+            " were not called"
+        )
     console.print(
         f"error of the outputs, median over weights: {report.error_ratio:.2f} times that of plain quantization; loss on"
-        f" the other tokens {report.loss_before:.3f} (dense) -> {report.loss_after:.3f} nats per token"
+        f" the other tokens {report.loss_before:.3f} (dense blocks) -> {report.loss_after:.3f} nats per token"
     )

@@ -5,14 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qlora import _C
-from qlora.tables import scales as scales_of
-from qlora.tables import table
+from qlora import ops
 from qlora.weight import QuantizedWeight, quantize
-
-# The scale search tries these factors times a block's largest absolute value. A factor below one clips the largest
-# weights and gives finer steps elsewhere.
-_FACTORS = (1.0, 0.98, 0.96, 0.94, 0.92, 0.9, 0.88, 0.86, 0.84, 0.82, 0.8, 1.03)
 
 
 @dataclass(frozen=True)
@@ -88,7 +82,7 @@ def requantize(exact: Tensor, like: QuantizedWeight, *, search_scales: bool = Fa
     """``exact`` (float32) in the format of ``like``.
 
     search_scales: for each block try several scales around its largest absolute value and keep the one with the least
-    squared error. Takes about twenty times as long.
+    squared error.
     """
     weight = quantize(exact, like.quant_type, like.block_size, like.double_quant)
     if search_scales:
@@ -97,33 +91,9 @@ def requantize(exact: Tensor, like: QuantizedWeight, *, search_scales: bool = Fa
 
 
 def _search(exact: Tensor, weight: QuantizedWeight) -> QuantizedWeight:
-    flat = torch.nn.functional.pad(exact.flatten(), (0, -exact.numel() % weight.block_size))
-    blocks = flat.view(-1, weight.block_size)
-    largest = blocks.abs().amax(1)
-    levels, order = table(_C.codebook(weight.quant_type), exact).sort(stable=True)
-    middles = (levels[1:] + levels[:-1]) / 2
-
-    def codes(scale: Tensor) -> Tensor:
-        inverse = torch.where(scale > 0, 1 / scale, 0).unsqueeze(1)
-        return torch.bucketize(blocks * inverse, middles)
-
-    best, least = largest, torch.full_like(largest, torch.inf)
-    for factor in _FACTORS:
-        scale = factor * largest
-        error = (levels[codes(scale)] * scale.unsqueeze(1) - blocks).square().sum(1)
-        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
-    # First the scales as double quantization rounds them, then the nearest level for each weight.
-    carrier = torch.zeros_like(blocks)
-    carrier[:, 0] = best  # quantizing this tensor yields exactly these scales
-    statistics = quantize(carrier, weight.quant_type, weight.block_size, weight.double_quant)
-    scales = scales_of(statistics.absmax, statistics.nested_absmax, statistics.nested_offset)
-    chosen = order[codes(scales)].to(torch.uint8).flatten()[: exact.numel()]
-    chosen = torch.nn.functional.pad(chosen, (0, exact.numel() % 2))
-    found = replace(
-        weight,
-        packed=chosen[::2] << 4 | chosen[1::2],
-        absmax=statistics.absmax,
-        nested_absmax=statistics.nested_absmax,
-        nested_offset=statistics.nested_offset,
-    )
+    matrix = exact.reshape(exact.shape[0], -1)
+    format_ = (weight.quant_type, weight.block_size)
+    scales = ops.search_scales(matrix, torch.ones_like(matrix[0]), *format_, weight.double_quant)
+    packed = ops.quantize_with_feedback(matrix, *scales, *format_)
+    found = replace(weight, packed=packed, absmax=scales[0], nested_absmax=scales[1], nested_offset=scales[2])
     return found if found.error_against(exact)[0] < weight.error_against(exact)[0] else weight

@@ -223,7 +223,10 @@ class QLoRAQuantizer(HfQuantizer):
     def _calibrate(self, model: Any) -> None:
         options: dict[str, Any] = self.quantization_config.__dict__
         texts, tokens = options.pop("calibration", None), options.pop("calibration_tokens", 0)
-        if texts is None or self.pre_quantized:
+        if texts is None:
+            return
+        if self.pre_quantized:
+            logger.warning("calibration: the checkpoint is in 4 bit already and keeps its weights")
             return
         report = calibrate(model, texts, tokens=tokens)
         logger.info("calibrated: errors of outputs are %.2f times those of plain quantization", report.error_ratio)
