@@ -1,8 +1,6 @@
 """``qlora merge``: merges an adapter into its 4-bit base and writes a dense 16-bit model, or one in 4 bit again."""
 
 import argparse
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +37,11 @@ def run(arguments: argparse.Namespace) -> int:
     from qlora.calibration.texts import UNSEEN_TOKENS
     from qlora.devices import choose_device
     from qlora.models.loading import load_for_inference, require_train_extra
+    from qlora.storage.files import complete_folder
 
     require_train_extra()
     if requantize and arguments.format not in qlora.ops.QUANT_TYPES:
         raise ValueError(f"--format '{arguments.format}' is unknown: use bf16, {', '.join(qlora.ops.QUANT_TYPES)}")
-    from safetensors import SafetensorError
-
     device = choose_device(arguments.device).value
     adapted, tokenizer = load_for_inference(arguments.model, arguments.adapter, torch.bfloat16, device)
     if requantize:
@@ -56,21 +53,14 @@ def run(arguments: argparse.Namespace) -> int:
             from qlora.training.calibration_data import calibration_ids
 
             ids = calibration_ids(arguments.calibrate, tokenizer, arguments.tokens + UNSEEN_TOKENS)
-        merged = qlora.merge_and_unload(adapted, requantize=True, calibration=ids, tokens=arguments.tokens)
+        options = {"calibration": ids, "tokenizer": tokenizer, "tokens": arguments.tokens}
+        merged = qlora.merge_and_unload(adapted, requantize=True, **options)
     else:
         merged = qlora.merge_and_unload(adapted, dtype=torch.bfloat16)
     model: Any = merged.model
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{arguments.output.name}.", dir=arguments.output.parent))
-    try:  # so that the folder appears only when it is complete
+    with complete_folder(arguments.output) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
-        staging.chmod(0o755)
-        staging.replace(arguments.output)
-    except (RuntimeError, SafetensorError) as error:  # includes a full disk
-        raise OSError(f"saving {arguments.output} failed, nothing was written: {error}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     worst = max(merged.reports.values(), key=lambda report: report.relative_error)
     print(
         f"{len(merged.reports)} layers merged to {worst.format}; rounding adds at most {worst.relative_error:.1e}"

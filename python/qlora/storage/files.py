@@ -1,7 +1,10 @@
 """Atomic file writes: a crash, a full disk or Ctrl-C leaves the old files intact."""
 
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -30,6 +33,26 @@ def atomic_write_all(files: dict[Path, bytes]) -> None:
         for temporary_path in written.values():
             temporary_path.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def complete_folder(path: Path) -> Iterator[Path]:
+    """A hidden folder beside ``path`` to write into, which gets its name when the ``with`` block ends without an error.
+
+    Raises OSError if writing a model into it fails, for example because the disk is full; then nothing is left.
+    """
+    from safetensors import SafetensorError
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield staging
+        staging.chmod(0o755)
+        staging.replace(path)
+    except (RuntimeError, SafetensorError) as error:  # includes a full disk
+        raise OSError(f"saving {path} failed, nothing was written: {error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +16,7 @@ from qlora.calibration.report import REPORT_FILE
 from qlora.calibration.texts import UNSEEN_TOKENS
 from qlora.calibration.weights import RECIPES
 from qlora.models.loading import load_quantized, load_tokenizer, resolve_model
+from qlora.storage.files import complete_folder
 from qlora.training.calibration_data import calibration_ids
 
 FORMATS = ("qlora", "bitsandbytes")
@@ -95,12 +95,9 @@ def _without_nan(value: Any) -> Any:
 
 
 def _save(model: Any, tokenizer: Any, output: Path, checkpoint_format: str, report: dict[str, Any] | None) -> None:
-    from safetensors import SafetensorError
-
     from qlora.integrations.bitsandbytes.checkpoints import export_checkpoint
 
-    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:  # so that the folder appears only when it is complete
+    with complete_folder(output) as staging:
         if checkpoint_format == "bitsandbytes":
             export_checkpoint(model, staging)
         else:
@@ -108,9 +105,3 @@ def _save(model: Any, tokenizer: Any, output: Path, checkpoint_format: str, repo
         tokenizer.save_pretrained(staging)
         if report is not None:
             (staging / REPORT_FILE).write_text(json.dumps(report, indent=1))
-        staging.chmod(0o755)
-        staging.replace(output)
-    except (RuntimeError, SafetensorError) as error:  # includes a full disk
-        raise OSError(f"saving {output} failed, nothing was written: {error}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
