@@ -275,6 +275,40 @@ void test_indices_beyond_32_bits(const KernelTable& kernels) {
   munmap(y, static_cast<size_t>(n) * sizeof(float));
 }
 
+// Scales and codes of a calibrated weight: equal on every ISA, and for every cut of the range.
+void test_calibration(const KernelTable& kernels) {
+  const KernelTable& plain = *kScalarTable;
+  const int64_t n = 131, k = 45, block = 32, blocks = ceil_div(n * k, block), panels = ceil_div(n, kFeedbackRows);
+  const std::vector<float> weight = normal(n * k, 7), importance(static_cast<size_t>(k), 0.5f);
+  const std::vector<float> feedback = normal(k * k, 8);
+  std::vector<int64_t> order(static_cast<size_t>(k));
+  for (int64_t i = 0; i < k; ++i) order[static_cast<size_t>(i)] = (i * 7) % k;
+  for (const NamedType& entry : quant_types()) {
+    const std::string name = std::string(kernels.isa) + " calibration " + entry.name;
+    std::vector<float> absmax[2];
+    std::vector<uint8_t> packed[2];
+    for (int i = 0; i < 2; ++i) {
+      const KernelTable& table = i == 0 ? plain : kernels;
+      absmax[i].assign(static_cast<size_t>(blocks), 0.0f);
+      packed[i].assign(static_cast<size_t>(packed_bytes(n * k)), 0xFF);
+      const SearchScalesParams search{weight.data(), importance.data(), n, k, block, entry.type, absmax[i].data()};
+      const bool is_fine = table.search_scales(search, 0, 5) < 0 && table.search_scales(search, 5, blocks) < 0;
+      expect(is_fine, name + " finite");
+      WeightView scales;
+      scales.absmax = absmax[0].data();
+      scales.quant_type = entry.type;
+      scales.n = n;
+      scales.k = k;
+      scales.block_shift = log2_exact(block);
+      const FeedbackParams p{weight.data(), scales, feedback.data(), order.data(), packed[i].data()};
+      table.quantize_with_feedback(p, 1, panels, scratch(table.feedback_scratch(k)));
+      table.quantize_with_feedback(p, 0, 1, scratch(table.feedback_scratch(k)));
+    }
+    expect(absmax[0] == absmax[1], name + " scales");
+    expect(packed[0] == packed[1], name + " codes");
+  }
+}
+
 void test_dynamic_map_is_sorted_and_symmetric() {
   bool sorted = true;
   for (int i = 1; i < kDynamicMapSize; ++i) sorted = sorted && kDynamicMap.value[i - 1] < kDynamicMap.value[i];
@@ -316,6 +350,7 @@ int main() {
     test_dequantize_typed<bf16>(*kernels, DType::kBFloat16);
     test_dequantize_typed<fp16>(*kernels, DType::kFloat16);
     test_rounding_to_16_bit(*kernels);
+    test_calibration(*kernels);
     test_forward(*kernels);
     test_indices_beyond_32_bits(*kernels);
   }
