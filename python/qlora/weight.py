@@ -213,3 +213,19 @@ def quantize(
     return QuantizedWeight(
         packed, absmax, nested_absmax, nested_offset, tuple(weight.shape), quant_type, block_size, weight.dtype
     )
+
+
+def quantize_to_searched_scales(
+    weight: Tensor,
+    importance: Tensor,
+    like: QuantizedWeight,
+    feedback: Tensor | None = None,
+    order: Tensor | None = None,
+) -> QuantizedWeight:
+    """Quantizes ``weight``, float32 (n, k), in the format of ``like``, whose scales and codes are not used.
+
+    Arguments and errors as in :func:`qlora.ops.search_scales` and :func:`qlora.ops.quantize_with_feedback`.
+    """
+    scales = ops.search_scales(weight, importance, like.quant_type, like.block_size, like.double_quant)
+    packed = ops.quantize_with_feedback(weight, *scales, like.quant_type, like.block_size, feedback, order)
+    return replace(like, packed=packed, absmax=scales[0], nested_absmax=scales[1], nested_offset=scales[2])

@@ -21,6 +21,7 @@ from qlora.calibration.texts import WINDOW, Windows, windows_of
 from qlora.calibration.weights import RECIPES, calibrate_weight, solver_for
 from qlora.nn import Experts4bit, Linear4bit, QLoRALinear
 from qlora.nn.finding import is_inside
+from qlora.nn.packed import STATISTICS
 from qlora.nn.replacing import replace_module
 from qlora.weight import QuantizedWeight
 
@@ -361,8 +362,4 @@ def _belongs(tensor: str, layers: dict[str, Any]) -> bool:
     if module not in layers or leaf == "_extra_state":
         return False
     weights = layers[module].weight_names if isinstance(layers[module], Experts4bit) else ["weight"]
-    return any(leaf == w or leaf.startswith(f"{w}_") for w in weights) or leaf in (
-        "absmax",
-        "nested_absmax",
-        "nested_offset",
-    )
+    return leaf in STATISTICS or any(leaf == w or leaf.startswith(f"{w}_") for w in weights)

@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qlora import ops
 from qlora.calibration.moments import Moments
-from qlora.weight import QuantizedWeight, quantize
+from qlora.weight import QuantizedWeight, quantize, quantize_to_searched_scales
 
 RECIPES = ("feedback", "scales")
 # Fewer tokens than this many times the in features do not determine the moments: feedback would fit their noise.
@@ -80,24 +79,14 @@ class Solver:
 
 def with_scales(weight: Tensor, importance: Tensor, like: QuantizedWeight) -> QuantizedWeight:
     """Quantizes ``weight``, float32 (n, k), to the nearest levels of searched scales, in the format of ``like``."""
-    return _pack(weight, importance, like)
+    return quantize_to_searched_scales(weight, importance, like)
 
 
 def with_feedback(weight: Tensor, solver: Solver, like: QuantizedWeight) -> QuantizedWeight:
     """Quantizes ``weight``, float32 (n, k), with searched scales and error feedback, in the format of ``like``."""
-    return _pack(solver.target(weight), solver.moments.importance, like, solver.feedback, solver.order)
-
-
-def _pack(
-    weight: Tensor,
-    importance: Tensor,
-    like: QuantizedWeight,
-    feedback: Tensor | None = None,
-    order: Tensor | None = None,
-) -> QuantizedWeight:
-    scales = ops.search_scales(weight, importance, like.quant_type, like.block_size, like.double_quant)
-    packed = ops.quantize_with_feedback(weight, *scales, like.quant_type, like.block_size, feedback, order)
-    return replace(like, packed=packed, absmax=scales[0], nested_absmax=scales[1], nested_offset=scales[2])
+    return quantize_to_searched_scales(
+        solver.target(weight), solver.moments.importance, like, solver.feedback, solver.order
+    )
 
 
 def solver_for(moments: Moments, recipe: str) -> tuple[Solver | None, str]:

@@ -5,8 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qlora import ops
-from qlora.weight import QuantizedWeight, quantize
+from qlora.weight import QuantizedWeight, quantize, quantize_to_searched_scales
 
 
 @dataclass(frozen=True)
@@ -92,8 +91,5 @@ def requantize(exact: Tensor, like: QuantizedWeight, *, search_scales: bool = Fa
 
 def _search(exact: Tensor, weight: QuantizedWeight) -> QuantizedWeight:
     matrix = exact.reshape(exact.shape[0], -1)
-    format_ = (weight.quant_type, weight.block_size)
-    scales = ops.search_scales(matrix, torch.ones_like(matrix[0]), *format_, weight.double_quant)
-    packed = ops.quantize_with_feedback(matrix, *scales, *format_)
-    found = replace(weight, packed=packed, absmax=scales[0], nested_absmax=scales[1], nested_offset=scales[2])
+    found = quantize_to_searched_scales(matrix, torch.ones_like(matrix[0]), weight)
     return found if found.error_against(exact)[0] < weight.error_against(exact)[0] else weight
