@@ -40,6 +40,7 @@ LAYERS = (
     "integrations",
     "adapters",
     "models",
+    "serving",
     "planning",
     "training",
     "evaluation",

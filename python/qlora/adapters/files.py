@@ -132,8 +132,14 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default", ba
     return folder
 
 
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """The validated ``adapter_config.json``. Raises FileNotFoundError or ValueError with the file and the rule."""
+_WITH_PEFT = "load this adapter with PEFT (PeftModel.from_pretrained) on a model that was loaded with qlora.QLoRAConfig"
+
+
+def read_adapter_config(folder: Path, otherwise: str = _WITH_PEFT) -> dict[str, Any]:
+    """The validated ``adapter_config.json``. Raises FileNotFoundError or ValueError with the file and the rule.
+
+    ``otherwise`` tells the user what to do with an adapter whose options are not supported.
+    """
     path = folder / CONFIG_FILE
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: an adapter folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
@@ -147,10 +153,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: peft_type={config.get('peft_type')!r}, but only LORA adapters can be loaded")
     for option, value in config.items():
         if option not in _SUPPORTED and value not in _NOTHING:
-            raise ValueError(
-                f"{path}: {option}={value!r} is not supported by qlora.load_adapter: load this adapter with PEFT"
-                " (PeftModel.from_pretrained) on a model that was loaded with qlora.QLoRAConfig"
-            )
+            raise ValueError(f"{path}: {option}={value!r} is not supported here: {otherwise}")
     if config.get("init_lora_weights") not in _ADDITIVE_INITS:
         raise ValueError(
             f"{path}: init_lora_weights={config['init_lora_weights']!r} changes the base weights, so the adapter does"
@@ -179,6 +182,12 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if not 0 <= config["lora_dropout"] < 1:
         raise ValueError(f"{path}: lora_dropout={config['lora_dropout']} must be in [0, 1)")
     return config
+
+
+def scaling_of(config: dict[str, Any], layer_name: str, rank: int) -> float:
+    """The factor of a layer's product B A in a config of :func:`read_adapter_config`: alpha / r, or alpha / sqrt(r)."""
+    alpha = float(_from_pattern(config["alpha_pattern"], layer_name, config["lora_alpha"]))
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
 def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> None:
@@ -244,9 +253,7 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
             continue
         a, b = (tensors[key] for key in _keys_of(layer_name))
         rank = a.shape[0]
-        alpha = float(_from_pattern(config["alpha_pattern"], layer_name, config["lora_alpha"]))
-        if config.get("use_rslora"):
-            alpha *= rank**0.5  # the scaling alpha / sqrt(r), written as alpha' / r
+        alpha = scaling_of(config, layer_name, rank) * rank
         layer.add_adapter(name, rank, alpha, float(config["lora_dropout"]))
         with torch.no_grad():
             layer.lora_a[name].copy_(a)

@@ -1,0 +1,159 @@
+"""Which adapters are in memory: names, slots, the requests that use them, eviction by least recent use."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qlora.serving.adapter_files import AdapterFile
+from qlora.serving.layers import BASE
+
+
+class UnknownAdapterError(KeyError):
+    """A request names a model that is not served."""
+
+
+class AdapterChangedError(ValueError):
+    """An adapter's files are not those that were loaded under its name."""
+
+
+@dataclass
+class Entry:
+    """A served adapter. ``slot`` is None while it is only on disk; ``serial`` differs for each loading into a slot."""
+
+    name: str
+    folder: Path
+    digest: str
+    created: int  # seconds since 1970
+    slot: int | None = None
+    serial: int = 0
+    users: int = 0  # requests that run with it
+    last_use: int = 0
+    removed: bool = False
+    loading: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class Residency:
+    """Names of adapters and the slots that they occupy. All methods run on one event loop.
+
+    Args:
+        slots: how many adapters fit into memory at a time.
+        max_serial: serial numbers are below it.
+        read: reads and checks an adapter folder; runs in a thread.
+        put: writes an adapter into a slot between two batches; runs in a thread.
+    """
+
+    def __init__(
+        self, slots: int, max_serial: int, read: Callable[[Path], AdapterFile], put: Callable[[int, AdapterFile], None]
+    ) -> None:
+        self.entries: dict[str, Entry] = {}
+        self._max_serial = max_serial
+        self._read, self._put = read, put
+        self._occupant: list[Entry | None] = [None] * slots
+        self._changed = asyncio.Event()
+        self._clock = 0
+        self._serial = 0
+        self.loads = 0
+        self.evictions = 0
+
+    async def add(self, name: str, folder: Path, created: int) -> Entry:
+        """Serves the adapter of a folder under a name. Raises ValueError if the name is taken or the files are bad."""
+        if name in self.entries:
+            raise ValueError(f"an adapter named '{name}' is served already: unload it first, or choose another name")
+        file = await asyncio.to_thread(self._read, folder)
+        if name in self.entries:
+            raise ValueError(f"an adapter named '{name}' was added meanwhile")
+        entry = Entry(name, folder, file.digest, created)
+        self.entries[name] = entry
+        free = any(occupant is None for occupant in self._occupant)
+        if free:  # otherwise the first request loads it
+            try:
+                await self._bring_in(entry, file)
+            except BaseException:
+                self.entries.pop(name, None)
+                raise
+        return entry
+
+    def remove(self, name: str) -> None:
+        """Stops serving a name; requests that run finish, and the last frees its slot. Raises UnknownAdapterError."""
+        entry = self.entries.pop(name, None)
+        if entry is None:
+            raise UnknownAdapterError(name)
+        entry.removed = True
+        self._let_go(entry)
+
+    async def acquire(self, name: str) -> Entry:
+        """Counts a request as user of an adapter, which is brought into a slot if necessary.
+
+        Waits while every slot is in use. Raises UnknownAdapterError, and AdapterChangedError if the files on disk are
+        not those that were loaded before.
+        """
+        entry = self.entries.get(name)
+        if entry is None:
+            raise UnknownAdapterError(name)
+        entry.users += 1  # from now on it is not evicted
+        try:
+            async with entry.loading:
+                if entry.slot is None:
+                    file = await asyncio.to_thread(self._read, entry.folder)
+                    if file.digest != entry.digest:
+                        raise AdapterChangedError(
+                            f"{entry.folder} has changed since '{name}' was loaded: unload it and load it again"
+                        )
+                    await self._bring_in(entry, file)
+        except BaseException:
+            self.release(entry)
+            raise
+        self._clock += 1
+        entry.last_use = self._clock
+        return entry
+
+    def release(self, entry: Entry) -> None:
+        """Ends the use that :meth:`acquire` began. It never waits, so that a cancelled request cannot skip it."""
+        entry.users -= 1
+        self._let_go(entry)
+
+    def _let_go(self, entry: Entry) -> None:
+        if entry.removed and entry.users == 0 and entry.slot is not None:
+            self._occupant[entry.slot] = None
+            entry.slot = None
+        self._changed.set()
+
+    async def _bring_in(self, entry: Entry, file: AdapterFile) -> None:
+        if self._serial + 1 >= self._max_serial:
+            raise RuntimeError(f"adapters were loaded {self._serial} times since the start: restart the server")
+        while (slot := self._choose()) is None:
+            self._changed.clear()
+            await self._changed.wait()
+        previous = self._occupant[slot]
+        if previous is not None:
+            previous.slot = None
+            self.evictions += 1
+        self._occupant[slot] = entry
+        try:
+            await asyncio.to_thread(self._put, slot, file)
+        except BaseException:
+            self._occupant[slot] = None
+            self._changed.set()
+            raise
+        self._serial += 1
+        self.loads += 1
+        entry.slot, entry.serial = slot, self._serial
+
+    def _choose(self) -> int | None:
+        """A free slot, or that of the adapter whose last use is oldest among those without users."""
+        best: tuple[int, int] | None = None
+        for slot, occupant in enumerate(self._occupant):
+            if occupant is None:
+                return slot
+            if occupant.users == 0 and occupant.slot is not None and (best is None or occupant.last_use < best[0]):
+                best = (occupant.last_use, slot)
+        return None if best is None else best[1]
+
+
+def routing_of(entry: Entry | None) -> tuple[int, int]:
+    """(slot, serial) of an adapter in memory; the base has (-1, 0)."""
+    if entry is None:
+        return BASE, 0
+    assert entry.slot is not None
+    return entry.slot, entry.serial
