@@ -16,5 +16,6 @@ namespace qlora {
 
 QLORA_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 QLORA_INLINE constexpr int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
+QLORA_INLINE constexpr int64_t max_i64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 }  // namespace qlora

@@ -7,7 +7,7 @@ from cases import DTYPES, weights
 from tolerances import assert_within
 from torch.library import opcheck
 
-from qlora import ops, reference
+from qlora import _C, ops, reference
 
 # The last shapes have several tiles of tokens and run on tensor cores.
 SHAPES = [
@@ -65,6 +65,22 @@ def test_one_adapter_for_all_rows_is_the_single_adapter_operator(device, m):
     assert torch.equal(y, ops.forward(x, *weight, a[2], b[2], s[2].item()))
     base = ops.forward_multi(x, *weight, a, b, s, torch.full((m,), -1))
     assert torch.equal(base, ops.forward(x, *weight))
+
+
+@pytest.mark.parametrize("m", [9, 60, 200])
+@pytest.mark.parametrize("isa", _C.runnable_isas())
+def test_a_row_is_what_it_is_with_one_adapter_for_all(isa, m, monkeypatch):
+    """Whichever rows stand beside it, and wherever its group begins in a tile."""
+    monkeypatch.setenv("QLORA_CPU_ISA", isa)
+    x, weight, _, (a, b, s, of_row) = make(m, 40, 96)
+    x.requires_grad_()
+    y = ops.forward_multi(x, *weight, a, b, s, of_row)
+    dx = torch.autograd.grad(y, x, torch.ones_like(y))[0]
+    for i in range(-1, len(a)):
+        alone = ops.forward_multi(x, *weight, a, b, s, torch.full((m,), i))
+        mine = of_row == i
+        assert torch.equal(y[mine], alone[mine])
+        assert torch.equal(dx[mine], torch.autograd.grad(alone, x, torch.ones_like(y))[0][mine])
 
 
 @pytest.mark.parametrize("m", [6, 60])

@@ -123,7 +123,8 @@ void store_block(const GemmParams& p, int64_t row0, int64_t rows, int64_t col0, 
   float bias[Panel<true>::kRows];
   for (int64_t i = 0; i < rows; ++i) bias[i] = p.bias != nullptr ? load_scalar(p.bias, p.bias_dtype, row0 + i) : 0.0f;
   for (int64_t j = 0; j < cols; ++j) {
-    T* line = out + (col0 + j) * p.out_ld + row0;
+    const int64_t col = p.out_col_of != nullptr ? p.out_col_of[col0 + j] : col0 + j;
+    T* line = out + col * p.out_ld + row0;
     for (int64_t i = 0; i < rows; ++i) assign(line[i], c[i * c_ld + j] * p.scale + bias[i]);
   }
 }
@@ -152,21 +153,40 @@ void gemm_items_typed(const GemmParams& p, int64_t begin, int64_t end, float* pa
     const int64_t row0 = item / blocks.count * P::kRows, rows = min_i64(P::kRows, p.rows - row0);
     const int64_t col0 = item % blocks.count * blocks.cols, cols = min_i64(blocks.cols, p.cols - col0);
     bool first = true;
+    const auto clear = [&] {
+      for (int64_t i = 0; i < rows; ++i) std::memset(c + i * kBlockCols, 0, static_cast<size_t>(cols) * sizeof(float));
+    };
     for (int64_t term = 0; term < p.term_count; ++term) {
       const Term& t = p.terms[term];
+      if (t.begin >= col0 + cols || t.end <= col0) continue;
+      if (first && (term > 0 || t.begin > col0 || t.end < col0 + cols)) {  // some columns may have no term
+        clear();
+        first = false;
+      }
       for (int64_t s0 = 0; s0 < t.steps; s0 += P::kSteps) {
         const int64_t steps = min_i64(P::kSteps, t.steps - s0);
         fill_panel<V, kTransposed>(t.operand, row0, rows, s0, steps, panel);
         for (int64_t j = 0; j < cols; j += kTileCols) {
-          const float* columns = t.columns + (col0 + j) * t.steps + s0 * kTileCols;
-          for (int64_t i = 0; i < rows; i += V::kTileRows)
-            tile_any_width<V, kTransposed>(panel + i * (kTransposed ? 1 : P::kLd), columns, steps, cols - j, first,
-                                           c + i * kBlockCols + j, kBlockCols);
+          const int64_t width = min_i64(kTileCols, cols - j), col = col0 + j;
+          const int64_t from = max_i64(t.begin - col, 0), to = min_i64(t.end - col, width);
+          if (from >= to) continue;
+          const float* columns = t.columns + (col - t.first_column) * t.steps + s0 * kTileCols;
+          const bool whole = from == 0 && to == width;
+          for (int64_t i = 0; i < rows; i += V::kTileRows) {
+            const float* panel_rows = panel + i * (kTransposed ? 1 : P::kLd);
+            float* out = c + i * kBlockCols + j;
+            if (whole) {
+              tile_any_width<V, kTransposed>(panel_rows, columns, steps, cols - j, first, out, kBlockCols);
+              continue;
+            }
+            for (int64_t v = from / V::kLanes * V::kLanes; v < to; v += V::kLanes)
+              tile<V, kTransposed, 1>(panel_rows, columns + v, steps, first, out + v, kBlockCols);
+          }
         }
         first = false;
       }
     }
-    if (first) std::memset(c, 0, static_cast<size_t>(P::kRows * kBlockCols) * sizeof(float));  // no term had steps
+    if (first) clear();
     switch (p.out_dtype) {
       case DType::kBFloat16:
         store_block<bf16>(p, row0, rows, col0, cols, c, kBlockCols);
@@ -209,7 +229,7 @@ void pack_tile(const PackParams& p, int64_t col0, int64_t cols) {
   float* out = p.out + col0 * p.steps;
   if (p.steps_are_rows) {
     for (int64_t s = 0; s < p.steps; ++s) {
-      const T* line = src + s * p.ld + col0;
+      const T* line = src + (p.row_of != nullptr ? p.row_of[s] : s) * p.ld + col0;
       float* to = out + s * kTileCols;
       int64_t j = 0;
       for (; j + V::kLanes <= cols; j += V::kLanes) V::store(to + j, V::load(line + j));
@@ -224,7 +244,7 @@ void pack_tile(const PackParams& p, int64_t col0, int64_t cols) {
     const int64_t steps = min_i64(kStepsAtOnce, p.steps - s0);
     float* to = out + s0 * kTileCols;
     for (int64_t j = 0; j < cols; ++j) {
-      const T* line = src + (col0 + j) * p.ld + s0;
+      const T* line = src + (p.row_of != nullptr ? p.row_of[col0 + j] : col0 + j) * p.ld + s0;
       for (int64_t s = 0; s < steps; ++s) to[s * kTileCols + j] = to_float(line[s]);
     }
     for (int64_t s = 0; s < steps; ++s)

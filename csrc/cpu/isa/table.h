@@ -64,6 +64,7 @@ struct PackParams {
   int64_t cols;
   int64_t steps;
   float* out;
+  const int64_t* row_of = nullptr;  // which row of src each col (or step, if they are rows) is; null: its own number
 };
 
 // The left matrix of one product: packed 4-bit, or dense (float, or integer with an affine grid).
@@ -80,6 +81,9 @@ struct Term {
   Operand operand;
   const float* columns = nullptr;  // the layout of PackParams::out
   int64_t steps = 0;
+  // The product is added to columns [begin, end), and to others in the same vectors. So it must be zero for those, unless
+  // nobody reads them. `columns` begins at column `first_column`, a multiple of the tile width.
+  int64_t begin = 0, end = INT64_MAX, first_column = 0;
 };
 
 // out = scale * sum over terms (operand * columns) + bias; all terms share one float32 accumulator.
@@ -97,6 +101,7 @@ struct GemmParams {
   DType out_dtype = DType::kFloat32;
   int64_t out_ld = 0;
   bool rows_are_major = false;  // true: out[row * out_ld + col]; false: out[col * out_ld + row]
+  const int64_t* out_col_of = nullptr;  // where each column goes in `out` unless rows_are_major; null: its own number
 };
 
 inline constexpr int64_t kGemvTokens = 8;  // `gemv` handles up to this many tokens, `gemm` more

@@ -1,6 +1,7 @@
 // The products on the CPU's gemm kernel that compose forward and backward: token-major matrices and packed columns.
 #pragma once
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -16,11 +17,21 @@ struct Columns {
 };
 enum class StepsAre { kColumns, kRows };
 
-inline Columns pack(const cpu::KernelTable& kernels, const Matrix& m, StepsAre steps_are) {
+// Some rows of a matrix, in an order of their own: `numbers[0 .. count)`.
+struct RowList {
+  const int64_t* numbers;
+  int64_t count;
+};
+
+// With a list, only its rows are packed, in its order.
+inline Columns pack(const cpu::KernelTable& kernels, const Matrix& m, StepsAre steps_are,
+                    const RowList* list = nullptr) {
   const bool rows = steps_are == StepsAre::kRows;
-  const int64_t cols = rows ? m.cols : m.rows, steps = rows ? m.rows : m.cols;
+  const int64_t count = list != nullptr ? list->count : m.rows;
+  const int64_t cols = rows ? m.cols : count, steps = rows ? count : m.cols;
   Tensor storage = empty_cpu({kernels.packed_floats(cols, steps)}, ScalarType::Float);
-  const cpu::PackParams p{m.data, m.dtype, m.cols, rows, cols, steps, storage.mutable_data_ptr<float>()};
+  const cpu::PackParams p{m.data, m.dtype, m.cols, rows, cols, steps, storage.mutable_data_ptr<float>(),
+                          list != nullptr ? list->numbers : nullptr};
   parallel(ceil_div(cols, kernels.tile_cols), 1, [&](int64_t begin, int64_t end) { kernels.pack(p, begin, end); });
   return {storage, p.out};
 }
@@ -47,21 +58,26 @@ inline void run(const cpu::KernelTable& kernels, const cpu::GemmParams& p) {
 
 enum class Operands { kAsStored, kTransposed };
 
-// Low-rank activations [tokens, r] = scale * (m · columns)ᵀ in float32, where m is used as stored or transposed.
+// Low-rank activations [tokens, r] = scale * (m · columns)ᵀ in float32, where m is used as stored or transposed. They
+// are those of tokens [begin, begin + tokens) of `columns`, after rows of zeros from the beginning of their tile.
 inline Matrix low_rank_down(const cpu::KernelTable& kernels, const Matrix& m, Operands form, const Columns& columns,
-                            int64_t tokens, float scale) {
+                            int64_t tokens, float scale, int64_t begin = 0) {
+  const int64_t zeros = begin % kernels.tile_cols;
   cpu::GemmParams p;
   p.transposed = form == Operands::kTransposed;
   p.rows = p.transposed ? m.cols : m.rows;
-  p.cols = tokens;
-  const cpu::Term term{dense(m), columns.data, p.transposed ? m.rows : m.cols};
+  p.cols = zeros + tokens;
+  const int64_t steps = p.transposed ? m.rows : m.cols;
+  cpu::Term term{dense(m), columns.data + (begin - zeros) * steps, steps};
+  term.begin = zeros;
   p.terms = &term;
   p.scale = scale;
-  Tensor out = empty_cpu({tokens, p.rows}, ScalarType::Float);
+  Tensor out = empty_cpu({p.cols, p.rows}, ScalarType::Float);
   p.out = out.mutable_data_ptr();
   p.out_ld = p.rows;
   run(kernels, p);
-  return {out, p.out, DType::kFloat32, tokens, p.rows};
+  std::fill_n(out.mutable_data_ptr<float>(), zeros * p.rows, 0.0f);  // tokens that share a vector with the first
+  return {out, p.out, DType::kFloat32, p.cols, p.rows};
 }
 
 // Gradient of one low-rank factor: the sum over tokens of activation [tokens, r] times columns [tokens, features].
@@ -85,21 +101,27 @@ inline Tensor low_rank_grad(const cpu::KernelTable& kernels, const Matrix& activ
 
 inline Tensor nothing() { return empty_cpu({0}, ScalarType::Float); }
 
-// One low-rank term of a sum: `matrix` [rows, r] (or [r, rows] if transposed) times activations [tokens, r].
+// One low-rank term of a sum: `matrix` [rows, r] (or [r, rows] if transposed) times activations [tokens, r], for the
+// tokens from `begin` on. Rows of zeros in `activation` begin it at a multiple of the tile width.
 struct GemmAdapterTerm {
   const Matrix* matrix;
   const Matrix* activation;
+  Columns packed = {};  // the activation, if it is packed already
+  int64_t begin = 0;
 };
 
-// out [tokens, rows] = base · x + sum of the low-rank terms + bias, all in one accumulator.
+// out [tokens, rows] = base · x + sum of the low-rank terms + bias, all in one accumulator. With `order`, column i of x
+// and of the terms is token order[i].
 inline Tensor sum_of_terms(const cpu::KernelTable& kernels, Operands form, int64_t rows, const cpu::Operand& base,
                            const Columns& x, int64_t steps, const std::vector<GemmAdapterTerm>& adapter_terms,
-                           const Tensor& like, const Matrix* bias = nullptr) {
+                           const Tensor& like, const Matrix* bias = nullptr, const int64_t* order = nullptr) {
   std::vector<cpu::Term> terms{{base, x.data, steps}};
   std::vector<Columns> packed;  // keeps the columns alive
   for (const GemmAdapterTerm& t : adapter_terms) {
-    packed.push_back(pack(kernels, *t.activation, StepsAre::kColumns));
-    terms.push_back({dense(*t.matrix), packed.back().data, t.activation->cols});
+    packed.push_back(t.packed.data != nullptr ? t.packed : pack(kernels, *t.activation, StepsAre::kColumns));
+    const int64_t first = t.begin / kernels.tile_cols * kernels.tile_cols;
+    terms.push_back({dense(*t.matrix), packed.back().data, t.activation->cols, t.begin, first + t.activation->rows,
+                     first});
   }
   const Tensor out = on_huge_pages(empty_with_last_dim(like, rows, like.scalar_type()));
   cpu::GemmParams p;
@@ -112,6 +134,7 @@ inline Tensor sum_of_terms(const cpu::KernelTable& kernels, Operands form, int64
   p.out = out.mutable_data_ptr();
   p.out_dtype = float_dtype(like.scalar_type(), "x");
   p.out_ld = rows;
+  p.out_col_of = order;
   if (bias != nullptr) {
     p.bias = bias->data;
     p.bias_dtype = bias->dtype;

@@ -2,6 +2,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "format/half.h"
 #include "ops/checks.h"
@@ -20,13 +22,37 @@ void check_adapter_of_row(const Adapters& adapters) {
                     adapters.count - 1);
 }
 
-// Sets the activations [tokens, r] of one adapter to zero for tokens of other adapters, so that every adapter can be a
-// term of one sum. Each adapter costs r more steps of the product, but W is unpacked only once.
-void mask_rows(const Matrix& activation, const Adapters& adapters, int64_t adapter) {
-  float* data = static_cast<float*>(activation.tensor.mutable_data_ptr());
-  for (int64_t t = 0; t < activation.rows; ++t)
-    if (adapters.of_row[t] != adapter) std::fill_n(data + t * activation.cols, activation.cols, 0.0f);
-}
+// The tokens in the order of their adapters, so that each adapter is a term of a few columns of one product, in which W
+// is unpacked once. Tokens of the base come first.
+class TokenGroups {
+ public:
+  struct Group {
+    int64_t adapter, begin, count;
+  };
+
+  explicit TokenGroups(const Adapters& adapters) {
+    const int64_t tokens = adapters.adapter_of_row.numel();
+    std::vector<int64_t> next(static_cast<size_t>(adapters.count + 1));  // of the base, then of each adapter
+    const auto kind = [&](int64_t t) { return static_cast<size_t>(adapters.of_row[t] + 1); };
+    for (int64_t t = 0; t < tokens; ++t) ++next[kind(t)];
+    int64_t begin = 0;
+    for (int64_t i = -1; i < adapters.count; ++i) {
+      const int64_t count = std::exchange(next[static_cast<size_t>(i + 1)], begin);
+      if (count > 0 && i >= 0) groups_.push_back({i, begin, count});
+      begin += count;
+    }
+    order_.resize(static_cast<size_t>(tokens));
+    for (int64_t t = 0; t < tokens; ++t) order_[static_cast<size_t>(next[kind(t)]++)] = t;
+  }
+
+  const std::vector<Group>& all() const { return groups_; }
+  RowList order() const { return {order_.data(), static_cast<int64_t>(order_.size())}; }
+  RowList rows_of(const Group& group) const { return {order_.data() + group.begin, group.count}; }
+
+ private:
+  std::vector<Group> groups_;
+  std::vector<int64_t> order_;
+};
 
 // The adapters that occur in the batch; the others are left out of the product.
 std::vector<int64_t> adapters_in_use(const Adapters& adapters, int64_t tokens) {
@@ -70,22 +96,57 @@ cpu::TileAdapters adapters_of_tiles(const Adapters& adapters, const std::vector<
   return t;
 }
 
-// The low-rank terms of one product, with the matrices that they point to.
+Matrix last_rows(const Matrix& m, int64_t count) {
+  return {m.tensor, static_cast<const float*>(m.data) + (m.rows - count) * m.cols, m.dtype, count, m.cols};
+}
+
+// The low-rank terms of one product, one for each group, with the matrices that they point to.
 class AdapterTerms {
  public:
-  void add(Matrix matrix, Matrix activation) {
-    matrices_.push_back(std::move(matrix));
-    activations_.push_back(std::move(activation));
+  AdapterTerms(const cpu::KernelTable& kernels, const TokenGroups& groups)
+      : kernels_(kernels), groups_(groups.all()), owned_(groups.all().size()) {}
+
+  // Sets the term of a group for `matrix`. Its activations are scale * (down · tokens)ᵀ, and are returned as [count, r].
+  // `tokens` are all tokens, in the order of the groups.
+  // Different groups may be set by different threads.
+  Matrix set(size_t index, Matrix matrix, const Matrix& down, Operands form, const Columns& tokens, float scale) {
+    const TokenGroups::Group& group = groups_[index];
+    Owned& owned = owned_[index];
+    owned.matrix = std::move(matrix);
+    owned.activation = low_rank_down(kernels_, down, form, tokens, group.count, scale, group.begin);
+    owned.packed = pack(kernels_, owned.activation, StepsAre::kColumns);
+    return last_rows(owned.activation, group.count);
   }
   std::vector<GemmAdapterTerm> get() const {
     std::vector<GemmAdapterTerm> terms;
-    for (size_t i = 0; i < matrices_.size(); ++i) terms.push_back({&matrices_[i], &activations_[i]});
+    for (size_t i = 0; i < owned_.size(); ++i)
+      terms.push_back({&owned_[i].matrix, &owned_[i].activation, owned_[i].packed, groups_[i].begin});
     return terms;
   }
 
  private:
-  std::vector<Matrix> matrices_, activations_;
+  struct Owned {
+    Matrix matrix, activation;
+    Columns packed;
+  };
+  const cpu::KernelTable& kernels_;
+  const std::vector<TokenGroups::Group>& groups_;
+  std::vector<Owned> owned_;
 };
+
+// Calls fn(index, group) for each group: many small groups in parallel, few large ones one after another, because then
+// the products inside are parallel.
+template <class Fn>
+void for_each_group(const TokenGroups& groups, const Fn& fn) {
+  constexpr int64_t kMany = 4;
+  const auto& all = groups.all();
+  const auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) fn(static_cast<size_t>(i), all[static_cast<size_t>(i)]);
+  };
+  const auto count = static_cast<int64_t>(all.size());
+  if (count >= kMany) return parallel(count, 1, run);
+  run(0, count);
+}
 
 // The checked arguments of a call; tensors belong to the caller.
 struct Call {
@@ -120,16 +181,16 @@ Tensor forward_tiles(const Call& c, const cpu::TileKernels& tiles, const std::op
 }
 
 Tensor forward_gemm(const Call& c, const std::optional<Matrix>& bias) {
-  const Columns columns = pack(c.kernels, c.tokens, StepsAre::kColumns);
-  AdapterTerms terms;
-  for (const int64_t i : c.in_use) {
-    Matrix x_down =
-        low_rank_down(c.kernels, c.adapters.a_of(i), Operands::kAsStored, columns, c.tokens.rows, c.adapters.scale[i]);
-    mask_rows(x_down, c.adapters, i);
-    terms.add(c.adapters.b_of(i), std::move(x_down));
-  }
+  const TokenGroups groups(c.adapters);
+  const RowList order = groups.order();
+  const Columns columns = pack(c.kernels, c.tokens, StepsAre::kColumns, &order);
+  AdapterTerms terms(c.kernels, groups);
+  for_each_group(groups, [&](size_t index, const TokenGroups::Group& group) {
+    const int64_t i = group.adapter;
+    terms.set(index, c.adapters.b_of(i), c.adapters.a_of(i), Operands::kAsStored, columns, c.adapters.scale[i]);
+  });
   return sum_of_terms(c.kernels, Operands::kAsStored, c.w.n, quantized(c.w), columns, c.w.k, terms.get(), c.like,
-                      bias ? &*bias : nullptr);
+                      bias ? &*bias : nullptr, order.numbers);
 }
 
 Tensor forward_multi(Tensor x, Tensor packed, Tensor absmax, OptionalTensor nested_absmax, OptionalTensor nested_offset,
@@ -192,34 +253,37 @@ Gradients backward_tiles(const Call& c, const cpu::TileKernels& tiles, const Mat
 
 Gradients backward_gemm(const Call& c, const Matrix& dy, const Needs& needs) {
   Gradients d;
-  Columns dy_columns, dy_by_token, x_columns, x_by_token;
-  if (needs.x || needs.lora) dy_columns = pack(c.kernels, dy, StepsAre::kColumns);
-  if (needs.bias || needs.lora) dy_by_token = pack(c.kernels, dy, StepsAre::kRows);
+  const TokenGroups groups(c.adapters);
+  const RowList order = groups.order();
+  Columns dy_columns, x_columns;
+  if (needs.x || needs.lora) dy_columns = pack(c.kernels, dy, StepsAre::kColumns, &order);
   if (needs.lora) {
-    x_columns = pack(c.kernels, c.tokens, StepsAre::kColumns);
-    x_by_token = pack(c.kernels, c.tokens, StepsAre::kRows);
+    x_columns = pack(c.kernels, c.tokens, StepsAre::kColumns, &order);
     make_adapter_gradients(c, d);
   }
-  AdapterTerms terms;
-  for (const int64_t i : c.in_use) {
-    if (!needs.x && !needs.lora) break;
+  AdapterTerms terms(c.kernels, groups);
+  const auto run_group = [&](size_t index, const TokenGroups::Group& group) {
+    const int64_t i = group.adapter;
+    const RowList rows = groups.rows_of(group);
     const float scale = c.adapters.scale[i];
-    Matrix dy_down = low_rank_down(c.kernels, c.adapters.b_of(i), Operands::kTransposed, dy_columns, dy.rows, scale);
-    mask_rows(dy_down, c.adapters, i);
-    if (needs.lora) {
-      const Matrix x_down =
-          low_rank_down(c.kernels, c.adapters.a_of(i), Operands::kAsStored, x_columns, c.tokens.rows, scale);
-      mask_rows(x_down, c.adapters, i);
-      const ScalarType dtype = d.lora_a.scalar_type();
-      Tensor slice_a = torch::stable::select(d.lora_a, 0, i), slice_b = torch::stable::select(d.lora_b, 0, i);
-      torch::stable::copy_(slice_a, low_rank_grad(c.kernels, dy_down, x_by_token, c.w.k, dtype, true));
-      torch::stable::copy_(slice_b, low_rank_grad(c.kernels, x_down, dy_by_token, c.w.n, dtype, false));
-    }
-    terms.add(c.adapters.a_of(i), std::move(dy_down));
-  }
+    const Matrix dy_down =
+        terms.set(index, c.adapters.a_of(i), c.adapters.b_of(i), Operands::kTransposed, dy_columns, scale);
+    if (!needs.lora) return;
+    const Matrix x_down = last_rows(low_rank_down(c.kernels, c.adapters.a_of(i), Operands::kAsStored, x_columns,
+                                                  group.count, scale, group.begin),
+                                    group.count);
+    const Columns x_by_token = pack(c.kernels, c.tokens, StepsAre::kRows, &rows);
+    const Columns dy_by_token = pack(c.kernels, dy, StepsAre::kRows, &rows);
+    const ScalarType dtype = d.lora_a.scalar_type();
+    Tensor slice_a = torch::stable::select(d.lora_a, 0, i), slice_b = torch::stable::select(d.lora_b, 0, i);
+    torch::stable::copy_(slice_a, low_rank_grad(c.kernels, dy_down, x_by_token, c.w.k, dtype, true));
+    torch::stable::copy_(slice_b, low_rank_grad(c.kernels, x_down, dy_by_token, c.w.n, dtype, false));
+  };
+  if (needs.x || needs.lora) for_each_group(groups, run_group);
   if (needs.x)
-    d.x = sum_of_terms(c.kernels, Operands::kTransposed, c.w.k, quantized(c.w), dy_columns, c.w.n, terms.get(), c.like);
-  if (needs.bias) d.bias = bias_grad(c.kernels, dy_by_token, dy.rows, c.w.n);
+    d.x = sum_of_terms(c.kernels, Operands::kTransposed, c.w.k, quantized(c.w), dy_columns, c.w.n, terms.get(),
+                       c.like, nullptr, order.numbers);
+  if (needs.bias) d.bias = bias_grad(c.kernels, pack(c.kernels, dy, StepsAre::kRows), dy.rows, c.w.n);
   return d;
 }
 

@@ -31,6 +31,8 @@ def packed_attention(
     unknown = [name for name in ("softcap", "position_bias", "s_aux") if kwargs.get(name) is not None]
     if unknown:
         raise ValueError(f"this model's attention uses {unknown[0]}: load it with attn_implementation='eager'")
+    if isinstance(kwargs["cu_seq_lens_k"], dict):  # transformers 5.23 leaves the cache to this function
+        key, value = kwargs["cache"].update(key, value, module.layer_idx, kwargs=kwargs)
     queries, keys = kwargs["cu_seq_lens_q"].tolist(), kwargs["cu_seq_lens_k"].tolist()
     window = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
     result = torch.empty_like(query)
