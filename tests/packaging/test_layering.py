@@ -41,6 +41,7 @@ LAYERS = (
     "adapters",
     "models",
     "serving",
+    "export",
     "planning",
     "training",
     "evaluation",

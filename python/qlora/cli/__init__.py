@@ -4,9 +4,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from qlora.cli import bench, demo, eval, finetune, generate, info, merge, plan, quantize, serve
+from qlora.cli import bench, demo, eval, export, finetune, generate, info, merge, plan, quantize, serve
 
-_COMMANDS = (finetune, quantize, generate, serve, merge, eval, plan, bench, info, demo)
+_COMMANDS = (finetune, quantize, generate, serve, merge, export, eval, plan, bench, info, demo)
 INTERRUPTED = 130  # exit status after Ctrl-C, as a shell reports it
 
 

@@ -55,6 +55,34 @@ def complete_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+@contextmanager
+def complete_file(path: Path) -> Iterator[Path]:
+    """A hidden file beside ``path`` to write into; it gets its name when the ``with`` block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    staging = Path(name)
+    try:
+        yield staging
+        with staging.open("rb+") as file:
+            os.fsync(file.fileno())
+        staging.chmod(0o644)
+        staging.replace(path)
+        sync_folder(path.parent)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def require_space(folder: Path, needed_bytes: int, what: str) -> None:
+    """Raises OSError if the disk of ``folder`` has less than ``needed_bytes`` free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise OSError(
+            f"{what} needs {needed_bytes / 1e9:.3f} GB, but {folder} has {free / 1e9:.3f} GB free: free some, or choose"
+            " an output on another disk"
+        )
+
+
 def sync_folder(folder: Path) -> None:
     """Flushes a folder's entries to disk, so that renames survive a power loss."""
     descriptor = os.open(folder, os.O_RDONLY)
