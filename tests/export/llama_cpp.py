@@ -17,8 +17,8 @@ needs_llama_cpp = pytest.mark.skipif(
 class LlamaCpp:
     """A process that runs a GGUF file. A context manager."""
 
-    def __init__(self, model: Path, lora: Path | None = None) -> None:
-        command = [sys.executable, str(Path(__file__).parent / "llama_cpp_worker.py"), str(model)]
+    def __init__(self, model: Path, lora: Path | None = None, context: int = 128) -> None:
+        command = [sys.executable, str(Path(__file__).parent / "llama_cpp_worker.py"), str(model), str(context)]
         command += [] if lora is None else [str(lora)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -44,6 +44,10 @@ class LlamaCpp:
 
     def tokens(self, text: str, special: bool = True) -> list[int]:
         return self._ask("/tokenize", content=text, add_special=special, parse_special=True)["tokens"]
+
+    def chat_prompt(self, messages: list[dict[str, str]]) -> str:
+        """A conversation by the chat template in the file."""
+        return self._ask("/apply-template", messages=messages)["prompt"]
 
     def log_probabilities(self, prompt: list[int], vocabulary: int) -> torch.Tensor:
         """Of the token after the prompt, for the whole vocabulary: float32 [vocabulary]."""

@@ -1,6 +1,7 @@
 """Runs llama.cpp (the package xllamacpp) on a GGUF file: reads requests as JSON lines, writes answers as JSON lines.
 
-Its own process, because llama.cpp ends the process when a file is wrong. Arguments: the model, and optionally a LoRA.
+Its own process, because llama.cpp ends the process when a file is wrong.
+Arguments: the model, the size of the context, and optionally a LoRA.
 """
 
 import json
@@ -11,9 +12,10 @@ import xllamacpp
 
 parameters = xllamacpp.CommonParams()
 parameters.model.path = sys.argv[1]
-if len(sys.argv) > 2:
-    parameters.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(sys.argv[2], 1.0)]
-parameters.n_ctx, parameters.n_parallel, parameters.port, parameters.n_gpu_layers = 512, 1, 0, 0
+parameters.n_ctx = int(sys.argv[2])
+if len(sys.argv) > 3:
+    parameters.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(sys.argv[3], 1.0)]
+parameters.n_parallel, parameters.port, parameters.n_gpu_layers = 1, 0, 0
 parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
 parameters.warmup, parameters.verbosity, parameters.cache_ram_mib = False, 0, 0
 # Keys and values in float32, as in the model beside which it is compared.
