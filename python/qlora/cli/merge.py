@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+_BITSANDBYTES = "bitsandbytes"
+
 HELP = "merge an adapter into its base; writes a model folder for transformers"
 
 
@@ -12,7 +14,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", type=Path, required=True, help="adapter folder, from qlora finetune or PEFT")
     parser.add_argument("--output", type=Path, required=True, help="folder for the merged model; must not exist")
     parser.add_argument(
-        "--format", default="bf16", help="bf16 (default, dense), or the base's 4-bit format: nf4, fp4 or int4"
+        "--format",
+        default="bf16",
+        help="bf16 (default, dense); the base's 4-bit format, for qlora: nf4, fp4 or int4; or bitsandbytes, the same"
+        " 4-bit weights in a folder for bitsandbytes",
     )
     parser.add_argument(
         "--calibrate",
@@ -30,24 +35,26 @@ def run(arguments: argparse.Namespace) -> int:
         raise FileExistsError(f"{arguments.output} exists: choose another output")
     requantize = arguments.format != "bf16"
     if arguments.calibrate is not None and not requantize:
-        raise ValueError("--calibrate needs --format nf4, fp4 or int4: a dense model has no codes to choose")
+        raise ValueError(
+            "--calibrate needs --format nf4, fp4, int4 or bitsandbytes: a dense model has no codes to choose"
+        )
     import torch
 
     import qlora
+    from qlora.adapters.merge_report import REPORT_FILE, report_of, summary_of
     from qlora.calibration.texts import UNSEEN_TOKENS
     from qlora.devices import choose_device
     from qlora.models.loading import load_for_inference, require_train_extra
     from qlora.storage.files import complete_folder
 
     require_train_extra()
-    if requantize and arguments.format not in qlora.ops.QUANT_TYPES:
-        raise ValueError(f"--format '{arguments.format}' is unknown: use bf16, {', '.join(qlora.ops.QUANT_TYPES)}")
+    if requantize and arguments.format not in (*qlora.ops.QUANT_TYPES, _BITSANDBYTES):
+        known = ", ".join(("bf16", *qlora.ops.QUANT_TYPES, _BITSANDBYTES))
+        raise ValueError(f"--format '{arguments.format}' is unknown: use one of {known}")
     device = choose_device(arguments.device).value
     adapted, tokenizer = load_for_inference(arguments.model, arguments.adapter, torch.bfloat16, device)
     if requantize:
-        stored = {m.quant_type for m in adapted.modules() if isinstance(m, qlora.nn.Linear4bit)}
-        if stored != {arguments.format}:
-            raise ValueError(f"--format {arguments.format}: the base is in {', '.join(sorted(stored))}, use that")
+        _check_format(adapted, arguments.format)
         ids = None
         if arguments.calibrate is not None:
             from qlora.training.calibration_data import calibration_ids
@@ -59,12 +66,25 @@ def run(arguments: argparse.Namespace) -> int:
         merged = qlora.merge_and_unload(adapted, dtype=torch.bfloat16)
     model: Any = merged.model
     with complete_folder(arguments.output) as staging:
-        model.save_pretrained(staging)
+        if arguments.format == _BITSANDBYTES:
+            from qlora.integrations.bitsandbytes import export_checkpoint
+
+            export_checkpoint(model, staging, dense_experts=True)
+        else:
+            model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
-    worst = max(merged.reports.values(), key=lambda report: report.relative_error)
-    print(
-        f"{len(merged.reports)} layers merged to {worst.format}; rounding adds at most {worst.relative_error:.1e}"
-        f" (relative), {merged.adapter_kept:.0%} of the adapter is kept"
-    )
+        (staging / REPORT_FILE).write_text(report_of(merged))
+    print(summary_of(merged))
+    print(f"report: {arguments.output}/{REPORT_FILE}")
     print(f"model: {arguments.output}")
     return 0
+
+
+def _check_format(model: Any, wanted: str) -> None:
+    """Raises ValueError unless the base is in the 4-bit format ``wanted``, or in one that bitsandbytes has."""
+    import qlora
+
+    stored = {m.quant_type for m in model.modules() if isinstance(m, qlora.nn.Linear4bit)}
+    allowed = {"nf4", "fp4"} if wanted == _BITSANDBYTES else {wanted}
+    if len(stored) != 1 or not stored <= allowed:
+        raise ValueError(f"--format {wanted}: the base is in {', '.join(sorted(stored))}, use that")

@@ -1,11 +1,13 @@
 """bitsandbytes' 4-bit checkpoints, read and written without that library."""
 
 import json
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 _METHOD = "bitsandbytes"
 
@@ -50,29 +52,41 @@ def _translate(options: dict[str, Any], path: str | Path) -> dict[str, Any]:
     }
 
 
-def export_checkpoint(model: Any, path: str | Path, quant_storage: torch.dtype = torch.uint8, **kwargs: Any) -> None:
+def export_checkpoint(
+    model: Any,
+    path: str | Path,
+    quant_storage: torch.dtype = torch.uint8,
+    *,
+    dense_experts: bool = False,
+    **kwargs: Any,
+) -> None:
     """Saves a 4-bit model as transformers saves a bitsandbytes model, byte for byte the same.
 
     Args:
         quant_storage: dtype under which the packed weights are stored.
+        dense_experts: replace 4-bit experts in the model by dense ones, as bitsandbytes has them.
         kwargs: passed to ``save_pretrained``.
 
-    Raises ValueError for what bitsandbytes does not have (int4, 4-bit experts, several formats in one model), and for a
-    model that was not loaded with a QLoRAConfig.
+    Raises ValueError for what bitsandbytes does not have (int4, 4-bit experts, several formats in one model), for
+    layers that transformers leaves dense in such a checkpoint (subclasses of nn.Linear, as Falcon's), and for a model
+    that was not loaded with a QLoRAConfig.
     """
     from transformers import BitsAndBytesConfig
 
-    from qlora.integrations.transformers import QLoRAQuantizer, quantized_layers
+    from qlora.integrations.transformers import QLoRAQuantizer, make_dense, quantized_layers
     from qlora.nn import Experts4bit
 
     quantizer = getattr(model, "hf_quantizer", None)
     if not isinstance(quantizer, QLoRAQuantizer):
         raise ValueError(f"{type(model).__name__} was not loaded by from_pretrained with a QLoRAConfig")
+    if dense_experts:
+        make_dense(model, kinds=(Experts4bit,))
     weights = {}
     for name, layer in quantized_layers(model):
         if isinstance(layer, Experts4bit):
             raise ValueError(f"{name} has 4-bit experts, which bitsandbytes keeps dense: it cannot be exported")
         weights[name] = layer.quantized_weight
+    _check_classes(model, weights)
     formats = {(w.quant_type, w.double_quant) for w in weights.values()}
     if len(formats) != 1:
         raise ValueError(f"the model has layers in {sorted(formats)}: a bitsandbytes checkpoint has only one format")
@@ -98,6 +112,21 @@ def export_checkpoint(model: Any, path: str | Path, quant_storage: torch.dtype =
     finally:
         model.config.quantization_config = ours
         quantizer.state_to_save = None
+
+
+def _check_classes(model: Any, names: Iterable[str]) -> None:
+    """Raises ValueError for a 4-bit layer whose class transformers does not replace by one of bitsandbytes'."""
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        fresh = type(model)(model.config)
+    for name in names:
+        layer = fresh.get_submodule(name)
+        if type(layer) is not nn.Linear and not isinstance(layer, Conv1D):
+            raise ValueError(
+                f"{name} is a {type(layer).__name__}, which transformers leaves dense in a bitsandbytes checkpoint, so"
+                " it could not be read back: save the model in qlora's format, or dense"
+            )
 
 
 def is_checkpoint(path: str | Path) -> bool:

@@ -35,9 +35,18 @@ def layer_tensors(weight: QuantizedWeight) -> dict[str, Tensor]:
     return {"weight": packed, **{name: getattr(weight, name) for name in STATISTICS}}
 
 
-def make_dense(model: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Replaces all 4-bit layers by dense ones, in ``dtype`` (default: their dtype before quantization)."""
+def make_dense(
+    model: nn.Module,
+    dtype: torch.dtype | None = None,
+    kinds: tuple[type[nn.Module], ...] = (Linear4bit, Experts4bit, Embedding4bit),
+) -> None:
+    """Replaces 4-bit layers by dense ones, in ``dtype`` (default: their dtype before quantization).
+
+    ``kinds``: the classes of layers to replace; all by default.
+    """
     for module in list(model.modules()):
+        if not isinstance(module, kinds):
+            continue
         if isinstance(module, Experts4bit):
             replace_module(model, module, module.to_experts(dtype))
         elif isinstance(module, Linear4bit):
