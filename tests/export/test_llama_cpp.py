@@ -11,6 +11,7 @@ from export import zoo
 from export.llama_cpp import LlamaCpp, needs_llama_cpp
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qlora.demo.smollm2 import cache_folder
 from qlora.export.gguf_adapter import export_gguf_adapter
 from qlora.export.gguf_model import export_gguf
 from qlora.models.loading import load_for_inference
@@ -138,3 +139,25 @@ def test_a_chat_ends_where_the_model_ends_it(tmp_path):
     with LlamaCpp(tmp_path / "m.gguf") as runtime:
         assert runtime.chat_prompt(messages) == wanted
     assert re.fullmatch(r"<\|user\|>What is a storm\?<\|end\|><\|assistant\|>", wanted)
+
+
+SMOLLM2 = cache_folder() / "SmolLM2-135M-Instruct"
+
+
+@pytest.mark.skipif(not (SMOLLM2 / "config.json").exists(), reason="needs SmolLM2 in the cache: run qlora demo once")
+def test_a_real_model_gives_the_same_answers(tmp_path):
+    adapter = zoo.save_adapter(SMOLLM2, tmp_path / "adapter", target_modules=["q_proj", "v_proj", "down_proj"])
+    export_gguf(SMOLLM2, tmp_path / "m.gguf", adapter=adapter, tensor_type="f32")
+    model, tokenizer = load_for_inference(SMOLLM2, adapter, torch.float32)
+    with LlamaCpp(tmp_path / "m.gguf") as runtime:
+        for text in TEXTS:
+            assert runtime.tokens(text) == tokenizer(text)["input_ids"], text
+        for prompt in ("What does a lighthouse do?", "Name three fruits that are red."):
+            ids = tokenizer(prompt)["input_ids"]
+            for found in runtime.greedy(ids, 8):
+                chosen = next(iter(found))
+                wanted = log_probabilities(model, ids)[-1]
+                # Equal tokens, or two that float32 cannot tell apart after 30 layers (measured: errors of 2.2e-4).
+                assert wanted.max() - wanted[chosen] < 1e-3
+                assert abs(found[chosen] - wanted[chosen]) < 1e-3
+                ids = [*ids, chosen]
