@@ -88,6 +88,31 @@ def test_merges_that_no_score_can_order_are_refused():
         read_tokenizer(made, 600, [])
 
 
+def test_runs_of_one_character_may_alternate_as_in_gemma():
+    """Gemma's merges of line breaks, spaces and tabs stand before all others, sorted by the length of the left part."""
+    made = zoo.tokenizer("sentencepiece-bare")
+    data = json.loads(made.backend_tokenizer.to_str())
+    vocabulary, merges = data["model"]["vocab"], data["model"]["merges"]
+    runs = [c * n for c in "~^" for n in range(1, 6)]
+    vocabulary |= {run: len(vocabulary) + i for i, run in enumerate(r for r in runs if r not in vocabulary)}
+    pairs = [[c * left, c * right] for left in (4, 3, 2, 1) for right in (3, 2, 1) if left + right < 6 for c in "~^"]
+    data["model"]["merges"] = [*pairs, *(pair for pair in merges if pair not in pairs)]
+    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(data)))
+    fields = read_tokenizer(made, 800, [])
+    scores = dict(zip(fields.tokens, fields.scores, strict=True))
+    assert scores["~~~~~"] > scores["~~~~"] > scores["~~~"] > scores["~~"]
+
+
+def test_spaces_that_llama_cpp_adds_are_noted():
+    made = zoo.tokenizer("sentencepiece")
+    assert read_tokenizer(made, 600, []).note is None
+    made.backend_tokenizer.normalizer = None
+    made.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    fields = read_tokenizer(made, 600, [])
+    assert fields.flags["add_space_prefix"]
+    assert "llama.cpp puts a space before every text" in fields.note
+
+
 def test_tokenizers_that_llama_cpp_does_not_have_are_refused(tmp_path):
     words = AutoTokenizer.from_pretrained(save_llama(tmp_path / "words"))
     with pytest.raises(ValueError, match="WordLevel model: GGUF files are written for BPE"):

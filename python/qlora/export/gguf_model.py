@@ -90,7 +90,7 @@ def export_gguf(
     note = _write_keys(writer, config, architecture, _name(folder, fields), tensor_type)
     fields.write(writer)
     size = write_gguf(output, writer, tensors, on_progress)
-    return Exported(output, size, len(tensors), [note] if note else [])
+    return Exported(output, size, len(tensors), [text for text in (note, fields.note) if text])
 
 
 def _weights(

@@ -46,6 +46,7 @@ class GgufTokenizer:
     flags: dict[str, bool] = field(default_factory=dict)  # add_bos_token, add_eos_token, add_space_prefix
     chat_template: Any = None  # a string, or a list of {"name", "template"}
     strips_after_special: bool = False  # special tokens swallow the spaces that follow them, as in Phi-3
+    note: str | None = None  # texts that llama.cpp splits differently
 
     def write(self, writer: Any) -> None:
         """Adds the fields to a GGUFWriter."""
@@ -129,6 +130,11 @@ def read_tokenizer(tokenizer: Any, rows: int, end_ids: list[int], pre: str | Non
         _check_bytes(model["vocab"])
         fields.scores = _scores(tokens, types, merges)
         fields.flags["add_space_prefix"] = "prefix" in steps
+        if "metaspace" in steps:
+            fields.note = (
+                "llama.cpp puts a space before every text after a special token; this tokenizer does so only where the"
+                " text has none (and some only at the beginning): spaces there can become other tokens"
+            )
     else:
         fields.merges = [" ".join(pair) for pair in merges]
     return fields
@@ -145,7 +151,7 @@ def _steps(data: dict[str, Any]) -> list[str]:
             if (kind == "Prepend" and item["prepend"] == _SPACE) or (
                 kind == "Metaspace" and item.get("prepend_scheme", "always") != "never"
             ):
-                steps.append("prefix")
+                steps += ["prefix"] if kind == "Prepend" else ["prefix", "metaspace"]
             elif kind == "Digits" and item.get("individual_digits"):
                 steps.append("digits")
             elif kind == "ByteLevel":
@@ -195,18 +201,22 @@ def _tokens(
 
 
 def _scores(tokens: list[str], types: list[int], merges: list[tuple[str, ...]]) -> list[float]:
-    """The score of each token: the negative rank of its merges, and less than all of them for a token without one."""
+    """The score of each token: the negative rank of its first merge, and less than all of them for a token without one.
+
+    The merges that make a token must follow each other, or the order needs more than one score for it. The exception
+    are runs of one character (Gemma's line breaks and spaces): their merges alternate by length, the longest first, and
+    with either order a run grows from its left end.
+    """
     rank: dict[str, int] = {}
     last = None
     for pair in merges:
         result = "".join(pair)
-        if result in rank and result != last:
+        if result in rank and result != last and len(set(result)) > 1:
             raise ValueError(
                 f"the tokenizer merges into '{result}' at two places of its order: it does not come from SentencePiece,"
                 " and llama.cpp would split text differently"
             )
-        if result != last:
-            rank[result] = len(rank)
+        rank.setdefault(result, len(rank))
         last = result
     lowest = -float(len(rank))
     return [
