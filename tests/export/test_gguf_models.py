@@ -160,6 +160,20 @@ def test_what_else_an_adapter_trains_is_merged_too(tmp_path, options):
         assert difference(loaded(tmp_path, **reading)(ids).logits, model(ids).logits) < 1e-5
 
 
+def test_trained_modules_of_a_16_bit_base_keep_float32(tmp_path):
+    folder = zoo.save("llama", tmp_path / "model")
+    loaded(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    zoo.save_adapter(folder, tmp_path / "adapter", modules_to_save=["norm"])
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    trained = {key: torch.randn_like(value) if "norm" in key else value for key, value in load_file(path).items()}
+    save_file(trained, path)
+    export_gguf(folder, tmp_path / "m.gguf", adapter=tmp_path / "adapter", tensor_type="f32")
+    found = torch.from_numpy(tensors_of(tmp_path / "m.gguf")["output_norm.weight"].copy())
+    assert torch.equal(found, trained["base_model.model.model.norm.weight"])
+
+
 def test_a_head_that_an_adapter_unties_is_written(tmp_path):
     folder = zoo.save("qwen2", tmp_path / "model")
     zoo.save_adapter(folder, tmp_path / "adapter", target_modules=["q_proj", "lm_head"])

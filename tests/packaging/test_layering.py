@@ -140,7 +140,17 @@ def python(code):
     return result.stdout.strip()
 
 
-HEAVY = ("transformers", "peft", "accelerate", "safetensors", "rich", "matplotlib", "huggingface_hub", "bitsandbytes")
+HEAVY = (
+    "transformers",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "rich",
+    "matplotlib",
+    "huggingface_hub",
+    "bitsandbytes",
+    "gguf",
+)
 
 
 def test_import_needs_only_torch():

@@ -1,5 +1,6 @@
 """export_gguf: writes a whole model, with its adapter merged, as one GGUF file for llama.cpp, Ollama and others."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qlora.adapters.files import CONFIG_FILE
 from qlora.export.gguf_architectures import (
     Architecture,
     architecture_of,
@@ -103,8 +105,17 @@ def _weights(
     if adapter is None:
         loaded, _ = load_quantized(folder, dtype, device=device, progress=False)
         return model_weights(loaded)
-    loaded, _ = load_for_inference(folder, adapter, dtype, device)
+    # Copies of whole modules and biases are trained in float32; the model's dtype would round them.
+    loaded, _ = load_for_inference(folder, adapter, torch.float32 if _trains_dense(Path(adapter)) else dtype, device)
     return model_weights(loaded.unload() if base_only else loaded)
+
+
+def _trains_dense(adapter: Path) -> bool:
+    """Whether an adapter has trained tensors of the base."""
+    path = adapter / CONFIG_FILE
+    options = json.loads(path.read_text()) if path.exists() else {}
+    dense = ("modules_to_save", "trainable_token_indices")
+    return options.get("bias", "none") != "none" or any(options.get(key) for key in dense)
 
 
 def gguf_tensors(

@@ -96,9 +96,9 @@ def _encoded(tensor: GgufTensor) -> Any:
     value = tensor.read().detach().to("cpu", torch.float32).contiguous()
     if tuple(value.shape) != tensor.shape:
         raise ValueError(f"{tensor.name} has shape {tuple(value.shape)}: the file announces {tensor.shape}")
-    largest = value.abs().max().item() if value.numel() else 0.0
+    largest = max(value.max().item(), -value.min().item()) if value.numel() else 0.0  # abs() would need a copy
     limit = _FLOAT16_MAX if tensor.type == "f16" else float("inf")
-    if not largest < float("inf") or largest > limit:  # nan compares false
+    if not largest <= limit or largest == float("inf"):  # nan compares false
         raise ValueError(
             f"{tensor.name} has the value {largest:.4g}, which a tensor of type {tensor.type} cannot hold: "
             + ("use --type bf16 or f32" if largest > limit and largest < float("inf") else "the weights are broken")
