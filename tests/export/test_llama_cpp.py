@@ -141,6 +141,24 @@ def test_a_chat_ends_where_the_model_ends_it(tmp_path):
     assert re.fullmatch(r"<\|user\|>What is a storm\?<\|end\|><\|assistant\|>", wanted)
 
 
+def test_special_tokens_that_strip_the_spaces_after_them(tmp_path):
+    """As in Phi-3: llama.cpp knows it by the model's name alone."""
+    from tokenizers import AddedToken
+    from transformers import PreTrainedTokenizerFast
+
+    folder = zoo.save("phi3", tmp_path / "model", rows_without_token=8)
+    core = zoo.sentencepiece(prefix=True)
+    core.add_special_tokens(["<|endoftext|>"])
+    stripping = ["</s>", "<|user|>", "<|assistant|>", "<|end|>"]
+    core.add_special_tokens([AddedToken(token, rstrip=True, normalized=False) for token in stripping])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(folder)
+    export_gguf(folder, tmp_path / "m.gguf")
+    text = "<|user|>\nHi there<|end|>\n<|assistant|>\n"
+    with LlamaCpp(tmp_path / "m.gguf") as runtime:
+        assert runtime.tokens(text, special=False) == AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+
+
 SMOLLM2 = cache_folder() / "SmolLM2-135M-Instruct"
 
 
