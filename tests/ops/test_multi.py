@@ -32,10 +32,14 @@ def make(m, n, k, adapters=4, r=3, dtype=torch.float32, runs=False):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("r", "runs", "lora_dtype"), [(3, False, "float32"), (17, True, "that of x")])
-def test_forward_and_gradients(device, r, runs, lora_dtype, dtype, shape):
+@pytest.mark.parametrize(
+    ("r", "runs", "lora_dtype", "adapters"),
+    # on tiles few adapters are steps of the product, and many are grouped
+    [(3, False, "float32", 4), (17, True, "that of x", 2), (5, False, "that of x", 13)],
+)
+def test_forward_and_gradients(device, r, runs, lora_dtype, adapters, dtype, shape):
     m, n, k = shape
-    x, weight, dense, (a, b, s, of_row) = make(m, n, k, r=r, dtype=dtype, runs=runs)
+    x, weight, dense, (a, b, s, of_row) = make(m, n, k, adapters, r=r, dtype=dtype, runs=runs)
     if lora_dtype != "float32":
         a, b = a.to(dtype), b.to(dtype)
     bias, grad = torch.randn(n), torch.randn(m, n).to(dtype)
@@ -56,6 +60,14 @@ def test_forward_and_gradients(device, r, runs, lora_dtype, dtype, shape):
         answer_a, answer_b = oracle.factor_gradients(device, *mine, largest)
         assert_within(a_.grad[i], *answer_a)
         assert_within(b_.grad[i], *answer_b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_tokens_are_computed_in_slices(device, dtype):
+    x, weight, dense, (a, b, s, of_row) = make(2100, 24, 64, adapters=13, dtype=dtype)
+    bias = torch.randn(24)
+    y = ops.forward_multi(x, *weight, a, b, s, of_row, bias)
+    assert_within(y, *oracle.forward_multi(device, x, dense, a, b, s, of_row, bias))
 
 
 @pytest.mark.parametrize("m", [1, 8, 9, 60])

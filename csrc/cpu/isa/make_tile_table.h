@@ -8,9 +8,10 @@
 namespace qlora::cpu {
 namespace {
 
-constexpr TileKernels make_tile_kernels(int64_t gemv_tokens) {
+constexpr TileKernels make_tile_kernels(int64_t gemv_tokens, int64_t grouped_adapters) {
   TileKernels t{};
   t.gemv_tokens = gemv_tokens;
+  t.grouped_adapters = grouped_adapters;
   t.pack_factor = pack_factor;
   t.forward_tokens = forward_tokens;
   t.forward_tokens_scratch = forward_tokens_scratch;

@@ -81,8 +81,8 @@ struct Term {
   Operand operand;
   const float* columns = nullptr;  // the layout of PackParams::out
   int64_t steps = 0;
-  // The product is added to columns [begin, end), and to others in the same vectors. So it must be zero for those, unless
-  // nobody reads them. `columns` begins at column `first_column`, a multiple of the tile width.
+  // The product is added to columns [begin, end), and to others in the same vectors. So it must be zero for those,
+  // unless nobody reads them. `columns` begins at column `first_column`, a multiple of the tile width.
   int64_t begin = 0, end = INT64_MAX, first_column = 0;
 };
 
@@ -100,7 +100,7 @@ struct GemmParams {
   void* out = nullptr;
   DType out_dtype = DType::kFloat32;
   int64_t out_ld = 0;
-  bool rows_are_major = false;  // true: out[row * out_ld + col]; false: out[col * out_ld + row]
+  bool rows_are_major = false;          // true: out[row * out_ld + col]; false: out[col * out_ld + row]
   const int64_t* out_col_of = nullptr;  // where each column goes in `out` unless rows_are_major; null: its own number
 };
 

@@ -113,7 +113,7 @@ void pack_low_rank_row(const ForwardTilesParams& p, int64_t row, uint8_t* out) {
     }
 }
 
-// Stores the results of up to 32 rows and 16 tokens: transposes them, adds the bias and rounds.
+// Stores the results of up to 32 rows and 16 tokens: transposes them, adds bias and addend, and rounds.
 void store_transposed(const ForwardTilesParams& p, const float* c, int64_t c_pitch, int64_t row0, int64_t token0) {
   __m512i low[16], high[16];
   const int64_t rows = p.weight.n - row0, tokens = min_i64(kTile, p.m - token0);
@@ -129,9 +129,15 @@ void store_transposed(const ForwardTilesParams& p, const float* c, int64_t c_pit
     if (rows > kTile) bias_high = load_floats(p.bias, p.bias_dtype, row0 + kTile, rows - kTile);
   }
   auto* y = static_cast<uint16_t*>(p.y) + token0 * p.weight.n + row0;
+  const float* addend = p.addend != nullptr ? p.addend + token0 * p.weight.n + row0 : nullptr;
   for (int64_t t = 0; t < tokens; ++t, y += p.weight.n) {
-    const __m512 a = _mm512_add_ps(_mm512_castsi512_ps(low[t]), bias_low);
-    const __m512 b = rows > kTile ? _mm512_add_ps(_mm512_castsi512_ps(high[t]), bias_high) : _mm512_setzero_ps();
+    __m512 a = _mm512_add_ps(_mm512_castsi512_ps(low[t]), bias_low);
+    __m512 b = rows > kTile ? _mm512_add_ps(_mm512_castsi512_ps(high[t]), bias_high) : _mm512_setzero_ps();
+    if (addend != nullptr) {
+      a = _mm512_add_ps(a, load_floats(addend, DType::kFloat32, t * p.weight.n, rows));
+      if (rows > kTile)
+        b = _mm512_add_ps(b, load_floats(addend, DType::kFloat32, t * p.weight.n + kTile, rows - kTile));
+    }
     _mm512_mask_storeu_epi16(y, mask32(rows), round16(a, b));
   }
 }

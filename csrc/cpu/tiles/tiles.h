@@ -101,7 +101,8 @@ struct ForwardTilesParams {
   TileAdapters adapters;
   const void* bias;  // [n] or null
   DType bias_dtype;
-  void* y;  // bfloat16
+  const float* addend;  // [m, n] or null; added before y is rounded
+  void* y;              // bfloat16
 };
 
 // Packs the tokens of the backward product into row tiles, [tiles_of(m)][token_steps]. The low-rank steps hold
@@ -156,6 +157,9 @@ struct PackTokenFactorParams {
 
 struct TileKernels {
   int64_t gemv_tokens;  // up to this many tokens `gemv` runs instead, because they fill too little of a tile of 16
+  // From this many adapters in a batch on, a low-rank term in float32 for each adapter's own tokens is faster than
+  // steps on tiles for all tokens.
+  int64_t grouped_adapters;
   void (*pack_factor)(const PackFactorParams&, int64_t begin, int64_t end);
   void (*forward_tokens)(const ForwardTokensParams&, int64_t begin, int64_t end, float* scratch);
   int64_t (*forward_tokens_scratch)(const ForwardTokensParams&);  // floats

@@ -30,7 +30,13 @@ inline Columns pack(const cpu::KernelTable& kernels, const Matrix& m, StepsAre s
   const int64_t count = list != nullptr ? list->count : m.rows;
   const int64_t cols = rows ? m.cols : count, steps = rows ? count : m.cols;
   Tensor storage = empty_cpu({kernels.packed_floats(cols, steps)}, ScalarType::Float);
-  const cpu::PackParams p{m.data, m.dtype, m.cols, rows, cols, steps, storage.mutable_data_ptr<float>(),
+  const cpu::PackParams p{m.data,
+                          m.dtype,
+                          m.cols,
+                          rows,
+                          cols,
+                          steps,
+                          storage.mutable_data_ptr<float>(),
                           list != nullptr ? list->numbers : nullptr};
   parallel(ceil_div(cols, kernels.tile_cols), 1, [&](int64_t begin, int64_t end) { kernels.pack(p, begin, end); });
   return {storage, p.out};
@@ -110,29 +116,28 @@ struct GemmAdapterTerm {
   int64_t begin = 0;
 };
 
-// out [tokens, rows] = base · x + sum of the low-rank terms + bias, all in one accumulator. With `order`, column i of x
-// and of the terms is token order[i].
-inline Tensor sum_of_terms(const cpu::KernelTable& kernels, Operands form, int64_t rows, const cpu::Operand& base,
-                           const Columns& x, int64_t steps, const std::vector<GemmAdapterTerm>& adapter_terms,
-                           const Tensor& like, const Matrix* bias = nullptr, const int64_t* order = nullptr) {
-  std::vector<cpu::Term> terms{{base, x.data, steps}};
+// out [tokens, rows] = the first term, if any, + sum of the low-rank terms + bias, all in one accumulator. With
+// `order`, column i of the terms is token order[i].
+inline void sum_into(const cpu::KernelTable& kernels, Operands form, int64_t rows, int64_t tokens,
+                     const cpu::Term* first_term, const std::vector<GemmAdapterTerm>& adapter_terms, const Matrix* bias,
+                     const int64_t* order, void* out, DType out_dtype) {
+  std::vector<cpu::Term> terms;
+  if (first_term != nullptr) terms.push_back(*first_term);
   std::vector<Columns> packed;  // keeps the columns alive
   for (const GemmAdapterTerm& t : adapter_terms) {
     packed.push_back(t.packed.data != nullptr ? t.packed : pack(kernels, *t.activation, StepsAre::kColumns));
     const int64_t first = t.begin / kernels.tile_cols * kernels.tile_cols;
-    terms.push_back({dense(*t.matrix), packed.back().data, t.activation->cols, t.begin, first + t.activation->rows,
-                     first});
+    terms.push_back(
+        {dense(*t.matrix), packed.back().data, t.activation->cols, t.begin, first + t.activation->rows, first});
   }
-  const Tensor out = on_huge_pages(empty_with_last_dim(like, rows, like.scalar_type()));
   cpu::GemmParams p;
   p.terms = terms.data();
   p.term_count = static_cast<int64_t>(terms.size());
   p.transposed = form == Operands::kTransposed;
   p.rows = rows;
-  p.cols = 1;
-  for (int64_t d = 0; d + 1 < like.dim(); ++d) p.cols *= like.size(d);
-  p.out = out.mutable_data_ptr();
-  p.out_dtype = float_dtype(like.scalar_type(), "x");
+  p.cols = tokens;
+  p.out = out;
+  p.out_dtype = out_dtype;
   p.out_ld = rows;
   p.out_col_of = order;
   if (bias != nullptr) {
@@ -140,6 +145,18 @@ inline Tensor sum_of_terms(const cpu::KernelTable& kernels, Operands form, int64
     p.bias_dtype = bias->dtype;
   }
   run(kernels, p);
+}
+
+// The same for a base product base · x, as a new tensor with the leading dimensions and dtype of `like`.
+inline Tensor sum_of_terms(const cpu::KernelTable& kernels, Operands form, int64_t rows, const cpu::Operand& base,
+                           const Columns& x, int64_t steps, const std::vector<GemmAdapterTerm>& adapter_terms,
+                           const Tensor& like, const Matrix* bias = nullptr, const int64_t* order = nullptr) {
+  const Tensor out = on_huge_pages(empty_with_last_dim(like, rows, like.scalar_type()));
+  const cpu::Term first{base, x.data, steps};
+  int64_t tokens = 1;
+  for (int64_t d = 0; d + 1 < like.dim(); ++d) tokens *= like.size(d);
+  sum_into(kernels, form, rows, tokens, &first, adapter_terms, bias, order, out.mutable_data_ptr(),
+           float_dtype(like.scalar_type(), "x"));
   return out;
 }
 

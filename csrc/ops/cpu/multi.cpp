@@ -30,10 +30,10 @@ class TokenGroups {
     int64_t adapter, begin, count;
   };
 
-  explicit TokenGroups(const Adapters& adapters) {
-    const int64_t tokens = adapters.adapter_of_row.numel();
+  // `tokens` rows from row `first` on; the groups count from there.
+  TokenGroups(const Adapters& adapters, int64_t first, int64_t tokens) {
     std::vector<int64_t> next(static_cast<size_t>(adapters.count + 1));  // of the base, then of each adapter
-    const auto kind = [&](int64_t t) { return static_cast<size_t>(adapters.of_row[t] + 1); };
+    const auto kind = [&](int64_t t) { return static_cast<size_t>(adapters.of_row[first + t] + 1); };
     for (int64_t t = 0; t < tokens; ++t) ++next[kind(t)];
     int64_t begin = 0;
     for (int64_t i = -1; i < adapters.count; ++i) {
@@ -106,9 +106,8 @@ class AdapterTerms {
   AdapterTerms(const cpu::KernelTable& kernels, const TokenGroups& groups)
       : kernels_(kernels), groups_(groups.all()), owned_(groups.all().size()) {}
 
-  // Sets the term of a group for `matrix`. Its activations are scale * (down · tokens)ᵀ, and are returned as [count, r].
-  // `tokens` are all tokens, in the order of the groups.
-  // Different groups may be set by different threads.
+  // Sets the term of a group for `matrix`. Its activations are scale * (down · tokens)ᵀ, and are returned as [count,
+  // r]. `tokens` are all tokens, in the order of the groups. Different groups may be set by different threads.
   Matrix set(size_t index, Matrix matrix, const Matrix& down, Operands form, const Columns& tokens, float scale) {
     const TokenGroups::Group& group = groups_[index];
     Owned& owned = owned_[index];
@@ -172,23 +171,51 @@ Tensor forward_gemv(const Call& c, bool with_words, const std::optional<Matrix>&
   return run_gemv(c.kernels, c.w, c.tokens, floats, &term, bias, c.like);
 }
 
-Tensor forward_tiles(const Call& c, const cpu::TileKernels& tiles, const std::optional<Matrix>& bias) {
-  std::optional<TileAdapterTerm> term;
-  if (!c.in_use.empty())
-    term = TileAdapterTerm{factor_of_a(c.adapters.a, c.adapters.r), c.adapters.b.data, c.w.n * c.adapters.r,
-                           adapters_of_tiles(c.adapters, c.in_use)};
-  return run_forward_tiles(tiles, c.w, c.tokens, term, std::nullopt, bias, c.like);
-}
-
-Tensor forward_gemm(const Call& c, const std::optional<Matrix>& bias) {
-  const TokenGroups groups(c.adapters);
-  const RowList order = groups.order();
-  const Columns columns = pack(c.kernels, c.tokens, StepsAre::kColumns, &order);
-  AdapterTerms terms(c.kernels, groups);
+// Sets the low-rank terms of all groups for the factors of a forward product. `columns` are all tokens, in the order of
+// the groups.
+void set_forward_terms(const Call& c, const TokenGroups& groups, const Columns& columns, AdapterTerms& terms) {
   for_each_group(groups, [&](size_t index, const TokenGroups::Group& group) {
     const int64_t i = group.adapter;
     terms.set(index, c.adapters.b_of(i), c.adapters.a_of(i), Operands::kAsStored, columns, c.adapters.scale[i]);
   });
+}
+
+Tensor forward_tiles(const Call& c, const cpu::TileKernels& tiles, const std::optional<Matrix>& bias) {
+  if (static_cast<int64_t>(c.in_use.size()) < tiles.grouped_adapters) {
+    std::optional<TileAdapterTerm> term;
+    if (!c.in_use.empty())
+      term = TileAdapterTerm{factor_of_a(c.adapters.a, c.adapters.r), c.adapters.b.data, c.w.n * c.adapters.r,
+                             adapters_of_tiles(c.adapters, c.in_use)};
+    return run_forward_tiles(tiles, c.w, c.tokens, term, std::nullopt, bias, c.like);
+  }
+  // As steps of the tiles, each adapter would be multiplied with all tokens. So the low-rank terms are computed for
+  // groups of tokens, in float32, and added before the result is rounded; some tokens at a time, to bound the memory.
+  constexpr int64_t kSlice = 1024;
+  const Tensor y = on_huge_pages(empty_with_last_dim(c.like, c.w.n, c.like.scalar_type()));
+  const Tensor low_rank = empty_cpu({std::min(kSlice, c.tokens.rows), c.w.n}, ScalarType::Float);
+  const auto* x = static_cast<const uint16_t*>(c.tokens.data);
+  auto* out = static_cast<uint16_t*>(y.mutable_data_ptr());
+  for (int64_t first = 0; first < c.tokens.rows && c.w.n > 0; first += kSlice) {
+    const int64_t count = std::min(kSlice, c.tokens.rows - first);
+    const Matrix slice{c.tokens.tensor, x + first * c.w.k, c.tokens.dtype, count, c.w.k};
+    const TokenGroups groups(c.adapters, first, count);
+    const RowList order = groups.order();
+    AdapterTerms terms(c.kernels, groups);
+    set_forward_terms(c, groups, pack(c.kernels, slice, StepsAre::kColumns, &order), terms);
+    sum_into(c.kernels, Operands::kAsStored, c.w.n, count, nullptr, terms.get(), nullptr, order.numbers,
+             low_rank.mutable_data_ptr(), DType::kFloat32);
+    run_forward_tiles_into(tiles, c.w, slice, std::nullopt, std::nullopt, bias, low_rank.const_data_ptr<float>(),
+                           out + first * c.w.n);
+  }
+  return y;
+}
+
+Tensor forward_gemm(const Call& c, const std::optional<Matrix>& bias) {
+  const TokenGroups groups(c.adapters, 0, c.tokens.rows);
+  const RowList order = groups.order();
+  const Columns columns = pack(c.kernels, c.tokens, StepsAre::kColumns, &order);
+  AdapterTerms terms(c.kernels, groups);
+  set_forward_terms(c, groups, columns, terms);
   return sum_of_terms(c.kernels, Operands::kAsStored, c.w.n, quantized(c.w), columns, c.w.k, terms.get(), c.like,
                       bias ? &*bias : nullptr, order.numbers);
 }
@@ -253,7 +280,7 @@ Gradients backward_tiles(const Call& c, const cpu::TileKernels& tiles, const Mat
 
 Gradients backward_gemm(const Call& c, const Matrix& dy, const Needs& needs) {
   Gradients d;
-  const TokenGroups groups(c.adapters);
+  const TokenGroups groups(c.adapters, 0, c.tokens.rows);
   const RowList order = groups.order();
   Columns dy_columns, x_columns;
   if (needs.x || needs.lora) dy_columns = pack(c.kernels, dy, StepsAre::kColumns, &order);
@@ -269,9 +296,9 @@ Gradients backward_gemm(const Call& c, const Matrix& dy, const Needs& needs) {
     const Matrix dy_down =
         terms.set(index, c.adapters.a_of(i), c.adapters.b_of(i), Operands::kTransposed, dy_columns, scale);
     if (!needs.lora) return;
-    const Matrix x_down = last_rows(low_rank_down(c.kernels, c.adapters.a_of(i), Operands::kAsStored, x_columns,
-                                                  group.count, scale, group.begin),
-                                    group.count);
+    const Matrix x_down = last_rows(
+        low_rank_down(c.kernels, c.adapters.a_of(i), Operands::kAsStored, x_columns, group.count, scale, group.begin),
+        group.count);
     const Columns x_by_token = pack(c.kernels, c.tokens, StepsAre::kRows, &rows);
     const Columns dy_by_token = pack(c.kernels, dy, StepsAre::kRows, &rows);
     const ScalarType dtype = d.lora_a.scalar_type();
@@ -281,8 +308,8 @@ Gradients backward_gemm(const Call& c, const Matrix& dy, const Needs& needs) {
   };
   if (needs.x || needs.lora) for_each_group(groups, run_group);
   if (needs.x)
-    d.x = sum_of_terms(c.kernels, Operands::kTransposed, c.w.k, quantized(c.w), dy_columns, c.w.n, terms.get(),
-                       c.like, nullptr, order.numbers);
+    d.x = sum_of_terms(c.kernels, Operands::kTransposed, c.w.k, quantized(c.w), dy_columns, c.w.n, terms.get(), c.like,
+                       nullptr, order.numbers);
   if (needs.bias) d.bias = bias_grad(c.kernels, pack(c.kernels, dy, StepsAre::kRows), dy.rows, c.w.n);
   return d;
 }

@@ -50,11 +50,10 @@ inline Tensor pack_factor(const cpu::TileKernels& kernels, const cpu::TileFactor
   return packed;
 }
 
-inline Tensor run_forward_tiles(const cpu::TileKernels& kernels, const WeightView& w, const Matrix& tokens,
-                                const std::optional<TileAdapterTerm>& lora, const std::optional<Matrix>& dropped,
-                                const std::optional<Matrix>& bias, const Tensor& like) {
-  const Tensor y = on_huge_pages(empty_with_last_dim(like, w.n, like.scalar_type()));
-  if (y.numel() == 0) return y;
+// y [m, n] bfloat16 = tokens Wᵀ + low-rank term + bias + addend [m, n], which may be null.
+inline void run_forward_tiles_into(const cpu::TileKernels& kernels, const WeightView& w, const Matrix& tokens,
+                                   const std::optional<TileAdapterTerm>& lora, const std::optional<Matrix>& dropped,
+                                   const std::optional<Matrix>& bias, const float* addend, void* y) {
   const bool by_nibble = cpu::unpacks_by_nibble(w);
   cpu::ForwardTokensParams t{};
   t.x = tokens.data;
@@ -91,10 +90,18 @@ inline Tensor run_forward_tiles(const cpu::TileKernels& kernels, const WeightVie
     p.bias = bias->data;
     p.bias_dtype = bias->dtype;
   }
-  p.y = y.mutable_data_ptr();
+  p.addend = addend;
+  p.y = y;
   parallel(kernels.forward_items(p), 1, [&](int64_t begin, int64_t end) {
     kernels.forward(p, begin, end, thread_scratch(kernels.forward_scratch(p)));
   });
+}
+
+inline Tensor run_forward_tiles(const cpu::TileKernels& kernels, const WeightView& w, const Matrix& tokens,
+                                const std::optional<TileAdapterTerm>& lora, const std::optional<Matrix>& dropped,
+                                const std::optional<Matrix>& bias, const Tensor& like) {
+  const Tensor y = on_huge_pages(empty_with_last_dim(like, w.n, like.scalar_type()));
+  if (y.numel() != 0) run_forward_tiles_into(kernels, w, tokens, lora, dropped, bias, nullptr, y.mutable_data_ptr());
   return y;
 }
 
