@@ -82,7 +82,7 @@ def test_one_adapter_for_all_rows_is_the_single_adapter_operator(device, m):
 @pytest.mark.parametrize("m", [9, 60, 200])
 @pytest.mark.parametrize("isa", _C.runnable_isas())
 def test_a_row_is_what_it_is_with_one_adapter_for_all(isa, m, monkeypatch):
-    """Whichever rows stand beside it, and wherever its group begins in a tile."""
+    """Whichever rows stand beside it, and wherever its group begins in a tile; groups have more than two rows."""
     monkeypatch.setenv("QLORA_CPU_ISA", isa)
     x, weight, _, (a, b, s, of_row) = make(m, 40, 96)
     x.requires_grad_()

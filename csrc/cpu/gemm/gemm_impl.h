@@ -125,6 +125,11 @@ void store_block(const GemmParams& p, int64_t row0, int64_t rows, int64_t col0, 
   for (int64_t j = 0; j < cols; ++j) {
     const int64_t col = p.out_col_of != nullptr ? p.out_col_of[col0 + j] : col0 + j;
     T* line = out + col * p.out_ld + row0;
+    if (p.addend != nullptr) {
+      const float* addend = p.addend + col * p.rows + row0;
+      for (int64_t i = 0; i < rows; ++i) assign(line[i], c[i * c_ld + j] * p.scale + bias[i] + addend[i]);
+      continue;
+    }
     for (int64_t i = 0; i < rows; ++i) assign(line[i], c[i * c_ld + j] * p.scale + bias[i]);
   }
 }

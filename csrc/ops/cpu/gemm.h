@@ -120,7 +120,7 @@ struct GemmAdapterTerm {
 // `order`, column i of the terms is token order[i].
 inline void sum_into(const cpu::KernelTable& kernels, Operands form, int64_t rows, int64_t tokens,
                      const cpu::Term* first_term, const std::vector<GemmAdapterTerm>& adapter_terms, const Matrix* bias,
-                     const int64_t* order, void* out, DType out_dtype) {
+                     const int64_t* order, void* out, DType out_dtype, const float* addend = nullptr) {
   std::vector<cpu::Term> terms;
   if (first_term != nullptr) terms.push_back(*first_term);
   std::vector<Columns> packed;  // keeps the columns alive
@@ -140,6 +140,7 @@ inline void sum_into(const cpu::KernelTable& kernels, Operands form, int64_t row
   p.out_dtype = out_dtype;
   p.out_ld = rows;
   p.out_col_of = order;
+  p.addend = addend;
   if (bias != nullptr) {
     p.bias = bias->data;
     p.bias_dtype = bias->dtype;
@@ -150,13 +151,14 @@ inline void sum_into(const cpu::KernelTable& kernels, Operands form, int64_t row
 // The same for a base product base · x, as a new tensor with the leading dimensions and dtype of `like`.
 inline Tensor sum_of_terms(const cpu::KernelTable& kernels, Operands form, int64_t rows, const cpu::Operand& base,
                            const Columns& x, int64_t steps, const std::vector<GemmAdapterTerm>& adapter_terms,
-                           const Tensor& like, const Matrix* bias = nullptr, const int64_t* order = nullptr) {
+                           const Tensor& like, const Matrix* bias = nullptr, const int64_t* order = nullptr,
+                           const float* addend = nullptr) {
   const Tensor out = on_huge_pages(empty_with_last_dim(like, rows, like.scalar_type()));
   const cpu::Term first{base, x.data, steps};
   int64_t tokens = 1;
   for (int64_t d = 0; d + 1 < like.dim(); ++d) tokens *= like.size(d);
   sum_into(kernels, form, rows, tokens, &first, adapter_terms, bias, order, out.mutable_data_ptr(),
-           float_dtype(like.scalar_type(), "x"));
+           float_dtype(like.scalar_type(), "x"), addend);
   return out;
 }
 

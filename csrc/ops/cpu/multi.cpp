@@ -180,6 +180,38 @@ void set_forward_terms(const Call& c, const TokenGroups& groups, const Columns& 
   });
 }
 
+// Whether the low-rank terms are computed by dot products for each token. With few tokens of each adapter most of a
+// group's vector would be empty. With one token of each of 16 adapters this takes 0.6 to 0.7 of the time, with four
+// 1.05 to 1.1 (Zen 5; 576 x 576 and 4096 x 4096).
+bool has_small_groups(const TokenGroups& groups, int64_t tokens) {
+  constexpr int64_t kTokensOfGroup = 2;
+  const auto count = static_cast<int64_t>(groups.all().size());
+  return count > 1 && tokens <= kTokensOfGroup * count;
+}
+
+// The low-rank terms of some tokens, float32 [tokens, n], by dot products; zeros for tokens of the base.
+Tensor low_rank_by_token(const Call& c, const Matrix& tokens, int64_t first) {
+  const TokenFloats floats(c.kernels, tokens, false);
+  const int64_t n = c.w.n, r = c.adapters.r;
+  const Tensor out = empty_cpu({tokens.rows, n}, ScalarType::Float),
+               x_down = empty_cpu({tokens.rows, r}, ScalarType::Float);
+  float *y = out.mutable_data_ptr<float>(), *down = x_down.mutable_data_ptr<float>();
+  parallel(tokens.rows, rows_per_task(r * (c.w.k + n)), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t adapter = c.adapters.of_row[first + t];
+      if (adapter < 0) {
+        std::fill_n(y + t * n, n, 0.0f);
+        continue;
+      }
+      const Matrix a = c.adapters.a_of(adapter), b = c.adapters.b_of(adapter);
+      c.kernels.dot({a.data, a.dtype, r, c.w.k, floats.plain + t * c.w.k, 1, c.adapters.scale[adapter], down + t * r},
+                    0, r);
+      c.kernels.dot({b.data, b.dtype, n, r, down + t * r, 1, 1.0f, y + t * n}, 0, n);
+    }
+  });
+  return out;
+}
+
 Tensor forward_tiles(const Call& c, const cpu::TileKernels& tiles, const std::optional<Matrix>& bias) {
   if (static_cast<int64_t>(c.in_use.size()) < tiles.grouped_adapters) {
     std::optional<TileAdapterTerm> term;
@@ -192,18 +224,23 @@ Tensor forward_tiles(const Call& c, const cpu::TileKernels& tiles, const std::op
   // groups of tokens, in float32, and added before the result is rounded; some tokens at a time, to bound the memory.
   constexpr int64_t kSlice = 1024;
   const Tensor y = on_huge_pages(empty_with_last_dim(c.like, c.w.n, c.like.scalar_type()));
-  const Tensor low_rank = empty_cpu({std::min(kSlice, c.tokens.rows), c.w.n}, ScalarType::Float);
   const auto* x = static_cast<const uint16_t*>(c.tokens.data);
   auto* out = static_cast<uint16_t*>(y.mutable_data_ptr());
   for (int64_t first = 0; first < c.tokens.rows && c.w.n > 0; first += kSlice) {
     const int64_t count = std::min(kSlice, c.tokens.rows - first);
     const Matrix slice{c.tokens.tensor, x + first * c.w.k, c.tokens.dtype, count, c.w.k};
     const TokenGroups groups(c.adapters, first, count);
-    const RowList order = groups.order();
-    AdapterTerms terms(c.kernels, groups);
-    set_forward_terms(c, groups, pack(c.kernels, slice, StepsAre::kColumns, &order), terms);
-    sum_into(c.kernels, Operands::kAsStored, c.w.n, count, nullptr, terms.get(), nullptr, order.numbers,
-             low_rank.mutable_data_ptr(), DType::kFloat32);
+    Tensor low_rank = nothing();
+    if (has_small_groups(groups, count)) {
+      low_rank = low_rank_by_token(c, slice, first);
+    } else {
+      const RowList order = groups.order();
+      AdapterTerms terms(c.kernels, groups);
+      set_forward_terms(c, groups, pack(c.kernels, slice, StepsAre::kColumns, &order), terms);
+      low_rank = empty_cpu({count, c.w.n}, ScalarType::Float);
+      sum_into(c.kernels, Operands::kAsStored, c.w.n, count, nullptr, terms.get(), nullptr, order.numbers,
+               low_rank.mutable_data_ptr(), DType::kFloat32);
+    }
     run_forward_tiles_into(tiles, c.w, slice, std::nullopt, std::nullopt, bias, low_rank.const_data_ptr<float>(),
                            out + first * c.w.n);
   }
@@ -212,12 +249,19 @@ Tensor forward_tiles(const Call& c, const cpu::TileKernels& tiles, const std::op
 
 Tensor forward_gemm(const Call& c, const std::optional<Matrix>& bias) {
   const TokenGroups groups(c.adapters, 0, c.tokens.rows);
+  const Matrix* bias_row = bias ? &*bias : nullptr;
+  if (has_small_groups(groups, c.tokens.rows)) {
+    const Tensor low_rank = low_rank_by_token(c, c.tokens, 0);
+    return sum_of_terms(c.kernels, Operands::kAsStored, c.w.n, quantized(c.w),
+                        pack(c.kernels, c.tokens, StepsAre::kColumns), c.w.k, {}, c.like, bias_row, nullptr,
+                        low_rank.const_data_ptr<float>());
+  }
   const RowList order = groups.order();
   const Columns columns = pack(c.kernels, c.tokens, StepsAre::kColumns, &order);
   AdapterTerms terms(c.kernels, groups);
   set_forward_terms(c, groups, columns, terms);
   return sum_of_terms(c.kernels, Operands::kAsStored, c.w.n, quantized(c.w), columns, c.w.k, terms.get(), c.like,
-                      bias ? &*bias : nullptr, order.numbers);
+                      bias_row, order.numbers);
 }
 
 Tensor forward_multi(Tensor x, Tensor packed, Tensor absmax, OptionalTensor nested_absmax, OptionalTensor nested_offset,
