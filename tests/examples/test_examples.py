@@ -1,10 +1,13 @@
 """The examples run, with a tiny model if they take one."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny_models import save_dense, save_llama
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -17,7 +20,8 @@ def run(*command):
 
 
 def test_every_example_is_run_here():
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {"textbook_walk.py", "finetune_trl.py", "train_fsdp2.py"}
+    tested = {"textbook_walk.py", "finetune_trl.py", "train_fsdp2.py", "train_grpo.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == tested
 
 
 def test_textbook_walk():
@@ -32,6 +36,19 @@ def test_finetune_trl(tmp_path, quantizer):
     first, last = out.split("loss ")[-1].split(",")[0].split(" -> ")
     assert float(last) < float(first)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_train_grpo(tmp_path):
+    save_llama(tmp_path / "model")
+    options = ("--model", tmp_path / "model", "--steps", 6, "--words", 3, "--max-tokens", 8, "--learning-rate", 1e-2)
+    out = run(EXAMPLES / "train_grpo.py", *options, "--output", tmp_path / "adapter")
+    assert "steps 1 to 5: reward" in out
+    rewards = json.loads((tmp_path / "adapter" / "rewards.json").read_text())
+    assert len(rewards) == 6
+    assert all(0 <= reward <= 1 for reward in rewards)
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert any(tensor.abs().max() > 0 for name, tensor in weights.items() if "lora_B" in name)  # it was trained
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}  # and not cast by the rollouts
 
 
 def test_train_fsdp2(tmp_path):
