@@ -63,9 +63,9 @@ class Running:
 
     async def _main(self):
         self.loop = asyncio.get_running_loop()
+        await self.engine.start()
         for name in self.adapters:
             await self.engine.add_adapter(name, self.folder / name)
-        await self.engine.start()
         serving = asyncio.create_task(self.server.serve())
         while not self.server.started:
             await asyncio.sleep(0.01)

@@ -13,7 +13,7 @@ from qlora.serving import batching
 from qlora.serving.engine import Engine, EngineStoppedError, Limits, OverloadedError, PromptTooLongError
 from qlora.serving.layers import BASE, Routing
 from qlora.serving.residency import AdapterChangedError, UnknownAdapterError
-from qlora.serving.sampling import Sampling
+from qlora.serving.sampling import Sampling, TokenChooser, choose_all
 
 RANKS = {"a": 4, "b": 9, "c": 2}
 # A prefix of several pages, then different ends: adapters must not share the pages of this prefix.
@@ -41,9 +41,9 @@ def run(engine, main, adapters=()):
     """Runs ``main`` on a started engine, and stops it."""
 
     async def whole():
+        await engine.start()
         for name, path in adapters:
             await engine.add_adapter(name, path)
-        await engine.start()
         return await main()
 
     try:
@@ -103,6 +103,29 @@ def test_an_adapter_that_is_loaded_again_does_not_meet_old_pages(folder, alone, 
     assert second == alone["b", tuple(PROMPTS[0])]
 
 
+def test_a_request_that_goes_in_the_middle_of_a_batch_poisons_no_prefix(folder, alone):
+    """Its route is gone when transformers records the pages that the batch has filled."""
+    engine = engine_of(folder)
+
+    async def main():
+        runner = engine.manager.batch_processor.model_runner
+        compute = runner.compute_batch
+
+        def compute_and_lose_routes(*args):
+            compute(*args)
+            engine.manager.routes.clear()
+            runner.compute_batch = compute
+
+        stream = engine.generate(PROMPTS[0], "a", GREEDY, STEPS)
+        runner.compute_batch = compute_and_lose_routes
+        await anext(stream)
+        await stream.aclose()
+        return {a: await collect(engine, PROMPTS[0], a) for a in (None, "a")}
+
+    answers = run(engine, main, [("a", folder / "a")])
+    assert answers == {a: alone[a, tuple(PROMPTS[0])] for a in (None, "a")}
+
+
 def test_salts_are_one_to_one():
     tokens, top = [7, (1 << 20) - 1, 3], batching.MAX_SERIAL - 1
     serials = [0, 1, 2, 2047, 2048, 2049, 4096, top]
@@ -126,7 +149,7 @@ def test_architectures(tmp_path, monkeypatch, name):
     """Sliding windows, transposed weights, experts beside, attention sinks, fused projections, capped scores."""
     monkeypatch.setitem(CONFIGS, name, ZOO[name])
     save_dense(name, tmp_path / "base")
-    linear = [n for n in ("q_proj", "v_proj", "c_attn", "qkv_proj", "o_proj")]
+    linear = ("q_proj", "v_proj", "c_attn", "qkv_proj", "o_proj")
     model, _ = load_quantized(tmp_path / "base", torch.float32, progress=False)
     names = {n.rpartition(".")[2] for n, _ in model.named_modules()}
     options = {"rank": 3, "target_modules": [n for n in linear if n in names]}
@@ -248,7 +271,7 @@ def test_a_closed_request_leaves_nothing(folder):
         return before, running, engine.free_cache_share, engine.adapters.entries["a"].users
 
     before, running, after, users = run(engine, main, [("a", folder / "a")])
-    assert (running, users, engine.running, engine.waiting, engine.manager.jobs) == (1, 0, 0, 0, {})
+    assert (running, users, engine.running, engine.waiting, engine.manager.routes) == (1, 0, 0, 0, {})
     assert after == before
 
 
@@ -256,6 +279,75 @@ def test_more_requests_than_the_cache_holds_are_all_answered(folder, alone):
     """With few pages requests are put aside and computed again, or wait."""
     order = [(a, p) for a, p in alone for _ in range(3)]
     assert all_answers(folder, order, num_blocks=14) == alone
+
+
+def test_penalties_survive_a_full_cache(folder):
+    """A request that is computed again still knows what it has generated."""
+    settings = Sampling(temperature=0.0, frequency_penalty=1.0, presence_penalty=1.0, logprobs=1)
+
+    def answers(**options):
+        engine = engine_of(folder, **options)
+
+        async def one(prompt):
+            stream = engine.generate(prompt, None, settings, 40)
+            pairs = [(p.tokens, [entry.token for entry in p.logprobs]) async for p in stream]
+            return [t for tokens, _ in pairs for t in tokens], [t for _, entries in pairs for t in entries]
+
+        async def main():
+            return await asyncio.gather(*(one(prompt) for prompt in PROMPTS * 3))
+
+        return run(engine, main)
+
+    few, many = answers(num_blocks=20), answers(num_blocks=200)
+    assert few == many
+    assert all(tokens == reported for tokens, reported in few)
+
+
+def test_the_announced_context_can_be_used_up(tmp_path, monkeypatch):
+    """Layers with a sliding window need other pages than those with full attention."""
+    monkeypatch.setitem(CONFIGS, "gemma2", ZOO["gemma2"])
+    model, _ = load_quantized(save_dense("gemma2", tmp_path / "base"), torch.float32, progress=False)
+    model.generation_config.eos_token_id = None
+    engine = Engine(model, tmp_path / "base", 1, Limits(), {"page_size": 4, "num_blocks": 32, "max_batch_tokens": 16})
+
+    async def main():
+        room = engine.max_new_tokens(3, None)
+        return room, await collect(engine, [5, 6, 7], steps=room)
+
+    room, tokens = run(engine, main)
+    assert len(tokens) == room > 50
+
+
+def test_layers_that_do_not_get_every_token_have_no_adapters(folder):
+    engine = engine_of(folder)
+    stacks = engine.stacks
+    name, other = list(stacks.bases)[:2]
+    stacks.routing.set([BASE], [5])
+    with stacks.keeping_layers_of_all_tokens():
+        for rows, which in ((5, name), (3, other)):
+            stacks.bases[which](torch.zeros(rows, stacks.bases[which].in_features))
+    assert list(stacks.shapes()) == [name]
+
+
+def test_one_request_that_fails_does_not_end_the_others():
+    choosers = [TokenChooser(Sampling(temperature=t, seed=1), 6) for t in (0.0, 1.0, 0.0, 1.0)]
+    logits = torch.randn(4, 6)
+    logits[1, 2] = float("nan")
+    logits[3] = float("-inf")
+    tokens = choose_all(logits, [(chooser, [1], []) for chooser in choosers])
+    assert tokens[0] == logits[0].argmax()
+    assert [chooser.failure is None for chooser in choosers] == [True, False, True, False]
+
+
+def test_an_adapter_of_too_large_a_rank_is_refused(folder):
+    engine = engine_of(folder, limits=Limits(max_rank=4))
+
+    async def main():
+        await engine.add_adapter("a", folder / "a")
+        with pytest.raises(ValueError, match="has rank 9: this server takes up to 4"):
+            await engine.add_adapter("b", folder / "b")
+
+    run(engine, main)
 
 
 def test_slots_in_use_make_others_wait_and_then_refuse(folder):
@@ -310,7 +402,7 @@ def test_an_adapter_that_changed_on_disk_is_refused_by_name(folder, tmp_path):
         await engine.add_adapter("b", folder / "b")
         await collect(engine, PROMPTS[0], "b")  # puts "mine" out
         shutil.copytree(folder / "b", tmp_path / "mine", dirs_exist_ok=True)
-        with pytest.raises(AdapterChangedError, match="has changed since 'mine' was loaded"):
+        with pytest.raises(AdapterChangedError, match="the files of 'mine' have changed since it was loaded"):
             await collect(engine, PROMPTS[0], "mine")
         return await collect(engine, PROMPTS[0], "b"), engine.adapters.evictions
 

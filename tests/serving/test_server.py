@@ -15,6 +15,7 @@ from pathlib import Path
 import openai
 import pytest
 from running import Running, free_port, greedy_alone, running, save_model
+from tiny_models import WORDS
 
 from qlora.models.loading import load_tokenizer
 from qlora.serving import http
@@ -122,19 +123,25 @@ def test_log_probabilities(client):
     for entry in content:
         assert entry.logprob == pytest.approx(max(top.logprob for top in entry.top_logprobs))
         assert len(entry.top_logprobs) == 3
-        assert bytes(entry.bytes).decode() == entry.token
+        assert entry.token in WORDS or entry.token.startswith("<|") or entry.token in ".,?"
 
 
 def test_text_completions(folder, client):
     tokenizer = load_tokenizer(folder / "base")
     prompts = ["the light stays on", "keeper log"]
-    answer = client.completions.create(model="b", prompt=prompts, temperature=0, max_tokens=5, echo=True, logprobs=2)
-    for prompt, choice in zip(prompts, answer.choices, strict=True):
-        tokens = greedy_alone(folder, "b", tokenizer(prompt)["input_ids"], 5)
-        assert choice.text == prompt + tokenizer.decode(tokens, skip_special_tokens=True) or choice.text.startswith(
-            prompt
-        )
-        assert len(choice.logprobs.tokens) == len(tokens)
+    options = {"model": "b", "prompt": prompts, "temperature": 0, "max_tokens": 5}
+    answer = client.completions.create(**options, logprobs=2)
+    echoed = client.completions.create(**options, echo=True)
+    for prompt, choice, echo in zip(prompts, answer.choices, echoed.choices, strict=True):
+        ids = tokenizer(prompt)["input_ids"]
+        tokens = greedy_alone(folder, "b", ids, 5)
+        assert echo.text == tokenizer.decode(ids + tokens, skip_special_tokens=True)
+        assert prompt + choice.text == echo.text
+        assert choice.logprobs.tokens == [tokenizer.decode([token]) for token in tokens]
+        for logprob, top in zip(choice.logprobs.token_logprobs, choice.logprobs.top_logprobs, strict=True):
+            assert logprob == pytest.approx(max(top.values()))
+    with pytest.raises(openai.BadRequestError, match="echo with logprobs is not supported"):
+        client.completions.create(**options, echo=True, logprobs=1)
     ids = tokenizer(prompts[0])["input_ids"]
     by_ids = client.completions.create(model="b", prompt=ids, temperature=0, max_tokens=5)
     by_text = client.completions.create(model="b", prompt=prompts[0], temperature=0, max_tokens=5)
@@ -249,6 +256,44 @@ def test_refusals_name_the_value_and_the_rule(client):
     assert "chat template" in refused(openai.BadRequestError, messages=[{"content": "no role"}])["message"]
     assert "logit_bias" in refused(openai.BadRequestError, logit_bias={"99999": 1})["message"]
     assert "n:" in refused(openai.BadRequestError, n=1000)["message"]
+    for name, value in {"return_tensors": "pt", "padding": "max_length", "chat_template": "{{ 1 }}"}.items():
+        body = refused(openai.BadRequestError, extra_body={"chat_template_kwargs": {name: value}})
+        assert f"'{name}' is not a variable of a chat template" in body["message"]
+    with pytest.raises(openai.BadRequestError, match="a request for 320 answers exceeds this server's 256"):
+        client.completions.create(model="a", prompt=["the"] * 5, n=64)
+    with pytest.raises(openai.BadRequestError, match="the prompt holds token 99"):
+        client.completions.create(model="a", prompt=[1, 99])
+
+
+def test_numbers_that_would_overflow_end_no_server(server, client):
+    options = {"model": "a", "messages": QUESTION, "max_tokens": 4}
+    greedy = client.chat.completions.create(**options, temperature=0).choices[0].message.content
+    assert client.chat.completions.create(**options, temperature=1e-40).choices[0].message.content == greedy
+    body = {"model": "a", "prompt": "the", "max_tokens": 3}
+    for field, value in {"repetition_penalty": "1e-40", "temperature": "NaN", "logit_bias": '{"3": NaN}'}.items():
+        content = json.dumps(body)[:-1] + f', "{field}": {value}}}'
+        assert post(server, "/v1/completions", content.encode())[0] == 400
+    assert post(server, "/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "a\0b"})[0] == 400
+    assert urllib.request.urlopen(server.url + "/health").status == 200
+
+
+def test_tokens_beyond_the_embedding_are_refused(folder):
+    """A tokenizer may have more tokens than the model."""
+    from fastapi.testclient import TestClient
+    from running import engine_of
+
+    from qlora.serving.app import AppSettings, build_app
+
+    tokenizer = load_tokenizer(folder / "base")
+    tokenizer.add_tokens(["zzz"])
+    with TestClient(build_app(engine_of(folder), tokenizer, AppSettings("base"))) as local:
+        for path, body in {
+            "/v1/completions": {"prompt": "the zzz"},
+            "/v1/chat/completions": {"messages": [{"role": "user", "content": "zzz"}]},
+        }.items():
+            answer = local.post(path, json={"model": "base", **body})
+            assert answer.status_code == 400
+            assert "the prompt holds token" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -325,7 +370,7 @@ def test_a_client_that_goes_frees_its_request(server, stream):
     engine = server.engine
     wait_until(lambda: engine.running == 1)
     connection.close()
-    wait_until(lambda: engine.running == 0 and not engine.manager.jobs)
+    wait_until(lambda: engine.running == 0 and not engine.manager.routes)
     wait_until(lambda: not engine.manager.batch_processor.scheduler.active_requests)
     assert engine.adapters.entries["a"].users == 0
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from qlora.serving.text import StopFilter, TextStream
+from qlora.serving.text import StopFilter, TextStream, TokenTexts
 
 
 def filtered(pieces, stops):
@@ -64,6 +64,57 @@ def test_a_character_that_is_cut_off_shows_at_the_end_only():
     stream = TextStream(tokenizer)
     assert "".join(stream.add([token]) for token in tokens) == "ok "
     assert stream.end() == tokenizer.decode(tokens)[3:] != ""
+
+
+def byte_fallback_tokenizer():
+    """As Llama 2's: pieces with ▁ for spaces, and bytes for characters that have no piece."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁a", "b", "▁cd", "e", "é"]
+    core = Tokenizer(
+        models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True)
+    )
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    core.decoder = decoders.Sequence(steps)
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+
+
+def test_streamed_text_is_the_text_of_all_tokens():
+    generator = random.Random(0)
+    for tokenizer in (byte_level_tokenizer(), byte_fallback_tokenizer()):
+        for _ in range(200):
+            text = "".join(generator.choice(["a", " b", "é", "💡", " cd", "  ", "漢"]) for _ in range(12))
+            tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+            stream = TextStream(tokenizer)
+            streamed = "".join([*(stream.add([token]) for token in tokens), stream.end()])
+            assert streamed == tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+
+
+def test_any_tokens_give_some_text():
+    generator = random.Random(0)
+    for tokenizer in (byte_level_tokenizer(), byte_fallback_tokenizer()):
+        for _ in range(200):
+            stream = TextStream(tokenizer)
+            for _ in range(15):
+                stream.add([generator.randrange(len(tokenizer))])
+            stream.end()
+
+
+def test_a_continuation_keeps_the_space_before_its_first_word():
+    tokenizer = byte_fallback_tokenizer()
+    a, cd = (tokenizer.convert_tokens_to_ids(piece) for piece in ("▁a", "▁cd"))
+    assert TextStream(tokenizer, before=[a]).add([cd]) == " cd"
+    assert TextStream(tokenizer).add([cd]) == "cd"
+
+
+def test_the_bytes_of_a_token_that_is_a_part_of_a_character():
+    for tokenizer in (byte_level_tokenizer(), byte_fallback_tokenizer()):
+        texts = TokenTexts(tokenizer)
+        parts = [texts.of(token) for token in tokenizer("💡", add_special_tokens=False)["input_ids"]]
+        assert bytes(byte for _, content in parts for byte in content).decode().strip() == "💡"
+    a = byte_fallback_tokenizer().convert_tokens_to_ids("▁a")
+    assert TokenTexts(byte_fallback_tokenizer()).of(a) == (" a", [32, 97])
 
 
 def test_special_tokens_are_left_out_unless_raw():

@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-waiting", type=int, default=256, help="requests that may wait; others get status 503")
     parser.add_argument("--queue-seconds", type=float, default=60.0, help="longest wait for a first token")
     parser.add_argument("--max-tokens", type=int, default=4096, help="longest answer, in tokens")
+    parser.add_argument("--max-rank", type=int, default=256, help="largest rank of an adapter")
     parser.add_argument("--max-body-mib", type=float, default=8.0, help="largest body of a request")
     choices.add_arguments(parser)
 
@@ -53,16 +54,13 @@ def run(arguments: argparse.Namespace) -> int:
     device, dtype = choices.chosen(arguments)
     model, tokenizer = load_for_inference(folder, None, dtype, device)
     configure_logs()
-    limits = Limits(arguments.max_waiting, arguments.queue_seconds, arguments.max_tokens)
+    limits = Limits(arguments.max_waiting, arguments.queue_seconds, arguments.max_tokens, arguments.max_rank)
     engine = Engine(model, folder, arguments.slots, limits, _batching(arguments, str(device)))
 
-    async def add_all() -> None:
+    async def main() -> None:
+        await engine.start()
         for name, path in adapters.items():
             await engine.add_adapter(name, path)
-
-    async def main() -> None:
-        await add_all()
-        await engine.start()
         app = build_app(engine, tokenizer, AppSettings(served_name, arguments.adapter_folder))
         server = serve(Gate(app, keys, int(arguments.max_body_mib * 2**20)), arguments.host, arguments.port)
         log_event("ready", url=f"http://{arguments.host}:{arguments.port}/v1", models=[served_name, *adapters])
@@ -83,7 +81,7 @@ def _named(text: str) -> tuple[str, Path]:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    for option in ("slots", "max_requests", "max_waiting", "queue_seconds", "max_tokens", "max_body_mib"):
+    for option in ("slots", "max_requests", "max_waiting", "queue_seconds", "max_tokens", "max_rank", "max_body_mib"):
         value = getattr(arguments, option)
         if value <= 0:
             raise ValueError(f"--{option.replace('_', '-')} {value} must be positive")

@@ -23,17 +23,14 @@ class AdapterFile:
     layers: dict[str, LayerAdapter]
     digest: str
 
-    @property
-    def rank(self) -> int:
-        return max(factors.lora_a.shape[0] for factors in self.layers.values())
 
-
-def read_adapter(folder: Path, base: Path, shapes: dict[str, tuple[int, int]]) -> AdapterFile:
+def read_adapter(folder: Path, base: Path, shapes: dict[str, tuple[int, int]], max_rank: int) -> AdapterFile:
     """Reads a LoRA adapter in PEFT's format for a base whose 4-bit layers have ``shapes``: name → (out, in).
 
     The file is read once into memory, so a file that changes meanwhile is either the old or refused as damaged.
     Raises FileNotFoundError without the two files, and ValueError for an adapter of another base or kind, for layers
-    that this base does not have in 4 bit, for wrong shapes, and for numbers that are not finite.
+    that this base does not have in 4 bit, for wrong shapes, for a rank above ``max_rank``, and for numbers that are not
+    finite.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -52,8 +49,8 @@ def read_adapter(folder: Path, base: Path, shapes: dict[str, tuple[int, int]]) -
     foreign = sorted(set(pairs) - set(shapes))
     if foreign:
         raise ValueError(
-            f"{path} has factors for {len(foreign)} layers that the served base does not have in 4 bit, e.g."
-            f" {foreign[:2]}: serve its own base, or merge the adapter (qlora merge)"
+            f"{path} has factors for {len(foreign)} layers, e.g. {foreign[:2]}, that the served base does not have as"
+            " 4-bit layers of every token: serve its own base, or merge the adapter (qlora merge)"
         )
     layers = {}
     for name, (a, b) in sorted(pairs.items()):
@@ -63,6 +60,8 @@ def read_adapter(folder: Path, base: Path, shapes: dict[str, tuple[int, int]]) -
                 f"{path}: {name} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}: this base needs"
                 f" [r, {into}] and [{out}, r]"
             )
+        if a.shape[0] > max_rank:
+            raise ValueError(f"{path}: {name} has rank {a.shape[0]}: this server takes up to {max_rank} (--max-rank)")
         if not (a.isfinite().all() and b.isfinite().all()):
             raise ValueError(f"{path}: the factors of {name} are not finite numbers")
         layers[name] = LayerAdapter(a, b, scaling_of(config, name, a.shape[0]))

@@ -10,7 +10,7 @@ from typing import Any
 
 from qlora.serving.engine import Engine, answers
 from qlora.serving.sampling import Sampling, TokenLogprobs
-from qlora.serving.text import StopFilter, TextStream
+from qlora.serving.text import StopFilter, TextStream, TokenTexts
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Job:
+class Ask:
     """A validated request."""
 
     id: str
@@ -91,14 +91,13 @@ class _Parser:
 
 
 class Answerer:
-    """Runs jobs on an engine."""
+    """Runs requests on an engine."""
 
     def __init__(self, engine: Engine, tokenizer: Any) -> None:
         self.engine, self.tokenizer = engine, tokenizer
 
-    async def pieces(self, job: Job, usage: Usage) -> AsyncGenerator[Piece, None]:
+    async def pieces(self, job: Ask, usage: Usage) -> AsyncGenerator[Piece, None]:
         """All answers of a job, interleaved as they come. Closing it early cancels what still runs."""
-        usage.prompt = sum(len(prompt.tokens) for prompt in job.prompts)
         queue: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
 
         async def run(index: int, prompt: Prompt, sampling: Sampling, limit: int) -> None:
@@ -130,12 +129,13 @@ class Answerer:
                 task.cancel()
 
     async def _one(
-        self, job: Job, index: int, prompt: Prompt, sampling: Sampling, limit: int, usage: Usage
+        self, job: Ask, index: int, prompt: Prompt, sampling: Sampling, limit: int, usage: Usage
     ) -> AsyncGenerator[Piece, None]:
         parser = _Parser(self.engine.model, self.tokenizer, prompt.tokens, job.tools) if job.chat else None
         if parser is not None and not parser.exists:
             parser = None
-        text, stop = TextStream(self.tokenizer, raw=parser is not None), StopFilter(job.stops)
+        before = None if job.chat else prompt.tokens
+        text, stop = TextStream(self.tokenizer, parser is not None, before), StopFilter(job.stops)
         called = False
 
         def split(items: list[Any]) -> list[Piece]:
@@ -161,6 +161,7 @@ class Answerer:
             async for progress in stream:
                 if usage.first_token is None:
                     usage.first_token = time.monotonic() - usage.begun
+                    usage.prompt = sum(len(prompt.tokens) for prompt in job.prompts)
                 usage.completion += len(progress.tokens)
                 if progress.logprobs:
                     yield Piece(index, logprobs=progress.logprobs)
@@ -182,8 +183,8 @@ class Answerer:
 class Formatter:
     """Bodies and events of one job."""
 
-    def __init__(self, job: Job, tokenizer: Any) -> None:
-        self._job, self._tokenizer = job, tokenizer
+    def __init__(self, job: Ask, texts: TokenTexts) -> None:
+        self._job, self._texts = job, texts
         self._created = int(time.time())
         self._calls: dict[int, int] = {}
 
@@ -235,8 +236,10 @@ class Formatter:
 
     def whole(self, pieces: list[Piece], usage: Usage) -> dict[str, Any]:
         choices = []
-        for index in range(len(self._job.prompts) * self._job.count):
-            own = [piece for piece in pieces if piece.index == index]
+        of_answer: list[list[Piece]] = [[] for _ in range(len(self._job.prompts) * self._job.count)]
+        for piece in pieces:
+            of_answer[piece.index].append(piece)
+        for index, own in enumerate(of_answer):
             text = "".join(piece.text for piece in own)
             finish = next(piece.finish for piece in reversed(own) if piece.finish)
             logprobs = self._logprobs([entry for piece in own for entry in piece.logprobs])
@@ -268,17 +271,21 @@ class Formatter:
             ]
             return {"content": content, "refusal": None}
         return {
-            "tokens": [self._text(entry.token) for entry in entries],
+            "tokens": [self._texts.of(entry.token)[0] for entry in entries],
             "token_logprobs": [entry.logprob for entry in entries],
-            "top_logprobs": [{self._text(token): value for token, value in entry.top} for entry in entries],
+            "top_logprobs": [self._most_probable(entry) for entry in entries],
         }
 
-    def _text(self, token: int) -> str:
-        return self._tokenizer.decode([token])
+    def _most_probable(self, entry: TokenLogprobs) -> dict[str, float]:
+        """By text, as OpenAI has it; of tokens with the same text the most probable, and always the chosen one."""
+        found: dict[str, float] = {}
+        for token, value in [*entry.top, (entry.token, entry.logprob)]:
+            found.setdefault(self._texts.of(token)[0], value)
+        return found
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self._text(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        text, content = self._texts.of(token)
+        return {"token": text, "logprob": logprob, "bytes": content}
 
 
 def sse(event: dict[str, Any] | str) -> str:

@@ -1,7 +1,9 @@
 """The HTTP application: OpenAI's endpoints, adapters at run time, health and metrics."""
 
 import asyncio
+import inspect
 import time
+import traceback
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
@@ -14,12 +16,19 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from qlora.serving.answers import Answerer, Formatter, Job, Prompt, Usage, sse
-from qlora.serving.engine import Engine, EngineStoppedError, OverloadedError, PromptTooLongError
+from qlora.serving.answers import Answerer, Ask, Formatter, Prompt, Usage, sse
+from qlora.serving.engine import (
+    Engine,
+    EngineStoppedError,
+    GenerationFailedError,
+    OverloadedError,
+    PromptTooLongError,
+)
 from qlora.serving.logs import log_event
 from qlora.serving.metrics import Metrics
 from qlora.serving.protocol import ChatBody, CompletionBody, LoadAdapterBody, RequestError, UnloadAdapterBody
 from qlora.serving.residency import AdapterChangedError, UnknownAdapterError
+from qlora.serving.text import TokenTexts
 
 _RETRY_SECONDS = 5
 
@@ -46,7 +55,9 @@ def build_app(engine: Engine, tokenizer: Any, settings: AppSettings) -> FastAPI:
     """The application for a running engine. Its shutdown stops the engine after the requests that run."""
     metrics = Metrics(engine)
     answerer = Answerer(engine, tokenizer)
+    texts = TokenTexts(tokenizer)
     chat_template = bool(getattr(tokenizer, "chat_template", None))
+    reserved = set(inspect.signature(tokenizer.apply_chat_template).parameters)
     started = int(time.time())
 
     @asynccontextmanager
@@ -76,7 +87,10 @@ def build_app(engine: Engine, tokenizer: Any, settings: AppSettings) -> FastAPI:
             return RequestError(409, str(error), "adapter_changed", "model")
         if isinstance(error, ValueError | FileNotFoundError):
             return RequestError(400, str(error), "invalid_value")
-        raise error
+        if isinstance(error, GenerationFailedError):
+            return RequestError(500, str(error), "generation_failed")
+        log_event("error", error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
+        return RequestError(500, "an internal error, which the server's log describes", "internal_error")
 
     def error_response(error: RequestError) -> JSONResponse:
         headers = {"Retry-After": str(_RETRY_SECONDS)} if error.status == 503 else None
@@ -168,6 +182,10 @@ def build_app(engine: Engine, tokenizer: Any, settings: AppSettings) -> FastAPI:
 
         if not chat_template:
             raise RequestError(400, "this model has no chat template: use /v1/completions", "no_chat_template")
+        options = sorted(reserved & set(body.chat_template_kwargs))
+        if options:
+            message = f"'{options[0]}' is not a variable of a chat template: leave it out"
+            raise RequestError(400, message, "invalid_value", "chat_template_kwargs")
         try:
             messages = BaseHandler.get_processor_inputs_from_messages(body.messages, Modality.LLM)
             encoded = tokenizer.apply_chat_template(
@@ -184,35 +202,35 @@ def build_app(engine: Engine, tokenizer: Any, settings: AppSettings) -> FastAPI:
             ) from error
         return list(encoded["input_ids"])
 
-    def tokens_of_prompt(prompt: str | list[int]) -> list[int]:
-        if isinstance(prompt, str):
-            return tokenizer(prompt)["input_ids"]
-        size = engine.config.vocab_size
-        outside = [token for token in prompt if not 0 <= token < size]
-        if outside:
-            raise RequestError(
-                400, f"prompt holds token {outside[0]}: this model has 0 to {size - 1}", "invalid_value", "prompt"
-            )
-        return prompt
-
-    async def job_of(body: ChatBody | CompletionBody) -> Job:
+    async def job_of(body: ChatBody | CompletionBody) -> Ask:
         adapter = adapter_of(body.model)
+        count = body.n * (1 if isinstance(body, ChatBody) else len(body.prompts))
+        most = engine.limits.max_waiting
+        if count > most:
+            raise RequestError(400, f"a request for {count} answers exceeds this server's {most}", "invalid_value", "n")
         if isinstance(body, ChatBody):
-            prompts = [Prompt(await asyncio.to_thread(tokens_of_chat, body))]
+            prompts = [await asyncio.to_thread(tokens_of_chat, body)]
         else:
-            encoded = await asyncio.to_thread(lambda: [tokens_of_prompt(prompt) for prompt in body.prompts])
-            prompts = [Prompt(ids, tokenizer.decode(ids) if body.echo else "") for ids in encoded]
-        if not prompts or not all(prompt.tokens for prompt in prompts):
+            prompts = await asyncio.to_thread(
+                lambda: [tokenizer(p)["input_ids"] if isinstance(p, str) else p for p in body.prompts]
+            )
+        if not prompts or not all(prompts):
             raise RequestError(400, "a prompt has no tokens: generation needs at least one", "invalid_value", "prompt")
+        size = engine.config.vocab_size
+        outside = [token for prompt in prompts for token in prompt if not 0 <= token < size]
+        if outside:
+            message = f"the prompt holds token {outside[0]}: this model has tokens 0 to {size - 1}"
+            raise RequestError(400, message, "invalid_value", "prompt")
         chat = isinstance(body, ChatBody)
-        return Job(
+        echo = isinstance(body, CompletionBody) and body.echo
+        return Ask(
             f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
             body.model,
             adapter,
-            prompts,
+            [Prompt(tokens, tokenizer.decode(tokens) if echo else "") for tokens in prompts],
             body.sampling(engine.generation_config, body.logprobs_of),
             body.n,
-            [engine.max_new_tokens(len(prompt.tokens), body.limit) for prompt in prompts],
+            [engine.max_new_tokens(len(tokens), body.limit) for tokens in prompts],
             body.stops,
             chat,
             body.tools if isinstance(body, ChatBody) and body.tool_choice != "none" else None,
@@ -222,7 +240,7 @@ def build_app(engine: Engine, tokenizer: Any, settings: AppSettings) -> FastAPI:
         usage, job = Usage(), None
         try:
             job = await job_of(body)
-            formatter = Formatter(job, tokenizer)
+            formatter = Formatter(job, texts)
             pieces = answerer.pieces(job, usage)
             if body.stream:
                 try:
@@ -246,7 +264,7 @@ def build_app(engine: Engine, tokenizer: Any, settings: AppSettings) -> FastAPI:
         return JSONResponse(formatter.whole(collected, usage))
 
     async def stream(
-        job: Job, formatter: Formatter, first: Any, pieces: Any, usage: Usage, include_usage: bool
+        job: Ask, formatter: Formatter, first: Any, pieces: Any, usage: Usage, include_usage: bool
     ) -> AsyncIterator[str]:
         status = 499  # what the log says if the client goes
         try:
@@ -267,7 +285,7 @@ def build_app(engine: Engine, tokenizer: Any, settings: AppSettings) -> FastAPI:
         finally:
             finished(job.model, usage, status, job)
 
-    def finished(model: str, usage: Usage, status: int, job: Job | None) -> None:
+    def finished(model: str, usage: Usage, status: int, job: Ask | None) -> None:
         known = model == settings.served_name or model in engine.adapters.entries
         metrics.finished(model if known else "unknown", usage, status)
         log_event(
@@ -328,6 +346,8 @@ def _allowed_folder(allowed: Path | None, requested: str) -> Path:
     """The adapter folder that a client names. Raises RequestError unless it is inside the allowed folder."""
     if allowed is None:
         raise _not_allowed()
+    if "\0" in requested:
+        raise RequestError(400, "lora_path holds a NUL character", "invalid_value", "lora_path")
     folder = (allowed / requested).resolve()
     if not folder.is_relative_to(allowed.resolve()):
         raise RequestError(

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
-from transformers.generation.continuous_batching.model_runner import ModelRunner
+from transformers.generation.continuous_batching.model_runner import ModelRunner, infer_max_single_request_tokens
+from transformers.generation.continuous_batching.utils import stream_context
 
 from qlora.serving import attention
 from qlora.serving.layers import BASE, Routing
-from qlora.serving.sampling import TokenChooser, choose_all
+from qlora.serving.sampling import Sampling, TokenChooser, choose_all
 
 _SALT_SHIFT = 20  # token ids are below 2**20; of the bits above, these two tokens hold a salt
 _SALT_BITS = 11  # of each of the first two tokens
@@ -24,7 +25,7 @@ MAX_SERIAL = 1 << (2 * _SALT_BITS)
 
 
 @dataclass(frozen=True)
-class Job:
+class Route:
     """What a request needs during its batches: the adapter's slot and serial number (-1 and 0: base), and sampling."""
 
     slot: int
@@ -46,9 +47,11 @@ def salted(tokens: list[int], serial: int) -> list[int]:
 class _Runner(ModelRunner):
     """Runs a batch, then chooses tokens outside of what a CUDA graph captures."""
 
-    def __init__(self, jobs: dict[str, Job], vocabulary: int, device: torch.device, rows: int, **kwargs: Any) -> None:
+    def __init__(
+        self, routes: dict[str, Route], vocabulary: int, device: torch.device, rows: int, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
-        self._jobs = jobs
+        self._routes = routes
         self._logits = torch.empty(rows, vocabulary, device=device)
 
     def _sample(self, scores: Tensor, output_ids: Tensor) -> None:
@@ -59,37 +62,48 @@ class _Runner(ModelRunner):
         states = [request.state for request in self.inputs_and_outputs.requests_in_batch if request.has_new_token]
         if not states:
             return
-        jobs = [self._jobs.get(state.request_id, _NOBODY) for state in states]
-        choosers = [
-            (job.chooser, state.initial_tokens, state.generated_tokens) for job, state in zip(jobs, states, strict=True)
-        ]
-        tokens = choose_all(self._logits[: len(states)], choosers)
-        output = self.inputs_and_outputs.get_cb_kwargs()[2]
-        output[0, : len(tokens)].copy_(torch.tensor(tokens, dtype=output.dtype))
+        nobody = TokenChooser(Sampling(temperature=0.0), self._logits.shape[1])  # for requests that were cancelled
+        choosers = []
+        for state in states:
+            route = self._routes.get(state.request_id)
+            # A request that lost its pages is computed again, with what it generated as a part of its prompt.
+            prompt = state._true_initial_tokens or len(state.initial_tokens)
+            generated = [*state.initial_tokens[prompt:], *state.generated_tokens]
+            choosers.append((route.chooser if route else nobody, state.initial_tokens[:prompt], generated))
+        with stream_context(self.inputs_and_outputs.compute_stream):
+            tokens = choose_all(self._logits[: len(states)], choosers)
+            output = self.inputs_and_outputs.get_cb_kwargs()[2]
+            output[0, : len(tokens)].copy_(torch.tensor(tokens, dtype=output.dtype))
 
 
-class _Greedy(TokenChooser):
-    is_plain_greedy = True
+class _Nowhere:
+    """A queue for outputs that nobody waits for: those of requests that were cancelled."""
 
-    def __init__(self) -> None:
+    def put(self, output: Any) -> None:
         pass
 
-
-_NOBODY = Job(BASE, 0, _Greedy())  # a request that was cancelled while its last batch was prepared
+    def empty(self) -> bool:
+        return True
 
 
 class BatchingManager(ContinuousBatchingManager):
-    """The manager of :mod:`transformers` whose requests have a :class:`Job` in ``jobs``, by request id."""
+    """The manager of :mod:`transformers` whose requests have a :class:`Route` in ``routes``, by request id.
+
+    A request whose route is gone was cancelled. The batch that is prepared may still contain it: then it uses the base,
+    and its pages are shared with nobody.
+    """
 
     def __init__(self, model: Any, generation_config: Any, batching_config: Any) -> None:
-        self.jobs: dict[str, Job] = {}
+        self.routes: dict[str, Route] = {}
         self.routing: Routing | None = None
+        self.capacity = 0  # tokens of the longest request that the cache holds; known once it is prepared
         self.on_batch: Callable[[int, int], None] = lambda requests, tokens: None
         if model.config.get_text_config().vocab_size > 1 << _SALT_SHIFT:
             batching_config.allow_block_sharing = False
         batching_config.use_async_batching = False  # the routing has one buffer, not two
         packed = model.device.type == "cpu" and model.config._attn_implementation == "sdpa"
         super().__init__(model, generation_config, batching_config)
+        self.output_router.output_queue = _Nowhere()
         self.logit_processor.clear()  # a chooser does its work, by each request's own settings
         if packed:
             attention.register()
@@ -98,15 +112,11 @@ class BatchingManager(ContinuousBatchingManager):
     def prepare(self) -> Routing:
         """Allocates the cache before the first request, and returns the routing that served layers read."""
         self.batch_processor = self._create_batch_processor()
+        cache = self.batch_processor.cache
+        cache.cache_tensor.zero_()  # now, so that memory does not grow while pages are used for the first time
+        self.capacity = infer_max_single_request_tokens(cache)
         assert self.routing is not None
         return self.routing
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that the cache holds; one request may not be longer."""
-        processor = self.batch_processor
-        assert processor is not None
-        return processor.cache.max_tokens_read
 
     def forget_graphs(self) -> None:
         """Drops captured CUDA graphs, after a layer's tensors have been replaced."""
@@ -122,7 +132,7 @@ class BatchingManager(ContinuousBatchingManager):
         config, cache = self.continuous_batching_config, processor.cache
         self.routing = Routing(cache.max_batch_tokens, self.model.device)
         processor.model_runner = _Runner(
-            self.jobs,
+            self.routes,
             self.model.config.get_text_config().vocab_size,
             self.model.device,
             max(config.max_requests_per_batch, 1),
@@ -144,27 +154,30 @@ class BatchingManager(ContinuousBatchingManager):
 
         def prepare_and_route(requests_in_batch: list[Any], **kwargs: Any) -> None:
             prepare(requests_in_batch=requests_in_batch, **kwargs)
-            slots = [self.jobs.get(request.state.request_id, _NOBODY).slot for request in requests_in_batch]
+            routes = [self.routes.get(request.state.request_id) for request in requests_in_batch]
             counts = [request.query_length for request in requests_in_batch]
-            routing.set(slots, counts, inputs.num_q_tokens)
+            with stream_context(inputs.compute_stream):
+                routing.set([BASE if route is None else route.slot for route in routes], counts, inputs.num_q_tokens)
             self.on_batch(len(counts), sum(counts))
 
         key = inputs._get_graph_key
         inputs.prepare_batch_tensors = prepare_and_route
         inputs._get_graph_key = lambda: (*key(), routing.only_base)  # a batch without adapters runs other kernels
 
-    def _serial_of(self, request_id: str) -> int:
-        return self.jobs.get(request_id, _NOBODY).serial
-
     def _salt_prefixes(self, cache: Any) -> None:
         search = cache.search_prefix_match
-        cache.search_prefix_match = lambda request_id, tokens: search(
-            request_id, salted(tokens, self._serial_of(request_id))
-        )
+
+        def search_salted(request_id: str, tokens: list[int]) -> int:
+            route = self.routes.get(request_id)
+            return 0 if route is None else search(request_id, salted(tokens, route.serial))
+
+        cache.search_prefix_match = search_salted
         for allocator in cache.cache_allocators.values():
             mark = allocator.mark_complete_blocks
 
             def mark_salted(request_id: str, tokens: list[int], new_blocks: int, mark: Any = mark) -> None:
-                mark(request_id, salted(tokens, self._serial_of(request_id)), new_blocks)
+                route = self.routes.get(request_id)
+                if route is not None:
+                    mark(request_id, salted(tokens, route.serial), new_blocks)
 
             allocator.mark_complete_blocks = mark_salted

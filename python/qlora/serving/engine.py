@@ -1,13 +1,14 @@
 """The engine: one 4-bit base, its adapters, and requests that arrive and leave at any time, for one event loop."""
 
 import asyncio
-import threading
 import time
 import uuid
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from qlora.serving.adapter_files import AdapterFile, read_adapter
 from qlora.serving.layers import AdapterStacks
@@ -24,6 +25,10 @@ class PromptTooLongError(ValueError):
     """A prompt and its answer exceed the model's context or the cache."""
 
 
+class GenerationFailedError(RuntimeError):
+    """One request could not go on; the others do."""
+
+
 class EngineStoppedError(RuntimeError):
     """The thread that generates has ended."""
 
@@ -35,6 +40,7 @@ class Limits:
     max_waiting: int = 256
     queue_seconds: float = 60.0
     max_tokens: int = 4096
+    max_rank: int = 256
 
 
 @dataclass(frozen=True)
@@ -69,9 +75,9 @@ class Engine:
         settings = type(self.generation_config)(eos_token_id=self.generation_config.eos_token_id, do_sample=False)
         self.manager = BatchingManager(model, settings, ContinuousBatchingConfig(**batching))
         self.stacks = AdapterStacks(model, self.manager.prepare(), slots)
-        shapes = {name: layer.matrix_shape() for name, layer in self.stacks.bases.items()}
-        self.adapters = Residency(slots, MAX_SERIAL, lambda path: read_adapter(path, folder, shapes), self._put)
-        self._put_lock = threading.Lock()
+        self.adapters = Residency(slots, MAX_SERIAL, self._read, self._put)
+        self._folder = folder
+        self._started = False
         self.waiting = 0  # requests without a first token
         self.running = 0
         self.rejected = 0
@@ -86,7 +92,9 @@ class Engine:
         self.manager.start()
         limits, self.limits = self.limits, Limits(queue_seconds=3600.0)  # those of the user are for requests
         try:
-            await self._probe.compare(self)
+            with self.stacks.keeping_layers_of_all_tokens():
+                await self._probe.compare(self)
+            self._started = True
         except BaseException:
             await asyncio.to_thread(self.manager.stop, block=True, timeout=5, hard_stop=True)
             raise
@@ -118,22 +126,25 @@ class Engine:
         processor = self.manager.batch_processor
         return processor.cache.compute_free_capacity() if processor is not None else 0.0
 
-    def _put(self, slot: int, file: AdapterFile) -> None:
-        with self._put_lock:
-            if not self.manager.is_running():
-                self._write(slot, file)
-                return
-            with self.manager.pause():
-                self._write(slot, file)
-
-    def _write(self, slot: int, file: AdapterFile) -> None:
-        if self.stacks.put(slot, file.layers):
-            self.manager.forget_graphs()
-
     # ---- adapters ----
 
     async def add_adapter(self, name: str, folder: Path) -> Entry:
+        """Serves the adapter of a folder under a name. Raises ValueError and FileNotFoundError for bad files."""
+        if not self._started:
+            raise EngineStoppedError("start() must come first: it finds out which layers can have adapters")
         return await self.adapters.add(name, folder, int(time.time()))
+
+    def _read(self, folder: Path) -> AdapterFile:
+        return read_adapter(folder, self._folder, self.stacks.shapes(), self.limits.max_rank)
+
+    def _put(self, slot: int, file: AdapterFile) -> None:
+        with self.manager.pause():
+            try:
+                self.stacks.put(slot, file.layers)
+            finally:
+                self.manager.forget_graphs()
+            if self.model.device.type == "cuda":
+                torch.cuda.synchronize(self.model.device)
 
     # ---- requests ----
 
@@ -169,7 +180,8 @@ class Engine:
         try:
             if adapter is not None:
                 entry = await self._before(deadline, self.adapters.acquire(adapter))
-            request = _Request(self.manager, prompt, entry, TokenChooser(sampling, self.config.vocab_size))
+            chooser = TokenChooser(sampling, self.config.vocab_size, self.model.device)
+            request = _Request(self.manager, prompt, entry, chooser)
             try:
                 request.submit(max_new_tokens)
                 progress = await self._before(deadline, request.next())
@@ -205,7 +217,7 @@ class _Request:
     """One request inside the manager."""
 
     def __init__(self, manager: Any, prompt: list[int], entry: Entry | None, chooser: TokenChooser) -> None:
-        from qlora.serving.batching import Job
+        from qlora.serving.batching import Route
 
         self._manager, self._prompt, self._chooser = manager, prompt, chooser
         self._id = f"qlora-{uuid.uuid4().hex}"
@@ -213,7 +225,7 @@ class _Request:
         self._seen = 0
         self._done = False
         slot, serial = routing_of(entry)
-        manager.jobs[self._id] = Job(slot, serial, chooser)
+        manager.routes[self._id] = Route(slot, serial, chooser)
 
     def submit(self, max_new_tokens: int) -> None:
         self._manager.register_result_handler(self._id, self._outputs.put_nowait)
@@ -231,6 +243,8 @@ class _Request:
         if output.error is not None:
             self._done = True
             raise EngineStoppedError(f"generation failed: {output.error}")
+        if self._chooser.failure is not None:
+            raise GenerationFailedError(self._chooser.failure)
         first, self._seen = self._seen, len(output.generated_tokens)
         finish = None
         if output.is_finished():
@@ -248,7 +262,7 @@ class _Request:
             with self._manager.output_router._lock:
                 self._manager.output_router.result_handlers.pop(self._id, None)
             self._manager.cancel_request(self._id)
-        self._manager.jobs.pop(self._id, None)
+        self._manager.routes.pop(self._id, None)
 
 
 def answers(sampling: Sampling, count: int) -> list[Sampling]:

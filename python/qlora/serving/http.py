@@ -5,6 +5,7 @@ import hashlib
 import hmac
 import json
 import resource
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -73,13 +74,14 @@ class _LimitedBody:
         self._receive, self._max_bytes, self._seconds = receive, max_bytes, seconds
         self._size = 0
         self._complete = False
+        self._deadline = time.monotonic() + seconds  # for the whole body, so that a byte now and then is not enough
         self.problem: RequestError | None = None
 
     async def receive(self) -> Any:
         if self._complete:
             return await self._receive()  # waits for the client to go
         try:
-            message = await asyncio.wait_for(self._receive(), self._seconds)
+            message = await asyncio.wait_for(self._receive(), self._deadline - time.monotonic())
         except asyncio.TimeoutError:
             self.problem = RequestError(408, f"the body did not arrive in {self._seconds:g} s", "timeout")
             raise _BodyError from None

@@ -1,6 +1,7 @@
 """4-bit layers that serve: each token goes through the adapter of its own request, in one fused operation."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,29 +113,45 @@ class AdapterStacks:
         self.bases = {name: m for name, m in model.named_modules() if isinstance(m, Linear4bit) and not has_hooks(m)}
         self.layers: dict[str, ServedLinear] = {}
 
-    def put(self, slot: int, adapter: Mapping[str, LayerAdapter]) -> bool:
+    @contextmanager
+    def keeping_layers_of_all_tokens(self) -> Iterator[None]:
+        """Keeps, of the layers that run inside a ``with`` block, those that get every token of each batch.
+
+        Others (a head that only gets last tokens, an expert that gets its own) cannot choose adapters by token.
+        """
+        fits: dict[str, bool] = {}
+
+        def watch(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
+            def see(module: nn.Module, args: tuple[Tensor]) -> None:
+                rows = args[0].numel() // args[0].shape[-1]
+                fits[name] = fits.get(name, True) and rows == self.routing.tokens
+
+            return see
+
+        hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in self.bases.items()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.bases = {name: layer for name, layer in self.bases.items() if fits.get(name)}
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of the layers that can have adapters, by name."""
+        return {name: layer.matrix_shape() for name, layer in self.bases.items()}
+
+    def put(self, slot: int, adapter: Mapping[str, LayerAdapter]) -> None:
         """Writes an adapter, by layer names, into a slot. No batch may run meanwhile.
 
-        Returns whether a layer changed its class or its shapes, after which captured graphs are invalid.
+        Layers may change their class or their shapes, so graphs that were captured before are invalid.
         """
-        changed = False
         for name, factors in adapter.items():
             rank = factors.lora_a.shape[0]
             if name not in self.layers:
                 base = self.bases[name]
-                served = ServedLinear(base, self.routing, self.slots, rank)
-                served.train(base.training)
+                served = ServedLinear(base, self.routing, self.slots, rank).train(base.training)
                 replace_module(self.model, base, served)
                 self.layers[name] = served
-                changed = True
-            layer = self.layers[name]
-            if rank > layer.lora_a.shape[1]:
-                layer.grow(rank)
-                changed = True
+            self.layers[name].grow(rank)
         for name, layer in self.layers.items():
             layer.put(slot, adapter.get(name))
-        return changed
-
-    @property
-    def bytes_per_slot(self) -> int:
-        return sum((m.lora_a.nbytes + m.lora_b.nbytes) // self.slots for m in self.layers.values())

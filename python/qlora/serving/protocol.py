@@ -27,14 +27,14 @@ class RequestError(Exception):
 class _Body(BaseModel):
     """Fields that both kinds of completions have. Sampling fields that are missing come from the model's folder."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     model: str
     temperature: float | None = Field(None, ge=0, le=100)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1)
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     logit_bias: dict[int, float] | None = None
@@ -55,7 +55,7 @@ class _Body(BaseModel):
             raise ValueError(f"'{unknown[0]}' is not supported by this server: leave it out")
         if len(self.stops) > _MAX_STOPS:
             raise ValueError(f"stop has {len(self.stops)} strings: {_MAX_STOPS} at most")
-        if any(abs(bias) > 100 for bias in (self.logit_bias or {}).values()):
+        if not all(abs(bias) <= 100 for bias in (self.logit_bias or {}).values()):  # nan compares false
             raise ValueError("logit_bias values must be in [-100, 100]")
         return self
 
@@ -133,6 +133,14 @@ class CompletionBody(_Body):
         prompt: Any = self.prompt
         is_one = isinstance(prompt, str) or (prompt and isinstance(prompt[0], int))
         return [prompt] if is_one else prompt
+
+    @model_validator(mode="after")
+    def _possible(self) -> "CompletionBody":
+        if self.echo and self.logprobs is not None:
+            raise ValueError(
+                "echo with logprobs is not supported: the log-probabilities of the prompt are not computed"
+            )
+        return self
 
     @property
     def limit(self) -> int | None:

@@ -2,11 +2,13 @@
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from qlora.serving.adapter_files import AdapterFile
 from qlora.serving.layers import BASE
+from qlora.serving.logs import log_event
 
 
 class UnknownAdapterError(KeyError):
@@ -30,7 +32,7 @@ class Entry:
     users: int = 0  # requests that run with it
     last_use: int = 0
     removed: bool = False
-    loading: asyncio.Lock = field(default_factory=asyncio.Lock)
+    loading: asyncio.Task[None] | None = None
 
 
 class Residency:
@@ -40,7 +42,7 @@ class Residency:
         slots: how many adapters fit into memory at a time.
         max_serial: serial numbers are below it.
         read: reads and checks an adapter folder; runs in a thread.
-        put: writes an adapter into a slot between two batches; runs in a thread.
+        put: writes an adapter into a slot between two batches; runs in a thread, one call at a time.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Residency:
         self.entries: dict[str, Entry] = {}
         self._max_serial = max_serial
         self._read, self._put = read, put
+        self._writer = ThreadPoolExecutor(1, "qlora-adapters")  # of its own: a write waits for the running batch
         self._occupant: list[Entry | None] = [None] * slots
         self._changed = asyncio.Event()
         self._clock = 0
@@ -57,7 +60,10 @@ class Residency:
         self.evictions = 0
 
     async def add(self, name: str, folder: Path, created: int) -> Entry:
-        """Serves the adapter of a folder under a name. Raises ValueError if the name is taken or the files are bad."""
+        """Serves the adapter of a folder under a name. Raises ValueError if the name is taken or the files are bad.
+
+        It is brought into a free slot, if there is one, else by its first request.
+        """
         if name in self.entries:
             raise ValueError(f"an adapter named '{name}' is served already: unload it first, or choose another name")
         file = await asyncio.to_thread(self._read, folder)
@@ -65,12 +71,12 @@ class Residency:
             raise ValueError(f"an adapter named '{name}' was added meanwhile")
         entry = Entry(name, folder, file.digest, created)
         self.entries[name] = entry
-        free = any(occupant is None for occupant in self._occupant)
-        if free:  # otherwise the first request loads it
+        if any(occupant is None for occupant in self._occupant):
             try:
-                await self._bring_in(entry, file)
+                await self._loaded(entry, file)
             except BaseException:
-                self.entries.pop(name, None)
+                if self.entries.get(name) is entry:
+                    self.remove(name)
                 raise
         return entry
 
@@ -93,14 +99,8 @@ class Residency:
             raise UnknownAdapterError(name)
         entry.users += 1  # from now on it is not evicted
         try:
-            async with entry.loading:
-                if entry.slot is None:
-                    file = await asyncio.to_thread(self._read, entry.folder)
-                    if file.digest != entry.digest:
-                        raise AdapterChangedError(
-                            f"{entry.folder} has changed since '{name}' was loaded: unload it and load it again"
-                        )
-                    await self._bring_in(entry, file)
+            if entry.slot is None:
+                await self._loaded(entry)
         except BaseException:
             self.release(entry)
             raise
@@ -119,26 +119,51 @@ class Residency:
             entry.slot = None
         self._changed.set()
 
-    async def _bring_in(self, entry: Entry, file: AdapterFile) -> None:
-        if self._serial + 1 >= self._max_serial:
-            raise RuntimeError(f"adapters were loaded {self._serial} times since the start: restart the server")
-        while (slot := self._choose()) is None:
-            self._changed.clear()
-            await self._changed.wait()
-        previous = self._occupant[slot]
-        if previous is not None:
-            previous.slot = None
-            self.evictions += 1
-        self._occupant[slot] = entry
+    async def _loaded(self, entry: Entry, file: AdapterFile | None = None) -> None:
+        """Waits until an adapter is in a slot. The loading is shared by all who wait, and outlives each of them."""
+        if entry.loading is None:
+            entry.loading = asyncio.create_task(self._load(entry, file))
+        await asyncio.shield(entry.loading)
+
+    async def _load(self, entry: Entry, file: AdapterFile | None) -> None:
         try:
-            await asyncio.to_thread(self._put, slot, file)
-        except BaseException:
-            self._occupant[slot] = None
-            self._changed.set()
-            raise
-        self._serial += 1
-        self.loads += 1
-        entry.slot, entry.serial = slot, self._serial
+            content = await asyncio.to_thread(self._read_again, entry) if file is None else file
+            if self._serial + 1 >= self._max_serial:
+                raise RuntimeError(f"adapters were loaded {self._serial} times since the start: restart the server")
+            while (slot := self._choose()) is None:
+                self._changed.clear()
+                await self._changed.wait()
+            previous = self._occupant[slot]
+            if previous is not None:
+                previous.slot = None
+                self.evictions += 1
+            self._occupant[slot] = entry
+            try:
+                await asyncio.get_running_loop().run_in_executor(self._writer, self._put, slot, content)
+            except BaseException:
+                self._occupant[slot] = None
+                raise
+            self._serial += 1
+            self.loads += 1
+            entry.slot, entry.serial = slot, self._serial
+        finally:
+            entry.loading = None
+            self._let_go(entry)
+
+    def _read_again(self, entry: Entry) -> AdapterFile:
+        try:
+            file = self._read(entry.folder)
+        except (OSError, ValueError) as error:
+            log_event("adapter_unreadable", adapter=entry.name, error=str(error))
+            raise AdapterChangedError(
+                f"the files of '{entry.name}' can no longer be read: unload it and load it again"
+            ) from error
+        if file.digest != entry.digest:
+            log_event("adapter_changed", adapter=entry.name, folder=str(entry.folder))
+            raise AdapterChangedError(
+                f"the files of '{entry.name}' have changed since it was loaded: unload it and load it again"
+            )
+        return file
 
     def _choose(self) -> int | None:
         """A free slot, or that of the adapter whose last use is oldest among those without users."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+GREEDY_BELOW = 1e-5  # a smaller temperature would divide logits to infinity
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -36,9 +38,12 @@ class TokenLogprobs:
 
 
 class TokenChooser:
-    """The state of one request's sampling: its random numbers and its processors of logits."""
+    """The state of one request's sampling: its random numbers and its processors of logits.
 
-    def __init__(self, settings: Sampling, vocabulary: int) -> None:
+    ``failure`` is set if a token could not be chosen; the request then ends, and others go on.
+    """
+
+    def __init__(self, settings: Sampling, vocabulary: int, device: torch.device | str = "cpu") -> None:
         from transformers import (
             LogitsProcessorList,
             MinPLogitsWarper,
@@ -53,7 +58,10 @@ class TokenChooser:
         if outside:
             raise ValueError(f"logit_bias names token {outside[0]}: this model has tokens 0 to {vocabulary - 1}")
         self.logprobs: list[TokenLogprobs] = []
-        self._greedy = settings.temperature == 0
+        self.failure: str | None = None
+        self._greedy = settings.temperature < GREEDY_BELOW
+        self._biased = torch.tensor(list(settings.logit_bias), dtype=torch.int64, device=device)
+        self._bias = torch.tensor(list(settings.logit_bias.values()), dtype=torch.float32, device=device)
         self._processors = LogitsProcessorList()
         if settings.repetition_penalty != 1:
             self._processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
@@ -71,23 +79,20 @@ class TokenChooser:
             self._generator.seed()
         else:
             self._generator.manual_seed(settings.seed)
-        penalties = settings.presence_penalty or settings.frequency_penalty or settings.repetition_penalty != 1
-        self.needs_history = bool(penalties)
 
     @property
     def is_plain_greedy(self) -> bool:
         """Whether the choice is the largest logit and nothing else is to be computed."""
         settings = self.settings
-        return self._greedy and not (self.needs_history or settings.logit_bias) and settings.logprobs is None
+        penalties = settings.presence_penalty or settings.frequency_penalty or settings.repetition_penalty != 1
+        return self._greedy and not (penalties or settings.logit_bias) and settings.logprobs is None
 
     def choose(self, logits: Tensor, prompt: list[int], generated: list[int]) -> int:
         """The next token for logits [vocabulary], float32. ``prompt`` and ``generated`` are the tokens so far."""
         settings = self.settings
         scores = logits
         if settings.logit_bias:
-            scores = scores.clone()
-            tokens = torch.tensor(list(settings.logit_bias), device=scores.device)
-            scores[tokens] += torch.tensor(list(settings.logit_bias.values()), device=scores.device)
+            scores = scores.index_add(0, self._biased, self._bias)
         if generated and (settings.presence_penalty or settings.frequency_penalty):
             counts = torch.bincount(torch.tensor(generated), minlength=len(logits)).to(scores)
             scores = scores - settings.frequency_penalty * counts - settings.presence_penalty * (counts > 0)
@@ -107,21 +112,25 @@ class TokenChooser:
 
 def choose_all(logits: Tensor, choosers: list[tuple[TokenChooser, list[int], list[int]]]) -> list[int]:
     """The next token of each row of logits [rows, vocabulary]; rows that only need the largest are done together."""
-    best = logits.argmax(-1).tolist()
-    return [
-        best[row] if chooser.is_plain_greedy else chooser.choose(logits[row], prompt, generated)
-        for row, (chooser, prompt, generated) in enumerate(choosers)
-    ]
+    largest, best = logits.max(-1)
+    tokens = best.tolist()
+    finite = largest.isfinite().tolist()  # the largest of a row with nan is nan
+    for row, (chooser, prompt, generated) in enumerate(choosers):
+        if not finite[row]:
+            chooser.failure = "the model computed numbers that are not finite"
+        elif not chooser.is_plain_greedy:
+            try:
+                tokens[row] = chooser.choose(logits[row], prompt, generated)
+            except Exception as error:  # one request's settings must not end the thread that serves all
+                chooser.failure = f"no token could be chosen: {error}"
+    return tokens
 
 
 def _logprobs(logits: Tensor, token: int, count: int) -> TokenLogprobs:
     normalized = logits.log_softmax(-1)
-    values, indices = normalized.topk(min(count, len(logits))) if count else (normalized[:0], normalized[:0].long())
-    return TokenLogprobs(
-        token,
-        _finite(normalized[token].item()),
-        [(int(i), _finite(v)) for v, i in zip(values.tolist(), indices, strict=True)],
-    )
+    values, indices = normalized.topk(min(count, len(logits)))
+    top = [(i, _finite(value)) for value, i in zip(values.tolist(), indices.tolist(), strict=True)]
+    return TokenLogprobs(token, _finite(normalized[token].item()), top)
 
 
 def _finite(logprob: float) -> float:

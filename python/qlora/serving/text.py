@@ -1,32 +1,78 @@
-"""Text from tokens as they come: whole characters only, and nothing from a stop string on."""
+"""Text of tokens: of an answer as it comes, of a single token, and up to the first stop string."""
 
+import re
+from functools import cache
 from typing import Any
+
+_CONTEXT = 8  # tokens: more than a character has bytes
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class TextStream:
-    """Decodes one answer. With ``raw`` special tokens stay in the text, for a parser that needs them."""
+    """Decodes one answer, in whole characters. With ``raw`` special tokens stay in the text, for a parser.
 
-    def __init__(self, tokenizer: Any, raw: bool = False) -> None:
-        from tokenizers.decoders import DecodeStream
+    Tokens are decoded together with those before them, and the text that is known already is cut off, because a
+    tokenizer treats the beginning of a text differently. ``before``: the tokens of a text that this one continues.
+    """
 
+    def __init__(self, tokenizer: Any, raw: bool = False, before: list[int] | None = None) -> None:
         self._tokenizer = tokenizer
         self._skip = not raw
-        self._decoder = DecodeStream([], skip_special_tokens=self._skip)
-        self._tokens: list[int] = []
-        self._emitted = ""
+        self._tokens = list(before or [])
+        self._begin = max(0, len(self._tokens) - _CONTEXT)  # where decoding begins
+        self._known = len(self._tokens)  # tokens whose text was given
 
     def add(self, tokens: list[int]) -> str:
         """The text that these tokens complete."""
         self._tokens += tokens
-        pieces = (self._decoder.step(self._tokenizer._tokenizer, token) for token in tokens)
-        text = "".join(piece for piece in pieces if piece)
-        self._emitted += text
+        text = self._new_text()
+        if not text or text.endswith("\ufffd"):  # in the middle of a character
+            return ""
+        self._begin, self._known = self._known, len(self._tokens)
         return text
 
     def end(self) -> str:
         """What is left: the start of a character whose other bytes never came."""
-        whole = self._tokenizer.decode(self._tokens, skip_special_tokens=self._skip)
-        return whole[len(self._emitted) :] if whole.startswith(self._emitted) else ""
+        return self._new_text()
+
+    def _new_text(self) -> str:
+        before = self._decode(self._tokens[self._begin : self._known])
+        return self._decode(self._tokens[self._begin :])[len(before) :]
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=self._skip, clean_up_tokenization_spaces=False)
+
+
+class TokenTexts:
+    """The text and the bytes of single tokens, which may be parts of characters."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._is_byte_level = backend is not None and "ByteLevel" in str(getattr(backend, "decoder", None))
+
+    def of(self, token: int) -> tuple[str, list[int] | None]:
+        """Text and UTF-8 bytes of a token; no bytes if the tokenizer does not tell them."""
+        piece = self._tokenizer.convert_ids_to_tokens(token)
+        if not isinstance(piece, str):
+            return "", None
+        if self._is_byte_level and all(character in _bytes_of_characters() for character in piece):
+            content = bytes(_bytes_of_characters()[character] for character in piece)
+            return content.decode(errors="replace"), list(content)
+        byte = _BYTE_TOKEN.fullmatch(piece)
+        if byte:
+            content = bytes([int(byte[1], 16)])
+            return content.decode(errors="replace"), list(content)
+        text = piece.replace("▁", " ") if "▁" in piece else self._tokenizer.decode([token])
+        return text, list(text.encode())
+
+
+@cache
+def _bytes_of_characters() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for (Radford et al. 2019, GPT-2)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 class StopFilter:
