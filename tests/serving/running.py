@@ -1,8 +1,11 @@
 """A server in this process for tests: a tiny model, adapters of different ranks, a real socket."""
 
 import asyncio
+import json
 import socket
 import threading
+import urllib.error
+import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -97,3 +100,22 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+QUESTION = [{"role": "user", "content": "what is the light ?"}]
+
+
+def text_alone(folder, adapter, count, messages=QUESTION):
+    tokenizer = load_tokenizer(folder / "base")
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    return tokenizer.decode(greedy_alone(folder, adapter, prompt, count), skip_special_tokens=True)
+
+
+def post(server, path, body, headers=()):
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(server.url + path, content, {"Content-Type": "application/json", **dict(headers)})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, response.read().decode(), response.headers
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode(), error.headers

@@ -1,29 +1,18 @@
-"""The server over a real socket: the openai client, adapters at run time, bad input, clients that misbehave."""
+"""The server over a real socket: the openai client, adapters at run time, bad input."""
 
 import asyncio
 import json
-import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
 import urllib.request
-from pathlib import Path
 
 import openai
 import pytest
-from running import Running, free_port, greedy_alone, running, save_model
+from running import QUESTION, greedy_alone, post, running, save_model, text_alone
 from tiny_models import WORDS
 
 from qlora.models.loading import load_tokenizer
-from qlora.serving import http
-from qlora.serving.engine import Limits
 
 RANKS = {"a": 4, "b": 9, "c": 2, "d": 3}
-QUESTION = [{"role": "user", "content": "what is the light ?"}]
-KEYS = ["first-key", "second-key"]
 
 
 @pytest.fixture(scope="module")
@@ -40,22 +29,6 @@ def server(folder):
 @pytest.fixture(scope="module")
 def client(server):
     return server.client()
-
-
-def text_alone(folder, adapter, count, messages=QUESTION):
-    tokenizer = load_tokenizer(folder / "base")
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-    return tokenizer.decode(greedy_alone(folder, adapter, prompt, count), skip_special_tokens=True)
-
-
-def post(server, path, body, headers=()):
-    content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    request = urllib.request.Request(server.url + path, content, {"Content-Type": "application/json", **dict(headers)})
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return response.status, response.read().decode(), response.headers
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode(), error.headers
 
 
 # ---- the openai client's session ----
@@ -303,200 +276,3 @@ def test_malformed_bodies(server, body):
     status, text, _ = post(server, "/v1/chat/completions", body)
     assert status == 400
     assert json.loads(text)["error"]["type"] == "invalid_request_error"
-
-
-def test_keys_sizes_and_slow_bodies(folder):
-    with running(folder, ["a"], keys=KEYS, max_body=2000, body_seconds=0.5) as server:
-        for key in KEYS:
-            assert server.client(key).models.list().data
-        for key in ("wrong", "first-key2", "first-ke"):
-            with pytest.raises(openai.AuthenticationError):
-                server.client(key).models.list()
-        assert post(server, "/v1/completions", {})[0] == 401
-        assert urllib.request.urlopen(server.url + "/health").status == 200  # open, for probes of the machine
-        key = [("Authorization", f"Bearer {KEYS[0]}")]
-        status, text, _ = post(server, "/v1/completions", {"model": "a", "prompt": "x" * 3000}, key)
-        assert (status, json.loads(text)["error"]["code"]) == (413, "body_too_large")
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS[0]}\r\n"
-        with socket.create_connection(("127.0.0.1", server.port)) as slow:
-            slow.sendall(f"{head}Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{{".encode())
-            assert b" 408 " in slow.recv(1000)
-        with socket.create_connection(("127.0.0.1", server.port)) as chunked:
-            chunked.sendall(f"{head}Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
-            chunked.sendall(b"1000\r\n" + b"x" * 0x1000 + b"\r\n")
-            assert b" 413 " in chunked.recv(1000)
-
-
-def test_an_empty_key_file_is_refused(tmp_path):
-    (tmp_path / "keys").write_text("\n# a comment\n")
-    with pytest.raises(ValueError, match="holds no API key"):
-        http.read_keys(tmp_path / "keys")
-
-
-# ---- load and clients that go ----
-
-
-def test_a_full_server_says_when_to_come_back(folder):
-    with running(folder, ["a"], limits=Limits(max_waiting=1)) as server:
-
-        async def main():
-            many = server.client(asynchronous=True)
-            calls = [many.completions.create(model="a", prompt="the light", max_tokens=60) for _ in range(12)]
-            return await asyncio.gather(*calls, return_exceptions=True)
-
-        results = asyncio.run(main())
-        refused = [r for r in results if isinstance(r, openai.InternalServerError)]
-        assert 0 < len(refused) < len(results)
-        assert {r.status_code for r in refused} == {503}
-        assert all(int(r.response.headers["retry-after"]) > 0 for r in refused)
-        assert server.client().completions.create(model="a", prompt="the", max_tokens=2)
-
-
-def wait_until(condition, seconds=20):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
-
-
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_frees_its_request(server, stream):
-    body = {"model": "a", "prompt": "the light", "max_tokens": 200, "stream": stream, "ignored": None}
-    content = json.dumps(body).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    head += f"Content-Length: {len(content)}\r\n\r\n"
-    connection = socket.create_connection(("127.0.0.1", server.port))
-    connection.sendall(head.encode() + content)
-    engine = server.engine
-    wait_until(lambda: engine.running == 1)
-    connection.close()
-    wait_until(lambda: engine.running == 0 and not engine.manager.routes)
-    wait_until(lambda: not engine.manager.batch_processor.scheduler.active_requests)
-    assert engine.adapters.entries["a"].users == 0
-
-
-def test_silent_connections_are_closed_and_do_not_stop_others(folder, monkeypatch):
-    monkeypatch.setattr(http, "_SILENT_SECONDS", 1.0)
-    with running(folder) as server:
-        silent = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(1000)]
-        half = socket.create_connection(("127.0.0.1", server.port))
-        half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n")
-        assert server.client().completions.create(model="base", prompt="the", max_tokens=2)
-        for connection in [*silent, half]:
-            connection.settimeout(20)
-            assert connection.recv(100) == b""  # closed by the server
-            connection.close()
-        assert server.client().models.list().data
-
-
-def test_metrics_count_what_happened(folder):
-    from prometheus_client.parser import text_string_to_metric_families
-
-    with running(folder, ["a", "b"], slots=1) as server:
-        client = server.client()
-        for name in ("a", "b", "a", "base"):
-            client.completions.create(model=name, prompt="the light", max_tokens=3, temperature=0)
-        with pytest.raises(openai.NotFoundError):
-            client.completions.create(model="z" * 500, prompt="x")
-        text = urllib.request.urlopen(server.url + "/metrics").read().decode()
-    values = {
-        (sample.name, sample.labels.get("model")): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
-    assert values["qlora_requests_total", "a"] == 2
-    assert values["qlora_requests_total", "unknown"] == 1
-    assert values["qlora_completion_tokens_total", "base"] == 3
-    assert values["qlora_first_token_seconds_count", "a"] == 2
-    assert values["qlora_adapters_in_memory", None] == 1
-    assert values["qlora_adapter_evictions_total", None] == 2
-    assert values["qlora_requests_running", None] == values["qlora_requests_waiting", None] == 0
-
-
-# ---- the command ----
-
-
-def start_command(folder, port, *options):
-    command = [sys.executable, "-m", "qlora", "serve", "--model", str(folder / "base"), "--served-name", "base"]
-    command += ["--adapter", f"a={folder / 'a'}", "--port", str(port), "--compute-dtype", "fp32", *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    lines = []
-    for line in process.stderr:
-        lines.append(line)
-        if '"ready"' in line:
-            return process
-    raise AssertionError("".join(lines))
-
-
-def test_the_command_serves_stops_gently_and_survives_a_kill(folder):
-    port = free_port()
-    process = start_command(folder, port, "--cache-tokens", "1024")
-    address = {"base_url": f"http://127.0.0.1:{port}/v1", "api_key": "none", "max_retries": 0}
-    client = openai.OpenAI(**address)
-    options = {"model": "a", "messages": QUESTION, "temperature": 0}
-    assert client.chat.completions.create(**options, max_tokens=8).choices[0].message.content == text_alone(
-        folder, "a", 8
-    )
-    events = iter(client.chat.completions.create(**options, max_tokens=150, stream=True))
-    next(events)
-    process.send_signal(signal.SIGTERM)
-    text = "".join(event.choices[0].delta.content or "" for event in events)
-    assert text == text_alone(folder, "a", 150)  # what runs is finished
-    assert process.wait(30) in (0, -signal.SIGTERM)  # uvicorn raises the signal again when it is done
-    log = [json.loads(line) for line in process.stderr.read().splitlines() if line.startswith("{")]
-    assert [entry["status"] for entry in log if entry["event"] == "request"] == [200, 200]
-    process = start_command(folder, port)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    process = start_command(folder, port)
-    try:
-        assert openai.OpenAI(**address).models.list().data
-    finally:
-        process.send_signal(signal.SIGINT)
-        assert process.wait(30) in (0, 130, -signal.SIGINT)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--adapter", "a"], "must be NAME=FOLDER"),
-        (["--adapter", "x=nowhere"], "is not an adapter folder"),
-        (["--adapter", "base={a}", "--served-name", "base"], "must differ"),
-        (["--slots", "0"], "--slots 0 must be positive"),
-    ],
-)
-def test_wrong_options(folder, options, message, capsys):
-    from qlora.cli import main
-
-    given = [option.format(a=folder / "a") for option in options]
-    assert main(["serve", "--model", str(folder / "base"), "--compute-dtype", "fp32", *given]) == 1
-    assert message in capsys.readouterr().err
-
-
-# ---- the guide ----
-
-
-def test_curl_lines_of_the_guide_run_as_they_stand(folder, tmp_path):
-    if shutil.which("curl") is None:
-        pytest.skip("curl is not installed")
-    guide = (Path(__file__).parents[2] / "docs" / "guides" / "serve.md").read_text()
-    blocks = [block.split("```")[0] for block in guide.split("```sh\n")[1:]]
-    lines = [block.strip() for block in blocks if block.startswith("curl")]
-    assert len(lines) >= 4
-    adapters = tmp_path / "runs"
-    for run in ("support", "legal"):
-        shutil.copytree(folder / "a", adapters / run / "adapter")
-    (tmp_path / "base").symlink_to(folder / "base")
-    for run in ("support", "legal"):
-        (tmp_path / run).symlink_to(adapters / run / "adapter")
-    (tmp_path / "keys").mkdir()
-    server = Running(tmp_path, ["support"], keys=["my-key"])
-    try:
-        for line in lines:
-            line = line.replace("http://localhost:8000", server.url)
-            result = subprocess.run(["bash", "-ec", line], capture_output=True, text=True, cwd=tmp_path, check=False)
-            assert result.returncode == 0, f"{line}\n{result.stderr}"
-            assert result.stdout, line
-            assert '"error"' not in result.stdout, f"{line}\n{result.stdout}"
-    finally:
-        server.stop()
