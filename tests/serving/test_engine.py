@@ -1,6 +1,7 @@
 """The engine: answers of a mixed batch equal those of transformers and PEFT, whatever runs beside them."""
 
 import asyncio
+import time
 
 import pytest
 import torch
@@ -364,6 +365,23 @@ def test_slots_in_use_make_others_wait_and_then_refuse(folder):
         return await collect(engine, PROMPTS[0], "b")
 
     assert run(engine, main) == greedy_alone(folder, "b", PROMPTS[0], STEPS)
+
+
+def test_without_a_free_page_a_request_waits_and_is_refused_in_time(folder):
+    engine = engine_of(folder, limits=Limits(queue_seconds=0.4), num_blocks=10)  # 40 tokens
+
+    async def main():
+        runner = engine.manager.batch_processor.model_runner
+        compute = runner.compute_batch
+        runner.compute_batch = lambda *args: (time.sleep(0.05), compute(*args))
+        first = asyncio.create_task(collect(engine, PROMPTS[0], None, Sampling(0.0, logit_bias={1: -100.0}), 20))
+        await asyncio.sleep(0.2)
+        with pytest.raises(OverloadedError, match="no room for this request within 0.4 seconds"):
+            await collect(engine, [3] * 30, steps=5)
+        assert len(await first) == 20
+        return await collect(engine, [3] * 30, None, Sampling(0.0, logit_bias={1: -100.0}), 5)
+
+    assert len(run(engine, main)) == 5
 
 
 def test_refusals(folder, tmp_path):

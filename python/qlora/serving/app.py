@@ -48,7 +48,8 @@ class _Stream(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self.body_iterator.aclose()  # type: ignore[attr-defined]
+            pieces: Any = self.body_iterator
+            await pieces.aclose()
 
 
 def build_app(engine: Engine, tokenizer: Any, settings: AppSettings) -> FastAPI:
