@@ -91,6 +91,7 @@ def test_fsdp1_is_refused(monkeypatch, checkpoint):
 
 
 TRAINER = """
+import os
 import sys
 import torch
 from peft import LoraConfig, get_peft_model
@@ -113,6 +114,9 @@ trainer = Trainer(model, arguments, train_dataset=data, optimizer_cls_and_kwargs
 trainer.train()
 rank = torch.distributed.get_rank()
 torch.save({n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, f"{sys.argv[2]}/{rank}.pt")
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+os._exit(0)  # the result is on disk, and the normal shutdown of torch's threads sometimes aborts
 """
 
 
