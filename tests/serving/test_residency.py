@@ -108,6 +108,64 @@ def test_who_waits_for_a_slot_gets_it_when_it_is_free():
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("slots", [1, 3])
+def test_a_steady_load_does_not_keep_another_adapter_out(slots):
+    """Every resident adapter always has a user, because requests overlap."""
+
+    async def main():
+        disk = Disk(slots)
+        r = disk.residency
+        names = [f"a{i}" for i in range(slots)]
+        for name in [*names, "late", "later"]:
+            await r.add(name, Path(name), 0)
+        done = asyncio.Event()
+        served = dict.fromkeys(names, 0)
+
+        async def client(name, delay):
+            await asyncio.sleep(delay)
+            while not done.is_set():
+                entry = await r.acquire(name)
+                assert disk.written[entry.slot] == name
+                await asyncio.sleep(0.02)
+                r.release(entry)
+                served[name] += 1
+
+        clients = [asyncio.create_task(client(name, 0.005 * i)) for name in names for i in range(4)]
+        await asyncio.sleep(0.1)
+        for name in ("late", "later", "late"):
+            entry = await asyncio.wait_for(r.acquire(name), 5)
+            assert disk.written[entry.slot] == name
+            r.release(entry)
+        before = dict(served)
+        await asyncio.sleep(0.3)
+        assert all(served[name] > before[name] for name in names)  # those that were put out came back
+        done.set()
+        await asyncio.gather(*clients)
+        assert disk.consistent()
+        assert not any(entry.draining for entry in r.entries.values())
+
+    asyncio.run(main())
+
+
+def test_waiting_does_not_keep_the_loop_busy():
+    async def main():
+        disk = Disk(1)
+        r = disk.residency
+        for name in "abcd":
+            await r.add(name, Path(name), 0)
+        a = await r.acquire("a")
+        waiting = [asyncio.create_task(r.acquire(name)) for name in "bcda"]
+        begun = time.process_time()
+        await asyncio.sleep(0.3)
+        busy = time.process_time() - begun
+        for task in waiting:
+            task.cancel()
+        r.release(a)
+        return busy
+
+    assert asyncio.run(main()) < 0.1
+
+
 def test_removing_while_loading_frees_the_slot():
     async def main():
         disk = Disk(1, seconds=0.05)

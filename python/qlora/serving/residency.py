@@ -32,6 +32,7 @@ class Entry:
     users: int = 0  # requests that run with it
     last_use: int = 0
     removed: bool = False
+    draining: bool = False  # its slot is wanted: new requests wait until it has been put out
     loading: asyncio.Task[None] | None = None
 
 
@@ -56,6 +57,7 @@ class Residency:
         self._changed = asyncio.Event()
         self._clock = 0
         self._serial = 0
+        self._waiting = 0  # loadings without a slot
         self.loads = 0
         self.evictions = 0
 
@@ -97,6 +99,8 @@ class Residency:
         entry = self.entries.get(name)
         if entry is None:
             raise UnknownAdapterError(name)
+        while entry.draining:
+            await self._change()
         entry.users += 1  # from now on it is not evicted
         try:
             if entry.slot is None:
@@ -130,13 +134,7 @@ class Residency:
             content = await asyncio.to_thread(self._read_again, entry) if file is None else file
             if self._serial + 1 >= self._max_serial:
                 raise RuntimeError(f"adapters were loaded {self._serial} times since the start: restart the server")
-            while (slot := self._choose()) is None:
-                self._changed.clear()
-                await self._changed.wait()
-            previous = self._occupant[slot]
-            if previous is not None:
-                previous.slot = None
-                self.evictions += 1
+            slot = await self._free_slot()
             self._occupant[slot] = entry
             try:
                 await asyncio.get_running_loop().run_in_executor(self._writer, self._put, slot, content)
@@ -149,6 +147,39 @@ class Residency:
         finally:
             entry.loading = None
             self._let_go(entry)
+
+    async def _free_slot(self) -> int:
+        """Waits for a slot and puts out who is in it.
+
+        While it waits, one adapter in memory takes no new requests: else a steady load would never let another one in.
+        """
+        self._waiting += 1
+        try:
+            while (slot := self._choose()) is None:
+                self._drain()
+                await self._change()
+        finally:
+            self._waiting -= 1
+            self._drain()
+        previous = self._occupant[slot]
+        if previous is not None:
+            previous.slot, previous.draining = None, False
+            self.evictions += 1
+            self._changed.set()
+        return slot
+
+    def _drain(self) -> None:
+        """Lets as many adapters drain as loadings wait: those whose last use is oldest."""
+        resident = [entry for entry in self._occupant if entry is not None and entry.slot is not None]
+        resident.sort(key=lambda entry: (not entry.draining, entry.last_use))
+        for place, entry in enumerate(resident):
+            was, entry.draining = entry.draining, place < self._waiting
+            if was and not entry.draining:
+                self._changed.set()  # for requests that wait for it
+
+    async def _change(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
 
     def _read_again(self, entry: Entry) -> AdapterFile:
         try:
