@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from qlora.models.loading import load_for_inference, require_train_extra, resolve_model
 
+    _share_arenas()
     require_train_extra()
     _require_serve_extra()
     _check(arguments)
@@ -99,6 +100,18 @@ def _batching(arguments: argparse.Namespace, device: str) -> dict[str, Any]:
         "num_blocks": None if cache_tokens is None else -(-cache_tokens // page),
     }
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _share_arenas() -> None:
+    """Lets all threads allocate from two arenas of glibc.
+
+    By default each thread has its own, where freed blocks of many sizes pile up: the server grew by 40 MB a minute.
+    """
+    import ctypes
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-8, 2)  # M_ARENA_MAX
 
 
 def _require_serve_extra() -> None:
