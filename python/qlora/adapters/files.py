@@ -34,11 +34,11 @@ _SUPPORTED = (
 _NOTHING: tuple[Any, ...] = (None, False, "none", [], {}, "")  # values that switch any other option off
 # Initializations that do not change the base.
 _ADDITIVE_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
-_PREFIX = "base_model.model."  # PEFT's wrapper modules
+PEFT_PREFIX = "base_model.model."  # PEFT's wrapper modules
 
 
 def _keys_of(layer_name: str) -> tuple[str, str]:
-    return f"{_PREFIX}{layer_name}.lora_A.weight", f"{_PREFIX}{layer_name}.lora_B.weight"
+    return f"{PEFT_PREFIX}{layer_name}.lora_A.weight", f"{PEFT_PREFIX}{layer_name}.lora_B.weight"
 
 
 def _pattern_of(layer_name: str) -> str:

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora.adapters.factors import Factors
 from qlora.adapters.files import CONFIG_FILE
 from qlora.adapters.lora import check_adapter_folder
 from qlora.export.gguf_architectures import Architecture, architecture_of
 from qlora.export.gguf_tensors import TYPES, GgufTensor, interleave_rows, names_of, rotated_heads, write_gguf
-from qlora.export.lora import Factors, read_factors
+from qlora.export.lora import read_factors
 from qlora.models.loading import resolve_model
 
 

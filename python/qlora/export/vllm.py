@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from qlora.adapters.factors import Factors
 from qlora.adapters.files import CONFIG_FILE, WEIGHTS_FILE
 from qlora.adapters.lora import check_adapter_folder
-from qlora.export.lora import Factors, read_factors
+from qlora.export.lora import read_factors
 from qlora.models.loading import load_for_inference, resolve_model
 from qlora.nn import Linear4bit
 from qlora.nn.replacing import head_names

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from qlora.adapters.files import PEFT_PREFIX
 from qlora.nn import Embedding4bit, Experts4bit, Linear4bit
 from qlora.storage.weights import WeightSource
-
-_PEFT_PREFIX = "base_model.model."
 
 
 class DenseWeight(NamedTuple):
@@ -40,7 +39,7 @@ def model_weights(model: nn.Module) -> dict[str, DenseWeight]:
     """
     found: dict[str, DenseWeight] = {}
     for name, weight in _walk(model, ""):
-        found[name.removeprefix(_PEFT_PREFIX)] = weight
+        found[name.removeprefix(PEFT_PREFIX)] = weight
     return found
 
 

@@ -71,7 +71,6 @@ class _Parser:
 
         self._parser = build_response_parser(tokenizer, model, prompt, tools=tools)
         self._chunks = response_events_to_chunks
-        self.calls = 0
 
     @property
     def exists(self) -> bool:

@@ -38,7 +38,7 @@ def packed_attention(
     result = torch.empty_like(query)
     for q0, q1, k0, k1 in zip(queries, queries[1:], keys, keys[1:], strict=False):
         new, all_ = q1 - q0, k1 - k0
-        mask = _mask(new, all_, window, query) if 1 < new != all_ or (window and all_ > window) else None
+        mask = _mask(new, all_, window) if 1 < new != all_ or (window and all_ > window) else None
         result[:, :, q0:q1] = F.scaled_dot_product_attention(
             query[:, :, q0:q1],
             key[:, :, k0:k1],
@@ -51,7 +51,7 @@ def packed_attention(
     return result.transpose(1, 2), None
 
 
-def _mask(new: int, all_: int, window: int | None, like: Tensor) -> Tensor:
+def _mask(new: int, all_: int, window: int | None) -> Tensor:
     """True where a query sees a key: [new, all_], the last query at the last key, ``window`` keys at most."""
     age = torch.arange(all_ - new, all_).unsqueeze(1) - torch.arange(all_)
     seen = age >= 0

@@ -2,26 +2,17 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qlora import ops
+from qlora.adapters.factors import Factors
 from qlora.nn import Linear4bit
 from qlora.nn.replacing import has_hooks, replace_module
 
 BASE = -1  # the slot of tokens that use the base alone
-
-
-@dataclass(frozen=True)
-class LayerAdapter:
-    """One adapter's factors for one layer: lora_a [r, in], lora_b [out, r], and the factor of their product."""
-
-    lora_a: Tensor
-    lora_b: Tensor
-    scaling: float
 
 
 class Routing:
@@ -94,15 +85,15 @@ class ServedLinear(nn.Module):
             self.lora_b = nn.functional.pad(self.lora_b, (0, missing))
 
     @torch.no_grad()
-    def put(self, slot: int, adapter: LayerAdapter | None) -> None:
+    def put(self, slot: int, adapter: Factors | None) -> None:
         """Writes an adapter, or zeros, into a slot in place."""
         self.lora_a[slot].zero_()
         self.lora_b[slot].zero_()
         self.scaling[slot] = 0.0 if adapter is None else adapter.scaling
         if adapter is not None:
-            rank = adapter.lora_a.shape[0]
-            self.lora_a[slot, :rank].copy_(adapter.lora_a)
-            self.lora_b[slot, :, :rank].copy_(adapter.lora_b)
+            rank = adapter.a.shape[0]
+            self.lora_a[slot, :rank].copy_(adapter.a)
+            self.lora_b[slot, :, :rank].copy_(adapter.b)
 
 
 class AdapterStacks:
@@ -140,13 +131,13 @@ class AdapterStacks:
         """(out, in) of the layers that can have adapters, by name."""
         return {name: layer.matrix_shape() for name, layer in self.bases.items()}
 
-    def put(self, slot: int, adapter: Mapping[str, LayerAdapter]) -> None:
+    def put(self, slot: int, adapter: Mapping[str, Factors]) -> None:
         """Writes an adapter, by layer names, into a slot. No batch may run meanwhile.
 
         Layers may change their class or their shapes, so graphs that were captured before are invalid.
         """
         for name, factors in adapter.items():
-            rank = factors.lora_a.shape[0]
+            rank = factors.a.shape[0]
             if name not in self.layers:
                 base = self.bases[name]
                 served = ServedLinear(base, self.routing, self.slots, rank).train(base.training)
