@@ -53,6 +53,27 @@ def forward_multi(device, x, dense, lora_a, lora_b, scaling, adapter_of_row, bia
     return rounded(expected, bound, x.dtype)
 
 
+def forward_experts(device, x, dense, expert_of_row, lora_a=None, lora_b=None, scaling=1.0, bias=None) -> Answer:
+    """dense [experts, n, k]; each expert with its own rows. Rows without an expert are exactly zero."""
+    rows = x.repeat_interleave(len(expert_of_row) // max(1, len(x)), 0)
+    expected, bound = (dense.new_zeros(len(rows), dense.shape[1]) for _ in range(2))
+    for i, weight in enumerate(dense):
+        mine = expert_of_row == i
+        a, b, c = (None if t is None else t[i] for t in (lora_a, lora_b, bias))
+        expected[mine], bound[mine] = forward(device, rows[mine], weight, a, b, scaling, c)
+    return Answer(expected, bound)
+
+
+def dx_experts(device, grad, dense, expert_of_row, tokens, lora_a=None, lora_b=None, scaling=1.0) -> Answer:
+    """The gradients of a token's rows, each rounded to the dtype, are added in float32 and rounded once more."""
+    adapter = () if lora_a is None else (lora_b.mT, lora_a.mT, scaling)
+    rows, bounds = (
+        t.view(tokens, len(expert_of_row) // max(1, tokens), dense.shape[2])
+        for t in forward_experts(device, grad, dense.mT, expert_of_row, *adapter)
+    )
+    return rounded(rows.sum(1), bounds.sum(1) + accumulation(rows.shape[1], rows.abs().sum(1)), grad.dtype)
+
+
 def dx(device, grad, dense, lora_a=None, lora_b=None, scaling=1.0) -> Answer:
     """The forward with every matrix transposed."""
     return forward(device, grad, dense.T, *(() if lora_a is None else (lora_b.T, lora_a.T, scaling)))

@@ -45,6 +45,20 @@ struct WeightView {
   QuantType quant_type = QuantType::kNf4;
 };
 
+// Weight `i` of a stack of equal weights [count, n, k], each quantized on its own; `stack` is the view of the first one.
+QLORA_INLINE constexpr WeightView weight_of_stack(const WeightView& stack, int64_t i) {
+  const int64_t numel = stack.n * stack.k, blocks = ceil_div(numel, int64_t{1} << stack.block_shift);
+  WeightView w = stack;
+  w.packed += i * packed_bytes(numel);
+  if (w.absmax != nullptr) w.absmax += i * blocks;
+  if (w.absmax_codes != nullptr) {
+    w.absmax_codes += i * blocks;
+    w.nested_absmax += i * ceil_div(blocks, kNestedBlock);
+    w.nested_offset += i;
+  }
+  return w;
+}
+
 // The scale of a block, on the CPU. Product and sum are rounded separately, without a fused multiply-add, as in
 // bitsandbytes.
 static inline float scale_of_block(const WeightView& w, int64_t block) {

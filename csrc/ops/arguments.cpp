@@ -106,6 +106,54 @@ Adapters check_adapters(const Tensor& lora_a, const Tensor& lora_b, const Tensor
   return adapters;
 }
 
+Experts check_experts(const Tensor& x, const Tensor& packed, const Tensor& absmax, const OptionalTensor& nested_absmax,
+                      const OptionalTensor& nested_offset, const std::vector<int64_t>& shape,
+                      const std::string& quant_type, int64_t block_size, const Tensor& expert_of_row,
+                      const OptionalTensor& lora_a, const OptionalTensor& lora_b, double scaling,
+                      const OptionalTensor& bias) {
+  STD_TORCH_CHECK(shape.size() == 3, "shape has ", shape.size(),
+                  " dimensions: the weights of experts are (experts, out_features, in_features)");
+  const int64_t count = shape[0], n = shape[1], k = shape[2];
+  check_same_device(packed, "packed", x, "x");
+  check_same_device(expert_of_row, "expert_of_row", x, "x");
+  check_dtype(expert_of_row, ScalarType::Long, "expert_of_row", "it must be int64");
+  Experts e{
+      check_weight(packed, absmax, nested_absmax, nested_offset, n, k, quant_type, block_size, count),
+      count,
+      tokens_matrix(x, "x", k, "in_features", x),
+      as_contiguous(expert_of_row),
+      1,
+      std::nullopt,
+      0,
+      std::nullopt};
+  const int64_t rows = e.rows(), tokens = e.tokens.rows;
+  STD_TORCH_CHECK(tokens == 0 ? rows == 0 : rows % tokens == 0, "expert_of_row has ", rows, " values: x has ", tokens,
+                  " rows, and every row needs equally many experts");
+  if (tokens > 0 && rows > 0) e.choices = rows / tokens;
+  STD_TORCH_CHECK(lora_a.has_value() == lora_b.has_value(),
+                  lora_a.has_value() ? "lora_a was given without lora_b" : "lora_b was given without lora_a",
+                  ": an adapter needs both");
+  if (lora_a.has_value()) {
+    STD_TORCH_CHECK(lora_a->dim() == 3 && lora_a->size(0) == count && lora_a->size(2) == k, "lora_a has shape ",
+                    text_of(lora_a->sizes()), ": it must be [experts, rank, in_features] with experts=", count,
+                    " and in_features=", k);
+    e.r = lora_a->size(1);
+    STD_TORCH_CHECK(e.r > 0, "rank=0: an adapter needs a rank of at least 1");
+    STD_TORCH_CHECK(lora_b->dim() == 3 && lora_b->size(0) == count && lora_b->size(1) == n && lora_b->size(2) == e.r,
+                    "lora_b has shape ", text_of(lora_b->sizes()), ": it must be [experts, out_features, rank] = [",
+                    count, ", ", n, ", ", e.r, "]");
+    STD_TORCH_CHECK(lora_a->scalar_type() == lora_b->scalar_type(), "lora_a and lora_b must have the same dtype");
+    e.adapter = Adapter{as_matrix(*lora_a, "lora_a", count * e.r, k, x), as_matrix(*lora_b, "lora_b", count * n, e.r, x),
+                        static_cast<float>(scaling)};
+  }
+  if (bias.has_value()) {
+    STD_TORCH_CHECK(bias->dim() == 2 && bias->size(0) == count && bias->size(1) == n, "bias has shape ",
+                    text_of(bias->sizes()), ": it must be [experts, out_features] = [", count, ", ", n, "]");
+    e.bias = as_matrix(*bias, "bias", count, n, x);
+  }
+  return e;
+}
+
 AffineGrid check_grid(const Tensor& scale, const Tensor& zero_point, int64_t in, int64_t out) {
   check_dtype(scale, ScalarType::Float, "scale", "it must be float32");
   check_dtype(zero_point, ScalarType::Float, "zero_point", "it must be float32");

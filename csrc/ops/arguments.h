@@ -73,6 +73,26 @@ struct Adapters {
 Adapters check_adapters(const Tensor& lora_a, const Tensor& lora_b, const Tensor& scaling, const Tensor& adapter_of_row,
                         const Base& base);
 
+// The experts of a mixture for one batch: a stack of weights (n, k), and for each row of the result its expert.
+struct Experts {
+  CheckedWeight w;   // of all experts; n and k are those of one
+  int64_t count;     // experts
+  Matrix tokens;     // [tokens, k]
+  Tensor of_row;     // int64 [rows]: the expert of each row; a row with any other number is zero
+  int64_t choices;   // rows per token: row i belongs to token i / choices
+  std::optional<Adapter> adapter;  // of each expert: a [count * r, k], b [count * n, r]
+  int64_t r;                       // 0: no adapter
+  std::optional<Matrix> bias;      // [count, n]
+
+  int64_t rows() const { return of_row.numel(); }
+};
+
+Experts check_experts(const Tensor& x, const Tensor& packed, const Tensor& absmax, const OptionalTensor& nested_absmax,
+                      const OptionalTensor& nested_offset, const std::vector<int64_t>& shape,
+                      const std::string& quant_type, int64_t block_size, const Tensor& expert_of_row,
+                      const OptionalTensor& lora_a, const OptionalTensor& lora_b, double scaling,
+                      const OptionalTensor& bias);
+
 // Arguments of the affine form: integer weights with scale and zero_point, which hold one value, one per output
 // channel, or one row per group of input rows.
 struct Affine {

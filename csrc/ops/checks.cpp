@@ -66,19 +66,21 @@ int64_t checked_numel(const std::vector<int64_t>& shape) {
 
 CheckedWeight check_weight(const Tensor& packed, const Tensor& absmax, const OptionalTensor& nested_absmax,
                            const OptionalTensor& nested_offset, int64_t n, int64_t k, const std::string& quant_type,
-                           int64_t block_size) {
+                           int64_t block_size, int64_t count) {
   const QuantType type = check_quant_type(quant_type);
   check_block_size(block_size);
-  const int64_t numel = checked_numel({n, k}), bytes = packed_bytes(numel), blocks = ceil_div(numel, block_size);
+  checked_numel({count, n, k});
+  const int64_t numel = n * k, bytes = packed_bytes(numel), blocks = ceil_div(numel, block_size);
+  const std::string times = count == 1 ? "" : std::to_string(count) + " times ";
   check_same_device(absmax, "absmax", packed, "packed");
   check_dtype(packed, ScalarType::Byte, "packed", "it must be uint8");
-  STD_TORCH_CHECK(packed.numel() == bytes, "packed has ", packed.numel(), " bytes: a weight of ", numel,
-                  " elements needs ", bytes);
-  STD_TORCH_CHECK(absmax.numel() == blocks, "absmax has ", absmax.numel(), " values: ", numel,
-                  " elements in blocks of ", block_size, " need ", blocks);
+  STD_TORCH_CHECK(packed.numel() == count * bytes, "packed has ", packed.numel(), " bytes: a weight of ", numel,
+                  " elements needs ", times, bytes);
+  STD_TORCH_CHECK(absmax.numel() == count * blocks, "absmax has ", absmax.numel(), " values: ", numel,
+                  " elements in blocks of ", block_size, " need ", times, blocks);
   CheckedWeight w{as_contiguous(packed), as_contiguous(absmax), std::nullopt, std::nullopt, type, n, k,
                   log2_exact(block_size)};
-  if (numel > 0 && (is_given(nested_absmax) || is_given(nested_offset))) {
+  if (count * numel > 0 && (is_given(nested_absmax) || is_given(nested_offset))) {
     STD_TORCH_CHECK(is_given(nested_absmax) && is_given(nested_offset),
                     "nested_absmax and nested_offset belong together: only one of them was given");
     check_same_device(*nested_absmax, "nested_absmax", packed, "packed");
@@ -87,14 +89,14 @@ CheckedWeight check_weight(const Tensor& packed, const Tensor& absmax, const Opt
     check_dtype(*nested_absmax, ScalarType::Float, "nested_absmax", "it must be float32");
     check_dtype(*nested_offset, ScalarType::Float, "nested_offset", "it must be float32");
     const int64_t nested = ceil_div(blocks, kNestedBlock);
-    STD_TORCH_CHECK(nested_absmax->numel() == nested, "nested_absmax has ", nested_absmax->numel(), " values: ", blocks,
-                    " scales in blocks of ", kNestedBlock, " need ", nested);
-    STD_TORCH_CHECK(nested_offset->numel() == 1, "nested_offset has ", nested_offset->numel(),
-                    " values: it must have one");
+    STD_TORCH_CHECK(nested_absmax->numel() == count * nested, "nested_absmax has ", nested_absmax->numel(),
+                    " values: ", blocks, " scales in blocks of ", kNestedBlock, " need ", times, nested);
+    STD_TORCH_CHECK(nested_offset->numel() == count, "nested_offset has ", nested_offset->numel(),
+                    " values: it must have ", count == 1 ? "one" : std::to_string(count));
     w.nested_absmax = as_contiguous(*nested_absmax);
-    w.nested_offset = *nested_offset;
+    w.nested_offset = as_contiguous(*nested_offset);
   } else {
-    STD_TORCH_CHECK(numel == 0 || absmax.scalar_type() == ScalarType::Float,
+    STD_TORCH_CHECK(count * numel == 0 || absmax.scalar_type() == ScalarType::Float,
                     "absmax must be float32 without double quantization (nested_absmax was not given)");
   }
   return w;

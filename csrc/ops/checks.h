@@ -45,7 +45,7 @@ inline void check_block_size(int64_t block_size) {
 
 int64_t checked_numel(const std::vector<int64_t>& shape);
 
-// A packed weight with checked, contiguous tensors.
+// A packed weight, or a stack of equal ones, with checked, contiguous tensors.
 struct CheckedWeight {
   Tensor packed, absmax;
   OptionalTensor nested_absmax, nested_offset;  // both given or neither
@@ -54,9 +54,10 @@ struct CheckedWeight {
   int block_shift;
 };
 
+// `count`: the number of stacked weights (n, k).
 CheckedWeight check_weight(const Tensor& packed, const Tensor& absmax, const OptionalTensor& nested_absmax,
                            const OptionalTensor& nested_offset, int64_t n, int64_t k, const std::string& quant_type,
-                           int64_t block_size);
+                           int64_t block_size, int64_t count = 1);
 
 // Checks that an order on the CPU names each column once; kernels would write out of bounds otherwise.
 void check_permutation(const Tensor& order);
@@ -70,7 +71,7 @@ void check_search_scales(const Tensor& weight, const Tensor& importance, int64_t
 // Checks feedback and order of quantize_with_feedback, except their values.
 void check_feedback(const Tensor& weight, const OptionalTensor& feedback, const OptionalTensor& order);
 
-// The weight as kernels read it; valid while `w` lives.
+// The weight, or the first one of a stack, as kernels read it; valid while `w` lives.
 WeightView view_of(const CheckedWeight& w);
 
 }  // namespace qlora::ops

@@ -12,6 +12,9 @@
 // backward: (d_x, d_lora_a, d_lora_b, d_lora_x, d_bias); gradients not requested are empty tensors. d_bias is float32.
 // multi:    the same with adapter adapter_of_row[row] for each row of x (int64, -1: base only):
 //           lora_a [adapters, r, k], lora_b [adapters, n, r], scaling float32 [adapters]
+// experts:  y [rows, n] for a stack of weights, shape (experts, n, k): row i is the product of token i / choices of x
+//           [..., k] with expert expert_of_row[i] (int64 [tokens * choices]; any number outside 0 … experts - 1: zeros);
+//           lora_a [experts, r, k], lora_b [experts, n, r], bias [experts, n]; d_bias is float32
 // adamw:    one step in place with decoupled weight decay and float32 moments; step counts from 1
 // adamw_8bit: the same with 8-bit moments in blocks of 256 with one absmax each: the first moment holds codes of the
 //           signed dynamic map, the second of the unsigned one
@@ -54,6 +57,16 @@ STABLE_TORCH_LIBRARY(qlora, m) {
       "nested_offset,"
       " int[] shape, str quant_type, int block_size,"
       " Tensor lora_a, Tensor lora_b, Tensor scaling, Tensor adapter_of_row,"
+      " bool needs_x, bool needs_lora, bool needs_bias) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "forward.experts(Tensor x, Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset,"
+      " int[] shape, str quant_type, int block_size, Tensor expert_of_row,"
+      " Tensor? lora_a=None, Tensor? lora_b=None, float scaling=1.0, Tensor? bias=None) -> Tensor");
+  m.def(
+      "backward.experts(Tensor grad, Tensor x, Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? "
+      "nested_offset,"
+      " int[] shape, str quant_type, int block_size, Tensor expert_of_row,"
+      " Tensor? lora_a, Tensor? lora_b, float scaling,"
       " bool needs_x, bool needs_lora, bool needs_bias) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "forward.affine(Tensor x, Tensor quantized_W, float scale, float zero_point, Tensor B, Tensor A, float alpha)"

@@ -212,6 +212,35 @@ def forward_multi(
     return y.view(*x.shape[:-1], shape[0])
 
 
+def forward_experts(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    shape: Sequence[int],
+    quant_type: str,
+    block_size: int,
+    expert_of_row: Tensor,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+) -> Tensor:
+    experts, n, k = shape
+    tokens, expert_of_row = x.reshape(-1, k), expert_of_row.flatten()
+    rows = tokens.repeat_interleave(len(expert_of_row) // max(1, len(tokens)), 0)
+    y = rows.new_zeros(len(rows), n)
+    statistics = [None if t is None or t.numel() == 0 else t.view(experts, -1) for t in (nested_absmax, nested_offset)]
+    for i in range(experts):
+        mine = (expert_of_row == i).nonzero()[:, 0]
+        of_expert = [t if t is None else t[i] for t in (lora_a, lora_b, bias)]
+        weight = (packed.view(experts, -1)[i], absmax.view(experts, -1)[i], *(t if t is None else t[i] for t in statistics))
+        part = forward(rows[mine], *weight, (n, k), quant_type, block_size, *of_expert[:2], scaling, of_expert[2])
+        y = y.index_copy(0, mine, part)
+    return y
+
+
 def forward_affine(
     x: Tensor,
     quantized_W: Tensor,

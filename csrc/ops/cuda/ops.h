@@ -44,6 +44,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_multi(Tensor grad, Tensor x,
                                                           Tensor scaling, Tensor adapter_of_row, bool needs_x,
                                                           bool needs_lora, bool needs_bias);
 
+Tensor forward_experts(Tensor x, Tensor packed, Tensor absmax, OptionalTensor nested_absmax,
+                       OptionalTensor nested_offset, std::vector<int64_t> shape, std::string quant_type,
+                       int64_t block_size, Tensor expert_of_row, OptionalTensor lora_a, OptionalTensor lora_b,
+                       double scaling, OptionalTensor bias);
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_experts(Tensor grad, Tensor x, Tensor packed, Tensor absmax,
+                                                            OptionalTensor nested_absmax, OptionalTensor nested_offset,
+                                                            std::vector<int64_t> shape, std::string quant_type,
+                                                            int64_t block_size, Tensor expert_of_row,
+                                                            OptionalTensor lora_a, OptionalTensor lora_b,
+                                                            double scaling, bool needs_x, bool needs_lora,
+                                                            bool needs_bias);
+
 Tensor forward_affine(Tensor x, Tensor quantized_w, double scale, double zero_point, Tensor b, Tensor a, double alpha);
 Tensor forward_affine_grid(Tensor x, Tensor quantized_w, Tensor scale, Tensor zero_point, Tensor b, Tensor a,
                            double alpha);
