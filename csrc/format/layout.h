@@ -45,7 +45,8 @@ struct WeightView {
   QuantType quant_type = QuantType::kNf4;
 };
 
-// Weight `i` of a stack of equal weights [count, n, k], each quantized on its own; `stack` is the view of the first one.
+// Weight `i` of a stack of equal weights [count, n, k], each quantized on its own; `stack` is the view of the first
+// one.
 QLORA_INLINE constexpr WeightView weight_of_stack(const WeightView& stack, int64_t i) {
   const int64_t numel = stack.n * stack.k, blocks = ceil_div(numel, int64_t{1} << stack.block_shift);
   WeightView w = stack;

@@ -117,15 +117,14 @@ Experts check_experts(const Tensor& x, const Tensor& packed, const Tensor& absma
   check_same_device(packed, "packed", x, "x");
   check_same_device(expert_of_row, "expert_of_row", x, "x");
   check_dtype(expert_of_row, ScalarType::Long, "expert_of_row", "it must be int64");
-  Experts e{
-      check_weight(packed, absmax, nested_absmax, nested_offset, n, k, quant_type, block_size, count),
-      count,
-      tokens_matrix(x, "x", k, "in_features", x),
-      as_contiguous(expert_of_row),
-      1,
-      std::nullopt,
-      0,
-      std::nullopt};
+  Experts e{check_weight(packed, absmax, nested_absmax, nested_offset, n, k, quant_type, block_size, count),
+            count,
+            tokens_matrix(x, "x", k, "in_features", x),
+            as_contiguous(expert_of_row),
+            1,
+            std::nullopt,
+            0,
+            std::nullopt};
   const int64_t rows = e.rows(), tokens = e.tokens.rows;
   STD_TORCH_CHECK(tokens == 0 ? rows == 0 : rows % tokens == 0, "expert_of_row has ", rows, " values: x has ", tokens,
                   " rows, and every row needs equally many experts");
@@ -143,8 +142,8 @@ Experts check_experts(const Tensor& x, const Tensor& packed, const Tensor& absma
                     "lora_b has shape ", text_of(lora_b->sizes()), ": it must be [experts, out_features, rank] = [",
                     count, ", ", n, ", ", e.r, "]");
     STD_TORCH_CHECK(lora_a->scalar_type() == lora_b->scalar_type(), "lora_a and lora_b must have the same dtype");
-    e.adapter = Adapter{as_matrix(*lora_a, "lora_a", count * e.r, k, x), as_matrix(*lora_b, "lora_b", count * n, e.r, x),
-                        static_cast<float>(scaling)};
+    e.adapter = Adapter{as_matrix(*lora_a, "lora_a", count * e.r, k, x),
+                        as_matrix(*lora_b, "lora_b", count * n, e.r, x), static_cast<float>(scaling)};
   }
   if (bias.has_value()) {
     STD_TORCH_CHECK(bias->dim() == 2 && bias->size(0) == count && bias->size(1) == n, "bias has shape ",

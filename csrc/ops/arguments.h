@@ -75,11 +75,11 @@ Adapters check_adapters(const Tensor& lora_a, const Tensor& lora_b, const Tensor
 
 // The experts of a mixture for one batch: a stack of weights (n, k), and for each row of the result its expert.
 struct Experts {
-  CheckedWeight w;   // of all experts; n and k are those of one
-  int64_t count;     // experts
-  Matrix tokens;     // [tokens, k]
-  Tensor of_row;     // int64 [rows]: the expert of each row; a row with any other number is zero
-  int64_t choices;   // rows per token: row i belongs to token i / choices
+  CheckedWeight w;                 // of all experts; n and k are those of one
+  int64_t count;                   // experts
+  Matrix tokens;                   // [tokens, k]
+  Tensor of_row;                   // int64 [rows]: the expert of each row; a row with any other number is zero
+  int64_t choices;                 // rows per token: row i belongs to token i / choices
   std::optional<Adapter> adapter;  // of each expert: a [count * r, k], b [count * n, r]
   int64_t r;                       // 0: no adapter
   std::optional<Matrix> bias;      // [count, n]

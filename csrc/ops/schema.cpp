@@ -13,8 +13,8 @@
 // multi:    the same with adapter adapter_of_row[row] for each row of x (int64, -1: base only):
 //           lora_a [adapters, r, k], lora_b [adapters, n, r], scaling float32 [adapters]
 // experts:  y [rows, n] for a stack of weights, shape (experts, n, k): row i is the product of token i / choices of x
-//           [..., k] with expert expert_of_row[i] (int64 [tokens * choices]; any number outside 0 … experts - 1: zeros);
-//           lora_a [experts, r, k], lora_b [experts, n, r], bias [experts, n]; d_bias is float32
+//           [..., k] with expert expert_of_row[i] (int64 [tokens * choices]; any number outside 0 … experts - 1:
+//           zeros); lora_a [experts, r, k], lora_b [experts, n, r], bias [experts, n]; d_bias is float32
 // adamw:    one step in place with decoupled weight decay and float32 moments; step counts from 1
 // adamw_8bit: the same with 8-bit moments in blocks of 256 with one absmax each: the first moment holds codes of the
 //           signed dynamic map, the second of the unsigned one

@@ -182,7 +182,8 @@ void gemv_row(const GemvParams& p, typename V::Table table, int64_t row, const f
       const int64_t lora_row = adapter * p.weight.n + row;
       if (adapter >= 0) y += dense_dot<V>(p.lora_b, p.lora_dtype, lora_row * p.r, p.x_down + token * p.r, p.r);
     }
-    store_scalar(p.y, p.dtype, (token0 + t) * p.weight.n + row, y);
+    const int64_t out_row = p.out_row_of != nullptr ? p.out_row_of[token0 + t] : token0 + t;
+    store_scalar(p.y, p.dtype, out_row * p.weight.n + row, y);
   }
 }
 
@@ -227,7 +228,8 @@ void pack_words(const PackWordsParams& p, int64_t begin, int64_t end) {
   const int64_t padded = ceil_div(p.k, kChunk) * kChunk;
   for (int64_t t = begin; t < end; ++t) {
     float* plain = p.x_plain + t * p.k;
-    for (int64_t i = 0; i < p.k; ++i) plain[i] = load_scalar(p.x, p.dtype, t * p.k + i);
+    const int64_t first = (p.row_of != nullptr ? p.row_of[t] : t) * p.k;
+    for (int64_t i = 0; i < p.k; ++i) plain[i] = load_scalar(p.x, p.dtype, first + i);
     if (p.x_words == nullptr) continue;
     float* words = p.x_words + t * padded;
     for (int64_t c = 0; c < padded; c += kChunk)

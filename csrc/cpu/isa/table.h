@@ -122,6 +122,7 @@ struct GemvParams {
   const int64_t* adapter_of_token;  // [m], -1 for none; null: one adapter for all
   void* y;                          // [m, n]
   DType dtype;
+  const int64_t* out_row_of = nullptr;  // [m], which row of y each token has; null: its own number
 };
 
 // Converts x to float32 and reorders it to the nibble order in which `gemv` unpacks words. Unit: token.
@@ -129,8 +130,9 @@ struct PackWordsParams {
   const void* x;  // [m, k]
   DType dtype;
   int64_t k;
-  float* x_plain;  // [m, k]
-  float* x_words;  // [m, words_floats(k)] or null
+  float* x_plain;                   // [m, k]
+  float* x_words;                   // [m, words_floats(k)] or null
+  const int64_t* row_of = nullptr;  // which row of x each token is; null: its own number
 };
 
 // out[t, row] = scale * x[t] · dense[row]: the low-rank down projection for few tokens. Unit: row.

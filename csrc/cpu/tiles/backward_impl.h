@@ -96,8 +96,8 @@ void pack_low_rank_columns(const BackwardTilesParams& p, int64_t chunk, uint8_t*
 // Stores the results of 16 tokens and 128 columns, held in eight adjacent tiles.
 void store_columns(const BackwardTilesParams& p, const float* c, int64_t token0, int64_t chunk) {
   const int64_t k = p.weight.k, col = chunk * kChunk, tokens = min_i64(kTile, p.m - token0);
-  auto* dx = static_cast<uint16_t*>(p.dx) + token0 * k + col;
-  for (int64_t t = 0; t < tokens; ++t, dx += k) {
+  for (int64_t t = 0; t < tokens; ++t) {
+    auto* dx = static_cast<uint16_t*>(p.dx) + row_of_token(p.out_row_of, token0 + t) * k + col;
     __m512 natural[8];
     for (int i = 0; i < 8; ++i) natural[i] = _mm512_loadu_ps(c + i * kTileFloats + t * 16);
     if (p.by_nibble) {
@@ -207,7 +207,8 @@ void factor_grad(const FactorGradParams& p, int64_t begin, int64_t end, float* s
           __m512i row[2], words[2];
           for (int i = 0; i < 2; ++i) {
             const int64_t token = step * kStep + 2 * pair + i;
-            row[i] = token < p.m ? load16(matrix + token * p.features + feature0 + 32 * half, features - 32 * half)
+            row[i] = token < p.m ? load16(matrix + row_of_token(p.row_of, token) * p.features + feature0 + 32 * half,
+                                          features - 32 * half)
                                  : _mm512_setzero_si512();
           }
           pair_rows(row[0], row[1], words[0], words[1]);

@@ -128,17 +128,17 @@ void store_transposed(const ForwardTilesParams& p, const float* c, int64_t c_pit
     bias_low = load_floats(p.bias, p.bias_dtype, row0, rows);
     if (rows > kTile) bias_high = load_floats(p.bias, p.bias_dtype, row0 + kTile, rows - kTile);
   }
-  auto* y = static_cast<uint16_t*>(p.y) + token0 * p.weight.n + row0;
-  const float* addend = p.addend != nullptr ? p.addend + token0 * p.weight.n + row0 : nullptr;
-  for (int64_t t = 0; t < tokens; ++t, y += p.weight.n) {
+  auto* y = static_cast<uint16_t*>(p.y) + row0;
+  const float* addend = p.addend != nullptr ? p.addend + row0 : nullptr;
+  for (int64_t t = 0; t < tokens; ++t) {
+    const int64_t at = row_of_token(p.out_row_of, token0 + t) * p.weight.n;
     __m512 a = _mm512_add_ps(_mm512_castsi512_ps(low[t]), bias_low);
     __m512 b = rows > kTile ? _mm512_add_ps(_mm512_castsi512_ps(high[t]), bias_high) : _mm512_setzero_ps();
     if (addend != nullptr) {
-      a = _mm512_add_ps(a, load_floats(addend, DType::kFloat32, t * p.weight.n, rows));
-      if (rows > kTile)
-        b = _mm512_add_ps(b, load_floats(addend, DType::kFloat32, t * p.weight.n + kTile, rows - kTile));
+      a = _mm512_add_ps(a, load_floats(addend, DType::kFloat32, at, rows));
+      if (rows > kTile) b = _mm512_add_ps(b, load_floats(addend, DType::kFloat32, at + kTile, rows - kTile));
     }
-    _mm512_mask_storeu_epi16(y, mask32(rows), round16(a, b));
+    _mm512_mask_storeu_epi16(y + at, mask32(rows), round16(a, b));
   }
 }
 

@@ -75,6 +75,11 @@ struct PackFactorParams {
   uint8_t* out;
 };
 
+// A list of rows: `row_of` says which row of a matrix each token is, in the order of the product; null: its own number.
+QLORA_INLINE int64_t row_of_token(const int64_t* row_of, int64_t token) {
+  return row_of != nullptr ? row_of[token] : token;
+}
+
 // Packs the tokens of the forward product into column tiles, [tiles_of(m)][token_steps]. The low-rank steps hold
 // scale * x · factor. Unit: tile of 16 tokens.
 struct ForwardTokensParams {
@@ -86,6 +91,7 @@ struct ForwardTokensParams {
   TileFactor factor;
   TileAdapters adapters;
   uint8_t* out;
+  const int64_t* row_of = nullptr;  // rows of x and lora_x
 };
 
 // y [m, n] = x Wᵀ + low-rank term + bias. Unit: item; forward_items() counts them.
@@ -101,8 +107,9 @@ struct ForwardTilesParams {
   TileAdapters adapters;
   const void* bias;  // [n] or null
   DType bias_dtype;
-  const float* addend;  // [m, n] or null; added before y is rounded
-  void* y;              // bfloat16
+  const float* addend;                  // [m, n] or null; added before y is rounded
+  void* y;                              // bfloat16
+  const int64_t* out_row_of = nullptr;  // rows of y and addend
 };
 
 // Packs the tokens of the backward product into row tiles, [tiles_of(m)][token_steps]. The low-rank steps hold
@@ -113,8 +120,9 @@ struct BackwardTokensParams {
   const uint8_t* factor_columns;  // packed lora_b, or null
   TileFactor factor;
   TileAdapters adapters;
-  float* dy_down;  // [m, adapters, r] or null
-  uint8_t* out;    // null: only dy_down is computed
+  float* dy_down;                   // [m, adapters, r] or null
+  uint8_t* out;                     // null: only dy_down is computed
+  const int64_t* row_of = nullptr;  // rows of dy, not of dy_down
 };
 
 // dx [m, k] = dy W + low-rank term, or only the low-rank term if there is no weight. Unit: item; backward_items()
@@ -130,7 +138,8 @@ struct BackwardTilesParams {
   int64_t r;
   int64_t adapter_stride;  // elements
   TileAdapters adapters;
-  void* dx;  // bfloat16
+  void* dx;                             // bfloat16
+  const int64_t* out_row_of = nullptr;  // rows of dx
 };
 
 // out = factorᵀ matrix, a sum over tokens. Unit: panel of kGradFeatures features.
@@ -146,6 +155,7 @@ struct FactorGradParams {
   int64_t out_stride;
   void* out;
   DType out_dtype;
+  const int64_t* row_of = nullptr;  // rows of matrix
 };
 // Packs a float32 matrix [m, r] into row tiles for a reduction over tokens, split into high and low halves:
 // [tiles_of(r)][2][ceil(m / kStep)] tiles. Unit: step of kStep tokens.

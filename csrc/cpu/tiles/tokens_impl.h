@@ -91,15 +91,18 @@ void pack_factor(const PackFactorParams& p, int64_t begin, int64_t end) {
 }
 
 // Packs 16 tokens of x [m, k] from `first` on into column tiles.
-void pack_columns(const uint16_t* x, int64_t m, int64_t k, int64_t first, bool by_nibble, uint8_t* out) {
+void pack_columns(const uint16_t* x, int64_t m, int64_t k, const int64_t* row_of, int64_t first, bool by_nibble,
+                  uint8_t* out) {
   const __m512i lanes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
   const int64_t tokens = min_i64(kTile, m - first);
+  const uint16_t* row[kTile];
+  for (int64_t t = 0; t < tokens; ++t) row[t] = x + row_of_token(row_of, first + t) * k;
   for (int64_t c = 0; c < ceil_div(k, kChunk); ++c)
     for (int q = 0; q < 4; ++q) {
       const int64_t at = c * kChunk + 32 * q;
       __m512i rows[16];
       for (int64_t t = 0; t < kTile; ++t) {
-        rows[t] = t < tokens ? load16(x + (first + t) * k + at, k - at) : _mm512_setzero_si512();
+        rows[t] = t < tokens ? load16(row[t] + at, k - at) : _mm512_setzero_si512();
         if (by_nibble) rows[t] = _mm512_shuffle_epi8(rows[t], lanes);
       }
       transpose(rows);
@@ -112,12 +115,14 @@ void pack_columns(const uint16_t* x, int64_t m, int64_t k, int64_t first, bool b
 }
 
 // Packs 16 tokens into row tiles, in natural order.
-void pack_rows(const uint16_t* x, int64_t m, int64_t k, int64_t first, uint8_t* out) {
+void pack_rows(const uint16_t* x, int64_t m, int64_t k, const int64_t* row_of, int64_t first, uint8_t* out) {
   const int64_t tokens = min_i64(kTile, m - first);
-  for (int64_t t = 0; t < kTile; ++t)
+  for (int64_t t = 0; t < kTile; ++t) {
+    const uint16_t* row = t < tokens ? x + row_of_token(row_of, first + t) * k : nullptr;
     for (int64_t s = 0; s < steps_of(k); ++s)
       _mm512_storeu_si512(out + s * kTileBytes + t * 64,
-                          t < tokens ? load16(x + (first + t) * k + s * kStep, k - s * kStep) : _mm512_setzero_si512());
+                          row != nullptr ? load16(row + s * kStep, k - s * kStep) : _mm512_setzero_si512());
+  }
 }
 
 int64_t token_pitch(int64_t features, const TileFactor& factor, const TileAdapters& adapters) {
@@ -145,12 +150,12 @@ void forward_tokens(const ForwardTokensParams& p, int64_t begin, int64_t end, fl
   const int64_t steps = steps_of(p.k), ranks = tiles_of(f.r), extra = low_rank_steps(f.r, f.dtype);
   for (int64_t tile = begin; tile < end; ++tile) {
     uint8_t* out = p.out + tile * token_pitch(p.k, f, p.adapters);
-    pack_columns(static_cast<const uint16_t*>(p.x), p.m, p.k, tile * kTile, p.by_nibble, out);
+    pack_columns(static_cast<const uint16_t*>(p.x), p.m, p.k, p.row_of, tile * kTile, p.by_nibble, out);
     if (f.r == 0) continue;
     const uint8_t* source = out;
     if (p.lora_x != nullptr) {
       auto* dropped = reinterpret_cast<uint8_t*>(scratch + kTileFloats);
-      pack_columns(static_cast<const uint16_t*>(p.lora_x), p.m, p.k, tile * kTile, p.by_nibble, dropped);
+      pack_columns(static_cast<const uint16_t*>(p.lora_x), p.m, p.k, p.row_of, tile * kTile, p.by_nibble, dropped);
       source = dropped;
     }
     uint8_t* low_rank = out + steps * kTileBytes;
@@ -190,7 +195,7 @@ void backward_tokens(const BackwardTokensParams& p, int64_t begin, int64_t end, 
   for (int64_t tile = begin; tile < end; ++tile) {
     uint8_t* out = p.out != nullptr ? p.out + tile * token_pitch(p.n, f, p.adapters)
                                     : reinterpret_cast<uint8_t*>(scratch + kTileFloats);
-    pack_rows(static_cast<const uint16_t*>(p.dy), p.m, p.n, tile * kTile, out);
+    pack_rows(static_cast<const uint16_t*>(p.dy), p.m, p.n, p.row_of, tile * kTile, out);
     if (f.r == 0) continue;
     uint8_t* low_rank = out + steps * kTileBytes;
     if (p.out != nullptr) std::memset(low_rank, 0, static_cast<size_t>(p.adapters.count * extra * kTileBytes));

@@ -1,0 +1,180 @@
+// The rows of a mixture's experts, and the steps of their products on the CPU: each step is one parallel loop over all
+// experts of a slice, so that threads are busy however unevenly rows are distributed.
+#pragma once
+
+#include <utility>
+#include <vector>
+
+#include "cpu/select.h"
+#include "ops/cpu/balanced.h"
+#include "ops/cpu/gemm.h"
+#include "ops/cpu/gemv.h"
+#include "ops/cpu/tiles.h"
+
+namespace qlora::ops_cpu {
+
+// The rows of one expert: positions [begin, begin + count) of ExpertRows.
+struct ExpertGroup {
+  int64_t expert, begin, count;
+};
+
+// Rows in the order of their experts, without a sorted copy: kernels gather and scatter by these numbers.
+class ExpertRows {
+ public:
+  explicit ExpertRows(const Experts& e) {
+    const int64_t* of_row = e.of_row.const_data_ptr<int64_t>();
+    std::vector<int64_t> next(static_cast<size_t>(e.count));
+    for (int64_t i = 0; i < e.rows(); ++i) {
+      if (of_row[i] < 0 || of_row[i] >= e.count)
+        without_expert_.push_back(i);
+      else
+        ++next[static_cast<size_t>(of_row[i])];
+    }
+    int64_t begin = 0;
+    for (int64_t expert = 0; expert < e.count; ++expert) {
+      const int64_t count = std::exchange(next[static_cast<size_t>(expert)], begin);
+      if (count > 0) groups_.push_back({expert, begin, count});
+      begin += count;
+    }
+    rows_.resize(static_cast<size_t>(begin));
+    for (int64_t i = 0; i < e.rows(); ++i)
+      if (of_row[i] >= 0 && of_row[i] < e.count) rows_[static_cast<size_t>(next[static_cast<size_t>(of_row[i])]++)] = i;
+    if (e.choices > 1) {
+      tokens_ = rows_;
+      for (int64_t& token : tokens_) token /= e.choices;
+    }
+  }
+
+  const std::vector<int64_t>& without_expert() const { return without_expert_; }
+  const int64_t* rows(const ExpertGroup& g) const { return rows_.data() + g.begin; }
+  const int64_t* tokens(const ExpertGroup& g) const { return (tokens_.empty() ? rows_ : tokens_).data() + g.begin; }
+
+  // Consecutive experts with at most kSliceRows rows, or one with more. A slice bounds the memory for packed tokens,
+  // and keeps them in the last-level cache.
+  std::vector<std::vector<ExpertGroup>> slices() const {
+    constexpr int64_t kSliceRows = 4096;
+    std::vector<std::vector<ExpertGroup>> slices;
+    int64_t rows = kSliceRows;
+    for (const ExpertGroup& g : groups_) {
+      if (rows + g.count > kSliceRows) {
+        slices.emplace_back();
+        rows = 0;
+      }
+      slices.back().push_back(g);
+      rows += g.count;
+    }
+    return slices;
+  }
+
+ private:
+  std::vector<ExpertGroup> groups_;
+  std::vector<int64_t> rows_, tokens_, without_expert_;
+};
+
+// Memory for many buffers, allocated at once: ask for all, then allocate, then take them in the same order.
+class Buffers {
+ public:
+  void ask(int64_t bytes) { total_ += aligned(bytes); }
+  void allocate() { storage_ = empty_cpu({total_}, ScalarType::Byte); }
+  template <class T>
+  T* take(int64_t bytes) {
+    uint8_t* data = storage_.mutable_data_ptr<uint8_t>() + std::exchange(used_, used_ + aligned(bytes));
+    return reinterpret_cast<T*>(data);
+  }
+
+ private:
+  static int64_t aligned(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
+  Tensor storage_ = nothing();
+  int64_t total_ = 0, used_ = 0;
+};
+
+// Matrix `i` of a stack whose matrices have `rows` rows.
+inline Matrix matrix_of_stack(const Matrix& stack, int64_t i, int64_t rows) {
+  const int64_t bytes = stack.dtype == DType::kFloat32 ? 4 : 2;
+  return {stack.tensor, static_cast<const char*>(stack.data) + i * rows * stack.cols * bytes, stack.dtype, rows,
+          stack.cols};
+}
+
+// The cost of unpacking a weight, as a number of tokens that could be multiplied with it meanwhile.
+constexpr int64_t kUnpackTokens = 8, kUnpackTokensOfTiles = 32;
+
+// ---- steps on the gemm kernel ----
+
+inline void run_packs(const cpu::KernelTable& kernels, const std::vector<cpu::PackParams>& jobs) {
+  run_balanced(
+      jobs, [&](const cpu::PackParams& p) { return ceil_div(p.cols, kernels.tile_cols); },
+      [&](const cpu::PackParams& p) { return 2 * kernels.tile_cols * p.steps; }, kernels.pack);
+}
+
+inline void run_gemms(const cpu::KernelTable& kernels, const std::vector<cpu::GemmParams>& jobs) {
+  const auto units = [&](const cpu::GemmParams& p) { return p.rows == 0 ? 0 : kernels.gemm_items(p); };
+  const auto cost = [&](const cpu::GemmParams& p) {
+    int64_t steps = 0;
+    for (int64_t i = 0; i < p.term_count; ++i) steps += p.terms[i].steps;
+    return p.rows == 0 ? 0 : p.rows * steps * (p.cols + kUnpackTokens) / kernels.gemm_items(p) + 1;
+  };
+  run_balanced(jobs, units, cost, [&](const cpu::GemmParams& p, int64_t begin, int64_t end) {
+    kernels.gemm(p, begin, end, thread_scratch(kernels.gemm_scratch(p)));
+  });
+}
+
+// ---- steps on tiles ----
+
+inline void run_factor_packs(const cpu::TileKernels& tiles, const std::vector<cpu::PackFactorParams>& jobs) {
+  run_balanced(
+      jobs, [](const cpu::PackFactorParams& p) { return ceil_div(p.factor.features, cpu::kChunk); },
+      [](const cpu::PackFactorParams& p) { return 8 * cpu::kChunk * p.factor.r; }, tiles.pack_factor);
+}
+
+inline void run_forward_tokens(const cpu::TileKernels& tiles, const std::vector<cpu::ForwardTokensParams>& jobs) {
+  run_balanced(
+      jobs, [](const cpu::ForwardTokensParams& p) { return cpu::tiles_of(p.m); },
+      [](const cpu::ForwardTokensParams& p) { return cpu::kTile * p.k * (2 + p.factor.r / 4); },
+      [&](const cpu::ForwardTokensParams& p, int64_t begin, int64_t end) {
+        tiles.forward_tokens(p, begin, end, thread_scratch(tiles.forward_tokens_scratch(p)));
+      });
+}
+
+inline void run_forward_products(const cpu::TileKernels& tiles, const std::vector<cpu::ForwardTilesParams>& jobs) {
+  const auto cost = [&](const cpu::ForwardTilesParams& p) {
+    return p.weight.n * (p.weight.k + p.r) * (p.m + kUnpackTokensOfTiles) / tiles.forward_items(p) + 1;
+  };
+  run_balanced(jobs, tiles.forward_items, cost, [&](const cpu::ForwardTilesParams& p, int64_t begin, int64_t end) {
+    tiles.forward(p, begin, end, thread_scratch(tiles.forward_scratch(p)));
+  });
+}
+
+inline void run_backward_tokens(const cpu::TileKernels& tiles, const std::vector<cpu::BackwardTokensParams>& jobs) {
+  run_balanced(
+      jobs, [](const cpu::BackwardTokensParams& p) { return cpu::tiles_of(p.m); },
+      [](const cpu::BackwardTokensParams& p) { return cpu::kTile * p.n * (2 + p.factor.r / 4); },
+      [&](const cpu::BackwardTokensParams& p, int64_t begin, int64_t end) {
+        tiles.backward_tokens(p, begin, end, thread_scratch(tiles.backward_tokens_scratch(p)));
+      });
+}
+
+inline void run_backward_products(const cpu::TileKernels& tiles, const std::vector<cpu::BackwardTilesParams>& jobs) {
+  const auto cost = [&](const cpu::BackwardTilesParams& p) {
+    return p.weight.k * (p.weight.n + p.r) * (p.m + kUnpackTokensOfTiles) / tiles.backward_items(p) + 1;
+  };
+  run_balanced(jobs, tiles.backward_items, cost, [&](const cpu::BackwardTilesParams& p, int64_t begin, int64_t end) {
+    tiles.backward(p, begin, end, thread_scratch(tiles.backward_scratch(p)));
+  });
+}
+
+inline void run_token_factor_packs(const cpu::TileKernels& tiles, const std::vector<cpu::PackTokenFactorParams>& jobs) {
+  run_balanced(
+      jobs, [](const cpu::PackTokenFactorParams& p) { return ceil_div(p.m, cpu::kStep); },
+      [](const cpu::PackTokenFactorParams& p) { return 8 * cpu::kStep * p.r; }, tiles.pack_token_factor);
+}
+
+inline void run_factor_grads(const cpu::TileKernels& tiles, const std::vector<cpu::FactorGradParams>& jobs) {
+  run_balanced(
+      jobs, [](const cpu::FactorGradParams& p) { return ceil_div(p.features, cpu::kGradFeatures); },
+      [](const cpu::FactorGradParams& p) { return cpu::kGradFeatures * p.m * (8 + p.r); },
+      [&](const cpu::FactorGradParams& p, int64_t begin, int64_t end) {
+        tiles.factor_grad(p, begin, end, thread_scratch(tiles.factor_grad_scratch(p)));
+      });
+}
+
+}  // namespace qlora::ops_cpu
