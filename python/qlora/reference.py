@@ -234,9 +234,10 @@ def forward_experts(
     statistics = [None if t is None or t.numel() == 0 else t.view(experts, -1) for t in (nested_absmax, nested_offset)]
     for i in range(experts):
         mine = (expert_of_row == i).nonzero()[:, 0]
-        of_expert = [t if t is None else t[i] for t in (lora_a, lora_b, bias)]
-        weight = (packed.view(experts, -1)[i], absmax.view(experts, -1)[i], *(t if t is None else t[i] for t in statistics))
-        part = forward(rows[mine], *weight, (n, k), quant_type, block_size, *of_expert[:2], scaling, of_expert[2])
+        nested = [t if t is None else t[i] for t in statistics]
+        weight = (packed.view(experts, -1)[i], absmax.view(experts, -1)[i], nested[0], nested[1], (n, k))
+        a, b, c = (t if t is None else t[i] for t in (lora_a, lora_b, bias))
+        part = forward(rows[mine], *weight, quant_type, block_size, a, b, scaling, c)
         y = y.index_copy(0, mine, part)
     return y
 

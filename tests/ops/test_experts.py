@@ -126,6 +126,25 @@ def test_a_row_is_what_forward_gives_for_the_rows_of_its_expert(isa, dtype, monk
         assert torch.equal(y[mine], alone)
 
 
+@pytest.mark.parametrize("lora_dtype", [torch.float32, torch.bfloat16])
+def test_factors_in_the_layout_of_peft(device, lora_dtype):
+    """lora_b is a view of [n, r * experts], not contiguous; some experts have no rows."""
+    x, weight, _, of_row, (a, b, scaling), _ = make(30, 2, 6, 40, 64, distribution="some get none")
+    a, b = a.to(lora_dtype), b.to(lora_dtype)
+    stored = b.permute(1, 2, 0).reshape(40, -1).contiguous().requires_grad_()
+    view = stored.reshape(-1, 6).t().unflatten(1, (40, -1))
+    assert torch.equal(view, b)
+    assert not view.is_contiguous()
+    grad = torch.randn(60, 40)
+    leaves = [a.clone().requires_grad_(), b.clone().requires_grad_()]
+    expected = ops.forward_experts(x, *weight, of_row, *leaves, scaling)
+    expected.backward(grad)
+    y = ops.forward_experts(x, *weight, of_row, leaves[0], view, scaling)
+    y.backward(grad)
+    assert torch.equal(y, expected)
+    assert torch.equal(stored.grad.reshape(40, -1, 6).permute(2, 0, 1), leaves[1].grad)
+
+
 def test_a_row_does_not_depend_on_the_values_of_others(device):
     x, weight, _, of_row, (a, b, scaling), bias = make(50, 2, 3, 40, 64, dtype=torch.bfloat16)
     y = ops.forward_experts(x, *weight, of_row, a, b, scaling, bias)

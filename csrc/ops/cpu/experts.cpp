@@ -221,13 +221,47 @@ void clear_rows(const std::vector<int64_t>& rows, int64_t cols, const Tensor& ou
   for (const int64_t row : rows) std::fill_n(data + row * bytes, bytes, char{0});
 }
 
+// lora_b [experts, n, r] as kernels read it. PEFT's is a view of [n, r * experts], which is copied here for the experts
+// in use; the rest of the copy stays uninitialised. (A permuted copy by torch takes ten times as long.)
+OptionalTensor with_ranks_side_by_side(const OptionalTensor& lora_b, const Tensor& expert_of_row) {
+  const bool is_known = lora_b.has_value() && lora_b->dim() == 3 && expert_of_row.scalar_type() == ScalarType::Long;
+  if (!is_known || lora_b->is_contiguous() || !lora_b->is_cpu() || !expert_of_row.is_cpu()) return lora_b;
+  const int64_t experts = lora_b->size(0), n = lora_b->size(1), r = lora_b->size(2);
+  std::vector<bool> used(static_cast<size_t>(experts));
+  const Tensor of_row = as_contiguous(expert_of_row);
+  for (int64_t i = 0; i < of_row.numel(); ++i) {
+    const int64_t expert = of_row.const_data_ptr<int64_t>()[i];
+    if (expert >= 0 && expert < experts) used[static_cast<size_t>(expert)] = true;
+  }
+  const Tensor out = empty_of_shape(*lora_b);
+  const auto copy = [&](auto* to, const auto* from) {
+    const int64_t expert_stride = lora_b->stride(0), row_stride = lora_b->stride(1), rank_stride = lora_b->stride(2);
+    parallel(n, rows_per_task(r * experts), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row)
+        for (int64_t expert = 0; expert < experts; ++expert) {
+          if (!used[static_cast<size_t>(expert)]) continue;
+          const auto* source = from + expert * expert_stride + row * row_stride;
+          auto* target = to + (expert * n + row) * r;
+          for (int64_t rank = 0; rank < r; ++rank) target[rank] = source[rank * rank_stride];
+        }
+    });
+  };
+  if (out.element_size() == 4)
+    copy(static_cast<uint32_t*>(out.mutable_data_ptr()), static_cast<const uint32_t*>(lora_b->const_data_ptr()));
+  else if (out.element_size() == 2)
+    copy(static_cast<uint16_t*>(out.mutable_data_ptr()), static_cast<const uint16_t*>(lora_b->const_data_ptr()));
+  else
+    return lora_b;  // the check of the dtype will refuse it
+  return out;
+}
+
 Tensor forward_experts(Tensor x, Tensor packed, Tensor absmax, OptionalTensor nested_absmax,
                        OptionalTensor nested_offset, std::vector<int64_t> shape, std::string quant_type,
                        int64_t block_size, Tensor expert_of_row, OptionalTensor lora_a, OptionalTensor lora_b,
                        double scaling, OptionalTensor bias) {
   const cpu::KernelTable& kernels = active_kernels();
   const Experts e = check_experts(x, packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size,
-                                  expert_of_row, lora_a, lora_b, scaling, bias);
+                                  expert_of_row, lora_a, with_ranks_side_by_side(lora_b, expert_of_row), scaling, bias);
   const ExpertRows rows(e);
   const Call call{kernels, e, rows, view_of(e.w)};
   const Tensor y = empty_cpu({e.rows(), e.w.n}, x.scalar_type());
@@ -494,8 +528,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_experts(
     std::vector<int64_t> shape, std::string quant_type, int64_t block_size, Tensor expert_of_row, OptionalTensor lora_a,
     OptionalTensor lora_b, double scaling, bool needs_x, bool needs_lora, bool needs_bias) {
   const cpu::KernelTable& kernels = active_kernels();
-  const Experts e = check_experts(x, packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size,
-                                  expert_of_row, lora_a, lora_b, scaling, std::nullopt);
+  const Experts e =
+      check_experts(x, packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size, expert_of_row,
+                    lora_a, with_ranks_side_by_side(lora_b, expert_of_row), scaling, std::nullopt);
   const int64_t n = e.w.n, k = e.w.k;
   const Matrix dy = tokens_matrix(grad, "grad", n, "out_features", x);
   STD_TORCH_CHECK(dy.rows == e.rows(), "grad has ", dy.rows, " rows: expert_of_row has ", e.rows(), " values");

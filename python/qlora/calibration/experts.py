@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qlora.calibration.moments import Moments
@@ -27,7 +28,7 @@ def calibrate_experts(
         reports.append(_calibrate(name, layer, dense, first, index, routed, recipe))
         activated = [
             (
-                _activate(layer, layer.project(first, index, inputs)),
+                _activate(layer, layer.project(first, inputs, torch.full_like(inputs[:, 0], index, dtype=torch.int64))),
                 _activate(layer, _project(dense, first, index, exact)),
                 is_unseen,
             )
