@@ -49,6 +49,21 @@ SIZES = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+_DEEPSEEK = {
+    **SIZES,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 32,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
 # By transformers' model_type: one for each way in which a model stores its weights.
 CONFIGS = {
     "llama": {**SIZES, "attention_bias": True},
@@ -67,7 +82,13 @@ CONFIGS = {
         "shared_expert_intermediate_size": 32,
     },
     "gpt_oss": {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},  # transposed, biased
+    "olmoe": {**SIZES, "num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32},
+    "granitemoe": {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32},
+    # groups of experts, a shared expert, a first block without experts, low-rank attention
+    "deepseek_v2": {**_DEEPSEEK, "head_dim": 8},
+    "deepseek_v3": _DEEPSEEK,
 }
+MIXTURES = tuple(name for name, config in CONFIGS.items() if any("experts" in key for key in config))
 TOKENS = torch.tensor([[1, 5, 9, 77, 30, 8, 2, 100]])  # for models of these sizes
 
 

@@ -82,7 +82,8 @@ def load_quantized(
 
     transformers reads one tensor at a time, moves it to the device and quantizes it there, so peak memory is the 4-bit
     model plus the largest tensor. ``dtype`` is the dtype of activations and of tensors that stay dense. A checkpoint
-    that is already 4-bit, written by qlora or by bitsandbytes, keeps its format.
+    that is already 4-bit, written by qlora or by bitsandbytes, keeps its format. Experts in MXFP4 (gpt-oss) are
+    quantized anew.
 
     With ``rank`` the model is a PeftModel with trainable LoRA on ``target_modules`` (default: all linear layers except
     the head); ``lora_options`` go to PEFT's LoraConfig. Raises ValueError with the value and the rule.
@@ -91,7 +92,7 @@ def load_quantized(
     from transformers.utils import logging as transformers_logging
 
     from qlora.integrations import bitsandbytes
-    from qlora.integrations.transformers import QLoRAConfig
+    from qlora.integrations.transformers import QLoRAConfig, is_mxfp4
 
     folder = Path(folder)
     config = AutoConfig.from_pretrained(folder)
@@ -99,6 +100,9 @@ def load_quantized(
     stored = getattr(config, "quantization_config", None)
     if bitsandbytes.is_checkpoint(folder):
         config = bitsandbytes.checkpoint_config(folder)
+    elif is_mxfp4(config):
+        del config.quantization_config
+        options["quantization_config"] = QLoRAConfig(quant_type, double_quant, block_size, checkpoint_format="mxfp4")
     elif stored is None:
         options["quantization_config"] = QLoRAConfig(quant_type, double_quant, block_size)
     elif stored.get("quant_method") != "qlora":

@@ -301,6 +301,11 @@ class ParamWrapper(PeftParamWrapper):
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> None:
+        if config.use_dora:
+            raise ValueError(
+                f"{kwargs.get('parameter_name', 'experts')}: DoRA on 4-bit experts is not supported: use LoRA for them"
+                " (use_dora=False), or leave them out of target_parameters"
+            )
         self.merge_into = MergeInto()
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
 

@@ -1,5 +1,6 @@
 """QLoRAConfig: how ``from_pretrained`` quantizes a model."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ class QLoRAConfig(QuantizationConfigMixin):
         calibration: "default" or a list of texts: after loading, calibrates the weights (:func:`qlora.calibrate`) with
             the model's own tokenizer. Not stored with a saved model.
         calibration_tokens: how many tokens of it to use.
-        checkpoint_format: "qlora", or "bitsandbytes" for the layout of that library's checkpoints.
+        checkpoint_format: "qlora"; "bitsandbytes" for the layout of that library's checkpoints; "mxfp4" for gpt-oss with
+            experts in MXFP4, which are quantized anew while they load (see :func:`mxfp4_config`).
 
     Raises ValueError with the value and the rule.
     """
@@ -40,8 +42,8 @@ class QLoRAConfig(QuantizationConfigMixin):
         if kwargs:
             raise ValueError(f"QLoRAConfig has no option {sorted(kwargs)}")
         check_format(quant_type, block_size)
-        if checkpoint_format not in ("qlora", "bitsandbytes"):
-            raise ValueError(f"checkpoint_format='{checkpoint_format}' must be qlora or bitsandbytes")
+        if checkpoint_format not in ("qlora", "bitsandbytes", "mxfp4"):
+            raise ValueError(f"checkpoint_format='{checkpoint_format}' must be qlora, bitsandbytes or mxfp4")
         self.quant_method = METHOD
         self.quant_type, self.double_quant, self.block_size = quant_type, double_quant, block_size
         self.compute_dtype = _dtype_name(compute_dtype)
@@ -61,6 +63,31 @@ class QLoRAConfig(QuantizationConfigMixin):
     @property
     def torch_compute_dtype(self) -> torch.dtype | None:
         return None if self.compute_dtype is None else getattr(torch, self.compute_dtype)
+
+
+def is_mxfp4(config: Any) -> bool:
+    """Whether a model's config says that its checkpoint holds experts in MXFP4, as OpenAI's gpt-oss does."""
+    stored = getattr(config, "quantization_config", None)
+    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+    return str(getattr(method, "value", method)) == "mxfp4"
+
+
+def mxfp4_config(path: str | Path, **kwargs: Any) -> Any:
+    """The config of an MXFP4 checkpoint, changed so that transformers can load it with qlora's layers::
+
+        config = qlora.integrations.transformers.mxfp4_config(path)
+        options = qlora.QLoRAConfig(checkpoint_format="mxfp4")
+        model = AutoModelForCausalLM.from_pretrained(path, config=config, quantization_config=options)
+
+    Same arguments as ``AutoConfig.from_pretrained``. Raises ValueError for another checkpoint.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, **kwargs)
+    if not is_mxfp4(config):
+        raise ValueError(f"{path} is not an MXFP4 checkpoint: pass quantization_config=qlora.QLoRAConfig()")
+    del config.quantization_config  # transformers refuses a second one
+    return config
 
 
 def _dtype_name(dtype: torch.dtype | str | None) -> str | None:

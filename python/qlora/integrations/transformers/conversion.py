@@ -3,8 +3,10 @@
 import re
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.core_model_loading import ConversionOps
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
@@ -43,6 +45,30 @@ class Quantize(ConversionOps):
             result |= {prefix + key: tensor for key, tensor in layer_tensors(weight).items()}
             result[prefix + _EXTRA_STATE] = module.get_extra_state()
         return result
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return Identity()
+
+
+class DequantizeMxfp4(ConversionOps):
+    """Converts the experts of an MXFP4 checkpoint to bfloat16, which holds their values exactly."""
+
+    def __init__(self, hf_quantizer: Any) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], full_layer_name: str | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        assert full_layer_name is not None
+        parts = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
+        by_kind = {kind: tensor for name, tensor in parts.items() for kind in ("blocks", "scales") if kind in name}
+        if len(by_kind) != 2:
+            raise ValueError(
+                f"{full_layer_name}: the checkpoint has {sorted(parts)}, but MXFP4 needs blocks and scales"
+            )
+        dense = convert_moe_packed_tensors(by_kind["blocks"], by_kind["scales"], dtype=torch.bfloat16)
+        return {full_layer_name: dense}
 
     @property
     def reverse_op(self) -> ConversionOps:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
@@ -14,7 +14,12 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 from qlora.calibration import calibrate
 from qlora.distributed import refuse_fsdp1
 from qlora.integrations.transformers.config import QLoRAConfig
-from qlora.integrations.transformers.conversion import DeserializeBitsandbytes, Quantize, concerns
+from qlora.integrations.transformers.conversion import (
+    DequantizeMxfp4,
+    DeserializeBitsandbytes,
+    Quantize,
+    concerns,
+)
 from qlora.integrations.transformers.layers import make_dense, own_tensors, quantized_layers
 from qlora.nn import Experts4bit, Linear4bit
 from qlora.nn.borrowing import borrowed
@@ -67,6 +72,15 @@ class QLoRAQuantizer(HfQuantizer):
 
     def get_load_operations(self) -> dict:
         return {"deserialize": DeserializeBitsandbytes} if self._reads_bitsandbytes else {}
+
+    def get_weight_conversions(self) -> list[Any]:
+        if self.pre_quantized or self.quantization_config.checkpoint_format != "mxfp4":
+            return super().get_weight_conversions()
+        # transformers quantizes what these conversions return, because param_needs_quantization() names it.
+        return [
+            WeightConverter([f"{name}_blocks", f"{name}_scales"], name, [DequantizeMxfp4(self)])
+            for name in ("gate_up_proj", "down_proj")
+        ]
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         # transformers calls this when it saves a model, before it writes the config.
