@@ -83,7 +83,8 @@ py::dict explain_forward(int64_t m, int64_t k, const std::string& dtype) {
 
 // The decisions of select.h for one product on one GPU, as a dictionary.
 py::dict cuda_select(int64_t m, int64_t n, int64_t k, const std::string& dtype, int64_t block_size, int arch,
-                     int sm_count, int shared_bytes_per_block, std::optional<bool> has_wgmma, int64_t rank) {
+                     int sm_count, int shared_bytes_per_block, std::optional<bool> has_wgmma, int64_t rank,
+                     int64_t experts) {
   using namespace qlora::cuda;
   const qlora::DType type = token_dtype(dtype);
   const Problem problem{m, n, k, type, block_size};
@@ -119,6 +120,11 @@ py::dict cuda_select(int64_t m, int64_t n, int64_t k, const std::string& dtype, 
   const char* why_low_rank = why_general_low_rank(problem, gpu);
   chosen["low_rank"] = why_low_rank != nullptr || dots_win(m, rank) ? "token_dot" : "lora_down";
   chosen["why_not_faster_low_rank"] = why_low_rank != nullptr ? why_low_rank : "";
+  const GemmTile of_experts = select_experts_tile(m, experts, n, gpu);
+  const GemmTile dx_of_experts = select_experts_tile(m, experts, k, gpu);
+  chosen["experts_tile"] = tuple(tile_rows(of_experts), tile_tokens(of_experts));
+  chosen["experts_backward_tile"] =
+      tuple(dx_of_experts == GemmTile::kTuring ? 128 : tile_rows(dx_of_experts), tile_tokens(dx_of_experts));
   if (kernel == ForwardKernel::kGemv)
     chosen["shared_bytes"] = gemv_shared_bytes(gemv_tile.rows, gemv_m, gemv_tile.panel_chunks);
   return chosen;
@@ -145,10 +151,12 @@ PYBIND11_MODULE(_C, m) {
       "The 256 values of the unsigned 8-bit dynamic map, ascending.");
   m.def("explain_forward", &explain_forward, py::arg("m"), py::arg("k"), py::arg("dtype"),
         "The kernels for m tokens of a dtype and k in features, and why not a faster one, as a dictionary.");
-  m.def("cuda_select", &cuda_select, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("dtype"), py::arg("block_size"),
-        py::arg("arch"), py::arg("sm_count"), py::arg("shared_bytes_per_block"), py::arg("has_wgmma") = py::none(),
-        py::arg("rank") = 16,
-        "The kernels and tiles for one product on one GPU, and why not faster ones; needs no GPU.");
+  m.def(
+      "cuda_select", &cuda_select, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("dtype"), py::arg("block_size"),
+      py::arg("arch"), py::arg("sm_count"), py::arg("shared_bytes_per_block"), py::arg("has_wgmma") = py::none(),
+      py::arg("rank") = 16, py::arg("experts") = 1,
+      "The kernels and tiles for one product on one GPU, and why not faster ones; needs no GPU. The tiles of a mixture "
+      "are for m rows divided among `experts`.");
   m.def(
       "level_multiplier",
       [](const std::string& quant_type, const std::string& dtype) {

@@ -23,6 +23,7 @@ struct Shape {
   static constexpr int kGroups = kGroupsOfBlock, kPanel = kPanelChunks;
   static constexpr int kThreads = 32 * kWarps, kBlockThreads = kThreads * kGroups, kRows = 16 * R * kWarps;
   using Tile = TokenTile<kTokens, kStages, kThreads, kGroups>;
+  using Gathered = GatheredTile<kTokens, kStages, kThreads, kGroups>;
   using Group = Groups<kGroups, kThreads>;
   using Panel = ScalePanel<kWarps * kGroups, kRows, kScaleBatch>;
   static constexpr int kTokenBytes = kGroups * Tile::kBytes;
@@ -31,7 +32,7 @@ struct Shape {
   static_assert(Group::sum_bytes(R* kTokens / 2) <= kPairTableBytes + kTokenBytes, "the groups' sums find room");
 };
 
-template <class T, class S, bool kMulti>
+template <class T, class S, TokenMode kMode>
 QLORA_KERNEL void QLORA_BOUNDS(S::kBlockThreads, S::kGroups == 1 ? 2 : 1) kernel(QLORA_PARAMS GemmParams p) {
   if (!ptx::can_run<T>(S::kSharedBytes)) return;
   constexpr int R = S::R, kTokens = S::kTokens, kStages = S::kStages, kGroups = S::kGroups;
@@ -39,19 +40,33 @@ QLORA_KERNEL void QLORA_BOUNDS(S::kBlockThreads, S::kGroups == 1 ? 2 : 1) kernel
   const SharedAddress table = ptx::shared_base();
   const int block_row = ptx::block_y() * S::kRows;  // 32 bits are enough for rows and tokens, but not for elements
   const int warp_row = Group::warp() * 16 * R, first_row = block_row + warp_row;
-  const int first_token = ptx::block_x() * kTokens;
-  const int chunks = static_cast<int>(p.weight.k / kChunk);
+  int first_token = ptx::block_x() * kTokens, expert = 0;
+  if constexpr (kMode == TokenMode::kExperts) {
+    const ExpertTile tile = expert_tile<kTokens>(p.out.plan);
+    if (tile.expert == kOthersTile)
+      store_zeros<T, kTokens, S::kBlockThreads>(p.out, block_row, S::kRows, tile.first_position);
+    if (tile.expert < 0) return;
+    first_token = tile.first_position;
+    expert = tile.expert;
+  }
+  const auto& weight = weight_of<kMode == TokenMode::kExperts>(p.weight, expert);
+  const int chunks = static_cast<int>(weight.k / kChunk);
   const int g = ptx::lane() / 4;
 
   const typename S::Panel panel(table + kPairTableBytes + S::kTokenBytes, S::kPanel);
-  typename S::Tile tokens(table + kPairTableBytes + Group::index() * S::Tile::kBytes, p.x, p.out.m, p.weight.k,
-                          p.weight.k, first_token);
+  auto tokens = [&] {
+    const SharedAddress base = table + kPairTableBytes + Group::index() * S::Tile::kBytes;
+    if constexpr (kMode == TokenMode::kExperts)
+      return typename S::Gathered(base, p.x, p.out.plan.x_row + first_token, weight.k);
+    else
+      return typename S::Tile(base, p.x, p.out.m, weight.k, weight.k, first_token);
+  }();
   const auto fetch = [&] { tokens.fetch(); };
   start_pipeline<kStages>(fetch);
-  RowReader<R, kGroups> rows(p.weight, first_row, Group::index());
+  RowReader<R, kGroups> rows(weight, first_row, Group::index());
   Words2 raw[2 * R];
   if (Group::index() < chunks) rows.next(raw);
-  LevelPairs<T>::template fill<S::kBlockThreads>(table, p.weight.quant_type, p.level_multiplier);
+  LevelPairs<T>::template fill<S::kBlockThreads>(table, weight.quant_type, p.level_multiplier);
   const LevelPairs<T> pairs(table);
 
   float sum[R][kTokens / 8][4] = {};
@@ -59,7 +74,9 @@ QLORA_KERNEL void QLORA_BOUNDS(S::kBlockThreads, S::kGroups == 1 ? 2 : 1) kernel
   for (int first = 0; first < chunks; first += S::kPanel) {
     const int count = chunks - first < S::kPanel ? chunks - first : S::kPanel;
     if (first > 0) ptx::sync_threads();  // all warps have finished with the previous scales
-    panel.fill(p.weight, WarpScales(p.weight), block_row, first, count, p.level_factor);
+    if constexpr (kMode == TokenMode::kExperts) expert = expert_tile<kTokens>(p.out.plan).expert;
+    const auto& of_panel = weight_of<kMode == TokenMode::kExperts>(p.weight, expert);
+    panel.fill(of_panel, WarpScales(of_panel), block_row, first, count, p.level_factor);
     ptx::sync_threads();
     for (int in_panel = Group::index(); in_panel < count; in_panel += kGroups) {
       advance_pipeline<kStages, Group>(fetch);
@@ -103,17 +120,26 @@ QLORA_KERNEL void QLORA_BOUNDS(S::kBlockThreads, S::kGroups == 1 ? 2 : 1) kernel
   }
   ptx::cp_async_wait<0>();
   if (!Group::add_up(table, sum)) return;
-  if constexpr (kMulti)
+  if constexpr (kMode == TokenMode::kExperts) {  // read again, because the loop has no registers for it
+    const ExpertTile tile = expert_tile<kTokens>(p.out.plan);
+    first_token = tile.first_position;
+    expert = tile.expert;
+  }
+  if constexpr (kMode == TokenMode::kAdapters)
     low_rank_steps_of_adapters<T, R, kTokens>(p.out, first_row, first_token, sum);
   else
-    low_rank_steps<T, R, kTokens>(p.out, first_row, first_token, sum);
-  store_results<T, R, kTokens, kMulti>(p.out, first_row, first_token, sum);
+    low_rank_steps<T, R, kTokens, kMode>(p.out, first_row, first_token, sum, expert);
+  store_results<T, R, kTokens, kMode>(p.out, first_row, first_token, sum, expert);
 }
 
 template <class T, class S>
 Status launch_shape(const GemmParams& p, cudaStream_t stream) {
-  const Grid grid{ceil_div(p.out.m, S::kTokens), ceil_div(p.weight.n, S::kRows)};
-  const auto kernel_of_call = p.out.adapter_of_token != nullptr ? kernel<T, S, true> : kernel<T, S, false>;
+  const bool experts = p.out.plan.order != nullptr;
+  const Grid grid{experts ? expert_tiles<S::kTokens>(p.out.plan) : ceil_div(p.out.m, S::kTokens),
+                  ceil_div(p.weight.n, S::kRows)};
+  const auto kernel_of_call = experts                             ? kernel<T, S, TokenMode::kExperts>
+                              : p.out.adapter_of_token != nullptr ? kernel<T, S, TokenMode::kAdapters>
+                                                                  : kernel<T, S, TokenMode::kOne>;
   return start(kernel_of_call, grid, S::kBlockThreads, S::kSharedBytes, stream, p);
 }
 

@@ -27,6 +27,7 @@ struct Shape {
   static constexpr int kThreads = 32 * kWarps, kBlockThreads = kThreads * kGroups;
   static constexpr int kFeatures = 32 * kWarps;  // in features of a block
   using Tile = TokenTile<kTokens, kStages, kThreads, kGroups>;
+  using Gathered = GatheredTile<kTokens, kStages, kThreads, kGroups>;
   using Group = Groups<kGroups, kThreads>;
   // A row of a chunk has 16 bytes per warp. The four rows that a warp reads together, 16 apart, lie in different banks:
   // with four pieces to a row by permuting the pieces, with two by padding.
@@ -168,7 +169,7 @@ QLORA_DEVICE void unpack_rows(const ValuePairs& pairs, const uint32_t (&bytes)[4
   second[3] = ptx::pack<T>(odd[1][2], odd[1][3]);
 }
 
-template <class T, class S, bool kMulti>
+template <class T, class S, TokenMode kMode>
 QLORA_KERNEL void QLORA_BOUNDS(S::kBlockThreads, S::kGroups == 1 ? 2 : 1) kernel(QLORA_PARAMS GemmDxParams p) {
   if (!ptx::can_run<T>(S::kSharedBytes)) return;
   constexpr int kTokens = S::kTokens, kGroups = S::kGroups;
@@ -176,24 +177,39 @@ QLORA_KERNEL void QLORA_BOUNDS(S::kBlockThreads, S::kGroups == 1 ? 2 : 1) kernel
   const SharedAddress table = ptx::shared_base();
   const int block_feature = ptx::block_y() * S::kFeatures;  // 32 bits are enough for features, but not for elements
   const int first_feature = block_feature + Group::warp() * 32;
-  const int first_token = ptx::block_x() * kTokens;
-  const int chunks = static_cast<int>(ceil_div(p.weight.n, kChunk));
+  int first_token = ptx::block_x() * kTokens, expert = 0;
+  if constexpr (kMode == TokenMode::kExperts) {
+    const ExpertTile tile = expert_tile<kTokens>(p.out.plan);
+    if (tile.expert == kOthersTile)
+      store_zeros<T, kTokens, S::kBlockThreads>(p.out, block_feature, S::kFeatures, tile.first_position);
+    if (tile.expert < 0) return;
+    first_token = tile.first_position;
+    expert = tile.expert;
+  }
+  const auto& weight = weight_of<kMode == TokenMode::kExperts>(p.weight, expert);
+  const int chunks = static_cast<int>(ceil_div(weight.n, kChunk));
 
   const SharedAddress token_base = table + kPairTableBytes + Group::index() * S::kGroupBytes;
   const SharedAddress weight_base = token_base + S::Tile::kBytes;
-  const WarpScales scales(p.weight);
-  ScaleTile<S> scale_tile(weight_base + kStages * S::kWeightStageBytes, p.weight, block_feature);
-  scale_tile.load(p.weight, scales);
-  WeightTile<S> weights(weight_base, p.weight, block_feature);
-  typename S::Tile tokens(token_base, p.dy, p.out.m, p.weight.n, p.weight.n, first_token);
+  const WarpScales scales(weight);
+  ScaleTile<S> scale_tile(weight_base + kStages * S::kWeightStageBytes, weight, block_feature);
+  scale_tile.load(weight, scales);
+  WeightTile<S> weights(weight_base, weight, block_feature);
+  auto tokens = [&] {
+    const SharedAddress base = token_base;
+    if constexpr (kMode == TokenMode::kExperts)
+      return typename S::Gathered(base, p.dy, p.out.plan.order + first_token, weight.n);
+    else
+      return typename S::Tile(base, p.dy, p.out.m, weight.n, weight.n, first_token);
+  }();
   const auto fetch = [&] {
     weights.fetch();
     tokens.fetch();
   };
   start_pipeline<kStages>(fetch);
-  ValuePairs::fill<S::kBlockThreads>(table, p.weight.quant_type);
+  ValuePairs::fill<S::kBlockThreads>(table, weight.quant_type);
   const ValuePairs pairs(table);
-  scale_tile.store(p.weight, scales, 0);
+  scale_tile.store(weight, scales, 0);
   if constexpr (kGroups > 1) ptx::sync_threads();  // with one group, the barrier of the pipeline is enough
 
   float sum[2][kTokens / 8][4] = {};
@@ -201,7 +217,7 @@ QLORA_KERNEL void QLORA_BOUNDS(S::kBlockThreads, S::kGroups == 1 ? 2 : 1) kernel
   int buffer = 0;
   for (int chunk = Group::index(); chunk < chunks; chunk += kGroups, buffer ^= 1) {
     advance_pipeline<kStages, Group>(fetch);
-    scale_tile.load(p.weight, scales);  // scales of the next chunk; beyond the end, those of the last row
+    scale_tile.load(weight, scales);  // scales of the next chunk; beyond the end, those of the last row
     const SharedAddress bytes_at = weights.current();
     const auto place = place_in(tokens.current());
     unroll<2>([&](auto half) {  // two steps at a time: registers have room for their fragments only
@@ -225,21 +241,30 @@ QLORA_KERNEL void QLORA_BOUNDS(S::kBlockThreads, S::kGroups == 1 ? 2 : 1) kernel
           for (int f = 0; f < 2; ++f) ptx::mma<T>(sum[f][j], fragment[s][f], words[2 * s], words[2 * s + 1], sum[f][j]);
       });
     });
-    scale_tile.store(p.weight, scales, buffer ^ 1);
+    scale_tile.store(weight, scales, buffer ^ 1);
   }
   ptx::cp_async_wait<0>();
   if (!Group::add_up(table, sum)) return;
-  if constexpr (kMulti)
+  if constexpr (kMode == TokenMode::kExperts) {  // read again, because the loop has no registers for it
+    const ExpertTile tile = expert_tile<kTokens>(p.out.plan);
+    first_token = tile.first_position;
+    expert = tile.expert;
+  }
+  if constexpr (kMode == TokenMode::kAdapters)
     low_rank_steps_of_adapters<T, 2, kTokens>(p.out, first_feature, first_token, sum);
   else
-    low_rank_steps<T, 2, kTokens>(p.out, first_feature, first_token, sum);
-  store_results<T, 2, kTokens, kMulti>(p.out, first_feature, first_token, sum);
+    low_rank_steps<T, 2, kTokens, kMode>(p.out, first_feature, first_token, sum, expert);
+  store_results<T, 2, kTokens, kMode>(p.out, first_feature, first_token, sum, expert);
 }
 
 template <class T, class S>
 Status launch_shape(const GemmDxParams& p, cudaStream_t stream) {
-  const Grid grid{ceil_div(p.out.m, S::kTokens), ceil_div(p.weight.k, S::kFeatures)};
-  const auto kernel_of_call = p.out.adapter_of_token != nullptr ? kernel<T, S, true> : kernel<T, S, false>;
+  const bool experts = p.out.plan.order != nullptr;
+  const Grid grid{experts ? expert_tiles<S::kTokens>(p.out.plan) : ceil_div(p.out.m, S::kTokens),
+                  ceil_div(p.weight.k, S::kFeatures)};
+  const auto kernel_of_call = experts                             ? kernel<T, S, TokenMode::kExperts>
+                              : p.out.adapter_of_token != nullptr ? kernel<T, S, TokenMode::kAdapters>
+                                                                  : kernel<T, S, TokenMode::kOne>;
   return start(kernel_of_call, grid, S::kBlockThreads, S::kSharedBytes, stream, p);
 }
 

@@ -105,7 +105,7 @@ QLORA_DEVICE void unpack_chunk(const WeightTile& weights, const ValuePairs& pair
   });
 }
 
-template <class T, int kTokens, bool kMulti>
+template <class T, int kTokens, TokenMode kMode>
 QLORA_KERNEL void QLORA_BOUNDS(kThreads, 1) kernel(QLORA_PARAMS GemmDxParams p) {
   if (!ptx::can_run_wgmma()) return;
   constexpr int kGroups = kTokens / 16;  // groups of eight tokens in half of the tile
@@ -174,17 +174,18 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 1) kernel(QLORA_PARAMS GemmDxParams p) 
     for (int j = 0; j < kGroups; ++j)
 #pragma unroll
       for (int i = 0; i < 4; ++i) sum[0][half * kGroups + j][i] = halves[half][j][i];
-  if constexpr (kMulti)
+  if constexpr (kMode == TokenMode::kAdapters)
     low_rank_steps_of_adapters<T, 1, kTokens>(p.out, first_feature, first_token, sum);
   else
     low_rank_steps<T, 1, kTokens>(p.out, first_feature, first_token, sum);
-  store_results<T, 1, kTokens, kMulti>(p.out, first_feature, first_token, sum);
+  store_results<T, 1, kTokens, kMode>(p.out, first_feature, first_token, sum);
 }
 
 template <class T, int kTokens>
 Status launch_tokens(const GemmDxParams& p, cudaStream_t stream) {
   const Grid grid{ceil_div(p.out.m, kTokens), ceil_div(p.weight.k, kFeatures)};
-  const auto kernel_of_call = p.out.adapter_of_token != nullptr ? kernel<T, kTokens, true> : kernel<T, kTokens, false>;
+  const auto kernel_of_call = p.out.adapter_of_token != nullptr ? kernel<T, kTokens, TokenMode::kAdapters>
+                                                                : kernel<T, kTokens, TokenMode::kOne>;
   return start(kernel_of_call, grid, kThreads, kSharedBytes<kTokens>, stream, p);
 }
 

@@ -75,7 +75,7 @@ QLORA_DEVICE void add_scaled(const float (&part)[kGroups][4], const float (&scal
       sum[0][kHalf * kGroups + j][i] = fmaf(scale[i / 2], part[j][i], sum[0][kHalf * kGroups + j][i]);
 }
 
-template <class T, int kTokens, bool kMulti>
+template <class T, int kTokens, TokenMode kMode>
 QLORA_KERNEL void QLORA_BOUNDS(kThreads, 1) kernel(QLORA_PARAMS GemmParams p) {
   if (!ptx::can_run_wgmma()) return;
   constexpr int kGroups = kTokens / 16;  // groups of eight tokens in half of the tile
@@ -153,17 +153,18 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 1) kernel(QLORA_PARAMS GemmParams p) {
     add_scaled<1>(second_half, next_scale, sum);
   }
   ptx::cp_async_wait<0>();
-  if constexpr (kMulti)
+  if constexpr (kMode == TokenMode::kAdapters)
     low_rank_steps_of_adapters<T, 1, kTokens>(p.out, block_row + warp_row, first_token, sum);
   else
     low_rank_steps<T, 1, kTokens>(p.out, block_row + warp_row, first_token, sum);
-  store_results<T, 1, kTokens, kMulti>(p.out, block_row + warp_row, first_token, sum);
+  store_results<T, 1, kTokens, kMode>(p.out, block_row + warp_row, first_token, sum);
 }
 
 template <class T, int kTokens>
 Status launch_tokens(const GemmParams& p, cudaStream_t stream) {
   const Grid grid{ceil_div(p.out.m, kTokens), ceil_div(p.weight.n, kRows)};
-  const auto kernel_of_call = p.out.adapter_of_token != nullptr ? kernel<T, kTokens, true> : kernel<T, kTokens, false>;
+  const auto kernel_of_call = p.out.adapter_of_token != nullptr ? kernel<T, kTokens, TokenMode::kAdapters>
+                                                                : kernel<T, kTokens, TokenMode::kOne>;
   return start(kernel_of_call, grid, kThreads, kSharedBytes<kTokens>, stream, p);
 }
 

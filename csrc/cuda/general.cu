@@ -1,6 +1,7 @@
 // The general path: products of any shape, dtype and block size on the CUDA cores in float32. It runs whatever the
 // tensor-core kernels do not support (float32 tokens, odd extents, affine weights).
 #include "cuda/device/elements.cuh"
+#include "cuda/device/experts.cuh"
 #include "cuda/device/launch.cuh"
 
 namespace qlora::cuda {
@@ -13,9 +14,9 @@ constexpr int kPitch = kTile + 4;  // floats between steps, padded so that rows 
 constexpr int kSharedBytes = 2 * kSteps * kPitch * static_cast<int>(sizeof(float));
 
 template <OperandKind kKind>
-QLORA_DEVICE float operand_at(const GeneralParams& p, int64_t row, int64_t step) {
-  if constexpr (kKind == OperandKind::kPacked) return weight_at(p.weight, row * p.weight.k + step);
-  if constexpr (kKind == OperandKind::kPackedTransposed) return weight_at(p.weight, step * p.weight.k + row);
+QLORA_DEVICE float operand_at(const GeneralParams& p, const WeightView& weight, int64_t row, int64_t step) {
+  if constexpr (kKind == OperandKind::kPacked) return weight_at(weight, row * weight.k + step);
+  if constexpr (kKind == OperandKind::kPackedTransposed) return weight_at(weight, step * weight.k + row);
   const DenseMatrix& m = p.operand;
   const float value = load_element(m.data, m.dtype, row * m.row_stride + step * m.col_stride);
   if (p.affine.scale == nullptr) return value;
@@ -38,7 +39,8 @@ QLORA_DEVICE void fill_tile(SharedAddress tile, bool steps_are_contiguous, int64
   }
 }
 
-template <OperandKind kKind>
+// With kExperts, a block's columns are those of one tile of the plan.
+template <OperandKind kKind, bool kExperts = false>
 QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GeneralParams p) {
   const SharedAddress rows_tile = ptx::shared_base();
   const SharedAddress cols_tile = rows_tile + kSteps * kPitch * sizeof(float);
@@ -46,20 +48,39 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GeneralParams p)
                 col0 = static_cast<int64_t>(ptx::block_y()) * kTile;
   const int my_row = ptx::thread() / 16 * 4, my_col = ptx::thread() % 16 * 4;
   const int64_t adapter = ptx::block_z();
+  [[maybe_unused]] int expert = 0;
+  if constexpr (kExperts) {
+    expert = ptx::load(p.plan.adapter_of_tile + ptx::block_y());
+    if (expert == kUnusedTile) return;
+  }
+  const auto& weight = weight_of<kExperts>(p.weight, expert);
+  // The column of the result at a position; -1: none.
+  const auto column_at = [&](int64_t position) -> int64_t {
+    if constexpr (kExperts) return ptx::load(p.plan.order + position);
+    return position;
+  };
+  const int64_t cols_end = kExperts ? col0 + kTile : p.cols;
   const bool operand_steps_contiguous =
       kKind == OperandKind::kPacked || (kKind == OperandKind::kDense && p.operand.col_stride == 1);
   const bool columns_steps_contiguous = p.columns.col_stride == 1;
   float sum[4][4] = {};
 
-  for (int64_t step0 = 0; step0 < p.steps; step0 += kSteps) {
+  const int64_t steps = kExperts && expert < 0 ? 0 : p.steps;
+  for (int64_t step0 = 0; step0 < steps; step0 += kSteps) {
     const auto mine = [&](int step) {
       return p.adapter_of_step == nullptr || ptx::load(p.adapter_of_step + step0 + step) == adapter;
     };
-    fill_tile(rows_tile, operand_steps_contiguous, p.rows - row0, p.steps - step0,
-              [&](int i, int step) { return mine(step) ? operand_at<kKind>(p, row0 + i, step0 + step) : 0.0f; });
-    fill_tile(cols_tile, columns_steps_contiguous, p.cols - col0, p.steps - step0, [&](int i, int step) {
+    fill_tile(rows_tile, operand_steps_contiguous, p.rows - row0, p.steps - step0, [&](int i, int step) {
+      return mine(step) ? operand_at<kKind>(p, weight, row0 + i, step0 + step) : 0.0f;
+    });
+    fill_tile(cols_tile, columns_steps_contiguous, cols_end - col0, p.steps - step0, [&](int i, int step) {
+      int64_t col = col0 + i;
+      if constexpr (kExperts) {
+        col = ptx::load(p.column_row + col);
+        if (col < 0) return 0.0f;
+      }
       return mine(step) ? load_element(p.columns.data, p.columns.dtype,
-                                       (col0 + i) * p.columns.row_stride + (step0 + step) * p.columns.col_stride)
+                                       col * p.columns.row_stride + (step0 + step) * p.columns.col_stride)
                         : 0.0f;
     });
     ptx::sync_threads();
@@ -84,15 +105,16 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GeneralParams p)
 
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    const int64_t col = col0 + my_col + j;
-    if (col >= p.cols) continue;
-    const int64_t of_col = p.adapter_of_col != nullptr ? ptx::load(p.adapter_of_col + col) : 0;
+    if (col0 + my_col + j >= cols_end) continue;
+    const int64_t col = column_at(col0 + my_col + j);
+    if (kExperts && col < 0) continue;
+    const int64_t of_col = kExperts ? expert : p.adapter_of_col != nullptr ? ptx::load(p.adapter_of_col + col) : 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int64_t row = row0 + my_row + i;
       if (row >= p.rows) continue;
       float value = p.scale * sum[i][j];
-      if (p.r > 0 && of_col != -1) {
+      if (p.r > 0 && of_col != -1 && !(kExperts && expert < 0)) {
         if (of_col < -1 || of_col >= p.adapters)
           value = __builtin_nanf("");  // invalid adapter
         else
@@ -103,7 +125,8 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GeneralParams p)
                                       col * p.activation.row_stride + r * p.activation.col_stride),
                          value);
       }
-      if (p.bias != nullptr) value += load_element(p.bias, p.bias_dtype, row);
+      if (p.bias != nullptr && !(kExperts && expert < 0))
+        value += load_element(p.bias, p.bias_dtype, (kExperts ? expert * p.rows : 0) + row);
       store_element(p.out, p.out_dtype,
                     adapter * p.out_adapter_stride + row * p.out_row_stride + col * p.out_col_stride, value);
     }
@@ -179,13 +202,33 @@ auto dot_kernel_of(DType operand) {
   return operand == kX ? token_dot_vectors<kX, kX> : token_dot_vectors<kX, DType::kFloat32>;
 }
 
-// One warp for each part of the rows and 32 columns; the parts are added in order.
+// One warp for each part of the rows and 32 columns; the parts are added in order. With kPlan, the rows are the tokens
+// of adapter block_y.
 constexpr int kColumnWarps = 16;
+template <bool kPlan>
 QLORA_KERNEL void QLORA_BOUNDS(32 * kColumnWarps, 1) column_sum(QLORA_PARAMS ColumnSumParams p) {
   const int64_t col = int64_t{ptx::block_x()} * 32 + ptx::lane();
-  const int64_t begin = p.rows * ptx::warp() / kColumnWarps, end = p.rows * (ptx::warp() + 1) / kColumnWarps;
+  int64_t first = 0, rows = p.rows;
+  if constexpr (kPlan) {
+    first = int64_t{ptx::load(p.plan.first_tile + ptx::block_y())} * kAdapterTile;
+    rows = int64_t{ptx::load(p.plan.first_tile + ptx::block_y() + 1)} * kAdapterTile - first;
+  }
+  const int64_t begin = first + rows * ptx::warp() / kColumnWarps,
+                end = first + rows * (ptx::warp() + 1) / kColumnWarps;
   float sum = 0.0f;
-  if (col < p.cols) {
+  if (kPlan && col < p.cols) {
+    constexpr int kAtOnce = 8;  // loads in flight
+    for (int64_t at = begin; at < end; at += kAtOnce) {
+      float value[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int64_t row = at + i < end ? ptx::load(p.plan.order + at + i) : -1;
+        value[i] = row < 0 ? 0.0f : load_element(p.matrix, p.dtype, row * p.cols + col);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) sum += value[i];
+    }
+  } else if (col < p.cols) {
 #pragma unroll 8
     for (int64_t row = begin; row < end; ++row) sum += load_element(p.matrix, p.dtype, row * p.cols + col);
   }
@@ -194,12 +237,19 @@ QLORA_KERNEL void QLORA_BOUNDS(32 * kColumnWarps, 1) column_sum(QLORA_PARAMS Col
   ptx::sync_threads();
   if (ptx::warp() > 0 || col >= p.cols) return;
   for (int warp = 1; warp < kColumnWarps; ++warp) sum += ptx::load_shared<float>(mine + warp * 128);
-  ptx::store(p.out + col, sum);
+  ptx::store(p.out + (kPlan ? ptx::block_y() * p.cols : 0) + col, sum);
 }
 
 }  // namespace general
 
 Status launch_general(const GeneralParams& p, cudaStream_t stream) {
+  if (p.plan.order != nullptr) {
+    static_assert(general::kTile == kAdapterTile, "a block's columns are one tile of a plan");
+    const auto kernel = p.kind == OperandKind::kPacked ? general::kernel<OperandKind::kPacked, true>
+                                                       : general::kernel<OperandKind::kPackedTransposed, true>;
+    const Grid grid{ceil_div(p.rows, general::kTile), p.plan.tiles};
+    return start(kernel, grid, general::kThreads, general::kSharedBytes, stream, p);
+  }
   const Grid grid{ceil_div(p.rows, general::kTile), ceil_div(p.cols, general::kTile),
                   p.adapter_of_step != nullptr ? p.adapters : 1};
   const auto kernel = p.kind == OperandKind::kPacked             ? general::kernel<OperandKind::kPacked>
@@ -220,7 +270,10 @@ Status launch_token_dot(const TokenDotParams& p, cudaStream_t stream) {
 
 Status launch_column_sum(const ColumnSumParams& p, cudaStream_t stream) {
   constexpr int kWarps = general::kColumnWarps;
-  return start(general::column_sum, {ceil_div(p.cols, 32)}, 32 * kWarps, 128 * kWarps, stream, p);
+  const bool by_plan = p.plan.order != nullptr;
+  const Grid grid{ceil_div(p.cols, 32), by_plan ? p.plan.adapters : 1};
+  return start(by_plan ? general::column_sum<true> : general::column_sum<false>, grid, 32 * kWarps, 128 * kWarps,
+               stream, p);
 }
 
 }  // namespace qlora::cuda

@@ -117,6 +117,48 @@ struct DenseMatrix {
   int64_t col_stride = 0;
 };
 
+// ---- many adapters in one batch, and mixtures of experts ----
+
+// Tokens sorted by adapter, those of each adapter padded to whole tiles of kAdapterTile positions. Tokens without an
+// adapter or with an invalid one have no position.
+//
+// For experts, adapters are experts and tokens are rows of the result. There the rows without an expert have tiles too,
+// because somebody has to write zeros to them.
+inline constexpr int kAdapterTile = 64;
+inline constexpr int kHalfTile = kAdapterTile / 2;
+inline constexpr int kUnusedTile = -1;  // a tile without tokens
+inline constexpr int kOthersTile = -2;  // a tile of rows without an expert
+constexpr int64_t most_tiles(int64_t m, int64_t adapters, int tile) {
+  return (m + tile - 1) / tile + (adapters < m ? adapters : m);
+}
+struct AdapterPlan {
+  const int* order = nullptr;               // [tiles * kAdapterTile], token at each position, -1: none
+  const int* adapter_of_tile = nullptr;     // [tiles], kUnusedTile or kOthersTile if it has none
+  const int* first_tile = nullptr;          // [adapters + 1]
+  const float* scale_of_adapter = nullptr;  // [adapters]; null: 1
+  int64_t tiles = 0;                        // most_tiles() of kAdapterTile
+  int64_t adapters = 1;
+  // For experts: the row of x at each position, -1: none. Several tokens may read the same row.
+  const int* x_row = nullptr;  // [tiles * kAdapterTile]
+  // For experts: the halves of tiles that have tokens, half h with positions kHalfTile * h and following; then -1.
+  const int* halves = nullptr;  // [half_count]
+  int64_t half_count = 0;       // most_tiles() of kHalfTile
+};
+inline constexpr int kPlanParts = 4;  // warps that share the tokens of one adapter
+struct AdapterPlanParams {
+  const int64_t* adapter_of_token;  // [m]
+  int64_t m, adapters, tiles;
+  int* counts;  // [adapters + 1, kPlanParts], workspace
+  int* order;   // these three as in AdapterPlan
+  int* adapter_of_tile;
+  int* first_tile;
+  int* halves;         // null: for adapters, otherwise for experts
+  int64_t half_count;  // these as in AdapterPlan
+  int* x_row;          // null: equal to order
+  int choices;         // tokens for each row of x
+};
+Status launch_adapter_plan(const AdapterPlanParams& p, cudaStream_t stream);
+
 // ---- tensor cores: 16-bit tokens, in_features a multiple of 64, blocks of at least 64 ----
 
 // y = x Wᵀ + x_down lora_bᵀ + bias for m <= kGemvTokens.
@@ -163,13 +205,16 @@ struct GemmOutput {
   int64_t adapters;
   const void* bias;  // [rows] or null
   DType bias_dtype;
+  // With a plan, a mixture of experts: each row of y uses the weight, factor and bias [experts, rows] of its expert,
+  // and adapter_of_token is null. Rows without an expert become zero.
+  AdapterPlan plan;
 };
 
 // y = x Wᵀ + low-rank term + bias for any number of tokens; out.rows is n.
 struct GemmParams {
-  WeightView weight;
-  const void* x;  // [m, k], aligned to 16 bytes
-  DType dtype;    // of x and y: bfloat16 or float16
+  WeightView weight;  // of experts: the first of a stack
+  const void* x;      // [m, k], aligned to 16 bytes; of experts: the rows that out.plan.x_row names
+  DType dtype;        // of x and y: bfloat16 or float16
   GemmTile tile;
   GemmOutput out;
   float level_multiplier;  // the launch sets these two
@@ -190,32 +235,6 @@ struct GemmDxParams {
 Status launch_gemm_dx(const GemmDxParams& p, cudaStream_t stream);
 Status launch_gemm_dx_wgmma(const GemmDxParams& p, cudaStream_t stream);
 
-// ---- many adapters in one batch ----
-
-// Tokens sorted by adapter, those of each adapter padded to whole tiles of kAdapterTile positions. Tokens without an
-// adapter or with an invalid one have no position.
-inline constexpr int kAdapterTile = 64;
-constexpr int64_t most_adapter_tiles(int64_t m, int64_t adapters) {
-  return (m + kAdapterTile - 1) / kAdapterTile + (adapters < m ? adapters : m);
-}
-struct AdapterPlan {
-  const int* order = nullptr;               // [tiles * kAdapterTile], token at each position, -1: none
-  const int* adapter_of_tile = nullptr;     // [tiles], -1: unused tile
-  const int* first_tile = nullptr;          // [adapters + 1]
-  const float* scale_of_adapter = nullptr;  // [adapters]
-  int64_t tiles = 0;                        // most_adapter_tiles()
-  int64_t adapters = 1;
-};
-struct AdapterPlanParams {
-  const int64_t* adapter_of_token;  // [m]
-  int64_t m, adapters, tiles;
-  int* counts;  // [adapters], workspace
-  int* order;   // these three as in AdapterPlan
-  int* adapter_of_tile;
-  int* first_tile;
-};
-Status launch_adapter_plan(const AdapterPlanParams& p, cudaStream_t stream);
-
 // ---- the low-rank term ----
 
 // out [m, r] = scale * x · factorᵀ: low-rank activations, x lora_aᵀ in the forward and dy lora_b in the backward. One
@@ -227,6 +246,7 @@ struct LoraDownJob {
   float* out;  // [m, r]
   unsigned long long*
       largest;  // [1], must be 0: becomes the largest magnitude in out, as the bits of a float; null: not computed
+  const int* row = nullptr;  // with a plan: the row of x at each position, plan.order or plan.x_row
 };
 struct LoraDownParams {
   LoraDownJob job[2];
@@ -250,6 +270,7 @@ struct LoraGradJob {
   int parts;                            // select_lora_grad_parts()
   float* out;                           // [parts, adapters, …], each of ranks * features elements
   int64_t rank_stride, feature_stride;  // of out; one of them is 1
+  const int* row = nullptr;             // as in LoraDownJob
 };
 struct LoraGradParams {
   LoraGradJob job[2];
@@ -314,6 +335,11 @@ struct GeneralParams {
   // If set: one product for each adapter over its own steps only; the results are out_adapter_stride apart.
   const int64_t* adapter_of_step = nullptr;
   int64_t out_adapter_stride = 0;
+  // With a plan and a packed operand, a mixture of experts: `weight` is the first of a stack, columns are
+  // tokens of the plan, of which `columns` has those that column_row names, and bias is [experts, rows]. Columns
+  // without an expert become zero.
+  AdapterPlan plan;
+  const int* column_row = nullptr;  // plan.order or plan.x_row
 };
 Status launch_general(const GeneralParams& p, cudaStream_t stream);
 
@@ -335,12 +361,13 @@ struct TokenDotParams {
 };
 Status launch_token_dot(const TokenDotParams& p, cudaStream_t stream);
 
-// out[col] = sum over rows of matrix [rows, cols], float32.
+// out[col] = sum over rows of matrix [rows, cols], float32. With a plan, [adapters, cols]: a sum for each adapter.
 struct ColumnSumParams {
   const void* matrix;
   DType dtype;
   int64_t rows, cols;
   float* out;
+  AdapterPlan plan;
 };
 Status launch_column_sum(const ColumnSumParams& p, cudaStream_t stream);
 

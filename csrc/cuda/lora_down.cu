@@ -76,17 +76,18 @@ QLORA_KERNEL void QLORA_BOUNDS(32 * kWarpsOf<kTokens>, 1) kernel(QLORA_PARAMS Lo
   if (order != nullptr) {
     adapter = ptx::load(p.plan.adapter_of_tile + first_position / kAdapterTile);
     if (adapter < 0) return;
-    scale *= ptx::load(p.plan.scale_of_adapter + adapter);
+    if (ptx::load(order + first_position) < 0) return;  // tokens come first in a tile, so the block has none
+    if (p.plan.scale_of_adapter != nullptr) scale *= ptx::load(p.plan.scale_of_adapter + adapter);
   }
-  const auto token_at = [&](int64_t position) -> int64_t {
-    if (order != nullptr) return ptx::load(order + position);
+  const auto at = [&](const int* of_position, int64_t position) -> int64_t {
+    if (order != nullptr) return ptx::load(of_position + position);
     return position < p.m ? position : -1;
   };
   const T* x[kGroups];
 #pragma unroll
   for (int j = 0; j < kGroups; ++j) {
-    const int64_t token = token_at(first_position + 8 * j + g);
-    x[j] = token < 0 ? nullptr : static_cast<const T*>(job.x) + token * job.features;
+    const int64_t row = at(job.row, first_position + 8 * j + g);
+    x[j] = row < 0 ? nullptr : static_cast<const T*>(job.x) + row * job.features;
   }
   float sum[kGroups][4] = {};
   switch (path_along_features<T>(job.factor)) {
@@ -115,7 +116,7 @@ QLORA_KERNEL void QLORA_BOUNDS(32 * kWarpsOf<kTokens>, 1) kernel(QLORA_PARAMS Lo
     float total = 0.0f;
 #pragma unroll
     for (int warp = 0; warp < kWarps; ++warp) total += ptx::load_shared<float>(sum_at(warp * kTokens + position, rank));
-    const int64_t token = token_at(first_position + position);
+    const int64_t token = at(order, first_position + position);
     if (token < 0 || first_rank + rank >= p.r) continue;
     ptx::store(job.out + token * p.r + first_rank + rank, total * scale);
     largest = larger_magnitude(largest, total * scale);

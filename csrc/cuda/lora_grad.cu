@@ -114,7 +114,7 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS LoraGradParams p
   TokenRows<kChunk, kThreads> rows;
   const auto fetch = [&] {
     if (next_token < end) {
-      if (next_column == 0) rows.set(order, p.m, next_token);
+      if (next_column == 0) rows.set(job.row, p.m, next_token);
       rows.fetch(stage, x, job.features, first_feature + next_column * kChunk);
     }
     stage = stage + kStageBytes == stages_end ? stages : stage + kStageBytes;

@@ -76,15 +76,24 @@ constexpr int tile_tokens(GemmTile tile) {
   if (tile == GemmTile::k64x32 || tile == GemmTile::k64x32Small) return 32;
   return tile == GemmTile::k128x128Wgmma ? 128 : 64;
 }
-constexpr int64_t gemm_waves(GemmTile tile, int64_t m, int64_t rows, const GpuInfo& gpu) {
-  const int64_t across = (m + tile_tokens(tile) - 1) / tile_tokens(tile);
-  const int64_t blocks = across * ((rows + tile_rows(tile) - 1) / tile_rows(tile));
+// Tiles of tokens: m in one product, or m divided among experts. How many each expert gets is only known on the device,
+// so half a tile is added for each expert; an expert without tokens has no tile.
+struct TokensOfTiles {
+  int64_t m = 0, experts = 1;
+  constexpr int64_t tiles(int tokens) const {
+    if (experts == 1) return (m + tokens - 1) / tokens;
+    const int64_t active = experts < m ? experts : m, expected = (m + active * tokens / 2) / tokens;
+    return expected < active ? active : expected;
+  }
+};
+constexpr int64_t gemm_waves(GemmTile tile, const TokensOfTiles& of, int64_t rows, const GpuInfo& gpu) {
+  const int64_t blocks = of.tiles(tile_tokens(tile)) * ((rows + tile_rows(tile) - 1) / tile_rows(tile));
   return (blocks + gpu.sm_count - 1) / gpu.sm_count;
 }
 
 // The tile with the shortest predicted time: the number of waves, with one block per SM at a time, times the predicted
 // relative cost of a block (docs/notes/cuda-kernels.md).
-constexpr GemmTile select_gemm_tile(int64_t m, int64_t rows, const GpuInfo& gpu) {
+constexpr GemmTile best_gemm_tile(const TokensOfTiles& of, int64_t rows, bool wgmma, const GpuInfo& gpu) {
   if (gpu.shared_bytes_per_block < 96 * 1024) return GemmTile::kTuring;
   struct Candidate {
     GemmTile tile;
@@ -97,13 +106,20 @@ constexpr GemmTile select_gemm_tile(int64_t m, int64_t rows, const GpuInfo& gpu)
   const Candidate with_wgmma[] = {{GemmTile::k128x64Wgmma, 11}, {GemmTile::k128x128Wgmma, 18}};
   Candidate best = with_mma[0];
   const auto compare = [&](const Candidate& other) {
-    if (other.cost * gemm_waves(other.tile, m, rows, gpu) < best.cost * gemm_waves(best.tile, m, rows, gpu))
+    if (other.cost * gemm_waves(other.tile, of, rows, gpu) < best.cost * gemm_waves(best.tile, of, rows, gpu))
       best = other;
   };
   for (const Candidate& other : with_mma) compare(other);
-  if (gpu.has_wgmma)
+  if (wgmma)
     for (const Candidate& other : with_wgmma) compare(other);
   return best.tile;
+}
+constexpr GemmTile select_gemm_tile(int64_t m, int64_t rows, const GpuInfo& gpu) {
+  return best_gemm_tile({m}, rows, gpu.has_wgmma, gpu);
+}
+// The same for m rows of the result that are divided among experts; wgmma has no kernel for experts yet.
+constexpr GemmTile select_experts_tile(int64_t m, int64_t experts, int64_t rows, const GpuInfo& gpu) {
+  return best_gemm_tile({m, experts}, rows, false, gpu);
 }
 
 // Tokens per thread block in the low-rank down projection: 16 if such blocks occupy at most half of the SMs, else 32,

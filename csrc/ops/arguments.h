@@ -53,7 +53,7 @@ Base check_base(const Tensor& x, const Tensor& packed, const Tensor& absmax, con
 struct Adapters {
   Matrix a, b;  // [adapters * r, k], [adapters * n, r]
   Tensor scaling, adapter_of_row;
-  const float* scale;     // [adapters]
+  const float* scale;     // [adapters]; null: one number for all
   const int64_t* of_row;  // [tokens], -1: base only
   int64_t count, r, n;
   size_t element_size;

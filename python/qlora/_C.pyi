@@ -36,4 +36,5 @@ def cuda_select(
     shared_bytes_per_block: int,
     has_wgmma: bool | None = None,
     rank: int = 16,
+    experts: int = 1,
 ) -> dict[str, Any]: ...

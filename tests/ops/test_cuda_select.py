@@ -12,8 +12,8 @@ RTX5090 = {"arch": 120, "sm_count": 170, "shared_bytes_per_block": 99 * 1024}
 T4 = {"arch": 75, "sm_count": 40, "shared_bytes_per_block": 64 * 1024}
 
 
-def select(m, n=4096, k=4096, dtype="bfloat16", block_size=64, gpu=A100, rank=16):
-    return _C.cuda_select(m, n, k, dtype, block_size, **gpu, rank=rank)
+def select(m, n=4096, k=4096, dtype="bfloat16", block_size=64, gpu=A100, rank=16, experts=1):
+    return _C.cuda_select(m, n, k, dtype, block_size, **gpu, rank=rank, experts=experts)
 
 
 @pytest.mark.parametrize(("m", "kernel"), [(1, "gemv"), (16, "gemv"), (32, "gemv"), (33, "gemm"), (64, "gemm")])
@@ -126,3 +126,19 @@ def test_few_tokens_of_a_small_rank_take_dot_products():
     assert select(32, rank=33)["low_rank"] == "lora_down"
     assert select(33, rank=16)["low_rank"] == "lora_down"
     assert select(512, k=4100)["low_rank"] == "token_dot"  # rows that are not aligned to 16 bytes
+
+
+def test_tiles_of_experts_grow_with_the_rows_of_each():
+    """Qwen3-30B-A3B: 128 experts, gate_up (1536, 2048); 64 tokens have 4 rows for an expert, 2,048 have 128."""
+    for tokens, gpu, tile in [
+        (64, A100, (64, 32)),
+        (64, H100, (64, 32)),
+        (64, RTX4090, (64, 32)),
+        (2048, A100, (128, 64)),
+        (2048, H100, (128, 64)),  # without wgmma, which has no kernel for experts
+        (512, RTX4090, (64, 32)),
+        (2048, RTX4090, (128, 64)),
+    ]:
+        assert select(tokens * 8, n=1536, k=2048, gpu=gpu, experts=128)["experts_tile"] == tile, (tokens, gpu)
+    turing = select(4096, n=1536, k=2048, gpu=T4, dtype="float16", experts=128)
+    assert (turing["experts_tile"], turing["experts_backward_tile"]) == ((64, 64), (128, 64))

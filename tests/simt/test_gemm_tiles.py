@@ -1,4 +1,5 @@
-"""Tests every tile of gemm and gemm_dx, and dequantize_matmul, on described GPUs for which select.h chooses them.
+"""Tests every tile of gemm and gemm_dx, with experts too, and dequantize_matmul, on described GPUs for which select.h
+chooses them.
 
 The PTX tests run them too.
 """
@@ -66,6 +67,41 @@ def test_every_tile(device, tile, n, k, adapters, dtype):
     lora = a, b, s * (adapters > 0), of_row
     assert_within(y, *oracle.forward_multi(device, x, dense, *lora))
     assert_within(dx, *oracle.dx_multi(device, grad, dense, *lora))
+
+
+# Tile, GPU, and a number of SMs for which select.h chooses the tile for 160 rows of three experts and (840, 832).
+TILES_OF_EXPERTS = {
+    "64x32": ((64, 32), LARGE, 84),
+    "64x64": ((64, 64), LARGE, 56),
+    "128x64": ((128, 64), LARGE, 28),
+    "small": ((64, 32), SMALL, 84),
+}
+
+
+@pytest.mark.archs("sm_80", "sm_90")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("tile", "n", "k", "r"),
+    [(tile, 840, 832, r) for tile in TILES_OF_EXPERTS for r in (None, 5)] + [("64x32", 72, 4288, 3)],
+)
+def test_every_tile_of_experts(device, tile, n, k, r, dtype):
+    """70 rows have one expert, more than a tile; 21 have none; k = 4288 has more chunks than a panel of scales."""
+    rows_and_tokens, (arch, shared_bytes), sm_count = TILES_OF_EXPERTS[tile]
+    devices.simt_library().qlora_simt_gpu(arch, sm_count, shared_bytes, _C.GPU_PANEL_BYTES)
+    if n == 840:
+        chosen = _C.cuda_select(160, n, k, str(dtype)[6:], 64, arch, sm_count, shared_bytes, experts=3)
+        assert chosen["experts_tile"] == chosen["experts_backward_tile"] == rows_and_tokens
+    of_row = torch.cat([torch.full((70,), 2), torch.full((21,), -1), torch.arange(69) % 2])[torch.randperm(160)]
+    made = [weights(n, k) for _ in range(3)]
+    stacked = [torch.stack([weight[i] for weight, _ in made]) for i in range(4)]
+    weight, dense = (*stacked, [3, n, k], *made[0][0][5:]), torch.stack([dense for _, dense in made])
+    x, grad = torch.randn(80, k).to(dtype), torch.randn(160, n).to(dtype)
+    lora = (None, None, 1.0) if r is None else (torch.randn(3, r, k), torch.randn(3, n, r), 0.5)
+    bias = torch.randn(3, n)
+    y = ops.forward_experts(x, *weight, of_row, *lora, bias)
+    d_x = torch.ops.qlora.backward.experts(grad, x, *weight, of_row, *lora, True, False, False)[0]
+    assert_within(y, *oracle.forward_experts(device, x, dense, of_row, *lora, bias))
+    assert_within(d_x, *oracle.dx_experts(device, grad, dense, of_row, len(x), *lora))
 
 
 @pytest.mark.archs("sm_80", "sm_90")

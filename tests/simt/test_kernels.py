@@ -218,3 +218,86 @@ def test_gemv_with_several_panels_of_scales(arch, m, n, k):
     assert_within(y, expected, bound)
     # The bound is wide for such long rows. A missed chunk is a hundredth of it, but changes the norm.
     assert (y.double() - expected).norm() < 2e-3 * expected.norm()
+
+
+def experts_layer(tokens, choices, experts, n=72, k=128, dtype=torch.bfloat16):
+    parts = [weights(n, k)[0] for _ in range(experts)]
+    stacked = [torch.stack([part[i] for part in parts]) for i in range(4)]
+    lora = torch.randn(experts, 8, k), torch.randn(experts, n, 8), 0.5
+    return torch.randn(tokens, k).to(dtype), (*stacked, [experts, n, k], *parts[0][5:]), lora, torch.randn(experts, n)
+
+
+# The expert of row i of 96, of 40 experts.
+ROUTES = {
+    "one gets all": lambda i: 0 * i + 39,
+    "each gets one": lambda i: i % 40,
+    "one gets a whole tile": lambda i: torch.where(i < 64, 7, 8),
+    "on other processes": lambda i: torch.where(i % 3 == 0, 5, i - 48),
+    "none is here": lambda i: -i - 1,
+}
+
+
+@pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES.keys())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_row_of_an_expert_is_that_of_a_product_with_its_weight(route, dtype):
+    """Bitwise, in one launch of the same tile: results do not depend on where a row stands or on rows beside it."""
+    x, weight, (a, b, s), bias = experts_layer(48, 2, 40, dtype=dtype)
+    of_row = route(torch.arange(96))
+    rows = x.repeat_interleave(2, 0)
+    with devices.simt():
+        y = ops.forward_experts(x, *weight, of_row, a, b, s, bias)
+        for i in of_row[(of_row >= 0) & (of_row < 40)].unique():
+            one = [t[i : i + 1] for t in weight[:4]]
+            alone = ops.forward_experts(
+                rows, *one, [1, *weight[4][1:]], *weight[5:], 0 * of_row, a[i : i + 1], b[i : i + 1], s, bias[i : i + 1]
+            )
+            assert torch.equal(y[of_row == i], alone[of_row == i])
+    assert not y[(of_row < 0) | (of_row >= 40)].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_launches_of_experts_do_not_depend_on_their_number(dtype):
+    """Forward: two of the plan, the down projection, the product. Backward: two of the plan, both down projections,
+    both gradients, dx and d_bias; in float32 both down projections and both gradients are launches of their own.
+    torch's sum over choices is not counted."""
+    counts = set()
+    for experts in (1, 3, 40):
+        x, weight, lora, bias = experts_layer(48, 2, experts, dtype=dtype)
+        of_row = torch.arange(96) % experts
+        with devices.simt() as library:
+            library.qlora_simt_reset()
+            y = ops.forward_experts(x, *weight, of_row, *lora, bias)
+            forward = devices.counters(library)["launches"]
+            library.qlora_simt_reset()
+            torch.ops.qlora.backward.experts(y, x, *weight, of_row, *lora, True, True, True)
+            counts.add((forward, devices.counters(library)["launches"]))
+    assert counts == {(4, 8 if dtype == torch.float32 else 6)}
+
+
+def test_empty_experts_read_no_weight():
+    """Of 40 experts two have rows; the others cost some numbers of the plan, less than the weight of one."""
+    read = []
+    for experts in (2, 40):
+        torch.manual_seed(0)
+        x, weight, _, _ = experts_layer(48, 1, experts, n=256, k=1024)
+        with devices.simt() as library:
+            library.qlora_simt_count(1)
+            library.qlora_simt_reset()
+            try:
+                ops.forward_experts(x, *weight, torch.arange(48) % 2)
+                read.append(devices.counters(library)["global_load_bytes"])
+            finally:
+                library.qlora_simt_count(0)
+    assert read[1] - read[0] < 256 * 1024 // 2
+
+
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_every_schedule_of_experts_gives_the_same_bits(seed):
+    x, weight, lora, bias = experts_layer(48, 2, 5)
+    of_row = torch.randint(-1, 6, (96,))
+    results = []
+    for number in (1, seed):
+        with devices.simt(seed=number):
+            y = ops.forward_experts(x, *weight, of_row, *lora, bias)
+            results.append((y, *torch.ops.qlora.backward.experts(y, x, *weight, of_row, *lora, True, True, True)))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))

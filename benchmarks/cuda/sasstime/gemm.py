@@ -1,9 +1,10 @@
-"""Describes the launch of gemm.cu to sasstime: m n k [r=0] [tile]; tile is a name of GemmTile."""
+"""Describes the launch of gemm.cu to sasstime: m n k [r=0] [tile] [experts, choices]; tile is a
+name of GemmTile, and with experts m rows go to random ones."""
 
 from sasstime import Buffer, Launch
-from structs import output
+from structs import NO_PLAN, expert_plan, most_tiles, output, stack
 
-from qlora import BFLOAT16, FLAGS, up, weight, weight_bytes  # sasstime's own helpers
+from qlora import BFLOAT16, FLAGS, up, weight_bytes  # sasstime's own helpers
 
 __all__ = ["FLAGS", "launch"]
 # GemmTile, then the template arguments of Shape: fragments, warps per group, tokens, stages, groups, panel, batch.
@@ -16,15 +17,21 @@ TILES = {
 }
 
 
-def launch(gpu, m=64, n=4096, k=4096, r=0, tile="64x32"):
+def launch(gpu, m=64, n=4096, k=4096, r=0, tile="64x32", experts=0, choices=1):
     number, fragments, warps, tokens, stages, groups, panel, batch = TILES[tile]
     rows, threads = 16 * fragments * warps, 32 * warps * groups
     shared = 32 * 1024 + groups * tokens * 128 * stages + rows * (panel | 1) * 4
-    grid = (up(m, tokens), up(n, rows), 1)
-    x, y = Buffer("x", m * k * 2, "bfloat16", dram=False), Buffer("y", m * n * 2, dram=False)
-    parameters = [weight(n, k, sharers=grid[0]), x, ("i", BFLOAT16), ("i", number), output(y, m, n, r)]
+    plan, active = expert_plan(m, experts, choices) if experts else (NO_PLAN, 1)
+    across = most_tiles(m, experts, tokens) if experts else up(m, tokens)
+    used = max(active, up(m, tokens))  # tiles of tokens
+    grid = (across, up(n, rows), 1)
+    x, y = Buffer("x", m // choices * k * 2, "bfloat16", dram=False), Buffer("y", m * n * 2, dram=False)
+    w = stack(n, k, max(1, experts), used / active)
+    parameters = [w, x, ("i", BFLOAT16), ("i", number), output(y, m, n, r, plan=plan)]
     shape = f"{fragments}, {warps}, {tokens}, {stages}, {groups}, {panel}, {batch}"
-    name = rf"gemm::kernel<qlora::bf16, qlora::cuda::gemm::Shape<{shape}>, false>"
-    flops = 2.0 * grid[0] * tokens * n * k
-    floor = weight_bytes(n, k) + 2 * m * n
+    name = (
+        rf"gemm::kernel<qlora::bf16, qlora::cuda::gemm::Shape<{shape}>, .qlora::cuda::TokenMode.{2 if experts else 0}>"
+    )
+    flops = 2.0 * used * tokens * n * k
+    floor = active * weight_bytes(n, k) + 2 * m * n
     return Launch(name, grid, threads, shared, [[*parameters, ("f", 1.0), ("f", 1.0)]], floor, flops)

@@ -1,9 +1,10 @@
-"""Describes the launch of gemm_dx.cu to sasstime: m n k [r=0] [tile]; tile is a name of GemmTile."""
+"""Describes the launch of gemm_dx.cu to sasstime: m n k [r=0] [tile] [experts, choices]; tile is a
+name of GemmTile, and with experts m rows go to random ones."""
 
 from sasstime import Buffer, Launch
-from structs import output
+from structs import NO_PLAN, expert_plan, most_tiles, output, stack
 
-from qlora import BFLOAT16, FLAGS, up, weight, weight_bytes  # sasstime's own helpers
+from qlora import BFLOAT16, FLAGS, up, weight_bytes  # sasstime's own helpers
 
 __all__ = ["FLAGS", "launch"]
 # GemmTile, then the template arguments of Shape: warps per group, tokens, groups.
@@ -16,20 +17,24 @@ TILES = {
 }
 
 
-def launch(gpu, m=64, n=4096, k=4096, r=0, tile="64x32"):
+def launch(gpu, m=64, n=4096, k=4096, r=0, tile="64x32", experts=0, choices=1):
     number, warps, tokens, groups = TILES[tile]
     features, threads = 32 * warps, 32 * warps * groups
     stage = 64 * 16 * warps + (128 if warps == 2 else 0)
     shared = 32 * 1024 + groups * 2 * (tokens * 128 + stage + warps * 64 * 4)
-    grid = (up(m, tokens), up(k, features), 1)
+    plan, active = expert_plan(m, experts, choices) if experts else (NO_PLAN, 1)
+    across = most_tiles(m, experts, tokens) if experts else up(m, tokens)
+    used = max(active, up(m, tokens))  # tiles of tokens
+    grid = (across, up(k, features), 1)
     dy, dx = Buffer("dy", m * n * 2, "bfloat16", dram=False), Buffer("dx", m * k * 2, dram=False)
     parameters = [
-        weight(n, k, sharers=grid[0]),
+        stack(n, k, max(1, experts), used / active),
         dy,
         ("i", BFLOAT16),
         ("i", number),
-        output(dx, m, k, r, rank_is_major=True),
+        output(dx, m, k, r, rank_is_major=True, plan=plan),
     ]
-    name = rf"gemm_dx::kernel<qlora::bf16, qlora::cuda::gemm_dx::Shape<{warps}, {tokens}, {groups}>, false>"
-    flops = 2.0 * grid[0] * tokens * n * k
-    return Launch(name, grid, threads, shared, [parameters], weight_bytes(n, k) + 2 * m * k, flops)
+    shape, mode = f"{warps}, {tokens}, {groups}", 2 if experts else 0
+    name = rf"gemm_dx::kernel<qlora::bf16, qlora::cuda::gemm_dx::Shape<{shape}>, .qlora::cuda::TokenMode.{mode}>"
+    flops = 2.0 * used * tokens * n * k
+    return Launch(name, grid, threads, shared, [parameters], active * weight_bytes(n, k) + 2 * m * k, flops)

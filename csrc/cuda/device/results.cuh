@@ -4,9 +4,19 @@
 // fragment f of lane (g, t) has rows first_row + 2Rg + 2f + {0, 1} and tokens first_token + 8j + 2t + {0, 1}.
 #pragma once
 
+#include "cuda/device/experts.cuh"
 #include "cuda/device/low_rank.cuh"
 
 namespace qlora::cuda {
+
+// Writes zeros to `count` features, from first_row on, of the rows at a tile's positions; the whole block must call it.
+template <class T, int kTokens, int kThreads>
+QLORA_DEVICE void store_zeros(const GemmOutput& p, int first_row, int count, int first_position) {
+  for (int i = ptx::thread(); i < kTokens * count; i += kThreads) {
+    const int64_t token = ptx::load(p.plan.order + first_position + i / count), row = first_row + i % count;
+    if (token >= 0 && row < p.rows) ptx::store(&(static_cast<T*>(p.y) + token * p.rows + row)->bits, uint16_t{0});
+  }
+}
 
 // Loads 16 ranks of the up factor as the A operand, directly from global memory: the matrix is small and stays in L2.
 // `low` holds the rounding errors of `high`.
@@ -52,15 +62,18 @@ QLORA_DEVICE void low_rank_step(bool splits, const uint32_t (&high)[4], const ui
 }
 
 // sum += up · activations, 16 ranks per step.
-template <class T, int R, int kTokens>
-QLORA_DEVICE void low_rank_steps(const GemmOutput& p, int first_row, int first_token, float (&sum)[R][kTokens / 8][4]) {
-  const FactorReader<T> up(p.up, 0);
+template <class T, int R, int kTokens, TokenMode kMode = TokenMode::kOne>
+QLORA_DEVICE void low_rank_steps(const GemmOutput& p, int first_row, int first_token, float (&sum)[R][kTokens / 8][4],
+                                 int expert = 0) {
+  const FactorReader<T> up(p.up, expert);
   for (int r = 0; r < p.r; r += 16) {
     uint32_t high[R][4], low[R][4];
     load_up<T, R>(up, p, first_row, r, high, low);
 #pragma unroll
     for (int j = 0; j < kTokens / 8; ++j) {
-      const int64_t token = min_i64(int64_t{first_token} + 8 * j + ptx::lane() / 4, p.m - 1);
+      const int64_t position = int64_t{first_token} + 8 * j + ptx::lane() / 4;
+      const int64_t token =
+          kMode == TokenMode::kExperts ? ptx::load(p.plan.order + position) : min_i64(position, p.m - 1);
       const ActivationPairs b = load_activation<T>(p, token, r);
 #pragma unroll
       for (int f = 0; f < R; ++f) low_rank_step<T>(up.splits(), high[f], low[f], b, sum[f][j], sum[f][j]);
@@ -113,29 +126,35 @@ QLORA_DEVICE void low_rank_steps_of_adapters(const GemmOutput& p, int first_row,
 }
 
 // Stores a lane's results: 2R adjacent rows for each of its tokens, so that a warp writes whole sectors.
-template <class T, int R, int kTokens, bool kMulti>
+template <class T, int R, int kTokens, TokenMode kMode>
 QLORA_DEVICE void store_results(const GemmOutput& p, int first_row, int first_token,
-                                const float (&sum)[R][kTokens / 8][4]) {
+                                const float (&sum)[R][kTokens / 8][4], int expert = 0) {
   const int g = ptx::lane() / 4, t = ptx::lane() % 4;
   const int64_t row = int64_t{first_row} + 2 * R * g;
+  const int64_t of_expert = kMode == TokenMode::kExperts ? expert * p.rows : 0;
   float bias[2 * R];
 #pragma unroll
   for (int i = 0; i < 2 * R; ++i)
-    bias[i] = p.bias != nullptr && row + i < p.rows ? load_element(p.bias, p.bias_dtype, row + i) : 0.0f;
+    bias[i] = p.bias != nullptr && row + i < p.rows ? load_element(p.bias, p.bias_dtype, of_expert + row + i) : 0.0f;
   const bool side_by_side = p.rows % (2 * R) == 0 && row < p.rows;
 #pragma unroll
   for (int j = 0; j < kTokens / 8; ++j)
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int64_t token = int64_t{first_token} + 8 * j + 2 * t + i;
-      if (token >= p.m) continue;
+      int64_t token = int64_t{first_token} + 8 * j + 2 * t + i;
+      if constexpr (kMode == TokenMode::kExperts) {
+        token = ptx::load(p.plan.order + token);
+        if (token < 0) continue;
+      } else {
+        if (token >= p.m) continue;
+      }
       float value[2 * R];
 #pragma unroll
       for (int f = 0; f < R; ++f) {
         value[2 * f] = sum[f][j][i] + bias[2 * f];
         value[2 * f + 1] = sum[f][j][2 + i] + bias[2 * f + 1];
       }
-      if constexpr (kMulti) {
+      if constexpr (kMode == TokenMode::kAdapters) {
         const int64_t adapter = ptx::load(p.adapter_of_token + token);
         if (adapter < -1 || adapter >= p.adapters)  // invalid adapter
 #pragma unroll

@@ -155,4 +155,68 @@ class TokenTile {
   const char* from_;
 };
 
+// The same for the rows that `rows` [kTokens] names, in any order; -1: zeros.
+template <int kTokens, int kStages, int kThreads, int kGroups = 1>
+class GatheredTile {
+ public:
+  static constexpr int kStageBytes = kTokens * 128;
+  static constexpr int kBytes = kStageBytes * kStages;
+
+  QLORA_METHOD GatheredTile(SharedAddress base, const void* x, const int* rows, int64_t row_elems)
+      : base_(base),
+        stage_(base),
+        left_(static_cast<int>(row_elems) - ptx::thread() % 8 * 8),
+        chunks_left_(static_cast<int>(ceil_div(row_elems, 64))),
+        row_bytes_(static_cast<int>(row_elems * 2)) {
+    const int group = kGroups == 1 ? 0 : ptx::thread() / kThreads;
+    const int first = ptx::thread() % kThreads / 8, piece = ptx::thread() % 8;
+    left_ -= group * 64;
+    chunks_left_ -= group;
+    to_ = swizzled(first, piece);
+    from_ = static_cast<const char*>(x) + group * 128 + piece * 16;
+    // The eight lanes that copy the pieces of the same rows hold one row each.
+    row_ = piece < kCopies ? ptx::load(rows + first + piece * kRowsAtOnce) : -1;
+    unroll<kCopies>([&](auto i) {
+      constexpr int c = decltype(i)::value;
+      if (row_of(c) >= 0) return;
+      for (int stage = 0; stage < kStages; ++stage)
+        ptx::store_shared(base + stage * kStageBytes + to_ + c * (kRowsAtOnce * 128), Words4{0, 0, 0, 0});
+    });
+  }
+
+  QLORA_METHOD void fetch() {
+    if (chunks_left_ > 0) copy();
+    chunks_left_ -= kGroups;
+    stage_ = stage_ + kStageBytes == base_ + kBytes ? base_ : stage_ + kStageBytes;
+  }
+
+  QLORA_METHOD SharedAddress current() const { return stage_; }
+
+ private:
+  static constexpr int kRowsAtOnce = kThreads / 8;
+  static constexpr int kCopies = kTokens / kRowsAtOnce;
+  static_assert(kCopies <= 8, "a lane holds one row");
+
+  QLORA_METHOD int row_of(int copy) const { return ptx::shuffle(row_, ptx::lane() / 8 * 8 + copy); }
+
+  QLORA_METHOD void copy() {
+    const SharedAddress to = stage_ + to_;
+    unroll<kCopies>([&](auto i) {
+      constexpr int c = decltype(i)::value;
+      const int row = row_of(c);
+      if (left_ <= 0)  // the piece lies beyond the end of the row
+        ptx::store_shared(to + c * (kRowsAtOnce * 128), Words4{0, 0, 0, 0});
+      else if (row >= 0)
+        ptx::cp_async_16<c * kRowsAtOnce * 128>(to, from_ + int64_t{row} * row_bytes_);
+    });
+    from_ += kGroups * 128;
+    left_ -= kGroups * 64;
+  }
+
+  SharedAddress base_, to_, stage_;
+  int left_, chunks_left_, row_bytes_;
+  int row_;  // of the lane's copy
+  const char* from_;
+};
+
 }  // namespace qlora::cuda

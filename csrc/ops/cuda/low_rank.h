@@ -48,21 +48,34 @@ struct TokenPlan {
   cuda::AdapterPlan plan;
 };
 
-inline TokenPlan plan_tokens(const Adapters& adapters, int64_t m, const GpuScope& scope) {
-  const int64_t tiles = cuda::most_adapter_tiles(m, adapters.count), positions = tiles * cuda::kAdapterTile;
-  Tensor storage = empty_like_device(adapters.scaling, {positions + tiles + 2 * adapters.count + 1}, ScalarType::Int);
-  int* order = storage.mutable_data_ptr<int>();
+// With `choices`, a plan for experts, whose rows read row i / choices of x.
+inline TokenPlan plan_tokens(const Adapters& adapters, int64_t m, const GpuScope& scope,
+                             std::optional<int64_t> choices = std::nullopt) {
+  const int64_t count = adapters.count, lists = choices ? count + 1 : count;  // the rows without an expert are a list
+  const int64_t tiles = cuda::most_tiles(m, lists, cuda::kAdapterTile), positions = tiles * cuda::kAdapterTile;
+  const int64_t halves = choices ? cuda::most_tiles(m, lists, cuda::kHalfTile) : 0;
+  const bool shares_x = choices && *choices > 1;
+  const int64_t elements = positions * (shares_x ? 2 : 1) + tiles + halves + (count + 1) * (cuda::kPlanParts + 1);
+  Tensor storage = empty_like_device(adapters.adapter_of_row, {elements}, ScalarType::Int);
+  int* next = storage.mutable_data_ptr<int>();
+  const auto take = [&](int64_t size) { return std::exchange(next, next + size); };
   cuda::AdapterPlanParams p{};
   p.adapter_of_token = adapters.of_row;
   p.m = m;
-  p.adapters = adapters.count;
+  p.adapters = count;
   p.tiles = tiles;
-  p.order = order;
-  p.adapter_of_tile = order + positions;
-  p.first_tile = p.adapter_of_tile + tiles;
-  p.counts = p.first_tile + adapters.count + 1;
+  p.order = take(positions);
+  if (shares_x) p.x_row = take(positions);
+  p.adapter_of_tile = take(tiles);
+  if (choices) p.halves = take(halves);
+  p.first_tile = take(count + 1);
+  p.counts = take((count + 1) * cuda::kPlanParts);
+  p.half_count = halves;
+  p.choices = static_cast<int>(choices.value_or(1));
   check(cuda::launch_adapter_plan(p, scope.stream()), "adapter_plan");
-  return {std::move(storage), {order, p.adapter_of_tile, p.first_tile, adapters.scale, tiles, adapters.count}};
+  const int* x_row = shares_x ? p.x_row : p.order;
+  return {std::move(storage),
+          {p.order, p.adapter_of_tile, p.first_tile, adapters.scale, tiles, count, x_row, p.halves, halves}};
 }
 
 // The low-rank term of a sum: activation [tokens, r] times the up factor (rank, row); `matrix` is the same factor.
@@ -103,6 +116,7 @@ inline AdapterActivation token_dot(const Matrix& x, const cuda::LowRankFactor& f
 struct DownPair {
   const Matrix& x;
   const cuda::LowRankFactor& factor;
+  int64_t choices = 1;  // tokens for each row of x; more than one only in a plan for experts
 };
 inline std::vector<AdapterActivation> low_rank_down_tiled(std::initializer_list<DownPair> pairs, int64_t r,
                                                           float scaling, const GpuScope& scope, bool note_largest,
@@ -110,7 +124,7 @@ inline std::vector<AdapterActivation> low_rank_down_tiled(std::initializer_list<
   const Matrix& first = pairs.begin()->x;
   cuda::LoraDownParams p{};
   p.dtype = first.dtype;
-  p.m = first.rows;
+  p.m = first.rows * pairs.begin()->choices;
   p.r = r;
   p.scale = scaling;
   p.tokens_per_block = cuda::select_lora_down_tokens(p.m, r, scope.gpu());
@@ -126,6 +140,7 @@ inline std::vector<AdapterActivation> low_rank_down_tiled(std::initializer_list<
     Matrix out = scratch_matrix(pair.x.tensor, p.m, r);
     cuda::LoraDownJob& job = p.job[i];
     job = {tokens.back().const_data_ptr(), pair.x.cols, pair.factor, out.tensor.mutable_data_ptr<float>(), nullptr};
+    job.row = pair.choices > 1 ? p.plan.x_row : p.plan.order;
     results.push_back({std::move(out)});
     if (!largest) continue;
     results.back().largest = vector_view(*largest, 1, i);
@@ -183,14 +198,15 @@ inline bool tensor_core_grads(const Matrix& dy, const Matrix& x, const GpuScope&
   return x.rows > 0 && dy.dtype == x.dtype && cuda::why_general_factors(problem, scope.gpu()) == nullptr;
 }
 
-// d_lora_a [r, k] = dy_downᵀ x and d_lora_b [n, r] = dyᵀ x_down on the tensor cores, with a plan for each adapter.
+// d_lora_a [r, k] = dy_downᵀ x and d_lora_b [n, r] = dyᵀ x_down on the tensor cores, with a plan for each adapter. The
+// rows of x are those of the plan.
 inline void low_rank_grads(const AdapterActivation& x_down, const AdapterActivation& dy_down, const Matrix& x,
                            const Matrix& dy, const Tensor& d_lora_a, const Tensor& d_lora_b, const GpuScope& scope,
                            const TokenPlan* plan = nullptr) {
   cuda::LoraGradParams p{};
   cuda::LoraSumJobs sums{};
   p.dtype = x.dtype;
-  p.m = x.rows;
+  p.m = dy.rows;
   p.ranks = x_down.values.cols;
   p.splits = d_lora_a.scalar_type() != x.tensor.scalar_type();
   p.ranks_per_block = cuda::select_lora_grad_ranks(p.ranks);
@@ -202,6 +218,7 @@ inline void low_rank_grads(const AdapterActivation& x_down, const AdapterActivat
     alive.push_back(aligned(tokens.tensor));
     job.x = alive.back().const_data_ptr();
     job.features = features;
+    job.row = r_is_major && dy.rows > x.rows ? p.plan.x_row : p.plan.order;
     job.activations = static_cast<const float*>(activation.values.data);
     if (activation.largest)
       job.largest = reinterpret_cast<const unsigned long long*>(activation.largest->const_data_ptr<int64_t>());

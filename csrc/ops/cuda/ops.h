@@ -48,13 +48,10 @@ Tensor forward_experts(Tensor x, Tensor packed, Tensor absmax, OptionalTensor ne
                        OptionalTensor nested_offset, std::vector<int64_t> shape, std::string quant_type,
                        int64_t block_size, Tensor expert_of_row, OptionalTensor lora_a, OptionalTensor lora_b,
                        double scaling, OptionalTensor bias);
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward_experts(Tensor grad, Tensor x, Tensor packed, Tensor absmax,
-                                                            OptionalTensor nested_absmax, OptionalTensor nested_offset,
-                                                            std::vector<int64_t> shape, std::string quant_type,
-                                                            int64_t block_size, Tensor expert_of_row,
-                                                            OptionalTensor lora_a, OptionalTensor lora_b,
-                                                            double scaling, bool needs_x, bool needs_lora,
-                                                            bool needs_bias);
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_experts(
+    Tensor grad, Tensor x, Tensor packed, Tensor absmax, OptionalTensor nested_absmax, OptionalTensor nested_offset,
+    std::vector<int64_t> shape, std::string quant_type, int64_t block_size, Tensor expert_of_row, OptionalTensor lora_a,
+    OptionalTensor lora_b, double scaling, bool needs_x, bool needs_lora, bool needs_bias);
 
 Tensor forward_affine(Tensor x, Tensor quantized_w, double scale, double zero_point, Tensor b, Tensor a, double alpha);
 Tensor forward_affine_grid(Tensor x, Tensor quantized_w, Tensor scale, Tensor zero_point, Tensor b, Tensor a,
@@ -89,6 +86,8 @@ void implement_cuda_ops(Library& library) {
   library.impl("backward", TORCH_BOX(&backward));
   library.impl("forward.multi", TORCH_BOX(&forward_multi));
   library.impl("backward.multi", TORCH_BOX(&backward_multi));
+  library.impl("forward.experts", TORCH_BOX(&forward_experts));
+  library.impl("backward.experts", TORCH_BOX(&backward_experts));
   library.impl("forward.affine", TORCH_BOX(&forward_affine));
   library.impl("forward.affine_grid", TORCH_BOX(&forward_affine_grid));
   library.impl("backward.affine_grid", TORCH_BOX(&backward_affine_grid));

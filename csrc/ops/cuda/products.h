@@ -133,7 +133,7 @@ inline Tensor low_rank_up(const Matrix& dy, const AdapterTerm& down, const Tenso
 
 inline Tensor column_sum(const Matrix& m, cudaStream_t stream) {
   Tensor out = empty_like_device(m.tensor, {m.cols}, ScalarType::Float);
-  check(cuda::launch_column_sum({m.data, m.dtype, m.rows, m.cols, out.mutable_data_ptr<float>()}, stream),
+  check(cuda::launch_column_sum({m.data, m.dtype, m.rows, m.cols, out.mutable_data_ptr<float>(), {}}, stream),
         "column_sum");
   return out;
 }
