@@ -168,3 +168,10 @@ def test_a_damaged_adapter_never_reaches_the_rows_of_others():
     y = ops.forward_multi(x.requires_grad_(), *weight, a, b, s, of_row)
     with pytest.raises(RuntimeError, match=r"lora_a\[1\] holds nan or inf"):
         y[of_row != 1].sum().backward()
+
+
+def test_an_empty_batch_has_zero_gradients_for_every_adapter(device):
+    x, weight, _, lora = make(0, 24, 64)
+    leaves = [t.requires_grad_() for t in lora[:2]]
+    ops.forward_multi(x, *weight, *lora).sum().backward()
+    assert not any(t.grad.any() for t in leaves)

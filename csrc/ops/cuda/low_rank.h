@@ -174,6 +174,10 @@ inline AdapterActivation low_rank_down_multi(const Matrix& x, const cuda::LowRan
 // times x [tokens, features]. The result is [r, features] if r_is_major, else [features, r].
 inline void low_rank_grad_general(const Matrix& activation, const Matrix& x, bool r_is_major, const Tensor& out,
                                   cudaStream_t stream, const Adapters* adapters = nullptr) {
+  if (x.rows == 0) {  // the address of an empty adapter_of_row is null, which would mean one adapter
+    torch::stable::fill_(out, 0.0);
+    return;
+  }
   cuda::GeneralParams p;
   p.operand = columns_of(activation);
   p.columns = columns_of(x);
