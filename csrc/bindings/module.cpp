@@ -122,6 +122,9 @@ py::dict cuda_select(int64_t m, int64_t n, int64_t k, const std::string& dtype, 
   chosen["why_not_faster_low_rank"] = why_low_rank != nullptr ? why_low_rank : "";
   const GemmTile of_experts = select_experts_tile(m, experts, n, gpu);
   const GemmTile dx_of_experts = select_experts_tile(m, experts, k, gpu);
+  chosen["experts_forward"] = why_forward != nullptr          ? kernel_name(ForwardKernel::kGeneral)
+                              : experts_take_gemv(m, experts) ? kernel_name(ForwardKernel::kGemv)
+                                                              : kernel_name(ForwardKernel::kGemm);
   chosen["experts_tile"] = tuple(tile_rows(of_experts), tile_tokens(of_experts));
   chosen["experts_backward_tile"] =
       tuple(dx_of_experts == GemmTile::kTuring ? 128 : tile_rows(dx_of_experts), tile_tokens(dx_of_experts));

@@ -43,7 +43,7 @@ QLORA_DEVICE int for_tokens_of(const AdapterPlanParams& p, int64_t adapter, cons
 
 // Whether the tokens of `adapter` have positions.
 QLORA_DEVICE bool is_placed(const AdapterPlanParams& p, int64_t adapter) {
-  return adapter < p.adapters || p.halves != nullptr;
+  return adapter < p.adapters || p.pieces != nullptr;
 }
 
 QLORA_KERNEL void QLORA_BOUNDS(kThreads, 4) count(QLORA_PARAMS AdapterPlanParams p) {
@@ -73,13 +73,13 @@ QLORA_DEVICE int sum_of_warp(int value) {
 QLORA_KERNEL void QLORA_BOUNDS(kThreads, 4) place(QLORA_PARAMS AdapterPlanParams p) {
   const int64_t adapter = ptx::block_x();
   const bool is_adapter = adapter < p.adapters;
-  int first_tile = 0, first_half = 0;
+  int first_tile = 0, first_piece = 0;
   for (int64_t a = ptx::lane(); a < adapter; a += 32) {
     const int tokens = tokens_in(p, a, kPlanParts);
     first_tile += tiles_of(tokens, kAdapterTile);
-    first_half += tiles_of(tokens, kHalfTile);
+    if (p.pieces != nullptr) first_piece += tiles_of(tokens, p.piece);
   }
-  first_tile = sum_of_warp(first_tile), first_half = sum_of_warp(first_half);
+  first_tile = sum_of_warp(first_tile), first_piece = sum_of_warp(first_piece);
   if (ptx::thread() == 0) ptx::store(p.first_tile + adapter, first_tile);
 
   int* order = p.order + int64_t{first_tile} * kAdapterTile;
@@ -101,11 +101,11 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 4) place(QLORA_PARAMS AdapterPlanParams
     ptx::store(p.adapter_of_tile + first_tile + i, is_adapter ? static_cast<int>(adapter)
                                                    : i < used ? kOthersTile
                                                               : kUnusedTile);
-  if (p.halves == nullptr) return;
-  const int used_halves = tiles_of(tokens, kHalfTile);
-  const int halves = is_adapter ? used_halves : static_cast<int>(p.half_count) - first_half;
-  for (int i = ptx::thread(); i < halves; i += kThreads)
-    ptx::store(p.halves + first_half + i, i < used_halves ? kAdapterTile / kHalfTile * first_tile + i : -1);
+  if (p.pieces == nullptr) return;
+  const int used_pieces = tiles_of(tokens, p.piece), of_tile = kAdapterTile / p.piece;
+  const int pieces = is_adapter ? used_pieces : static_cast<int>(p.piece_count) - first_piece;
+  for (int i = ptx::thread(); i < pieces; i += kThreads)
+    ptx::store(p.pieces + first_piece + i, i < used_pieces ? of_tile * first_tile + i : -1);
 }
 
 }  // namespace adapter_plan

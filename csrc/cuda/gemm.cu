@@ -42,7 +42,7 @@ QLORA_KERNEL void QLORA_BOUNDS(S::kBlockThreads, S::kGroups == 1 ? 2 : 1) kernel
   const int warp_row = Group::warp() * 16 * R, first_row = block_row + warp_row;
   int first_token = ptx::block_x() * kTokens, expert = 0;
   if constexpr (kMode == TokenMode::kExperts) {
-    const ExpertTile tile = expert_tile<kTokens>(p.out.plan);
+    const ExpertTile tile = expert_tile<kTokens>(p.out.plan, ptx::block_x());
     if (tile.expert == kOthersTile)
       store_zeros<T, kTokens, S::kBlockThreads>(p.out, block_row, S::kRows, tile.first_position);
     if (tile.expert < 0) return;
@@ -74,7 +74,7 @@ QLORA_KERNEL void QLORA_BOUNDS(S::kBlockThreads, S::kGroups == 1 ? 2 : 1) kernel
   for (int first = 0; first < chunks; first += S::kPanel) {
     const int count = chunks - first < S::kPanel ? chunks - first : S::kPanel;
     if (first > 0) ptx::sync_threads();  // all warps have finished with the previous scales
-    if constexpr (kMode == TokenMode::kExperts) expert = expert_tile<kTokens>(p.out.plan).expert;
+    if constexpr (kMode == TokenMode::kExperts) expert = expert_tile<kTokens>(p.out.plan, ptx::block_x()).expert;
     const auto& of_panel = weight_of<kMode == TokenMode::kExperts>(p.weight, expert);
     panel.fill(of_panel, WarpScales(of_panel), block_row, first, count, p.level_factor);
     ptx::sync_threads();
@@ -121,7 +121,7 @@ QLORA_KERNEL void QLORA_BOUNDS(S::kBlockThreads, S::kGroups == 1 ? 2 : 1) kernel
   ptx::cp_async_wait<0>();
   if (!Group::add_up(table, sum)) return;
   if constexpr (kMode == TokenMode::kExperts) {  // read again, because the loop has no registers for it
-    const ExpertTile tile = expert_tile<kTokens>(p.out.plan);
+    const ExpertTile tile = expert_tile<kTokens>(p.out.plan, ptx::block_x());
     first_token = tile.first_position;
     expert = tile.expert;
   }

@@ -179,7 +179,7 @@ QLORA_KERNEL void QLORA_BOUNDS(S::kBlockThreads, S::kGroups == 1 ? 2 : 1) kernel
   const int first_feature = block_feature + Group::warp() * 32;
   int first_token = ptx::block_x() * kTokens, expert = 0;
   if constexpr (kMode == TokenMode::kExperts) {
-    const ExpertTile tile = expert_tile<kTokens>(p.out.plan);
+    const ExpertTile tile = expert_tile<kTokens>(p.out.plan, ptx::block_x());
     if (tile.expert == kOthersTile)
       store_zeros<T, kTokens, S::kBlockThreads>(p.out, block_feature, S::kFeatures, tile.first_position);
     if (tile.expert < 0) return;
@@ -246,7 +246,7 @@ QLORA_KERNEL void QLORA_BOUNDS(S::kBlockThreads, S::kGroups == 1 ? 2 : 1) kernel
   ptx::cp_async_wait<0>();
   if (!Group::add_up(table, sum)) return;
   if constexpr (kMode == TokenMode::kExperts) {  // read again, because the loop has no registers for it
-    const ExpertTile tile = expert_tile<kTokens>(p.out.plan);
+    const ExpertTile tile = expert_tile<kTokens>(p.out.plan, ptx::block_x());
     first_token = tile.first_position;
     expert = tile.expert;
   }

@@ -1,6 +1,7 @@
 // Kernel for few tokens (m <= 16): y = x Wᵀ + low-rank term + bias on the tensor cores. It reads the weight once and
 // unpacks it in registers. A thread block takes 16 or 32 rows (select.h). Its warps take turns in chunks of 64 along k,
 // and their sums are added in a fixed order.
+#include "cuda/device/experts.cuh"
 #include "cuda/device/fragments.cuh"
 #include "cuda/device/launch.cuh"
 #include "cuda/device/unroll.cuh"
@@ -59,14 +60,42 @@ QLORA_DEVICE float low_rank_part(const GemvParams& p, int64_t row, int64_t token
   return sum;
 }
 
+// The tokens of a block: those of the launch, or the rows of one expert at adjacent positions of the plan.
+template <bool kExperts>
+class BlockTokens {
+ public:
+  QLORA_METHOD explicit BlockTokens(const GemvParams& p) {
+    if constexpr (kExperts) {
+      const ExpertTile tile = expert_tile<kGemvExpertsPiece>(p.plan, ptx::block_y());
+      expert_ = tile.expert;
+      order_ = p.plan.order + tile.first_position;
+      x_row_ = p.plan.x_row + tile.first_position;
+      const bool exists =
+          ptx::lane() < kGemvExpertsPiece && expert_ != kUnusedTile && ptx::load(order_ + ptx::lane()) >= 0;
+      count_ = ptx::popcount(ptx::ballot(exists));  // tokens come first
+    }
+  }
+  QLORA_METHOD int64_t count(const GemvParams& p) const { return kExperts ? count_ : p.m; }
+  QLORA_METHOD int expert() const { return expert_; }
+  // The rows of y and x of a token of the block.
+  QLORA_METHOD int64_t row(int token) const { return kExperts ? ptx::load(order_ + token) : token; }
+  QLORA_METHOD int64_t x_row(int token) const { return kExperts ? ptx::load(x_row_ + token) : token; }
+
+ private:
+  int expert_ = 0, count_ = 0;
+  const int *order_ = nullptr, *x_row_ = nullptr;
+};
+
 // Adds the sums of the warps and stores y. A warp handles 16 rows of one token: lanes 0-15 add the sums of the first
 // half of the warps, lanes 16-31 those of the second half.
-template <class T, int R, int kTokens>
-QLORA_DEVICE void finish(const GemvParams& p, SharedAddress sums, int64_t first_row) {
+template <class T, int R, int kTokens, bool kExperts>
+QLORA_DEVICE void finish(const GemvParams& p, const BlockTokens<kExperts>& tokens, SharedAddress sums,
+                         int64_t first_row) {
   const int half = ptx::lane() / 16;
   for (int item = ptx::warp(); item < kTokens * R; item += kWarps) {
     const int token = item / R, local = item % R * 16 + ptx::lane() % 16;
-    if (token >= p.m) return;
+    if (token >= tokens.count(p)) return;
+    const int64_t of_y = tokens.row(token);
     const int64_t row = first_row + local;
     float sum = 0.0f;
 #pragma unroll
@@ -75,16 +104,19 @@ QLORA_DEVICE void finish(const GemvParams& p, SharedAddress sums, int64_t first_
                                              place_of_token<kTokens>(token) * kTokenPitch<R> + local) *
                                                 4);
     if (p.r > 0 && row < p.weight.n) {
-      const int64_t adapter = p.adapter_of_token != nullptr ? ptx::load(p.adapter_of_token + token) : 0;
+      const int64_t adapter = kExperts                        ? tokens.expert()
+                              : p.adapter_of_token != nullptr ? ptx::load(p.adapter_of_token + token)
+                                                              : 0;
       if (adapter < -1 || adapter >= p.adapters)
         sum = __builtin_nanf("");  // invalid adapter
       else if (adapter >= 0)
-        sum += low_rank_part<T>(p, row, token, adapter, half);
+        sum += low_rank_part<T>(p, row, of_y, adapter, half);
     }
     sum += ptx::shuffle_xor(sum, 16);
     if (half == 0 && row < p.weight.n) {
-      if (p.bias != nullptr) sum += load_element(p.bias, p.bias_dtype, row);
-      ptx::store(&(static_cast<T*>(p.y) + token * p.weight.n + row)->bits,
+      if (p.bias != nullptr)
+        sum += load_element(p.bias, p.bias_dtype, (kExperts ? tokens.expert() * p.weight.n : 0) + row);
+      ptx::store(&(static_cast<T*>(p.y) + of_y * p.weight.n + row)->bits,
                  static_cast<uint16_t>(ptx::pack<T>(sum, 0.0f)));
     }
   }
@@ -92,24 +124,31 @@ QLORA_DEVICE void finish(const GemvParams& p, SharedAddress sums, int64_t first_
 
 // Copies the chunks of one warp from global memory into a ring of stages. A stage holds the packed bytes of 16R rows
 // (32 bytes each; row i of lane group g is in slot 8i + g) and m tokens (128 bytes each).
-template <int R, int kTokens, int kStages>
+template <int R, int kTokens, int kStages, bool kExperts>
 class Ring {
  public:
   static QLORA_BOTH constexpr int stage_bytes(int64_t m) { return 512 * R + 128 * static_cast<int>(m); }
   static QLORA_BOTH constexpr int bytes(int64_t m) { return stage_bytes(m) * kStages; }
 
-  QLORA_METHOD Ring(SharedAddress base, const GemvParams& p, int64_t first_row)
+  QLORA_METHOD Ring(SharedAddress base, const GemvParams& p, const WeightView& weight,
+                    const BlockTokens<kExperts>& tokens, int64_t first_row)
       : base_(base), end_(base + bytes(p.m)), stage_bytes_(stage_bytes(p.m)), x_pitch_bytes_(p.weight.k * 8) {
     const int slot = ptx::lane() / 2, token = ptx::lane() / 8, piece = ptx::lane() % 8;
 #pragma unroll
     for (int i = 0; i < R; ++i) {
       const int64_t row = min_i64(first_row + slot % 8 * 2 * R + slot / 8 + 2 * i, p.weight.n - 1);
-      w_[i] = p.weight.packed + (row * p.weight.k + ptx::warp() * kChunk) / 2 + ptx::lane() % 2 * 16;
+      w_[i] = weight.packed + (row * p.weight.k + ptx::warp() * kChunk) / 2 + ptx::lane() % 2 * 16;
     }
     x_ = static_cast<const char*>(p.x) + (token * p.weight.k + ptx::warp() * kChunk) * 2 + piece * 16;
     w_to_ = ptx::lane() * 16;
     x_to_ = 512 * R + token * 128 + (piece ^ (token & 1)) * 16;
-    tokens_ = static_cast<int>(p.m) - token;
+    tokens_ = static_cast<int>(tokens.count(p)) - token;
+    if constexpr (kExperts) {
+      x_ -= token * p.weight.k * 2;
+#pragma unroll
+      for (int i = 0; i < kTokens / 4; ++i)
+        x_offset_[i] = 4 * i < tokens_ ? tokens.x_row(token + 4 * i) * p.weight.k * 2 : 0;
+    }
   }
 
   // Restarts the ring for the next `chunks` chunks and starts copying the first ones.
@@ -141,7 +180,8 @@ class Ring {
 #pragma unroll
       for (int i = 0; i < kTokens / 4; ++i, x += x_pitch_bytes_)
         // The variant for 16 tokens has more than eight, so the first eight need no check.
-        if ((kTokens == 16 && i < 2) || 4 * i < tokens_) ptx::cp_async_16(stage_ + x_to_ + i * 512, x);
+        if ((kTokens == 16 && i < 2) || 4 * i < tokens_)
+          ptx::cp_async_16(stage_ + x_to_ + i * 512, kExperts ? x_ + x_offset_[i] : x);
       x_ += kWarps * kChunk * 2;
     }
     --left_;
@@ -154,30 +194,31 @@ class Ring {
   int64_t x_pitch_bytes_;  // bytes of four tokens
   const uint8_t* w_[R];
   const char* x_;
+  int64_t x_offset_[kExperts ? kTokens / 4 : 1];  // of each token from x_
   SharedAddress w_to_, x_to_;
   SharedAddress stage_ = 0;  // filled by the next fetch(); after a fetch(), the stage to read
   int tokens_, left_ = 0;
 };
 
-template <class T, int R, int kTokens, int kStages>
-QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GemvParams p) {
-  if (!ptx::can_run<T>(0)) return;
+// The products of 16R rows from first_row on with the tokens of the block.
+template <class T, int R, int kTokens, int kStages, bool kExperts>
+QLORA_DEVICE void multiply_rows(const GemvParams& p, const WeightView& weight, const BlockTokens<kExperts>& tokens,
+                                int64_t first_row, bool has_table) {
   const SharedAddress table = ptx::shared_base();
   const int chunks = static_cast<int>(p.weight.k / kChunk);
-  const int64_t first_row = static_cast<int64_t>(ptx::block_x()) * 16 * R;
   const int g = ptx::lane() / 4, t = ptx::lane() % 4;
-  using Chunks = Ring<R, kTokens, kStages>;
-  Chunks ring(table + kPairTableBytes + ptx::warp() * Chunks::bytes(p.m), p, first_row);
+  using Chunks = Ring<R, kTokens, kStages, kExperts>;
+  Chunks ring(table + kPairTableBytes + ptx::warp() * Chunks::bytes(p.m), p, weight, tokens, first_row);
   const int panel_chunks = p.tile.panel_chunks;
   using Panel = ScalePanel<kWarps, 16 * R, 4>;
   const Panel panel(table + kPairTableBytes + kWarps * Chunks::bytes(p.m), panel_chunks);
   SharedAddress my_x[kTokens / 8];
 #pragma unroll
   for (int j = 0; j < kTokens / 8; ++j) {
-    const int token = static_cast<int>(min_i64(8 * j + g, p.m - 1));
+    const int token = static_cast<int>(min_i64(8 * j + g, tokens.count(p) - 1));
     my_x[j] = 512 * R + token * 128 + (2 * t + (token & 1)) * 16;
   }
-  const WarpScales scales(p.weight);
+  const WarpScales scales(weight);
   const LevelPairs<T> pairs(table);
 
   float sum[R][kTokens / 8][4] = {};
@@ -186,8 +227,9 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GemvParams p) {
     if (panel_chunk > 0) ptx::sync_threads();  // all warps have finished with the previous panel
     const int my_count = (count - ptx::warp() + kWarps - 1) / kWarps;
     ring.begin(my_count);  // the copies run while the table and the scales are written
-    if (panel_chunk == 0) LevelPairs<T>::template fill<kThreads>(table, p.weight.quant_type, p.level_multiplier);
-    panel.fill(p.weight, scales, first_row, panel_chunk, count, p.level_factor);
+    if (panel_chunk == 0 && !has_table)
+      LevelPairs<T>::template fill<kThreads>(table, p.weight.quant_type, p.level_multiplier);
+    panel.fill(weight, scales, first_row, panel_chunk, count, p.level_factor);
     ptx::sync_threads();
 
     SharedAddress scale_at = panel.address(2 * R * g, ptx::warp());
@@ -234,8 +276,9 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GemvParams p) {
     ptx::cp_async_wait<0>();
   }
 
-  ptx::sync_threads();  // the table is no longer needed; the sums overwrite it
-  const SharedAddress mine = table + (ptx::warp() * kWarpPitch<R, kTokens> + 2 * R * g) * 4;
+  ptx::sync_threads();  // the table or, if it is needed again, the rings are overwritten by the sums
+  const SharedAddress sums = table + (kExperts ? kPairTableBytes : 0);
+  const SharedAddress mine = sums + (ptx::warp() * kWarpPitch<R, kTokens> + 2 * R * g) * 4;
 #pragma unroll
   for (int j = 0; j < kTokens / 8; ++j)
 #pragma unroll
@@ -247,22 +290,49 @@ QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GemvParams p) {
         ptx::store_shared(to, Floats4{sum[0][j][i], sum[0][j][2 + i], sum[1][j][i], sum[1][j][2 + i]});
     }
   ptx::sync_threads();
-  finish<T, R, kTokens>(p, table, first_row);
+  finish<T, R, kTokens>(p, tokens, sums, first_row);
 }
 
-template <class T, int R, int kTokens>
+template <class T, int R, int kTokens, int kStages, bool kExperts>
+QLORA_KERNEL void QLORA_BOUNDS(kThreads, 2) kernel(QLORA_PARAMS GemvParams p) {
+  if (!ptx::can_run<T>(0)) return;
+  const BlockTokens<kExperts> tokens(p);
+  int64_t first_row = static_cast<int64_t>(ptx::block_x()) * 16 * R;
+  if constexpr (kExperts) {
+    if (tokens.expert() == kUnusedTile) return;
+    const WeightView weight = weight_of_stack(p.weight, tokens.expert());
+    for (bool has_table = false; first_row < p.weight.n; first_row += p.row_blocks * 16 * R, has_table = true) {
+      if (tokens.expert() == kOthersTile) {
+        for (int i = ptx::thread(); i < tokens.count(p) * 16 * R; i += kThreads)
+          if (first_row + i % (16 * R) < p.weight.n)
+            ptx::store(&(static_cast<T*>(p.y) + tokens.row(i / (16 * R)) * p.weight.n + first_row + i % (16 * R))->bits,
+                       uint16_t{0});
+        continue;
+      }
+      if (has_table) ptx::sync_threads();  // the sums of the rows before have been read
+      multiply_rows<T, R, kTokens, kStages, kExperts>(p, weight, tokens, first_row, has_table);
+    }
+  } else {
+    multiply_rows<T, R, kTokens, kStages, kExperts>(p, p.weight, tokens, first_row, false);
+  }
+}
+
+template <class T, int R, int kTokens, bool kExperts = false>
 Status launch_tile(const GemvParams& p, cudaStream_t stream) {
   constexpr int kStages = gemv_stages(kTokens);
   static_assert(kWarps * kWarpPitch<R, kTokens> * 4 <= kPairTableBytes, "the sums fit where the table was");
-  static_assert(gemv_shared_bytes(16 * R, kTokens, 7) ==
-                    kPairTableBytes + kWarps * Ring<R, kTokens, kStages>::bytes(kTokens) + panel_bytes(16 * R, 7),
-                "select.h counts the same bytes");
+  static_assert(
+      gemv_shared_bytes(16 * R, kTokens, 7) ==
+          kPairTableBytes + kWarps * Ring<R, kTokens, kStages, kExperts>::bytes(kTokens) + panel_bytes(16 * R, 7),
+      "select.h counts the same bytes");
   const auto shared_bytes = static_cast<int>(gemv_shared_bytes(16 * R, p.m, p.tile.panel_chunks));
-  return start(kernel<T, R, kTokens, kStages>, {ceil_div(p.weight.n, 16 * R)}, kThreads, shared_bytes, stream, p);
+  const Grid grid = kExperts ? Grid{p.row_blocks, p.plan.piece_count} : Grid{ceil_div(p.weight.n, 16 * R)};
+  return start(kernel<T, R, kTokens, kStages, kExperts>, grid, kThreads, shared_bytes, stream, p);
 }
 
 template <class T>
 Status launch_typed(const GemvParams& p, cudaStream_t stream) {
+  if (p.plan.order != nullptr) return launch_tile<T, 1, kGemvExpertsPiece, true>(p, stream);
   if (p.tile.rows == 32)
     return p.m <= 8 ? Status{"32 rows are for more than 8 tokens"} : launch_tile<T, 2, 16>(p, stream);
   return p.m <= 8 ? launch_tile<T, 1, 8>(p, stream) : launch_tile<T, 1, 16>(p, stream);

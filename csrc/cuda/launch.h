@@ -125,7 +125,6 @@ struct DenseMatrix {
 // For experts, adapters are experts and tokens are rows of the result. There the rows without an expert have tiles too,
 // because somebody has to write zeros to them.
 inline constexpr int kAdapterTile = 64;
-inline constexpr int kHalfTile = kAdapterTile / 2;
 inline constexpr int kUnusedTile = -1;  // a tile without tokens
 inline constexpr int kOthersTile = -2;  // a tile of rows without an expert
 constexpr int64_t most_tiles(int64_t m, int64_t adapters, int tile) {
@@ -140,9 +139,11 @@ struct AdapterPlan {
   int64_t adapters = 1;
   // For experts: the row of x at each position, -1: none. Several tokens may read the same row.
   const int* x_row = nullptr;  // [tiles * kAdapterTile]
-  // For experts: the halves of tiles that have tokens, half h with positions kHalfTile * h and following; then -1.
-  const int* halves = nullptr;  // [half_count]
-  int64_t half_count = 0;       // most_tiles() of kHalfTile
+  // For experts: the pieces of `piece` positions that have tokens, piece i beginning at position piece * i; then -1. A
+  // launch whose blocks take less than a tile would otherwise start a block for each empty part of a tile.
+  const int* pieces = nullptr;  // [piece_count]
+  int64_t piece_count = 0;      // most_tiles() of `piece`
+  int piece = 0;                // divides kAdapterTile
 };
 inline constexpr int kPlanParts = 4;  // warps that share the tokens of one adapter
 struct AdapterPlanParams {
@@ -152,10 +153,11 @@ struct AdapterPlanParams {
   int* order;   // these three as in AdapterPlan
   int* adapter_of_tile;
   int* first_tile;
-  int* halves;         // null: for adapters, otherwise for experts
-  int64_t half_count;  // these as in AdapterPlan
-  int* x_row;          // null: equal to order
-  int choices;         // tokens for each row of x
+  int* pieces;          // null: for adapters, otherwise for experts
+  int64_t piece_count;  // these as in AdapterPlan
+  int piece;
+  int* x_row;   // null: equal to order
+  int choices;  // tokens for each row of x
 };
 Status launch_adapter_plan(const AdapterPlanParams& p, cudaStream_t stream);
 
@@ -181,6 +183,10 @@ struct GemvParams {
   GemvTile tile;           // select_gemv_tile()
   float level_multiplier;  // the launch sets these two
   float level_factor;
+  // With a plan, a mixture of experts as in GemmOutput: a thread block takes a piece of the plan, kGemvExpertsPiece
+  // rows of one expert, and every row_blocks-th group of 16 rows of its weight. m is kGemvExpertsPiece.
+  AdapterPlan plan;
+  int64_t row_blocks;  // select_gemv_row_blocks()
 };
 Status launch_gemv(GemvParams p, cudaStream_t stream);
 

@@ -117,6 +117,20 @@ constexpr GemmTile best_gemm_tile(const TokensOfTiles& of, int64_t rows, bool wg
 constexpr GemmTile select_gemm_tile(int64_t m, int64_t rows, const GpuInfo& gpu) {
   return best_gemm_tile({m}, rows, gpu.has_wgmma, gpu);
 }
+// Rows of experts in a thread block of the `gemv` kernel, and how many blocks share the rows of a weight. A block
+// builds its table once, so it takes several groups of 16 rows of W, as long as four blocks for each place on an SM
+// remain; three share an SM.
+inline constexpr int kGemvExpertsPiece = 8;
+constexpr int64_t select_gemv_row_blocks(int64_t m, int64_t experts, int64_t n, const GpuInfo& gpu) {
+  const int64_t groups = (n + 15) / 16, pieces = TokensOfTiles{m, experts}.tiles(kGemvExpertsPiece);
+  const int64_t wanted = (12 * gpu.sm_count + pieces - 1) / pieces;
+  return wanted < groups ? wanted : groups;
+}
+// Whether experts have so few rows that the `gemv` kernel is faster although it reads a weight once for eight rows: at
+// 4, 8 and 16 rows for an expert it is predicted to take 0.5, 0.85 and 1.25 times as long as `gemm`
+// (docs/notes/cuda-kernels.md).
+constexpr bool experts_take_gemv(int64_t m, int64_t experts) { return m <= kGemvExpertsPiece * experts; }
+
 // The same for m rows of the result that are divided among experts; wgmma has no kernel for experts yet.
 constexpr GemmTile select_experts_tile(int64_t m, int64_t experts, int64_t rows, const GpuInfo& gpu) {
   return best_gemm_tile({m, experts}, rows, false, gpu);

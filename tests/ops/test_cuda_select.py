@@ -129,7 +129,7 @@ def test_few_tokens_of_a_small_rank_take_dot_products():
 
 
 def test_tiles_of_experts_grow_with_the_rows_of_each():
-    """Qwen3-30B-A3B: 128 experts, gate_up (1536, 2048); 64 tokens have 4 rows for an expert, 2,048 have 128."""
+    """Qwen3-30B-A3B: 128 experts, gate_up (1536, 2048). 64 tokens have 4 rows for an expert, 2,048 have 128."""
     for tokens, gpu, tile in [
         (64, A100, (64, 32)),
         (64, H100, (64, 32)),
@@ -140,5 +140,8 @@ def test_tiles_of_experts_grow_with_the_rows_of_each():
         (2048, RTX4090, (128, 64)),
     ]:
         assert select(tokens * 8, n=1536, k=2048, gpu=gpu, experts=128)["experts_tile"] == tile, (tokens, gpu)
+    few = select(8 * 128, n=1536, k=2048, experts=128), select(8 * 128 + 1, n=1536, k=2048, experts=128)
+    assert [chosen["experts_forward"] for chosen in few] == ["gemv", "gemm"]
+    assert select(64, n=1536, k=2080, experts=128)["experts_forward"] == "general"
     turing = select(4096, n=1536, k=2048, gpu=T4, dtype="float16", experts=128)
     assert (turing["experts_tile"], turing["experts_backward_tile"]) == ((64, 64), (128, 64))

@@ -2,7 +2,7 @@
 name of GemmTile, and with experts m rows go to random ones."""
 
 from sasstime import Buffer, Launch
-from structs import NO_PLAN, expert_plan, most_tiles, output, stack
+from structs import NO_PLAN, expert_plan, output, stack
 
 from qlora import BFLOAT16, FLAGS, up, weight_bytes  # sasstime's own helpers
 
@@ -21,17 +21,15 @@ def launch(gpu, m=64, n=4096, k=4096, r=0, tile="64x32", experts=0, choices=1):
     number, fragments, warps, tokens, stages, groups, panel, batch = TILES[tile]
     rows, threads = 16 * fragments * warps, 32 * warps * groups
     shared = 32 * 1024 + groups * tokens * 128 * stages + rows * (panel | 1) * 4
-    plan, active = expert_plan(m, experts, choices) if experts else (NO_PLAN, 1)
-    across = most_tiles(m, experts, tokens) if experts else up(m, tokens)
-    used = max(active, up(m, tokens))  # tiles of tokens
+    plan, active, across = expert_plan(m, experts, choices, tokens) if experts else (NO_PLAN, 1, up(m, tokens))
     grid = (across, up(n, rows), 1)
     x, y = Buffer("x", m // choices * k * 2, "bfloat16", dram=False), Buffer("y", m * n * 2, dram=False)
-    w = stack(n, k, max(1, experts), used / active)
+    w = stack(n, k, max(1, experts), across / active)
     parameters = [w, x, ("i", BFLOAT16), ("i", number), output(y, m, n, r, plan=plan)]
     shape = f"{fragments}, {warps}, {tokens}, {stages}, {groups}, {panel}, {batch}"
     name = (
         rf"gemm::kernel<qlora::bf16, qlora::cuda::gemm::Shape<{shape}>, .qlora::cuda::TokenMode.{2 if experts else 0}>"
     )
-    flops = 2.0 * used * tokens * n * k
+    flops = 2.0 * across * tokens * n * k
     floor = active * weight_bytes(n, k) + 2 * m * n
     return Launch(name, grid, threads, shared, [[*parameters, ("f", 1.0), ("f", 1.0)]], floor, flops)

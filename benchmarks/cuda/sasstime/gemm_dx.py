@@ -2,7 +2,7 @@
 name of GemmTile, and with experts m rows go to random ones."""
 
 from sasstime import Buffer, Launch
-from structs import NO_PLAN, expert_plan, most_tiles, output, stack
+from structs import NO_PLAN, expert_plan, output, stack
 
 from qlora import BFLOAT16, FLAGS, up, weight_bytes  # sasstime's own helpers
 
@@ -22,13 +22,11 @@ def launch(gpu, m=64, n=4096, k=4096, r=0, tile="64x32", experts=0, choices=1):
     features, threads = 32 * warps, 32 * warps * groups
     stage = 64 * 16 * warps + (128 if warps == 2 else 0)
     shared = 32 * 1024 + groups * 2 * (tokens * 128 + stage + warps * 64 * 4)
-    plan, active = expert_plan(m, experts, choices) if experts else (NO_PLAN, 1)
-    across = most_tiles(m, experts, tokens) if experts else up(m, tokens)
-    used = max(active, up(m, tokens))  # tiles of tokens
+    plan, active, across = expert_plan(m, experts, choices, tokens) if experts else (NO_PLAN, 1, up(m, tokens))
     grid = (across, up(k, features), 1)
     dy, dx = Buffer("dy", m * n * 2, "bfloat16", dram=False), Buffer("dx", m * k * 2, dram=False)
     parameters = [
-        stack(n, k, max(1, experts), used / active),
+        stack(n, k, max(1, experts), across / active),
         dy,
         ("i", BFLOAT16),
         ("i", number),
@@ -36,5 +34,5 @@ def launch(gpu, m=64, n=4096, k=4096, r=0, tile="64x32", experts=0, choices=1):
     ]
     shape, mode = f"{warps}, {tokens}, {groups}", 2 if experts else 0
     name = rf"gemm_dx::kernel<qlora::bf16, qlora::cuda::gemm_dx::Shape<{shape}>, .qlora::cuda::TokenMode.{mode}>"
-    flops = 2.0 * used * tokens * n * k
+    flops = 2.0 * across * tokens * n * k
     return Launch(name, grid, threads, shared, [parameters], active * weight_bytes(n, k) + 2 * m * k, flops)

@@ -17,24 +17,28 @@ def factor(name: str, r: int, features: int, rank_is_major: bool, sharers: float
     return [data, ("i", FLOAT32), *(("q", stride) for stride in strides), ("q", 0), ("?", True)]
 
 
-NO_PLAN = [None, None, None, None, ("q", 0), ("q", 1), None, None, ("q", 0)]
+NO_PLAN = [None, None, None, None, ("q", 0), ("q", 1), None, None, ("q", 0), ("i", 0)]
 
 
 def most_tiles(m: int, experts: int, tile: int) -> int:
     return up(m, tile) + min(experts + 1, m)
 
 
-def expert_plan(m: int, experts: int, choices: int) -> tuple[list, int]:
-    """struct AdapterPlan for m rows that go to random experts, and the number of experts with rows."""
+def expert_plan(m: int, experts: int, choices: int, piece: int) -> tuple[list, int, int]:
+    """struct AdapterPlan for m rows that go to random experts, the number of experts with rows, and of pieces.
+
+    Specs launch as many blocks as there are pieces: the empty ones after them, which return at once, would mislead the
+    model, which carries on the pace of the last blocks that it runs.
+    """
     of_row = random.Random(0).choices(range(experts), k=m)
-    order, tiles, halves, active = [], [], [], 0
+    order, tiles, pieces, active = [], [], [], 0
     for expert in range(experts):
         rows = [row for row in range(m) if of_row[row] == expert]
         active += bool(rows)
-        halves += [len(order) // 32 + i for i in range(up(len(rows), 32))]
+        pieces += [len(order) // piece + i for i in range(up(len(rows), piece))]
         order += rows + [-1] * (-len(rows) % 64)
         tiles += [expert] * up(len(rows), 64)
-    count, halves_count = most_tiles(m, experts, 64), most_tiles(m, experts, 32)
+    count, of_pieces = most_tiles(m, experts, 64), most_tiles(m, experts, piece)
 
     def numbers(name: str, values: list[int], size: int) -> Buffer:
         values = values + [-1] * (size - len(values))
@@ -42,8 +46,9 @@ def expert_plan(m: int, experts: int, choices: int) -> tuple[list, int]:
 
     x_row = [row // choices if row >= 0 else -1 for row in order]
     lists = [numbers("order", order, 64 * count), numbers("adapter_of_tile", tiles, count), None, None]
-    others = [numbers("x_row", x_row, 64 * count), numbers("halves", halves, halves_count), ("q", halves_count)]
-    return [*lists, ("q", count), ("q", experts), *others], active
+    others = [numbers("x_row", x_row, 64 * count), numbers("pieces", pieces, of_pieces)]
+    used = len(pieces)
+    return [*lists, ("q", count), ("q", experts), *others, ("q", of_pieces), ("i", piece)], active, used
 
 
 def stack(n: int, k: int, experts: int, sharers: float) -> list:

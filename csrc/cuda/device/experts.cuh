@@ -12,21 +12,20 @@ namespace qlora::cuda {
 // adapter and bias of an expert. In the last mode a tile has positions of the plan instead of tokens.
 enum class TokenMode { kOne, kAdapters, kExperts };
 
-// The tile of block_x in a launch for experts.
+// The tile of a block in a launch for experts: a tile of the plan, or a piece if the block takes fewer tokens.
 struct ExpertTile {
   int expert;          // kUnusedTile, kOthersTile
   int first_position;  // of the plan
 };
 template <int kTokens>
-QLORA_DEVICE ExpertTile expert_tile(const AdapterPlan& plan) {
-  static_assert(kTokens == kAdapterTile || kTokens == kHalfTile, "a tile of the plan or half of one");
-  const int tile = kTokens == kAdapterTile ? ptx::block_x() : ptx::load(plan.halves + ptx::block_x());
+QLORA_DEVICE ExpertTile expert_tile(const AdapterPlan& plan, int block) {
+  const int tile = kTokens == kAdapterTile ? block : ptx::load(plan.pieces + block);
   if (tile < 0) return {kUnusedTile, 0};
   return {ptx::load(plan.adapter_of_tile + tile * kTokens / kAdapterTile), tile * kTokens};
 }
 template <int kTokens>
 constexpr int64_t expert_tiles(const AdapterPlan& plan) {
-  return kTokens == kAdapterTile ? plan.tiles : plan.half_count;
+  return kTokens == kAdapterTile ? plan.tiles : plan.piece_count;
 }
 
 // The weight of the block's expert; without experts the weight of the launch, as it is.

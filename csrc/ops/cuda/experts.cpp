@@ -75,6 +75,33 @@ Tensor expert_output(cuda::GemmOutput& out, int64_t rows, int64_t features, cons
   return y;
 }
 
+// y [rows, n] for few rows of each expert.
+Tensor gemv_experts(const WeightView& w, const Tensor& x, const Experts& e, const cuda::AdapterPlan& plan,
+                    const ExpertTerm* term, const Matrix* bias, const GpuScope& scope) {
+  Tensor y = empty_like_device(x, {e.rows(), w.n}, x.scalar_type());
+  cuda::GemvParams p{};
+  p.weight = w;
+  p.x = x.const_data_ptr();
+  p.dtype = e.tokens.dtype;
+  p.m = cuda::kGemvExpertsPiece;
+  p.adapters = e.count;
+  if (term != nullptr) {
+    p.x_down = static_cast<const float*>(term->activation.values.data);
+    p.lora_b = term->up.data;
+    p.lora_dtype = term->up.dtype;
+    p.r = term->activation.values.cols;
+    p.b_adapter_stride = term->up.adapter_stride;
+    p.b_is_vectorized = p.lora_dtype == p.dtype && term->up.is_vectorized;
+  }
+  set_bias(p, bias);
+  p.y = y.mutable_data_ptr();
+  p.tile = cuda::select_gemv_tile(p.m, w.n, w.k, scope.gpu());
+  p.plan = plan;
+  p.row_blocks = cuda::select_gemv_row_blocks(e.rows(), e.count, w.n, scope.gpu());
+  check(cuda::launch_gemv(p, scope.stream()), "gemv");
+  return y;
+}
+
 // The sum over a token's choices of [rows, k], in the shape of x.
 Tensor sum_of_choices(const Tensor& rows, const Experts& e, const Tensor& x) {
   if (e.rows() == 0) return torch::stable::new_zeros(x, x.sizes());
@@ -100,7 +127,11 @@ Tensor forward_experts(Tensor x, Tensor packed, Tensor absmax, OptionalTensor ne
   if (rows == 0 || n == 0) return empty_like_device(x, {rows, n}, x.scalar_type());
   const WeightView w = device_view_of(e.w);
   const Adapters adapters = adapters_of(e);
-  const TokenPlan plan = plan_tokens(adapters, rows, scope, e.choices);
+  const bool general = cuda::why_general_forward({rows, n, k, e.tokens.dtype, block_size}, scope.gpu()) != nullptr;
+  const cuda::GemmTile tile = cuda::select_experts_tile(rows, e.count, n, scope.gpu());
+  const bool gemv = !general && cuda::experts_take_gemv(rows, e.count);
+  const int piece = gemv ? cuda::kGemvExpertsPiece : cuda::tile_tokens(tile);
+  const TokenPlan plan = plan_tokens(adapters, rows, scope, ExpertsPlan{e.choices, piece});
   std::optional<AdapterActivation> x_down;
   std::optional<ExpertTerm> term;
   if (e.adapter) {
@@ -114,15 +145,16 @@ Tensor forward_experts(Tensor x, Tensor packed, Tensor absmax, OptionalTensor ne
   }
   const ExpertTerm* up = term ? &*term : nullptr;
   const Matrix* bias_rows = e.bias ? &*e.bias : nullptr;
-  if (cuda::why_general_forward({rows, n, k, e.tokens.dtype, block_size}, scope.gpu()) != nullptr)
+  if (general)
     return general_experts(w, false, e.tokens, plan.plan.x_row, plan.plan, up, bias_rows, x, rows, scope.stream());
+  const Tensor tokens = aligned(e.tokens.tensor);
+  if (gemv) return gemv_experts(w, tokens, e, plan.plan, up, bias_rows, scope);
   cuda::GemmParams p{};
   const Tensor y = expert_output(p.out, rows, n, plan.plan, up, bias_rows, x);
-  const Tensor tokens = aligned(e.tokens.tensor);
   p.weight = w;
   p.x = tokens.const_data_ptr();
   p.dtype = e.tokens.dtype;
-  p.tile = cuda::select_experts_tile(rows, e.count, n, scope.gpu());
+  p.tile = tile;
   check(cuda::launch_gemm(p, scope.stream()), "gemm");
   return y;
 }
@@ -139,7 +171,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_experts(
   const GpuScope scope(x, "backward.experts", {rows, n, k, e.r});
   const cudaStream_t stream = scope.stream();
   const Adapters adapters = adapters_of(e);
-  const TokenPlan plan = plan_tokens(adapters, rows, scope, e.choices);
+  const cuda::GemmTile tile = cuda::select_experts_tile(rows, e.count, k, scope.gpu());  // of dx
+  const TokenPlan plan = plan_tokens(adapters, rows, scope, ExpertsPlan{e.choices, cuda::tile_tokens(tile)});
 
   OptionalTensor d_x, d_lora_a, d_lora_b, d_bias;
   std::optional<AdapterActivation> dy_down;  // scaling * dy · lora_b of the row's expert, [rows, r]
@@ -189,7 +222,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_experts(
       p.weight = w;
       p.dy = tokens.const_data_ptr();
       p.dtype = dy.dtype;
-      p.tile = cuda::select_experts_tile(rows, e.count, k, scope.gpu());
+      p.tile = tile;
       check(cuda::launch_gemm_dx(p, stream), "gemm_dx");
       d_x = sum_of_choices(dx, e, x);
     }

@@ -48,14 +48,18 @@ struct TokenPlan {
   cuda::AdapterPlan plan;
 };
 
-// With `choices`, a plan for experts, whose rows read row i / choices of x.
+// For experts: token i reads row i / choices of x, and the plan lists pieces of `piece` positions.
+struct ExpertsPlan {
+  int64_t choices;
+  int piece;
+};
 inline TokenPlan plan_tokens(const Adapters& adapters, int64_t m, const GpuScope& scope,
-                             std::optional<int64_t> choices = std::nullopt) {
-  const int64_t count = adapters.count, lists = choices ? count + 1 : count;  // the rows without an expert are a list
+                             std::optional<ExpertsPlan> experts = std::nullopt) {
+  const int64_t count = adapters.count, lists = experts ? count + 1 : count;  // the rows without an expert are a list
   const int64_t tiles = cuda::most_tiles(m, lists, cuda::kAdapterTile), positions = tiles * cuda::kAdapterTile;
-  const int64_t halves = choices ? cuda::most_tiles(m, lists, cuda::kHalfTile) : 0;
-  const bool shares_x = choices && *choices > 1;
-  const int64_t elements = positions * (shares_x ? 2 : 1) + tiles + halves + (count + 1) * (cuda::kPlanParts + 1);
+  const int64_t pieces = experts ? cuda::most_tiles(m, lists, experts->piece) : 0;
+  const bool shares_x = experts && experts->choices > 1;
+  const int64_t elements = positions * (shares_x ? 2 : 1) + tiles + pieces + (count + 1) * (cuda::kPlanParts + 1);
   Tensor storage = empty_like_device(adapters.adapter_of_row, {elements}, ScalarType::Int);
   int* next = storage.mutable_data_ptr<int>();
   const auto take = [&](int64_t size) { return std::exchange(next, next + size); };
@@ -67,15 +71,16 @@ inline TokenPlan plan_tokens(const Adapters& adapters, int64_t m, const GpuScope
   p.order = take(positions);
   if (shares_x) p.x_row = take(positions);
   p.adapter_of_tile = take(tiles);
-  if (choices) p.halves = take(halves);
+  if (experts) p.pieces = take(pieces);
   p.first_tile = take(count + 1);
   p.counts = take((count + 1) * cuda::kPlanParts);
-  p.half_count = halves;
-  p.choices = static_cast<int>(choices.value_or(1));
+  p.piece_count = pieces;
+  p.piece = experts ? experts->piece : 0;
+  p.choices = experts ? static_cast<int>(experts->choices) : 1;
   check(cuda::launch_adapter_plan(p, scope.stream()), "adapter_plan");
   const int* x_row = shares_x ? p.x_row : p.order;
   return {std::move(storage),
-          {p.order, p.adapter_of_tile, p.first_tile, adapters.scale, tiles, count, x_row, p.halves, halves}};
+          {p.order, p.adapter_of_tile, p.first_tile, adapters.scale, tiles, count, x_row, p.pieces, pieces, p.piece}};
 }
 
 // The low-rank term of a sum: activation [tokens, r] times the up factor (rank, row); `matrix` is the same factor.
