@@ -2,7 +2,8 @@
 
     PTXEMU=… QLORA_SIMT_LIBRARY=… python tools/ptx_counts.py [--hot]
 
-Warp instructions and mma are per 1,000 4-bit weights at n=1024, k=4096. It also counts ideal / actual sectors of global
+Warp instructions and mma are per 1,000 4-bit weights at n=1024, k=4096; those of experts per 1,000 weights of the eight
+experts of (1536, 2048). It also counts ideal / actual sectors of global
 memory (loads, stores, cp.async), and bank conflicts of the whole launch.
 """
 
@@ -22,8 +23,8 @@ import qlora
 N, K = 1024, 4096
 
 
-def weigh(result) -> tuple[float, float, float, int]:
-    per_thousand = N * K / 1000
+def weigh(result, weights: int) -> tuple[float, float, float, int]:
+    per_thousand = weights / 1000
     kinds = ("g_ld", "g_st", "cp")
     ideal, sectors = (sum(result[f"{kind}_{what}"] for kind in kinds) for what in ("ideal", "sect"))
     kinds = ("s_ld", "s_st", "lm", "cs")
@@ -32,11 +33,11 @@ def weigh(result) -> tuple[float, float, float, int]:
     return result["warp_insts"] / per_thousand, mma / per_thousand, 100 * ideal / max(1, sectors), conflicts
 
 
-def run(name: str, call, arch: str, hot: bool, sm_count: int) -> None:
+def run(name: str, call, arch: str, hot: bool, sm_count: int, weights: int) -> None:
     with executor.ptx(arch, sm_count=sm_count, checks="none") as running:
         call()
     for result in running.results:
-        instructions, mma, sectors, conflicts = weigh(result)
+        instructions, mma, sectors, conflicts = weigh(result, weights)
         kernel = result["kernel"].split("(")[0].removeprefix("void ").replace("qlora::cuda::", "")
         print(f"| {name:<22} | {kernel:<40} | {instructions:8.1f} | {mma:6.1f} | {sectors:5.1f} % | {conflicts:8d} |")
         if hot:
@@ -93,10 +94,35 @@ def main() -> None:
     }
     rows |= {"quantize": lambda: qlora.ops.quantize(dense)}
     rows |= {"dequantize": lambda: qlora.ops.dequantize(*weight, dtype)}
+    # Experts of Qwen3-30B-A3B's gate_up, eight instead of 128: so many rows for each of them, eight rows for a token.
+    mixture = 8, 1536, 2048
+    parts = [cases.weights(*mixture[1:])[0] for _ in range(mixture[0])]
+    stacked = [torch.stack([part[i] for part in parts]) for i in range(4)]
+    of_experts = *stacked, list(mixture), *parts[0][5:]
+    expert_a, expert_b = torch.randn(8, 16, 2048, dtype=dtype), torch.randn(8, 1536, 16, dtype=dtype)
+
+    def experts(rows, *lora):
+        return lambda: qlora.ops.forward_experts(
+            torch.randn(rows, 2048, dtype=dtype), *of_experts, torch.arange(8 * rows) % 8, *lora
+        )
+
+    def experts_backward(rows):
+        def call():
+            torch.ops.qlora.backward.experts(
+                torch.randn(8 * rows, 1536, dtype=dtype), torch.randn(rows, 2048, dtype=dtype), *of_experts,
+                torch.arange(8 * rows) % 8, expert_a, expert_b, 1.0, True, True, False,
+            )  # fmt: skip
+
+        return call
+
+    rows |= {f"experts {m} rows": experts(m) for m in (1, 4, 32, 128)}
+    rows |= {f"experts {m} rows r=16": experts(m, expert_a, expert_b) for m in (4, 128)}
+    rows |= {f"experts backward {m}": experts_backward(m) for m in (4, 128)}
     print(f"| call                   | {'kernel':<40} | insts/kw | mma/kw | sectors | conflicts |")
     for name, call in rows.items():
         if arguments.only in name:
-            run(name, call, arguments.arch, arguments.hot, arguments.sms)
+            weights = N * K if "experts" not in name else mixture[0] * mixture[1] * mixture[2]
+            run(name, call, arguments.arch, arguments.hot, arguments.sms, weights)
 
 
 if __name__ == "__main__":

@@ -123,8 +123,8 @@ constexpr GemmTile select_gemm_tile(int64_t m, int64_t rows, const GpuInfo& gpu)
 inline constexpr int kGemvExpertsPiece = 8;
 constexpr int64_t select_gemv_row_blocks(int64_t m, int64_t experts, int64_t n, const GpuInfo& gpu) {
   const int64_t groups = (n + 15) / 16, pieces = TokensOfTiles{m, experts}.tiles(kGemvExpertsPiece);
-  const int64_t wanted = (12 * gpu.sm_count + pieces - 1) / pieces;
-  return wanted < groups ? wanted : groups;
+  const int64_t wanted = (12 * gpu.sm_count + pieces - 1) / pieces, each = (groups + wanted - 1) / wanted;
+  return (groups + each - 1) / each;  // all blocks but the last take equally many groups
 }
 // Whether experts have so few rows that the `gemv` kernel is faster although it reads a weight once for eight rows: at
 // 4, 8 and 16 rows for an expert it is predicted to take 0.5, 0.85 and 1.25 times as long as `gemm`

@@ -44,7 +44,10 @@ def launch_experts(gpu, m, n, k, experts, choices, row_blocks):
     piece, (_, panel) = 8, tile(8, n, k, gpu, 16)
     plan, active, pieces = expert_plan(m, experts, choices, piece)
     groups = up(n, 16)
-    row_blocks = min(groups, row_blocks or up(12 * gpu.sms, max(min(experts, m), m // piece)))
+    if not row_blocks:  # select_gemv_row_blocks()
+        active_most = min(experts, m)
+        wanted = up(12 * gpu.sms, max(active_most, (m + active_most * piece // 2) // piece))
+        row_blocks = up(groups, up(groups, wanted))
     x, y = Buffer("x", m // choices * k * 2, "bfloat16", dram=False), Buffer("y", m * n * 2, dram=False)
     no_adapter = [None, None, ("i", BFLOAT16), ("q", 0), None, ("q", experts), ("q", 0), ("B", 0)]
     results = [None, ("i", 0), y, [("i", 16), ("i", panel)], ("f", 1.0), ("f", 1.0)]
