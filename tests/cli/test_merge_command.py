@@ -86,7 +86,8 @@ def test_merged_folders_load_without_qlora(world, tmp_path, capsys):
             assert difference(packed_logits, nf4) < BFLOAT16
     assert weights.keys() == exact.keys()
     for key, value in exact.items():
-        assert weights[key].dtype == torch.bfloat16, key
+        router = name.startswith("deepseek") and ".mlp.gate." in key  # transformers keeps it in float32
+        assert weights[key].dtype == (torch.float32 if router else torch.bfloat16), key
         assert ((weights[key].float() - value).abs() <= 2.0**-8 * value.abs()).all(), key
     # The rounding of weights changes the choice of an expert in the second token of gpt_oss, and with it the answer.
     assert difference(logits, wanted) < BFLOAT16 or name == "gpt_oss"

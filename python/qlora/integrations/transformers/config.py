@@ -20,8 +20,8 @@ class QLoRAConfig(QuantizationConfigMixin):
         calibration: "default" or a list of texts: after loading, calibrates the weights (:func:`qlora.calibrate`) with
             the model's own tokenizer. Not stored with a saved model.
         calibration_tokens: how many tokens of it to use.
-        checkpoint_format: "qlora"; "bitsandbytes" for the layout of that library's checkpoints; "mxfp4" for gpt-oss with
-            experts in MXFP4, which are quantized anew while they load (see :func:`mxfp4_config`).
+        checkpoint_format: "qlora"; "bitsandbytes" for the layout of that library's checkpoints; "mxfp4" for gpt-oss
+            with experts in MXFP4, which are quantized anew while they load (see :func:`mxfp4_config`).
 
     Raises ValueError with the value and the rule.
     """
