@@ -1,14 +1,22 @@
 """Adapters by PEFT on a 4-bit base: added, saved beside what they know of that base, checked against it, loaded."""
 
 import json
+import logging
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from qlora.adapters.files import CONFIG_FILE
 from qlora.adapters.masters import train_in_float32
+from qlora.nn import Experts4bit
+from qlora.nn.experts4bit import holds_experts
+from qlora.nn.replacing import head_names
 from qlora.storage.files import atomic_write, atomic_write_all
 from qlora.storage.fingerprint import checkpoint_fingerprint
+
+logger = logging.getLogger(__name__)
 
 BASE_FILE = "qlora_config.json"  # beside PEFT's two files; holds the base's quantization format and fingerprint
 _FORMAT = {"quant_type": str, "block_size": int, "double_quant": bool}
@@ -20,25 +28,77 @@ def add_lora(
     alpha: float | None = None,
     dropout: float = 0.0,
     target_modules: tuple[str, ...] | list[str] | None = None,
+    adapt_experts: bool = False,
     **options: Any,
 ) -> Any:
-    """A PeftModel with a trainable adapter; ``alpha`` defaults to ``rank``. Raises ValueError if no layer matches."""
+    """A PeftModel with a trainable adapter; ``alpha`` defaults to ``rank``.
+
+    ``target_modules`` defaults to all linear layers but the head. With ``adapt_experts`` each expert of a mixture gets
+    an adapter too. Raises ValueError if no layer matches, and for dropout on experts, which PEFT does not have.
+    """
     from peft import LoraConfig, get_peft_model
 
     from qlora.nn.qlora_linear import check_adapter
 
     check_adapter(rank, dropout)
+    if adapt_experts:
+        options["target_parameters"] = _expert_parameters(model)
+        if dropout > 0:
+            raise ValueError(f"dropout={dropout}: PEFT has no dropout for adapters on experts, so it must be 0")
     config = LoraConfig(
         r=rank,
         lora_alpha=rank if alpha is None else alpha,
         lora_dropout=dropout,
-        target_modules="all-linear" if target_modules is None else list(target_modules),
+        target_modules=linear_targets(model) if target_modules is None else list(target_modules),
         task_type="CAUSAL_LM",
         **options,
     )
     adapted = get_peft_model(model, config)
     train_in_float32(adapted)
     return adapted
+
+
+def linear_targets(model: Any) -> str | list[str]:
+    """PEFT's target_modules for all linear layers of a model except its head, without experts and their routers.
+
+    For mixtures PEFT reads "all-linear", and names that experts had in older versions of transformers (also those of
+    shared experts), as the experts and the router. Such names are left out.
+    """
+    if not any(isinstance(module, Experts4bit) or holds_experts(module) for module in model.modules()):
+        return "all-linear"
+    heads = head_names(model)
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)} - heads
+    leaves = sorted({name.rpartition(".")[2] for name in linear})
+    targets = [name for name in leaves if not _means_experts(name, model)]
+    if targets != leaves:
+        logger.info("no adapter on %s: PEFT takes these names for experts", sorted(set(leaves) - set(targets)))
+    return targets
+
+
+def _means_experts(name: str, model: Any) -> bool:
+    """Whether PEFT turns the target ``name`` into one of experts."""
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    config = LoraConfig(target_modules=[name])
+    try:
+        convert_peft_config_for_transformers(config, model, None)
+    except ValueError:  # it stands for a part of a fused weight
+        return True
+    return bool(config.target_parameters)
+
+
+def _expert_parameters(model: Any) -> list[str]:
+    """The weights of a model's 4-bit experts as PEFT's target_parameters, which match the ends of names."""
+    names = {
+        f"{name.rpartition('.')[2]}.{weight}"
+        for name, module in model.named_modules()
+        if isinstance(module, Experts4bit)
+        for weight in module.weight_names
+    }
+    if not names:
+        raise ValueError(f"adapt_experts: {type(model).__name__} has no experts in 4 bit")
+    return sorted(names)
 
 
 def save_base_facts(adapter: Path, model: Any, base: Path) -> None:

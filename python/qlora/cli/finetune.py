@@ -44,6 +44,7 @@ _SWITCHES = {
     "no_packing": "put one record in each row, with padding",
     "gradient_checkpointing": "recompute activations in the backward, to save memory",
     "skip_bad": "skip and count malformed records instead of stopping",
+    "adapt_experts": "also train an adapter for each expert of a mixture (default: only linear layers)",
     "dora": "weight-decomposed adapters (DoRA)",
     "fsdp": "with several processes: shard the model with FSDP2 instead of copying it to each (DDP)",
 }

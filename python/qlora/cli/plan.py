@@ -9,7 +9,11 @@ HELP = "predict the memory of fine-tuning from a model's config alone"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="a preset (llama-65b, llama3-70b, llama3-8b, llama-7b, smollm2-135m) or a folder")
+    parser.add_argument(
+        "model",
+        help="a preset (llama-65b, llama3-70b, llama3-8b, llama-7b, smollm2-135m, qwen3-30b-a3b, gpt-oss-20b), or a"
+        " folder",
+    )
     parser.add_argument("--budget", type=float, metavar="GB", help="memory of one device, in 10^9 bytes")
     parser.add_argument(
         "--reserve",
@@ -19,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="GB of the budget that the runtime itself uses (default: 1, an assumption)",
     )
     parser.add_argument("--rank", type=int, nargs="+", default=[16])
+    parser.add_argument("--adapt-experts", action="store_true", help="also an adapter for each expert of a mixture")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="sequences on each device")
     parser.add_argument("--seq", type=int, nargs="+", default=[512, 2048], help="tokens per sequence")
     parser.add_argument("--checkpointing", choices=("on", "off", "both"), default="both")
@@ -36,16 +41,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from qlora.planning.estimate import Settings, estimate
+    from qlora.planning.estimate import Settings, estimate, experts_note
     from qlora.planning.presets import config_of
     from qlora.planning.report import as_json, draw, table
 
     checkpointing = {"on": (True,), "off": (False,), "both": (True, False)}[arguments.checkpointing]
+    config = config_of(arguments.model)
     plans = [
         estimate(
-            config_of(arguments.model),
+            config,
             Settings(
                 rank=rank,
+                adapt_experts=arguments.adapt_experts,
                 batch=batch,
                 sequence=sequence,
                 checkpointing=kept,
@@ -72,6 +79,9 @@ def run(arguments: argparse.Namespace) -> int:
     # In a file or a pipe the table may be wider than a terminal.
     console = console if console.is_terminal else Console(width=200)
     console.print(table(plans, title, arguments.budget, arguments.reserve))
+    for note in dict.fromkeys(experts_note(config, plan.settings) for plan in plans):
+        if note is not None:
+            console.print(note)
     if arguments.paged:
         console.print("Optimizer state in parentheses is paged: it needs this much memory or disk of the host.")
     if arguments.json:

@@ -75,6 +75,7 @@ def load_quantized(
     alpha: float | None = None,
     dropout: float = 0.0,
     target_modules: tuple[str, ...] | list[str] | None = None,
+    adapt_experts: bool = False,
     progress: bool = True,
     **lora_options: Any,
 ) -> tuple[Any, dict[str, int]]:
@@ -86,7 +87,8 @@ def load_quantized(
     quantized anew.
 
     With ``rank`` the model is a PeftModel with trainable LoRA on ``target_modules`` (default: all linear layers except
-    the head); ``lora_options`` go to PEFT's LoraConfig. Raises ValueError with the value and the rule.
+    the head), with ``adapt_experts`` also on every expert of a mixture; ``lora_options`` go to PEFT's LoraConfig.
+    Raises ValueError with the value and the rule.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
@@ -120,7 +122,7 @@ def load_quantized(
     sizes = model_bytes(model, dtype)
     if rank is None:
         return model.requires_grad_(False), sizes
-    return add_lora(model, rank, alpha, dropout, target_modules, **lora_options), sizes
+    return add_lora(model, rank, alpha, dropout, target_modules, adapt_experts, **lora_options), sizes
 
 
 def model_bytes(model: Any, dtype: torch.dtype) -> dict[str, int]:

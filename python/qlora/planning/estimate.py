@@ -7,10 +7,12 @@ import torch
 from torch import nn
 
 from qlora import _C
+from qlora.adapters.lora import linear_targets
 from qlora.distributed import largest_list
 from qlora.models.chunked_loss import backbone_of, chunked_loss
-from qlora.nn import Linear4bit, QLoRALinear
+from qlora.nn import Experts4bit, Linear4bit, QLoRALinear
 from qlora.nn.experts4bit import holds_experts
+from qlora.nn.packed import STATISTICS
 from qlora.nn.replacing import head_names, replace_module, shared_names, tensor_bytes
 from qlora.ops import FLOAT_DTYPES
 from qlora.planning.simulate import peak_of_a_step
@@ -21,6 +23,7 @@ class Settings:
     """Settings that determine, with the model's config, the memory of a training step."""
 
     rank: int = 16
+    adapt_experts: bool = False  # also an adapter for each expert of a mixture
     batch: int = 1  # sequences on each device
     sequence: int = 512  # tokens per sequence
     checkpointing: bool = True  # recompute each block's activations in the backward
@@ -83,19 +86,42 @@ def build(config: Any, settings: Settings) -> nn.Module:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=_dtype(settings.dtype))
     kept = head_names(model) | shared_names(model)
+    targets = linear_targets(model)
     for name, module in list(model.named_modules()):
         if holds_experts(module):
-            raise ValueError(f"{name} holds experts: their memory depends on the data and cannot be planned")
+            experts = Experts4bit.from_experts(module, settings.quant_type, settings.double_quant, settings.block_size)
+            if settings.adapt_experts:
+                _adapt(experts, settings)
+            replace_module(model, module, experts)
+            continue
         if type(module) is nn.Linear and name not in kept:
             base = Linear4bit.from_linear(module, settings.quant_type, settings.double_quant, settings.block_size)
-            layer = QLoRALinear(base, settings.rank, adapter_dtype=_dtype(settings.adapter_dtype))
+            adapted = targets == "all-linear" or name.rpartition(".")[2] in targets
+            layer = QLoRALinear(base, settings.rank, adapter_dtype=_dtype(settings.adapter_dtype)) if adapted else base
             replace_module(model, module, layer)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".lora_" in name)
+        parameter.requires_grad_(".lora_" in name or name.endswith(("_lora_a", "_lora_b")))
     if settings.checkpointing:
         switch = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         switch({"use_reentrant": False})
     return model.train()
+
+
+def _adapt(experts: Experts4bit, settings: Settings) -> None:
+    """Gives experts on the meta device the adapters that PEFT would give them."""
+    shapes = {name: getattr(experts, name).shape for name in experts.weight_names}
+    dtype = _dtype(settings.adapter_dtype)
+    for name, (count, n, half_k) in shapes.items():  # in PEFT's layout
+        for factor, shape in (("lora_a", (count * settings.rank, 2 * half_k)), ("lora_b", (n, settings.rank * count))):
+            experts.register_parameter(f"{name}_{factor}", nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")))
+
+    def use(module: Any, _: Any) -> None:
+        for name, (count, n, half_k) in shapes.items():
+            a, b = getattr(module, f"{name}_lora_a"), getattr(module, f"{name}_lora_b")
+            b = b.reshape(-1, count).t().unflatten(1, (n, -1))
+            module.low_rank[name] = (a.view(count, -1, 2 * half_k), b, 1.0)
+
+    experts.register_forward_pre_hook(use)
 
 
 @dataclass(frozen=True)
@@ -111,6 +137,18 @@ class _Traced:
     widest: int  # features
     largest: int  # elements of a 4-bit weight
     block: int  # bytes of the largest repeated block
+    experts: int  # of a mixture's layer; 0: no mixture
+    experts_out: int  # features of their widest product
+
+
+def _packed_weights(layer: Linear4bit | Experts4bit) -> list[torch.Tensor]:
+    names = layer.weight_names if isinstance(layer, Experts4bit) else ["weight"]
+    return [getattr(layer, name) for name in names]
+
+
+def _product_shape(packed: torch.Tensor) -> tuple[int, int]:
+    """(n, k) of a packed weight, or of one expert."""
+    return packed.shape[-2], 2 * packed.shape[-1]
 
 
 _TRACES: dict[tuple[Any, ...], _Traced] = {}  # plans that differ only in the optimizer share an entry
@@ -129,9 +167,15 @@ def _trace(config: Any, settings: Settings) -> _Traced:
     key = (config.to_json_string(), *(asdict(settings) | same).items())
     if key not in _TRACES:
         model = build(config, settings)
-        bases = [module for module in model.modules() if isinstance(module, Linear4bit)]
-        packed = sum(base.weight.nbytes for base in bases)
-        statistics = sum(sum(buffer.nbytes for buffer in base.buffers(recurse=False)) for base in bases)
+        bases = [module for module in model.modules() if isinstance(module, Linear4bit | Experts4bit)]
+        packed = sum(weight.nbytes for base in bases for weight in _packed_weights(base))
+        statistics = sum(
+            buffer.nbytes
+            for base in bases
+            for name, buffer in base.named_buffers(recurse=False)
+            if name.endswith(STATISTICS)
+        )
+        shapes = [_product_shape(weight) for base in bases for weight in _packed_weights(base)]
         trained = [p for p in model.parameters() if p.requires_grad]
         adapters = sum(p.nbytes for p in trained)
         parameters = tensor_bytes(model)
@@ -141,14 +185,40 @@ def _trace(config: Any, settings: Settings) -> _Traced:
             dense=parameters - packed - statistics - adapters,
             adapters=adapters,
             trained=tuple(p.numel() for p in trained),
-            widest=max(max(base.in_features, base.out_features) for base in bases),
-            largest=max(base.in_features * base.out_features for base in bases),
+            widest=max(max(shape) for shape in shapes),
+            largest=max(n * k for n, k in shapes),
+            experts=max((base.num_experts for base in bases if isinstance(base, Experts4bit)), default=0),
+            experts_out=max(
+                (w.shape[1] for b in bases if isinstance(b, Experts4bit) for w in _packed_weights(b)), default=0
+            ),
             block=max((sum(p.nbytes for p in child.parameters()) for child in largest_list(model)), default=0),
             activations=max(
                 0, peak_of_a_step(model, settings.batch, settings.sequence, _chunked) - parameters - adapters
             ),
         )
     return _TRACES[key]
+
+
+_EXPERT_ROWS = 4096  # rows of experts that a CPU packs at a time (csrc/ops/cpu/experts.h)
+
+
+def choices(config: Any) -> int:
+    """The number of experts that a mixture's router chooses for each token."""
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts")
+    return next((value for name in names if isinstance(value := getattr(config, name, None), int)), 1)
+
+
+def experts_note(config: Any, settings: Settings) -> str | None:
+    """How a mixture distributes the tokens of a step over its experts; None for other models."""
+    experts = _trace(config, settings).experts
+    if experts == 0:
+        return None
+    tokens, of_token = settings.batch * settings.sequence, choices(config)
+    average = tokens * of_token / experts
+    return (
+        f"{experts} experts, {of_token} for each token: of {tokens} tokens an expert gets {average:g} on average and"
+        f" {tokens} at most. Both need the same memory."
+    )
 
 
 def _optimizer_bytes(elements: tuple[int, ...], bits: int) -> int:
@@ -163,13 +233,17 @@ def _optimizer_bytes(elements: tuple[int, ...], bits: int) -> int:
 def estimate(config: Any, settings: Settings) -> Estimate:
     """Bytes of a training step on each device, for the model of ``config``.
 
-    Raises ValueError for models with experts, whose memory depends on the data.
+    A mixture's memory does not depend on how its router distributes tokens: every buffer holds the rows of all experts
+    together, tokens times experts per token.
     """
     traced = _trace(config, settings)
     tokens = settings.batch * settings.sequence
     size = _dtype(settings.dtype).itemsize
     # A kernel's packed copy of the tokens, and the panel that a GPU dequantizes at a time (csrc/cuda/select.h).
-    workspace = tokens * traced.widest * size + min(_C.GPU_PANEL_BYTES, traced.largest * size)
+    at_once = max(tokens, min(tokens * choices(config), _EXPERT_ROWS)) if traced.experts else tokens
+    workspace = at_once * traced.widest * size + min(_C.GPU_PANEL_BYTES, traced.largest * size)
+    if settings.adapt_experts:  # the kernels' copy of lora_b
+        workspace += traced.experts * traced.experts_out * settings.rank * _dtype(settings.adapter_dtype).itemsize
     n = settings.devices
     if n > 1:  # the running block and the next one are gathered
         workspace += 2 * traced.block

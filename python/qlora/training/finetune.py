@@ -264,6 +264,7 @@ class _Run:
             alpha=settings.alpha,
             dropout=settings.dropout,
             target_modules=settings.target_modules,
+            adapt_experts=settings.adapt_experts,
             use_dora=settings.dora,
             modules_to_save=None if settings.modules_to_save is None else list(settings.modules_to_save),
             progress=self.arguments.should_save,

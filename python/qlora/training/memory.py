@@ -59,6 +59,7 @@ def planned_memory(config: Any, settings: FinetuneSettings, dtype: torch.dtype, 
             config,
             Settings(
                 rank=settings.rank,
+                adapt_experts=settings.adapt_experts,
                 batch=share_of(settings.batch_size, settings.gradient_accumulation, world)[0],
                 sequence=settings.max_length,
                 checkpointing=settings.gradient_checkpointing,

@@ -30,6 +30,7 @@ class FinetuneSettings:
     alpha: float | None = None  # None: same as rank
     dropout: float = 0.0
     target_modules: tuple[str, ...] | None = None  # None: all linear layers
+    adapt_experts: bool = False  # also an adapter for each expert of a mixture
     quant_type: str = "nf4"
     block_size: int = 64
     double_quant: bool = True
@@ -126,7 +127,8 @@ def check_output(output: Path, resume: bool) -> None:
 
 def check_same_run(output: Path, now: dict[str, Any]) -> None:
     """Raises ValueError with the settings that differ from those of the run in ``output``."""
-    before = _read_settings(output)
+    defaults = {field.name: field.default for field in fields(FinetuneSettings)}  # of settings newer than the run
+    before = defaults | _read_settings(output)
     changed = [f"{name}: {before.get(name)!r} -> {now[name]!r}" for name in now if before.get(name) != now[name]]
     if changed:
         details = ", ".join(changed)
