@@ -21,6 +21,7 @@ _OPTIONS = {
     "device": "auto (a GPU that can run the operators, else the CPU), cpu, cuda or cuda:N",
     "compute_dtype": "auto (the fast dtype of the device), bf16, fp16 or fp32",
     "optimizer": "adamw, adamw-8bit, paged-adamw or paged-adamw-8bit",
+    "offload_experts": "ram or disk: where the experts of a mixture stay instead of on the device (default: nowhere)",
     "page_dir": "folder on disk for the paged optimizer state of a run on the CPU",
     "epochs": "passes over the data",
     "max_steps": "overrides --epochs",
@@ -38,7 +39,7 @@ _OPTIONS = {
     "keep_checkpoints": "number of checkpoints to keep",
     "seed": "seed of all random choices",
 }
-_OPTIONAL_TYPES: dict[str, type] = {"eval_data": str, "alpha": float, "page_dir": str}
+_OPTIONAL_TYPES: dict[str, type] = {"eval_data": str, "alpha": float, "page_dir": str, "offload_experts": str}
 _SWITCHES = {
     "no_double_quant": "keep float32 scales",
     "no_packing": "put one record in each row, with padding",

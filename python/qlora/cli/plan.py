@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpointing", choices=("on", "off", "both"), default="both")
     parser.add_argument("--optimizer-bits", type=int, nargs="+", default=[32], choices=(32, 8))
     parser.add_argument("--paged", action="store_true", help="keep optimizer state outside the device's memory")
+    parser.add_argument("--offload-experts", action="store_true", help="keep the experts of a mixture on the host")
     parser.add_argument("--devices", type=int, nargs="+", default=[1], help="number of devices, sharded with FSDP2")
     parser.add_argument("--quant-type", default="nf4")
     parser.add_argument("--no-double-quant", action="store_true")
@@ -63,6 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
                 dtype=arguments.dtype,
                 adapter_dtype=arguments.adapter_dtype,
                 devices=devices,
+                offload_experts=arguments.offload_experts,
             ),
         )
         for rank, batch, sequence, kept, bits, devices in product(

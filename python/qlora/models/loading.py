@@ -77,6 +77,8 @@ def load_quantized(
     target_modules: tuple[str, ...] | list[str] | None = None,
     adapt_experts: bool = False,
     progress: bool = True,
+    offload_experts: str | None = None,
+    offload_folder: str | Path | None = None,
     **lora_options: Any,
 ) -> tuple[Any, dict[str, int]]:
     """Loads a causal language model with 4-bit layers on ``device``; returns it with the result of :func:`model_bytes`.
@@ -85,6 +87,9 @@ def load_quantized(
     model plus the largest tensor. ``dtype`` is the dtype of activations and of tensors that stay dense. A checkpoint
     that is already 4-bit, written by qlora or by bitsandbytes, keeps its format. Experts in MXFP4 (gpt-oss) are
     quantized anew.
+
+    ``offload_experts`` "ram" or "disk" keeps the experts of a mixture off the device (:mod:`qlora.nn.offload`), "disk"
+    in files in ``offload_folder``. Then the model is quantized on the CPU.
 
     With ``rank`` the model is a PeftModel with trainable LoRA on ``target_modules`` (default: all linear layers except
     the head), with ``adapt_experts`` also on every expert of a mixture; ``lora_options`` go to PEFT's LoraConfig.
@@ -95,8 +100,14 @@ def load_quantized(
 
     from qlora.integrations import bitsandbytes
     from qlora.integrations.transformers import QLoRAConfig, is_mxfp4
+    from qlora.nn.offload import offload_experts as offload
 
-    folder = Path(folder)
+    folder, device = Path(folder), torch.device(device)
+    if offload_experts == "ram" and device.type == "cpu":
+        raise ValueError("offload_experts='ram': on the CPU the experts are in RAM anyway; use disk")
+    on_disk = offload_experts == "disk"
+    if on_disk and offload_folder is None:
+        raise ValueError("offload_experts='disk' needs an offload_folder")
     config = AutoConfig.from_pretrained(folder)
     options: dict[str, Any] = {}
     stored = getattr(config, "quantization_config", None)
@@ -109,17 +120,27 @@ def load_quantized(
         options["quantization_config"] = QLoRAConfig(quant_type, double_quant, block_size)
     elif stored.get("quant_method") != "qlora":
         raise ValueError(f"{folder} is quantized by '{stored.get('quant_method')}': qlora needs a 16- or 32-bit model")
+    if on_disk and "quantization_config" in options:
+        options["quantization_config"].offload_folder = str(offload_folder)
     bars = transformers_logging.is_progress_bar_enabled()
     if not progress:
         transformers_logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, device_map={"": torch.device(device)}, **options
+            folder,
+            config=config,
+            dtype=dtype,
+            device_map={"": torch.device("cpu") if offload_experts is not None else device},
+            **options,
         )
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
     sizes = model_bytes(model, dtype)
+    if offload_experts is not None:
+        offload(model, offload_experts, offload_folder)
+        model.to(device)
+        model.hf_device_map = {"": device}
     if rank is None:
         return model.requires_grad_(False), sizes
     return add_lora(model, rank, alpha, dropout, target_modules, adapt_experts, **lora_options), sizes

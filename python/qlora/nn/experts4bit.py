@@ -44,7 +44,7 @@ def expert_weights(module: nn.Module) -> list[str]:
 def copy_attributes(source: nn.Module, target: nn.Module) -> None:
     """Gives ``target`` the settings, modules, buffers and parameters of ``source``, except for the expert weights."""
     private = set(vars(nn.Module()))
-    private.add("low_rank")
+    private |= {"low_rank", "stage", "mapped_names"}
     vars(target).update({name: value for name, value in vars(source).items() if name not in private})
     skipped = getattr(source, "weight_names", expert_weights(source))
     statistics = {f"{name}_{statistic}" for name in skipped for statistic in STATISTICS}
@@ -87,6 +87,8 @@ class Experts4bit(nn.Module):
     original_dtype: torch.dtype
     # For each weight name lora_a [experts, r, in], lora_b [experts, out, r], scaling; set while an adapter is active.
     low_rank: dict[str, tuple[Tensor, Tensor, float]]
+    stage: Any = None  # qlora.nn.offload.Stage if the weights stay on the host
+    mapped_names: frozenset[str] = frozenset()  # weights that are files mapped into memory
     num_experts: int
     has_gate: bool
     has_bias: bool
@@ -137,8 +139,8 @@ class Experts4bit(nn.Module):
 
     def expert(self, name: str, index: int) -> QuantizedWeight:
         """The weight of one expert, (out, in), as views."""
-        packed = getattr(self, name)[index]
         absmax, nested_absmax, nested_offset = (getattr(self, f"{name}_{s}")[index] for s in STATISTICS)
+        packed = getattr(self, name)[index].to(absmax.device)  # a copy if the weights stay on the host
         return QuantizedWeight(
             packed.flatten(),
             absmax,
@@ -167,7 +169,10 @@ class Experts4bit(nn.Module):
         weight = (packed, absmax, nested[0], nested[1], (packed.shape[0], packed.shape[1], 2 * packed.shape[2]))
         a, b, scaling = self.low_rank.get(name, (None, None, 1.0))
         bias = getattr(self, f"{name}_bias") if self.has_bias else None
-        return ops.forward_experts(x, *weight, self.quant_type, self.block_size, expert_of_row, a, b, scaling, bias)
+        arguments = (*weight, self.quant_type, self.block_size, expert_of_row, a, b, scaling, bias)
+        if self.stage is not None and self.stage.is_needed(packed, x):
+            return self.stage.project(x, *arguments)
+        return ops.forward_experts(x, *arguments)
 
     def forward(
         self,
@@ -215,7 +220,9 @@ class Experts4bit(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> "Experts4bit":
         names = [f"{name}_{statistic}" for name in self.weight_names for statistic in STATISTICS]
         before = {name: self._buffers[name] for name in names}
+        kept = {} if self.stage is None else {name: self._parameters.pop(name) for name in self.weight_names}
         super()._apply(fn, recurse)
+        self._parameters.update(kept)
         restore_dtypes(self, before)
         return self
 

@@ -1,6 +1,7 @@
 """Estimates the memory of a training step by kind, on each device."""
 
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ class Settings:
     block_size: int = 64
     dtype: str = "bfloat16"  # of activations and of tensors that stay dense
     adapter_dtype: str = "float32"
+    offload_experts: bool = False  # experts stay on the host, and two of their weights are on the device at a time
     devices: int = 1  # number of devices that share the parameters with FSDP2
 
     def __post_init__(self) -> None:
@@ -139,6 +141,7 @@ class _Traced:
     block: int  # bytes of the largest repeated block
     experts: int  # of a mixture's layer; 0: no mixture
     experts_out: int  # features of their widest product
+    packed_experts: tuple[int, ...]  # bytes of their weights, in the order of the layers
 
 
 def _packed_weights(layer: Linear4bit | Experts4bit) -> list[torch.Tensor]:
@@ -163,7 +166,7 @@ def _chunked(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _trace(config: Any, settings: Settings) -> _Traced:
-    same = {name: None for name in ("optimizer_bits", "paged", "devices")}
+    same = {name: None for name in ("optimizer_bits", "paged", "devices", "offload_experts")}
     key = (config.to_json_string(), *(asdict(settings) | same).items())
     if key not in _TRACES:
         model = build(config, settings)
@@ -188,6 +191,9 @@ def _trace(config: Any, settings: Settings) -> _Traced:
             widest=max(max(shape) for shape in shapes),
             largest=max(n * k for n, k in shapes),
             experts=max((base.num_experts for base in bases if isinstance(base, Experts4bit)), default=0),
+            packed_experts=tuple(
+                w.nbytes for base in bases if isinstance(base, Experts4bit) for w in _packed_weights(base)
+            ),
             experts_out=max(
                 (w.shape[1] for b in bases if isinstance(b, Experts4bit) for w in _packed_weights(b)), default=0
             ),
@@ -244,12 +250,16 @@ def estimate(config: Any, settings: Settings) -> Estimate:
     workspace = at_once * traced.widest * size + min(_C.GPU_PANEL_BYTES, traced.largest * size)
     if settings.adapt_experts:  # the kernels' copy of lora_b
         workspace += traced.experts * traced.experts_out * settings.rank * _dtype(settings.adapter_dtype).itemsize
+    packed = traced.packed
+    if settings.offload_experts:
+        packed -= sum(traced.packed_experts)
+        workspace += max((a + b for a, b in pairwise(traced.packed_experts)), default=0)
     n = settings.devices
     if n > 1:  # the running block and the next one are gathered
         workspace += 2 * traced.block
     return Estimate(
         settings,
-        packed=-(-traced.packed // n),
+        packed=-(-packed // n),
         statistics=traced.statistics,
         dense=-(-traced.dense // n),
         adapters=-(-traced.adapters // n),

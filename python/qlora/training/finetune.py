@@ -73,6 +73,8 @@ def _arguments(
 
     if settings.fsdp and world == 1:
         raise ValueError("fsdp needs several processes: launch with torchrun --nproc-per-node N -m qlora finetune …")
+    if settings.offload_experts and world > 1:
+        raise ValueError("offload_experts needs one process: DDP copies every weight to each GPU")
     rows, forwards = share_of(settings.batch_size, settings.gradient_accumulation, world)
     on_cpu = device.type == "cpu"
     arguments = TrainingArguments(
@@ -268,6 +270,8 @@ class _Run:
             use_dora=settings.dora,
             modules_to_save=None if settings.modules_to_save is None else list(settings.modules_to_save),
             progress=self.arguments.should_save,
+            offload_experts=settings.offload_experts,
+            offload_folder=Path(settings.output) / "experts",
             **self.format,
         )
         model.config.use_cache = False

@@ -70,6 +70,7 @@ def planned_memory(config: Any, settings: FinetuneSettings, dtype: torch.dtype, 
                 block_size=settings.block_size,
                 dtype=str(dtype).removeprefix("torch."),
                 devices=world if settings.fsdp else 1,
+                offload_experts=settings.offload_experts is not None,
             ),
         )
     except (ValueError, TypeError, RuntimeError, KeyError) as error:  # models that cannot be planned
@@ -80,6 +81,8 @@ def planned_memory(config: Any, settings: FinetuneSettings, dtype: torch.dtype, 
 
 def what_shrinks(settings: FinetuneSettings, config: Any, dtype: torch.dtype, world: int) -> str:
     """Advice in words: the planned memory of a run, and options that need less."""
+    from qlora.planning.estimate import choices
+
     planned = planned_memory(config, settings, dtype, world)
     halved = f"--batch-size {settings.batch_size // 2} with twice the --gradient-accumulation"
     options = [
@@ -88,6 +91,7 @@ def what_shrinks(settings: FinetuneSettings, config: Any, dtype: torch.dtype, wo
         f"--max-length below {settings.max_length}",
         *(["--optimizer paged-adamw-8bit"] if settings.optimizer != "paged-adamw-8bit" else []),
         f"--rank below {settings.rank}",
+        *(["--offload-experts ram or disk"] if choices(config) > 1 and settings.offload_experts is None else []),
         *(["--fsdp"] if world > 1 and not settings.fsdp else []),
     ]
     needs = "" if planned is None else f"By its plan (qlora plan) it needs {planned / 1e9:.2f} GB on each device. "

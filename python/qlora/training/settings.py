@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from qlora.devices import AUTO, DTYPES
+from qlora.nn.offload import PLACES
 from qlora.ops import check_format
 from qlora.storage.fingerprint import checkpoint_fingerprint
 
 SETTINGS_FILE = "settings.json"
 # Settings that may differ between a run and its resumption.
-FREE_SETTINGS = ("output", "device", "page_dir", "fsdp")
+FREE_SETTINGS = ("output", "device", "page_dir", "fsdp", "offload_experts")
 OPTIMIZERS = ("adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit")
 
 
@@ -40,6 +41,7 @@ class FinetuneSettings:
     compute_dtype: str = AUTO  # auto, bf16, fp16, fp32; a resumed run keeps its first choice
     optimizer: str = "adamw"
     page_dir: str | None = None  # folder for paged optimizer state on the CPU
+    offload_experts: str | None = None  # ram or disk: where the experts of a mixture stay instead of on the device
     fsdp: bool = False  # with several processes: shard the model instead of copying it to each
     epochs: float = 3.0
     max_steps: int = -1  # > 0 overrides epochs
@@ -88,6 +90,12 @@ class FinetuneSettings:
                 "page_dir",
                 self.page_dir is None or self.is_paged,
                 "left out without a paged optimizer",
+            ),
+            ("offload_experts", self.offload_experts in (None, *PLACES), f"one of {', '.join(PLACES)}"),
+            (
+                "fsdp",
+                not (self.fsdp and self.offload_experts),
+                "left out with offload_experts: experts are on the host, and cannot be sharded",
             ),
             (
                 "fsdp",

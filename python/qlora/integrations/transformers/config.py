@@ -20,6 +20,8 @@ class QLoRAConfig(QuantizationConfigMixin):
         calibration: "default" or a list of texts: after loading, calibrates the weights (:func:`qlora.calibrate`) with
             the model's own tokenizer. Not stored with a saved model.
         calibration_tokens: how many tokens of it to use.
+        offload_folder: a folder for the packed weights of experts, which are mapped into memory while the model loads
+            (:func:`qlora.nn.offload.offload_experts`). Not stored with a saved model.
         checkpoint_format: "qlora"; "bitsandbytes" for the layout of that library's checkpoints; "mxfp4" for gpt-oss
             with experts in MXFP4, which are quantized anew while they load (see :func:`mxfp4_config`).
 
@@ -36,6 +38,7 @@ class QLoRAConfig(QuantizationConfigMixin):
         checkpoint_format: str = "qlora",
         calibration: str | list[str] | None = None,
         calibration_tokens: int = 16384,
+        offload_folder: str | Path | None = None,
         **kwargs: Any,
     ) -> None:
         kwargs.pop("quant_method", None)
@@ -55,8 +58,11 @@ class QLoRAConfig(QuantizationConfigMixin):
             raise ValueError(f"calibration='{calibration[:40]}' must be 'default' or a list of texts: [text]")
         if calibration is not None:
             self.calibration, self.calibration_tokens = calibration, calibration_tokens
+        if offload_folder is not None:
+            self.offload_folder = str(offload_folder)
 
-    # Only while a model loads, so that a saved config holds no texts.
+    # Only while a model loads, so that a saved config holds no texts and no folders.
+    offload_folder: str | None = None
     calibration: str | list[str] | None = None
     calibration_tokens: int = 16384
 

@@ -12,6 +12,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from qlora.integrations.transformers.layers import layer_tensors
 from qlora.nn import Experts4bit, Linear4bit
+from qlora.nn.offload import mapped_copy, release_heap
 from qlora.nn.packed import STATISTICS
 from qlora.ops import FLOAT_DTYPES
 from qlora.weight import QuantizedWeight, quantize
@@ -35,6 +36,11 @@ class Quantize(ConversionOps):
             prefix = name.removesuffix(leaf)
             if isinstance(module, Experts4bit):
                 tensors = module.quantize(dense)
+                folder = self.hf_quantizer.quantization_config.offload_folder
+                if folder is not None:
+                    tensors["weight"] = mapped_copy(tensors["weight"], folder)
+                    module.mapped_names |= {leaf}
+                    release_heap()
                 result[name] = tensors["weight"]
                 result |= {f"{name}_{statistic}": tensors[statistic] for statistic in STATISTICS}
                 continue

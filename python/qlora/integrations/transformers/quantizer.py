@@ -231,6 +231,11 @@ class QLoRAQuantizer(HfQuantizer):
             model._weight_conversions = [conversion for conversion in conversions if not concerns(conversion, packed)]
         for _, module in quantized_layers(model):
             module.requires_grad_(False)
+            if isinstance(module, Experts4bit) and self.pre_quantized and not self._reads_bitsandbytes:
+                # safetensors maps files into memory, and on the CPU nothing has copied their tensors
+                on_cpu = {name for name in module.weight_names if getattr(module, name).device.type == "cpu"}
+                module.mapped_names |= on_cpu
+        self.quantization_config.__dict__.pop("offload_folder", None)
         self._calibrate(model)
         return model
 
