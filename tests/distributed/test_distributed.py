@@ -15,22 +15,27 @@ WORKER = Path(__file__).with_name("worker.py")
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return save_dense("llama", tmp_path_factory.mktemp("distributed"))
+def checkpoints(tmp_path_factory):
+    return {name: save_dense(name, tmp_path_factory.mktemp(name)) for name in ("llama", "mixtral")}
 
 
 @pytest.fixture(scope="module")
-def launch(checkpoint, tmp_path_factory):
+def checkpoint(checkpoints):
+    return checkpoints["llama"]
+
+
+@pytest.fixture(scope="module")
+def launch(checkpoints, tmp_path_factory):
     results = tmp_path_factory.mktemp("results")
     done = {}
 
-    def run(mode, processes, steps=4, **folders):
-        key = (mode, processes, steps, tuple(sorted(folders.items())))
+    def run(mode, processes, steps=4, model="llama", **folders):
+        key = (mode, processes, steps, model, tuple(sorted(folders.items())))
         if key not in done:
             path = results / f"{len(done)}.pt"
             options = [text for name, folder in folders.items() for text in (f"--{name}", str(folder))]
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-            command += [str(WORKER), str(checkpoint), str(path), mode, str(steps), *options]
+            command += [str(WORKER), str(checkpoints[model]), str(path), mode, str(steps), *options]
             finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
             assert finished.returncode == 0, finished.stderr[-4000:]
             done[key] = torch.load(path, weights_only=True)
@@ -58,6 +63,14 @@ def test_equals_one_process(launch, mode, processes):
     single = launch("single", 1)
     assert single["losses"][-1] < single["losses"][0]
     assert_same(single, launch(mode, processes))
+
+
+@pytest.mark.parametrize(("mode", "processes"), [("ddp", 2), ("fsdp2", 2), ("fsdp2", 3)])
+def test_a_mixture_equals_one_process(launch, mode, processes):
+    """FSDP2 shards the experts' weights by experts; three processes split four of them unevenly."""
+    single = launch("single", 1, model="mixtral")
+    assert single["losses"][-1] < single["losses"][0]
+    assert_same(single, launch(mode, processes, model="mixtral"))
 
 
 def test_mixed_precision_leaves_statistics_and_weights_alone(launch):

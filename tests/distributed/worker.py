@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
 import qlora
+from qlora.nn import Experts4bit
 from qlora.optim import PagedAdamW
 
 BATCH = torch.randint(3, 100, (6, 9), generator=torch.Generator().manual_seed(1))  # divisible by 1, 2 and 3
@@ -32,7 +33,11 @@ def build(checkpoint: str):
         checkpoint, quantization_config=qlora.QLoRAConfig(double_quant=False), dtype=torch.float32
     )
     qlora.prepare_model(model, rank=None)
-    model = get_peft_model(model, LoraConfig(target_modules="all-linear", r=5, lora_alpha=8))
+    config = LoraConfig(target_modules="all-linear", r=5, lora_alpha=8)
+    if any(isinstance(module, Experts4bit) for module in model.modules()):
+        config.target_modules = ["q_proj", "o_proj"]
+        config.target_parameters = ["experts.gate_up_proj", "experts.down_proj"]
+    model = get_peft_model(model, config)
     generator = torch.Generator().manual_seed(7)
     for name, parameter in sorted(model.named_parameters()):
         if parameter.requires_grad:
@@ -65,16 +70,18 @@ def main() -> None:
     if a.mode == "ddp":
         ignored = qlora.distributed.ignore_frozen(model)
         assert any(name.endswith("absmax") for name in ignored)
-        assert any(name.endswith("base_layer.weight") for name in ignored)
+        assert any(name.endswith(("base_layer.weight", "base_layer.down_proj")) for name in ignored)
         model = DistributedDataParallel(model)
     elif a.mode.startswith("fsdp2"):
         policy = MixedPrecisionPolicy()
         if a.mode == "fsdp2-bf16":
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         model = core = shard(model, policy)
-        packed = model.base_model.model.model.layers[0].mlp.up_proj.base_layer
-        assert type(packed.weight).__name__ == "DTensor"
-        assert packed.weight.to_local().shape[0] < packed.out_features or world == 1
+        weights = [p for n, p in model.named_parameters() if p.dtype == torch.uint8 and ".mlp." in n]
+        assert weights
+        for weight in weights:  # sharded along its rows, or the experts
+            assert type(weight).__name__ == "DTensor"
+            assert weight.to_local().shape[0] < weight.shape[0] or world == 1
     optimizer = PagedAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     if a.resume:
         state, optimizer_state = get_state_dict(core, optimizer)
