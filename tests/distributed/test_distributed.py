@@ -145,3 +145,31 @@ def test_trainer_through_accelerate_on_two_processes(checkpoint, tmp_path):
     assert one.keys() == other.keys()
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     assert any(tensor.abs().max() > 0 for name, tensor in one.items() if "lora_B" in name)
+
+
+def test_transformers_divides_experts_among_processes(checkpoints, tmp_path):
+    """Its expert parallelism, with tokens exchanged for training and sums of all processes otherwise."""
+    from transformers import AutoModelForCausalLM
+
+    dense = save_dense("qwen3_moe", tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=qlora.QLoRAConfig(), dtype=torch.float32)
+    model.save_pretrained(tmp_path / "packed")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [WORKER.with_name("expert_parallel.py"), tmp_path / "packed", dense, tmp_path / "result"]
+    run = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, timeout=300)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert "can only be quantized whole: make a 4-bit checkpoint first" in run.stderr
+    for rank in range(2):
+        seen = torch.load(tmp_path / f"result-{rank}.pt", weights_only=True)
+        assert seen["experts"] == [2, 2]
+        assert len(seen["errors"]) == 3
+        assert "is sharded by a tensor-parallel plan, which 4-bit layers do not support" in seen["errors"][1]
+        assert "scales of its own experts only" in seen["errors"][2]
+        ids = torch.tensor([[1, 5, 9, 77, 30, 8, 2, 100]]) + rank
+        embedded = nn.functional.embedding(ids, torch.randn(256, 64, generator=torch.Generator().manual_seed(3)))
+        embedded.requires_grad_()
+        logits = model(inputs_embeds=embedded, use_cache=False).logits
+        logits.square().mean().backward()
+        for name in ("logits", "alone"):
+            torch.testing.assert_close(seen[name], logits.detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(seen["grad"], embedded.grad, rtol=1e-4, atol=1e-7)

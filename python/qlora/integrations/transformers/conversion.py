@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from qlora.integrations.transformers.layers import layer_tensors
+from qlora.integrations.transformers.parallel import refuse_sharded
 from qlora.nn import Experts4bit, Linear4bit
 from qlora.nn.offload import mapped_copy, release_heap
 from qlora.nn.packed import STATISTICS
@@ -33,6 +34,7 @@ class Quantize(ConversionOps):
             dense = value[0] if isinstance(value, list) else value
             dense = dense if dense.dtype in FLOAT_DTYPES else dense.float()
             module, leaf = get_module_from_name(model, name)
+            refuse_sharded(name, getattr(module, leaf))
             prefix = name.removesuffix(leaf)
             if isinstance(module, Experts4bit):
                 tensors = module.quantize(dense)

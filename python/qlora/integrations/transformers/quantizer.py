@@ -21,6 +21,11 @@ from qlora.integrations.transformers.conversion import (
     concerns,
 )
 from qlora.integrations.transformers.layers import make_dense, own_tensors, quantized_layers
+from qlora.integrations.transformers.parallel import (
+    are_local,
+    keep_local_experts,
+    refuse_tensor_parallel,
+)
 from qlora.nn import Experts4bit, Linear4bit
 from qlora.nn.borrowing import borrowed
 from qlora.nn.experts4bit import holds_experts, why_not_experts
@@ -94,6 +99,8 @@ class QLoRAQuantizer(HfQuantizer):
         Raises ValueError if only some layers have become dense, because such a model could not be read back.
         """
         now = {name for name, _ in quantized_layers(model)}
+        if any(isinstance(m, Experts4bit) and are_local(m) for _, m in quantized_layers(model)):
+            raise ValueError("save_pretrained: each process holds the scales of its own experts only; save adapters")
         if not now:
             self.remove_quantization_config(model)
         elif now != self.quantized_names:
@@ -229,8 +236,12 @@ class QLoRAQuantizer(HfQuantizer):
         conversions = getattr(model, "_weight_conversions", None)
         if conversions:
             model._weight_conversions = [conversion for conversion in conversions if not concerns(conversion, packed)]
-        for _, module in quantized_layers(model):
+        for name, module in quantized_layers(model):
             module.requires_grad_(False)
+            for weight in module.weight_names if isinstance(module, Experts4bit) else ["weight"]:
+                refuse_tensor_parallel(f"{name}.{weight}", getattr(module, weight))
+            if isinstance(module, Experts4bit):
+                keep_local_experts(module)
             if isinstance(module, Experts4bit) and self.pre_quantized and not self._reads_bitsandbytes:
                 # safetensors maps files into memory, and on the CPU nothing has copied their tensors
                 on_cpu = {name for name in module.weight_names if getattr(module, name).device.type == "cpu"}
