@@ -27,8 +27,8 @@ def refuse_tensor_parallel(name: str, weight: Tensor) -> None:
     """Raises ValueError for a packed weight that a tensor-parallel plan has sharded: its scales are whole."""
     if isinstance(weight, DTensor) and "tp" in (weight.device_mesh.mesh_dim_names or ()):
         raise ValueError(
-            f"{name} is sharded by a tensor-parallel plan, which 4-bit layers do not support: use fsdp_size, and ep_size"
-            " for experts, in DistributedConfig"
+            f"{name} is sharded by a tensor-parallel plan, which 4-bit layers do not support: use fsdp_size, and"
+            " ep_size for experts, in DistributedConfig"
         )
 
 
