@@ -80,6 +80,69 @@ def refuse_forward_mode(*inputs: Any) -> None:
         raise NotImplementedError("qlora has no forward-mode derivatives (jvp, forward AD): use reverse mode")
 
 
+# A shortcut for eager calls. The registrations of an operator run Python for each dispatcher key, which costs 13 µs a
+# call without gradients and 60 µs with them. Compilers, autocast, functorch and subclasses of Tensor still need the
+# dispatcher. docs/notes/cpu-kernels.md has the figures.
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def eager_shortcut(
+    op: Any, setup_context: Callable[..., None], differentiate: Callable[..., Any]
+) -> Callable[..., Any]:
+    """A function that calls ``op`` below the dispatcher's autograd key where nothing needs the dispatcher.
+
+    ``setup_context`` and ``differentiate`` are what ``torch.library.register_autograd`` gets for the operator, whose
+    first argument is the activation.
+    """
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Tensor:
+            with torch._C._AutoDispatchBelowAutograd():
+                output = op(*inputs)
+            setup_context(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return differentiate(ctx, *grads)
+
+    def call(*inputs: Any) -> Tensor:
+        refuse_forward_mode(*inputs)
+        x = inputs[0]
+        if (
+            torch.compiler.is_compiling()
+            or type(x) not in _PLAIN
+            or torch._C._is_any_autocast_enabled()
+            or torch._C._are_functorch_transforms_active()
+            or not (x.is_cpu or x.is_cuda)
+        ):
+            return op(*inputs)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+            return Function.apply(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*inputs)
+
+    return call
+
+
+def call_below_autograd(op: Any, grad: Tensor, *inputs: Any) -> Any:
+    """Calls a backward operator below the dispatcher's autograd key where nothing needs that key.
+
+    Read ``ctx.saved_tensors`` before this call: under a checkpoint, reading it runs the forward again, with autograd.
+    """
+    if (
+        torch.is_grad_enabled()  # create_graph=True, which the registered autograd function refuses
+        or torch.compiler.is_compiling()
+        or type(grad) is not Tensor
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return op(grad, *inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(grad, *inputs)
+
+
 # torch's ready-made rule casts every float tensor, even the float32 scales. This one casts only the activations:
 # adapters and bias may have their own dtype.
 

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from qlora.ops.common import (
+    call_below_autograd,
     cast_first_argument,
+    eager_shortcut,
     gradients,
     needs_gradient,
     not_requested,
     refuse_double_backward,
-    refuse_forward_mode,
     register_autocast,
     require_frozen,
 )
@@ -61,9 +62,8 @@ def forward_experts(
     A row is bit for bit what :func:`qlora.ops.forward` computes for the rows of its expert. No value is read by the
     host on a GPU. Differentiable once, in x, lora_a, lora_b and bias.
     """
-    refuse_forward_mode(x, lora_a, lora_b, bias)
     weight = (packed, absmax, nested_absmax, nested_offset, list(shape), quant_type, block_size)
-    return torch.ops.qlora.forward.experts(x, *weight, expert_of_row, lora_a, lora_b, scaling, bias)
+    return _forward(x, *weight, expert_of_row, lora_a, lora_b, scaling, bias)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -78,7 +78,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     *operands, expert_of_row, lora_a, lora_b = ctx.saved_tensors  # operands: x and the weight's tensors
     needs = needs_gradient(Arguments, ctx)
-    d_x, d_a, d_b, d_bias = torch.ops.qlora.backward.experts(
+    d_x, d_a, d_b, d_bias = call_below_autograd(
+        torch.ops.qlora.backward.experts,
         grad,
         *operands,
         *ctx.weight,
@@ -99,6 +100,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
+_forward = eager_shortcut(torch.ops.qlora.forward.experts, _setup_context, _differentiate)
 torch.library.register_autograd("qlora::forward.experts", _differentiate, setup_context=_setup_context)
 torch.library.register_autograd("qlora::backward.experts", refuse_double_backward)
 

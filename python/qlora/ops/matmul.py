@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from qlora.ops.common import (
+    call_below_autograd,
     cast_activation,
+    eager_shortcut,
     gradients,
     needs_gradient,
     not_requested,
     refuse_double_backward,
-    refuse_forward_mode,
     register_autocast,
     require_frozen,
 )
@@ -60,7 +61,7 @@ def forward(
     float dtype, which may differ from x's; bias ``[n]``; lora_x is the input after dropout, of the shape and dtype of
     x. Returns ``[..., n]`` in the dtype of x. Differentiable once, in x, lora_a, lora_b, bias and lora_x.
     """
-    return _call_forward(
+    return _forward(
         x,
         packed,
         absmax,
@@ -77,59 +78,6 @@ def forward(
     )
 
 
-# A shortcut for eager calls. The registrations below run Python for each dispatcher key, which costs 13 µs a call
-# without gradients and 60 µs with them. Compilers, autocast, functorch and subclasses of Tensor still need the
-# dispatcher. docs/notes/cpu-kernels.md has the figures.
-
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
-class _Forward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
-            output = _FORWARD(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return _differentiate(ctx, *grads)
-
-
-def _call_forward(*inputs: Any) -> Tensor:
-    refuse_forward_mode(*inputs)
-    x = inputs[0]
-    if (
-        torch.compiler.is_compiling()
-        or type(x) not in _PLAIN
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._are_functorch_transforms_active()
-        or not (x.is_cpu or x.is_cuda)
-    ):
-        return _FORWARD(*inputs)
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-        return _Forward.apply(*inputs)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _FORWARD(*inputs)
-
-
-def _call_backward(grad: Tensor, *inputs: Any) -> Any:
-    """Calls the operator below the dispatcher's autograd key where nothing needs that key.
-
-    Read ``ctx.saved_tensors`` before this call: under a checkpoint, reading it runs the forward again, with autograd.
-    """
-    if (
-        torch.is_grad_enabled()  # create_graph=True, which the registered autograd function refuses
-        or torch.compiler.is_compiling()
-        or type(grad) is not Tensor
-        or torch._C._are_functorch_transforms_active()
-    ):
-        return _BACKWARD(grad, *inputs)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _BACKWARD(grad, *inputs)
-
-
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     given = Arguments(*inputs)
     require_frozen(given.absmax, given.nested_absmax, given.nested_offset)
@@ -142,7 +90,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     *operands, lora_a, lora_b, lora_x = ctx.saved_tensors  # operands: x and the weight's tensors
     needs = needs_gradient(Arguments, ctx)
-    d_x, d_a, d_b, d_lora_x, d_bias = _call_backward(
+    d_x, d_a, d_b, d_lora_x, d_bias = call_below_autograd(
+        _BACKWARD,
         grad,
         *operands,
         *ctx.weight,
@@ -165,6 +114,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
+_forward = eager_shortcut(_FORWARD, _setup_context, _differentiate)
 torch.library.register_autograd("qlora::forward", _differentiate, setup_context=_setup_context)
 torch.library.register_autograd("qlora::backward", refuse_double_backward)
 

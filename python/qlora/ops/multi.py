@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from qlora.ops.common import (
+    call_below_autograd,
     cast_first_argument,
+    eager_shortcut,
     gradients,
     needs_gradient,
     not_requested,
     refuse_double_backward,
-    refuse_forward_mode,
     register_autocast,
     require_frozen,
 )
@@ -57,9 +58,8 @@ def forward_multi(
     ``[rows]``, rows being the product of x's leading dimensions, with -1 for the base alone. Differentiable once, in x,
     lora_a, lora_b and bias.
     """
-    refuse_forward_mode(x, lora_a, lora_b, scaling, bias)
     weight = (packed, absmax, nested_absmax, nested_offset, list(shape), quant_type, block_size)
-    return torch.ops.qlora.forward.multi(x, *weight, lora_a, lora_b, scaling, adapter_of_row, bias)
+    return _forward(x, *weight, lora_a, lora_b, scaling, adapter_of_row, bias)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -76,8 +76,15 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     operands, adapters = saved[:5], saved[5:]
     needs = needs_gradient(Arguments, ctx)
-    d_x, d_a, d_b, d_bias = torch.ops.qlora.backward.multi(
-        grad, *operands, *ctx.weight, *adapters, needs.x, needs.lora_a or needs.lora_b, needs.bias
+    d_x, d_a, d_b, d_bias = call_below_autograd(
+        torch.ops.qlora.backward.multi,
+        grad,
+        *operands,
+        *ctx.weight,
+        *adapters,
+        needs.x,
+        needs.lora_a or needs.lora_b,
+        needs.bias,
     )
     return gradients(
         Arguments,
@@ -88,6 +95,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
+_forward = eager_shortcut(torch.ops.qlora.forward.multi, _setup_context, _differentiate)
 torch.library.register_autograd("qlora::forward.multi", _differentiate, setup_context=_setup_context)
 torch.library.register_autograd("qlora::backward.multi", refuse_double_backward)
 
