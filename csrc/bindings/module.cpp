@@ -182,6 +182,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("NESTED_BLOCK") = qlora::kNestedBlock;
   m.attr("MOMENT_BLOCK") = qlora::kMomentBlock;
   m.attr("GEMV_TOKENS") = qlora::cpu::kGemvTokens;
+  m.attr("EXPERT_ROWS") = qlora::cpu::kExpertRows;
   m.attr("GPU_PANEL_BYTES") = qlora::cuda::GpuInfo{}.panel_bytes;
 #ifdef QLORA_CUDA_ARCHS
   m.attr("CUDA_ARCHS") = py::make_tuple(QLORA_CUDA_ARCHS);  // ascending; the build includes PTX of the last one

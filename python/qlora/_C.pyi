@@ -11,6 +11,7 @@ NESTED_BLOCK: int
 SCALE_FACTORS: tuple[float, ...]
 MOMENT_BLOCK: int
 GEMV_TOKENS: int
+EXPERT_ROWS: int
 GPU_PANEL_BYTES: int
 CUDA_ARCHS: tuple[int, ...]
 COMPILER: str

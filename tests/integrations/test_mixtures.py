@@ -15,6 +15,7 @@ import qlora
 from qlora.integrations.transformers import mxfp4_config, quantized_layers
 from qlora.models.loading import load_quantized
 from qlora.nn import Experts4bit
+from qlora.nn.offload import is_mapped
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
@@ -44,7 +45,12 @@ class TestArchitectures:
         # Sums of at most 128 float32 products in another order, through two layers.
         torch.testing.assert_close(logits(model), logits(dense), rtol=1e-4, atol=1e-4)
         model.save_pretrained(tmp_path / "first")
+        # One tensor for all experts, as docs/concepts/format.md says, so that it is mapped, not copied, when it loads.
+        saved = {n: t.shape for n, t in load_file(tmp_path / "first" / "model.safetensors").items() if t.ndim == 3}
+        layers = sum(isinstance(m, Experts4bit) for m in model.modules())
+        assert len(saved) == 2 * layers
         again = reloaded(tmp_path / "first")
+        assert all(is_mapped(getattr(m, w)) for m in experts_of(again) for w in m.weight_names)
         assert torch.equal(logits(again), logits(model))
         again.save_pretrained(tmp_path / "second")
         assert hashes(tmp_path / "first") == hashes(tmp_path / "second")
@@ -120,6 +126,12 @@ def test_dora_on_experts_is_refused(tmp_path):
         get_peft_model(model, LoraConfig(target_parameters=EXPERTS, target_modules=[], use_dora=True))
 
 
+def test_an_empty_batch_and_no_choices(tmp_path):
+    experts = experts_of(load(save_dense("mixtral", tmp_path)))[0]
+    empty = experts(torch.empty(0, 64), torch.empty(0, 2, dtype=torch.long), torch.empty(0, 2))
+    assert empty.shape == (0, 64)
+
+
 def test_experts_of_another_process_contribute_nothing(tmp_path):
     """transformers' expert parallelism gives them the number num_experts and the weight 0."""
     experts = experts_of(load(save_dense("mixtral", tmp_path)))[0]
@@ -175,7 +187,7 @@ def test_mxfp4_experts_are_quantized_while_they_load(tmp_path):
 
 def test_mxfp4_without_its_config_is_an_error_with_a_way_out(tmp_path):
     dense, coded = save_mxfp4(tmp_path)
-    with pytest.raises(ValueError, match="lacks 16 tensors"):
+    with pytest.raises(ValueError, match=r'lacks 16 tensors.*checkpoint_format="mxfp4"'):
         AutoModelForCausalLM.from_pretrained(
             coded, config=mxfp4_config(coded), quantization_config=qlora.QLoRAConfig(), dtype=torch.bfloat16
         )

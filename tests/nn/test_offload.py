@@ -1,12 +1,11 @@
 """Experts whose weights stay on the host: same results, two weights at a time, and files instead of memory."""
 
-import gc
+import copy
 import json
 import os
 import subprocess
 import sys
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ import qlora
 from qlora.cli import main
 from qlora.models.loading import load_quantized
 from qlora.nn import Experts4bit
-from qlora.nn.offload import Stage, mapped_copy, offload_experts
+from qlora.nn.offload import Stage, is_mapped, mapped_copy, offload_experts
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
@@ -99,6 +98,80 @@ def test_the_weight_stays_on_the_host_when_the_model_moves(tmp_path):
     assert torch.equal(logits(again), expected)
     again.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(reloaded(tmp_path / "saved")), expected)
+
+
+def test_a_weight_that_changes_is_copied_again(copying, tmp_path):
+    """Loading, set_expert (calibration) and a new parameter, although the next copy has begun by then."""
+    folder = save_dense("mixtral", tmp_path)
+    plain, offloaded = load(folder, adapters=False), load(folder, adapters=False)
+    offload_experts(offloaded, "ram")
+    for _ in range(2):
+        logits(offloaded)
+    other = {n: t.flip(0) if "proj" in n and t.ndim == 3 else t for n, t in plain.state_dict().items()}
+    for model in (plain, offloaded):
+        model.load_state_dict(other)
+    assert torch.equal(logits(offloaded), logits(plain))
+    for model in (plain, offloaded):
+        for experts in (m for m in model.modules() if isinstance(m, Experts4bit)):
+            experts.set_expert("down_proj", 0, experts.expert("down_proj", 2))
+    assert torch.equal(logits(offloaded), logits(plain))
+
+
+def test_a_copy_that_runs_out_of_memory_is_made_again(copying, tmp_path, monkeypatch):
+    folder = save_dense("mixtral", tmp_path)
+    expected = logits(load(folder, adapters=False))
+    model = load(folder, adapters=False)
+    offload_experts(model, "ram")
+    for _ in range(3):  # so that it knows what follows what
+        logits(model)
+    copy_once, calls = Stage._copy, []
+
+    def fails_ahead(self, weight, device):
+        calls.append(weight)
+        if len(calls) % 2 == 0:
+            raise torch.OutOfMemoryError("no room now")
+        return copy_once(self, weight, device)
+
+    monkeypatch.setattr(Stage, "_copy", fails_ahead)
+    assert torch.equal(logits(model), expected)
+    assert len(calls) > 2
+    monkeypatch.setattr(Stage, "_copy", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("never")))
+    with pytest.raises(torch.OutOfMemoryError, match="never"):
+        logits(model)
+
+
+def test_a_move_that_fails_keeps_the_weights(tmp_path):
+    model = load(save_dense("mixtral", tmp_path), adapters=False)
+    expected = logits(model)
+    offload_experts(model, "ram")
+    calls = []
+
+    def runs_out(tensor):
+        calls.append(tensor)
+        if len(calls) == 20:
+            raise torch.OutOfMemoryError("full")
+        return tensor
+
+    with pytest.raises(torch.OutOfMemoryError):
+        model._apply(runs_out)
+    assert torch.equal(logits(model), expected)
+
+
+def test_copies_of_a_model_are_in_memory_and_can_be_moved_to_disk(tmp_path):
+    model = load(save_dense("mixtral", tmp_path / "model"), adapters=False)
+    expected = logits(model)
+    offload_experts(model, "disk", tmp_path / "weights")
+    weights = [(m, name) for m in model.modules() if isinstance(m, Experts4bit) for name in m.weight_names]
+    assert all(is_mapped(getattr(m, name)) for m, name in weights)
+    twin = copy.deepcopy(model)
+    of_twin = [(m, name) for m in twin.modules() if isinstance(m, Experts4bit) for name in m.weight_names]
+    assert not any(is_mapped(getattr(m, name)) for m, name in of_twin)
+    offload_experts(twin, "disk", tmp_path / "weights")
+    assert all(is_mapped(getattr(m, name)) for m, name in of_twin)
+    offload_experts(model, "ram")
+    assert not any(is_mapped(getattr(m, name)) for m, name in weights)
+    assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(twin), expected)
 
 
 def test_files_have_no_name_and_a_full_disk_is_an_error(tmp_path, monkeypatch):
@@ -206,5 +279,3 @@ def test_requests_that_make_no_sense(tmp_path):
         offload_experts(model, "disk")
     with pytest.raises(ValueError, match="no experts in 4 bit"):
         offload_experts(load(save_dense("llama", tmp_path / "llama"), adapters=False), "ram")
-    gc.collect()
-    assert Path(tmp_path).exists()

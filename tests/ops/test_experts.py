@@ -14,6 +14,9 @@ from qlora import _C, ops, reference
 SHAPES = [
     (0, 2, 3, 8, 64),
     (1, 1, 1, 5, 38),
+    (5, 2, 3, 0, 64),
+    (5, 2, 3, 40, 0),
+    (40, 2, 3, 24, 1),
     (1, 3, 4, 33, 96),
     (6, 2, 5, 64, 128),
     (9, 1, 3, 17, 64),
@@ -210,6 +213,26 @@ def test_errors_name_value_and_rule(change, message):
     weight = (*weight[:4], values["shape"], *weight[5:])
     with pytest.raises(RuntimeError, match=message):
         ops.forward_experts(x, *weight, values["of_row"], values["a"], values["b"], scaling, values["bias"])
+
+
+@pytest.mark.parametrize("name", ["lora_a", "lora_b", "nested_absmax", "expert_of_row", "bias"])
+def test_tensors_on_several_devices_are_refused(name):
+    x, weight, _, of_row, (a, b, scaling), bias = make(3, 1, 2, 24, 64)
+    values = dict(zip(("packed", "absmax", "nested_absmax", "nested_offset"), weight[:4], strict=True))
+    values |= {"expert_of_row": of_row, "lora_a": a, "lora_b": b, "bias": bias}
+    values[name] = values[name].to("meta")
+    form = {"shape": weight[4], "quant_type": weight[5], "block_size": weight[6], "scaling": scaling}
+    with pytest.raises(RuntimeError, match="on one device"):
+        ops.forward_experts(x, **values, **form)
+
+
+def test_no_choices():
+    x, weight, _, _, (a, b, scaling), _ = make(3, 1, 2, 24, 64)
+    leaves = [t.requires_grad_() for t in (x, a, b)]
+    y = ops.forward_experts(x, *weight, torch.empty(3, 0, dtype=torch.long), a, b, scaling)
+    assert y.shape == (0, 24)
+    y.sum().backward()
+    assert all(torch.count_nonzero(t.grad) == 0 for t in leaves)
 
 
 def test_what_has_no_gradient_is_refused():

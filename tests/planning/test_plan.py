@@ -165,7 +165,20 @@ def test_presets_have_the_known_number_of_parameters():
         assert sum(p.numel() for p in model.parameters()) == pytest.approx(count, rel=1e-3), name
 
 
+def test_experts_of_nested_configs_are_counted():
+    from transformers import AutoConfig
+
+    from qlora.planning.estimate import choices
+
+    assert choices(AutoConfig.for_model("qwen3_vl_moe")) == 4
+    assert choices(AutoConfig.for_model("mixtral")) == 2
+    assert choices(AutoConfig.for_model("llama")) is None
+
+
 def test_bad_requests(capsys):
+    for option in ("adapt-experts", "offload-experts"):
+        assert main(["plan", "smollm2-135m", f"--{option}"]) == 1
+        assert "is no mixture whose experts become 4-bit" in capsys.readouterr().err
     assert main(["plan", "gpt-9"]) == 1
     assert "neither a folder nor one of" in capsys.readouterr().err
     assert main(["plan", "smollm2-135m", "--rank", "0"]) == 1

@@ -50,7 +50,7 @@ void pack_factor_of(const PackFactorParams& p, const TileFactor& f, uint8_t* pac
     for (int64_t q = 0; q < tiles_of(f.r); ++q) {
       uint8_t* out = packed + (q * splits * steps + chunk * 4) * kTileBytes;
       const int64_t ranks = min_i64(kTile, f.r - q * kTile), first = chunk * kChunk;
-      if (f.rank_stride == 1) {  // the matrix is [features, ranks]: column tiles need no transpose
+      if (f.rank_stride == 1 && !p.as_rows) {  // the matrix is [features, ranks]: column tiles need no transpose
         for (int64_t pair = 0; pair < kChunk / 2; ++pair) {
           __m256i high[2], low[2];
           for (int i = 0; i < 2; ++i) {

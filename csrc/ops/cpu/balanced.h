@@ -9,10 +9,12 @@
 namespace qlora::ops_cpu {
 
 // Calls run(job, begin, end) for ranges of each job's units. Threads get ranges of about equal cost, so that one large
-// job is divided and many small ones are not. `units_of(job)` counts units, `cost_of(job)` is the cost of one unit in
+// job is divided and many small ones are not. `units_of(job)` counts units, `cost(job)` is the cost of one unit in
 // multiply-adds.
 template <class Job, class Units, class Cost, class Run>
-void run_balanced(const std::vector<Job>& jobs, const Units& units_of, const Cost& cost_of, const Run& run) {
+void run_balanced(const std::vector<Job>& jobs, const Units& units_of, const Cost& cost, const Run& run) {
+  // A unit without products still has results to write.
+  const auto cost_of = [&](const Job& job) { return std::max(cost(job), int64_t{1}); };
   constexpr int64_t kLeastCost = 1 << 17, kMostParts = 1024;  // below the least cost a thread costs more than it saves
   std::vector<int64_t> first_cost{0};                         // of each job, and the end
   for (const Job& job : jobs) first_cost.push_back(first_cost.back() + units_of(job) * cost_of(job));
@@ -27,10 +29,9 @@ void run_balanced(const std::vector<Job>& jobs, const Units& units_of, const Cos
     auto job = static_cast<size_t>(std::upper_bound(first_cost.begin(), first_cost.end(), from) - first_cost.begin());
     // A unit belongs to the thread in whose range it begins.
     for (job = job > 0 ? job - 1 : 0; job < jobs.size() && first_cost[job] < to; ++job) {
-      const int64_t cost = cost_of(jobs[job]), units = units_of(jobs[job]);
-      if (units * cost == 0) continue;
+      const int64_t unit_cost = cost_of(jobs[job]), units = units_of(jobs[job]);
       const auto unit_at = [&](int64_t at) {
-        return std::clamp(ceil_div(std::max(at - first_cost[job], int64_t{0}), cost), int64_t{0}, units);
+        return std::clamp(ceil_div(std::max(at - first_cost[job], int64_t{0}), unit_cost), int64_t{0}, units);
       };
       const int64_t first = unit_at(from), last = unit_at(to);
       if (first < last) run(jobs[job], first, last);

@@ -518,7 +518,8 @@ void backward_gemm(const Call& c, const Groups& groups, const Matrix& dy, const 
 
 // dx [..., k]: the sum of the gradients of a token's rows, each rounded to the dtype of x.
 Tensor sum_of_choices(const Experts& e, const Tensor& rows, const Tensor& x) {
-  if (e.choices == 1 || rows.numel() == 0) return torch::stable::reshape(rows, x.sizes());
+  if (e.rows() == 0) return torch::stable::new_zeros(x, x.sizes());
+  if (e.choices == 1) return torch::stable::reshape(rows, x.sizes());
   const Tensor by_token = torch::stable::view(rows, {e.tokens.rows, e.choices, e.w.k});
   return torch::stable::reshape(torch::stable::sum(by_token, std::vector<int64_t>{1}), x.sizes());
 }

@@ -49,14 +49,13 @@ class ExpertRows {
   const int64_t* rows(const ExpertGroup& g) const { return rows_.data() + g.begin; }
   const int64_t* tokens(const ExpertGroup& g) const { return (tokens_.empty() ? rows_ : tokens_).data() + g.begin; }
 
-  // Consecutive experts with at most kSliceRows rows, or one with more. A slice bounds the memory for packed tokens,
+  // Consecutive experts with at most kExpertRows rows, or one with more. A slice bounds the memory for packed tokens,
   // and keeps them in the last-level cache.
   std::vector<std::vector<ExpertGroup>> slices() const {
-    constexpr int64_t kSliceRows = 4096;
     std::vector<std::vector<ExpertGroup>> slices;
-    int64_t rows = kSliceRows;
+    int64_t rows = cpu::kExpertRows;
     for (const ExpertGroup& g : groups_) {
-      if (rows + g.count > kSliceRows) {
+      if (rows + g.count > cpu::kExpertRows) {
         slices.emplace_back();
         rows = 0;
       }
@@ -107,11 +106,11 @@ inline void run_packs(const cpu::KernelTable& kernels, const std::vector<cpu::Pa
 }
 
 inline void run_gemms(const cpu::KernelTable& kernels, const std::vector<cpu::GemmParams>& jobs) {
-  const auto units = [&](const cpu::GemmParams& p) { return p.rows == 0 ? 0 : kernels.gemm_items(p); };
+  const auto units = [&](const cpu::GemmParams& p) { return p.rows == 0 || p.cols == 0 ? 0 : kernels.gemm_items(p); };
   const auto cost = [&](const cpu::GemmParams& p) {
     int64_t steps = 0;
     for (int64_t i = 0; i < p.term_count; ++i) steps += p.terms[i].steps;
-    return p.rows == 0 ? 0 : p.rows * steps * (p.cols + kUnpackTokens) / kernels.gemm_items(p) + 1;
+    return p.rows * steps * (p.cols + kUnpackTokens) / std::max(units(p), int64_t{1});
   };
   run_balanced(jobs, units, cost, [&](const cpu::GemmParams& p, int64_t begin, int64_t end) {
     kernels.gemm(p, begin, end, thread_scratch(kernels.gemm_scratch(p)));
@@ -137,7 +136,7 @@ inline void run_forward_tokens(const cpu::TileKernels& tiles, const std::vector<
 
 inline void run_forward_products(const cpu::TileKernels& tiles, const std::vector<cpu::ForwardTilesParams>& jobs) {
   const auto cost = [&](const cpu::ForwardTilesParams& p) {
-    return p.weight.n * (p.weight.k + p.r) * (p.m + kUnpackTokensOfTiles) / tiles.forward_items(p) + 1;
+    return p.weight.n * (p.weight.k + p.r) * (p.m + kUnpackTokensOfTiles) / tiles.forward_items(p);
   };
   run_balanced(jobs, tiles.forward_items, cost, [&](const cpu::ForwardTilesParams& p, int64_t begin, int64_t end) {
     tiles.forward(p, begin, end, thread_scratch(tiles.forward_scratch(p)));
@@ -155,7 +154,7 @@ inline void run_backward_tokens(const cpu::TileKernels& tiles, const std::vector
 
 inline void run_backward_products(const cpu::TileKernels& tiles, const std::vector<cpu::BackwardTilesParams>& jobs) {
   const auto cost = [&](const cpu::BackwardTilesParams& p) {
-    return p.weight.k * (p.weight.n + p.r) * (p.m + kUnpackTokensOfTiles) / tiles.backward_items(p) + 1;
+    return p.weight.k * (p.weight.n + p.r) * (p.m + kUnpackTokensOfTiles) / tiles.backward_items(p);
   };
   run_balanced(jobs, tiles.backward_items, cost, [&](const cpu::BackwardTilesParams& p, int64_t begin, int64_t end) {
     tiles.backward(p, begin, end, thread_scratch(tiles.backward_scratch(p)));

@@ -59,10 +59,10 @@ def add_lora(
 
 
 def linear_targets(model: Any) -> str | list[str]:
-    """PEFT's target_modules for all linear layers of a model except its head, without experts and their routers.
+    """PEFT's target_modules for all linear layers of a model except its head, without experts.
 
-    For mixtures PEFT reads "all-linear", and names that experts had in older versions of transformers (also those of
-    shared experts), as the experts and the router. Such names are left out.
+    For most mixtures PEFT reads "all-linear", and names that experts had in older versions of transformers (also those
+    of shared experts), as the experts and the router. Such names are left out.
     """
     if not any(isinstance(module, Experts4bit) or holds_experts(module) for module in model.modules()):
         return "all-linear"

@@ -116,7 +116,8 @@ def run(arguments: argparse.Namespace) -> int:
             started = getattr(settings, name)
             raise ValueError(
                 f"--{name.replace('_', '-')}={typed[name]!r}: the run in {arguments.output} was started with"
-                f" {started!r}; --resume needs no other options (only --device, --fsdp and --page-dir may change)"
+                f" {started!r}; --resume needs no other options (only --device, --fsdp,"
+                " --offload-experts and --page-dir may change)"
             )
     else:
         missing = [name for name in ("model", "data") if name not in typed]

@@ -44,7 +44,7 @@ def expert_weights(module: nn.Module) -> list[str]:
 def copy_attributes(source: nn.Module, target: nn.Module) -> None:
     """Gives ``target`` the settings, modules, buffers and parameters of ``source``, except for the expert weights."""
     private = set(vars(nn.Module()))
-    private |= {"low_rank", "stage", "mapped_names"}
+    private |= {"low_rank", "stage"}
     vars(target).update({name: value for name, value in vars(source).items() if name not in private})
     skipped = getattr(source, "weight_names", expert_weights(source))
     statistics = {f"{name}_{statistic}" for name in skipped for statistic in STATISTICS}
@@ -88,7 +88,6 @@ class Experts4bit(nn.Module):
     # For each weight name lora_a [experts, r, in], lora_b [experts, out, r], scaling; set while an adapter is active.
     low_rank: dict[str, tuple[Tensor, Tensor, float]]
     stage: Any = None  # qlora.nn.offload.Stage if the weights stay on the host
-    mapped_names: frozenset[str] = frozenset()  # weights that are files mapped into memory
     num_experts: int
     has_gate: bool
     has_bias: bool
@@ -155,9 +154,10 @@ class Experts4bit(nn.Module):
     def set_expert(self, name: str, index: int, weight: QuantizedWeight) -> None:
         """Copies ``weight``, of the same shape and format, into the weight of one expert."""
         packed = getattr(self, name)
-        packed.data[index].copy_(weight.packed.view(packed.shape[1:]))
-        for statistic in STATISTICS:
-            getattr(self, f"{name}_{statistic}")[index].copy_(getattr(weight, statistic))
+        with torch.no_grad():  # not through .data, so that a copy of an offloaded weight is known to be old
+            packed[index].copy_(weight.packed.view(packed.shape[1:]))
+            for statistic in STATISTICS:
+                getattr(self, f"{name}_{statistic}")[index].copy_(getattr(weight, statistic))
 
     def project(self, name: str, x: Tensor, expert_of_row: Tensor) -> Tensor:
         """One projection of all experts, with their adapters: x [tokens, in] to [rows, out].
@@ -196,7 +196,7 @@ class Experts4bit(nn.Module):
         hidden = self.project("gate_up_proj" if self.has_gate else "up_proj", hidden_states, chosen)
         hidden = self.experts_class._apply_gate(self, hidden) if self.has_gate else self.act_fn(hidden)
         hidden = self.project("down_proj", hidden, chosen)
-        return _weighted_sum(hidden.view(*index.shape, -1), weights).to(hidden_states.dtype)
+        return _weighted_sum(hidden.view(*index.shape, hidden.shape[-1]), weights).to(hidden_states.dtype)
 
     def dequantize(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight ``name`` of all experts, in the original module's layout."""
@@ -221,8 +221,10 @@ class Experts4bit(nn.Module):
         names = [f"{name}_{statistic}" for name in self.weight_names for statistic in STATISTICS]
         before = {name: self._buffers[name] for name in names}
         kept = {} if self.stage is None else {name: self._parameters.pop(name) for name in self.weight_names}
-        super()._apply(fn, recurse)
-        self._parameters.update(kept)
+        try:
+            super()._apply(fn, recurse)
+        finally:  # also if a move runs out of memory
+            self._parameters.update(kept)
         restore_dtypes(self, before)
         return self
 

@@ -45,6 +45,16 @@ def not_requested(like: Tensor) -> Tensor:
     return like.new_empty(0, dtype=torch.float32)
 
 
+def check_one_device(x: Tensor, *others: Any) -> None:
+    """For fake kernels: raises RuntimeError if a given tensor is on another device than x."""
+    for other in others:
+        if isinstance(other, Tensor) and other.device != x.device:
+            raise RuntimeError(
+                f"x is on {x.device}, and a {other.dtype} tensor of shape {tuple(other.shape)} on {other.device}: all"
+                " tensors must be on one device"
+            )
+
+
 def new_scales(weight: Tensor, block_size: int, double_quant: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialised (absmax, nested_absmax, nested_offset) for a weight, as operators return them."""
     blocks = (weight.numel() + block_size - 1) // block_size

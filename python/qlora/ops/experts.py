@@ -9,6 +9,7 @@ from torch import Tensor
 from qlora.ops.common import (
     call_below_autograd,
     cast_first_argument,
+    check_one_device,
     eager_shortcut,
     gradients,
     needs_gradient,
@@ -116,14 +117,11 @@ def _(
     quant_type: str,
     block_size: int,
     expert_of_row: Tensor,
-    *unused_lora: Any,
-    **unused: Any,
+    *adapter_and_bias: Any,
+    **more: Any,
 ) -> Tensor:
     torch._check(x.shape[-1] == shape[2], lambda: f"x has {x.shape[-1]} features: in_features={shape[2]}")
-    torch._check(
-        x.device == packed.device == absmax.device,
-        lambda: f"x is on {x.device}, packed on {packed.device}, absmax on {absmax.device}: they must be on one device",
-    )
+    check_one_device(x, packed, absmax, nested_absmax, nested_offset, expert_of_row, *adapter_and_bias, *more.values())
     return x.new_empty((expert_of_row.numel(), shape[1]))
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from qlora.ops.common import (
     call_below_autograd,
     cast_activation,
+    check_one_device,
     eager_shortcut,
     gradients,
     needs_gradient,
@@ -130,14 +131,11 @@ def _(
     shape: list[int],
     quant_type: str,
     block_size: int,
-    *unused_lora: Any,
-    **unused: Any,
+    *adapter_and_bias: Any,
+    **more: Any,
 ) -> Tensor:
     torch._check(x.shape[-1] == shape[1], lambda: f"x has {x.shape[-1]} features: in_features={shape[1]}")
-    torch._check(
-        x.device == packed.device == absmax.device,
-        lambda: f"x is on {x.device}, packed on {packed.device}, absmax on {absmax.device}: they must be on one device",
-    )
+    check_one_device(x, packed, absmax, nested_absmax, nested_offset, *adapter_and_bias, *more.values())
     return x.new_empty((*x.shape[:-1], shape[0]))
 
 

@@ -205,21 +205,20 @@ def _trace(config: Any, settings: Settings) -> _Traced:
     return _TRACES[key]
 
 
-_EXPERT_ROWS = 4096  # rows of experts that a CPU packs at a time (csrc/ops/cpu/experts.h)
-
-
-def choices(config: Any) -> int:
-    """The number of experts that a mixture's router chooses for each token."""
-    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts")
-    return next((value for name in names if isinstance(value := getattr(config, name, None), int)), 1)
+def choices(config: Any) -> int | None:
+    """The number of experts that a mixture's router chooses for each token; None if the config does not say."""
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
+    text = config.get_text_config()
+    return next((value for name in names if isinstance(value := getattr(text, name, None), int)), None)
 
 
 def experts_note(config: Any, settings: Settings) -> str | None:
     """How a mixture distributes the tokens of a step over its experts; None for other models."""
     experts = _trace(config, settings).experts
-    if experts == 0:
+    of_token = choices(config)
+    if experts == 0 or of_token is None:
         return None
-    tokens, of_token = settings.batch * settings.sequence, choices(config)
+    tokens = settings.batch * settings.sequence
     average = tokens * of_token / experts
     return (
         f"{experts} experts, {of_token} for each token: of {tokens} tokens an expert gets {average:g} on average and"
@@ -243,10 +242,13 @@ def estimate(config: Any, settings: Settings) -> Estimate:
     together, tokens times experts per token.
     """
     traced = _trace(config, settings)
+    for option in ("adapt_experts", "offload_experts"):
+        if getattr(settings, option) and traced.experts == 0:
+            raise ValueError(f"{option}: {type(config).__name__} is no mixture whose experts become 4-bit")
     tokens = settings.batch * settings.sequence
     size = _dtype(settings.dtype).itemsize
     # A kernel's packed copy of the tokens, and the panel that a GPU dequantizes at a time (csrc/cuda/select.h).
-    at_once = max(tokens, min(tokens * choices(config), _EXPERT_ROWS)) if traced.experts else tokens
+    at_once = max(tokens, min(tokens * (choices(config) or 1), _C.EXPERT_ROWS)) if traced.experts else tokens
     workspace = at_once * traced.widest * size + min(_C.GPU_PANEL_BYTES, traced.largest * size)
     if settings.adapt_experts:  # the kernels' copy of lora_b
         workspace += traced.experts * traced.experts_out * settings.rank * _dtype(settings.adapter_dtype).itemsize

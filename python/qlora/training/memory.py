@@ -91,7 +91,11 @@ def what_shrinks(settings: FinetuneSettings, config: Any, dtype: torch.dtype, wo
         f"--max-length below {settings.max_length}",
         *(["--optimizer paged-adamw-8bit"] if settings.optimizer != "paged-adamw-8bit" else []),
         f"--rank below {settings.rank}",
-        *(["--offload-experts ram or disk"] if choices(config) > 1 and settings.offload_experts is None else []),
+        *(
+            ["--offload-experts ram or disk"]
+            if choices(config) is not None and settings.offload_experts is None
+            else []
+        ),
         *(["--fsdp"] if world > 1 and not settings.fsdp else []),
     ]
     needs = "" if planned is None else f"By its plan (qlora plan) it needs {planned / 1e9:.2f} GB on each device. "

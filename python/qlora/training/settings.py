@@ -91,6 +91,11 @@ class FinetuneSettings:
                 self.page_dir is None or self.is_paged,
                 "left out without a paged optimizer",
             ),
+            (
+                "adapt_experts",
+                not (self.adapt_experts and (self.dropout > 0 or self.dora)),
+                "left out with dropout and dora, which adapters on experts do not have",
+            ),
             ("offload_experts", self.offload_experts in (None, *PLACES), f"one of {', '.join(PLACES)}"),
             (
                 "fsdp",

@@ -41,7 +41,6 @@ class Quantize(ConversionOps):
                 folder = self.hf_quantizer.quantization_config.offload_folder
                 if folder is not None:
                     tensors["weight"] = mapped_copy(tensors["weight"], folder)
-                    module.mapped_names |= {leaf}
                     release_heap()
                 result[name] = tensors["weight"]
                 result |= {f"{name}_{statistic}": tensors[statistic] for statistic in STATISTICS}
@@ -145,5 +144,6 @@ def concerns(conversion: Any, packed: list[str]) -> bool:
         return True
     # A pattern matches whole parts of a name, e.g. "mlp.experts.gate_up_proj"; a star is a number, r"\1" is a group
     # of the source pattern.
-    patterns = [target.replace(r"\1", ".*").replace("*.", r"\d+\.") for target in conversion.target_patterns]
+    targets = [target.lstrip(".") for target in conversion.target_patterns]
+    patterns = [target.replace(r"\1", ".*").replace("*.", r"\d+\.") for target in targets]
     return any(re.search(rf"(^|\.){pattern}(\.|$)", name) for pattern in patterns for name in packed)

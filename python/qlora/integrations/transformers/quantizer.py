@@ -227,7 +227,10 @@ class QLoRAQuantizer(HfQuantizer):
             if tensor.device.type != "meta" and not getattr(tensor, "_is_hf_initialized", False)
         ]
         if missing:
-            raise ValueError(f"the checkpoint lacks {len(missing)} tensors of 4-bit layers, e.g. {missing[:3]}")
+            hint = ""
+            if any(isinstance(module, Experts4bit) for _, module in quantized_layers(model)):
+                hint = '. If its experts are in MXFP4 (gpt-oss), pass QLoRAConfig(checkpoint_format="mxfp4")'
+            raise ValueError(f"the checkpoint lacks {len(missing)} tensors of 4-bit layers, e.g. {missing[:3]}{hint}")
         vars(model).pop("_get_dtype_plan", None)
         self.quantization_config.checkpoint_format = "qlora"
         self.quantized_names = {name for name, _ in quantized_layers(model)}
@@ -242,10 +245,6 @@ class QLoRAQuantizer(HfQuantizer):
                 refuse_tensor_parallel(f"{name}.{weight}", getattr(module, weight))
             if isinstance(module, Experts4bit):
                 keep_local_experts(module)
-            if isinstance(module, Experts4bit) and self.pre_quantized and not self._reads_bitsandbytes:
-                # safetensors maps files into memory, and on the CPU nothing has copied their tensors
-                on_cpu = {name for name in module.weight_names if getattr(module, name).device.type == "cpu"}
-                module.mapped_names |= on_cpu
         self.quantization_config.__dict__.pop("offload_folder", None)
         self._calibrate(model)
         return model
