@@ -21,7 +21,7 @@ constexpr const char* kernel_name(ForwardKernel kernel) {
                                                   : "gemm";
 }
 
-inline constexpr int64_t kExpertRows = 4096;  // rows of experts whose tokens are packed at a time
+inline constexpr int64_t kExpertRows = 1024;  // rows of experts whose tokens are packed at a time
 
 // Why no faster kernel runs; empty if this one is the fastest for the number of tokens.
 constexpr const char* why_not_faster(ForwardKernel kernel, DType dtype) {

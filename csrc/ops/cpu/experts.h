@@ -176,4 +176,94 @@ inline void run_factor_grads(const cpu::TileKernels& tiles, const std::vector<cp
       });
 }
 
+// ---- calls ----
+
+using ExpertGroups = std::vector<ExpertGroup>;
+
+// The checked arguments of a call.
+struct ExpertCall {
+  const cpu::KernelTable& kernels;
+  const Experts& e;
+  const ExpertRows& rows;
+  WeightView stack;
+
+  WeightView weight(const ExpertGroup& g) const { return weight_of_stack(stack, g.expert); }
+  Matrix a(const ExpertGroup& g) const { return matrix_of_stack(e.adapter->a, g.expert, e.r); }
+  Matrix b(const ExpertGroup& g) const { return matrix_of_stack(e.adapter->b, g.expert, stack.n); }
+  const void* bias(const ExpertGroup& g) const { return e.bias ? matrix_of_stack(*e.bias, g.expert, 1).data : nullptr; }
+  DType bias_dtype() const { return e.bias ? e.bias->dtype : DType::kFloat32; }
+};
+
+// Gathered rows of a matrix as packed columns of a gemm.
+inline cpu::PackParams pack_rows_of(const Matrix& m, StepsAre steps_are, const int64_t* row_of, int64_t count,
+                                    float* out) {
+  const bool rows = steps_are == StepsAre::kRows;
+  return {m.data, m.dtype, m.cols, rows, rows ? m.cols : count, rows ? count : m.cols, out, row_of};
+}
+
+inline int64_t packed_bytes_of(const cpu::KernelTable& kernels, int64_t cols, int64_t steps) {
+  return kernels.packed_floats(cols, steps) * 4;
+}
+
+// A product with the gemm kernel, whose result is a float32 matrix [count, rows].
+inline cpu::GemmParams float_product(const cpu::Term& term, Operands form, int64_t rows, int64_t count, float scale,
+                                     float* out) {
+  cpu::GemmParams p;
+  p.terms = &term;
+  p.transposed = form == Operands::kTransposed;
+  p.rows = rows;
+  p.cols = count;
+  p.scale = scale;
+  p.out = out;
+  p.out_ld = rows;
+  return p;
+}
+
+// What the steps of a product on the gemm kernel have in common: operands and terms that outlive the loops.
+struct GemmJob {
+  WeightView weight;
+  cpu::Term down, terms[2];  // of the down projection, and of the product
+};
+
+// Zeros for the rows that no expert of this process computes.
+inline void clear_rows(const std::vector<int64_t>& rows, int64_t cols, const Tensor& out) {
+  const int64_t bytes = cols * out.element_size();
+  auto* data = static_cast<char*>(out.mutable_data_ptr());
+  for (const int64_t row : rows) std::fill_n(data + row * bytes, bytes, char{0});
+}
+
+// lora_b [experts, n, r] as kernels read it. PEFT's is a view of [n, r * experts], which is copied here for the experts
+// in use; the rest of the copy stays uninitialised. (A permuted copy by torch takes ten times as long.)
+inline OptionalTensor with_ranks_side_by_side(const OptionalTensor& lora_b, const Tensor& expert_of_row) {
+  const bool is_known = lora_b.has_value() && lora_b->dim() == 3 && expert_of_row.scalar_type() == ScalarType::Long;
+  if (!is_known || lora_b->is_contiguous() || !lora_b->is_cpu() || !expert_of_row.is_cpu()) return lora_b;
+  const int64_t experts = lora_b->size(0), n = lora_b->size(1), r = lora_b->size(2);
+  std::vector<bool> used(static_cast<size_t>(experts));
+  const Tensor of_row = as_contiguous(expert_of_row);
+  for (int64_t i = 0; i < of_row.numel(); ++i) {
+    const int64_t expert = of_row.const_data_ptr<int64_t>()[i];
+    if (expert >= 0 && expert < experts) used[static_cast<size_t>(expert)] = true;
+  }
+  const Tensor out = empty_of_shape(*lora_b);
+  const auto copy = [&](auto* to, const auto* from) {
+    const int64_t expert_stride = lora_b->stride(0), row_stride = lora_b->stride(1), rank_stride = lora_b->stride(2);
+    parallel(n, rows_per_task(r * experts), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row)
+        for (int64_t expert = 0; expert < experts; ++expert) {
+          if (!used[static_cast<size_t>(expert)]) continue;
+          const auto* source = from + expert * expert_stride + row * row_stride;
+          auto* target = to + (expert * n + row) * r;
+          for (int64_t rank = 0; rank < r; ++rank) target[rank] = source[rank * rank_stride];
+        }
+    });
+  };
+  if (out.element_size() == 4)
+    copy(static_cast<uint32_t*>(out.mutable_data_ptr()), static_cast<const uint32_t*>(lora_b->const_data_ptr()));
+  else if (out.element_size() == 2)
+    copy(static_cast<uint16_t*>(out.mutable_data_ptr()), static_cast<const uint16_t*>(lora_b->const_data_ptr()));
+  else
+    return lora_b;  // the check of the dtype will refuse it
+  return out;
+}
+
 }  // namespace qlora::ops_cpu
