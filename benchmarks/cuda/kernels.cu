@@ -114,8 +114,8 @@ struct Bench {
 };
 
 // `copies` random NF4 weights (n, k) in blocks of 64, double-quantized.
-std::vector<Weight> random_weights(int64_t n, int64_t k, int copies) {
-  std::vector<Weight> weights;
+std::vector<WeightView> random_weights(int64_t n, int64_t k, int copies) {
+  std::vector<WeightView> weights;
   const int64_t blocks = n * k / 64, nested = (blocks + 255) / 256;
   for (int i = 0; i < copies; ++i) {
     WeightView w;
@@ -131,7 +131,7 @@ std::vector<Weight> random_weights(int64_t n, int64_t k, int copies) {
   require(cudaDeviceSynchronize(), "random weights");
   return weights;
 }
-void release(std::vector<Weight>& weights) {
+void release(std::vector<WeightView>& weights) {
   for (const WeightView& w : weights)
     for (const void* p : {static_cast<const void*>(w.packed), static_cast<const void*>(w.absmax_codes),
                           static_cast<const void*>(w.nested_absmax), static_cast<const void*>(w.nested_offset)})
@@ -320,7 +320,7 @@ int check(const Bench& b, bool small) {
   std::vector<int64_t> counts{1, 9, 65, 200};
   if (!small) shapes.insert(shapes.end(), {{1000, 576}, {4096, 4096}}), counts = {1, 7, 8, 9, 16, 17, 64, 65, 200, 513};
   for (const auto& [n, k] : shapes) {
-    std::vector<Weight> weights = random_weights(n, k, 1);
+    std::vector<WeightView> weights = random_weights(n, k, 1);
     for (const int64_t m : counts) {
       const auto one = [&](const char* kernel, int tile) {
         const double error = relative_error(b, kernel, tile, m, weights[0]);
@@ -369,7 +369,7 @@ class Stopwatch {
 };
 
 // Microseconds per call: the median of five groups of graph replays; each replay runs over all weights.
-double microseconds(const Bench& b, const Call& call, const std::vector<Weight>& weights) {
+double microseconds(const Bench& b, const Call& call, const std::vector<WeightView>& weights) {
   call(weights[0]);  // loads the module
   require(cudaStreamSynchronize(b.stream), "warm-up");
   cudaGraph_t graph;
@@ -396,7 +396,7 @@ double microseconds(const Bench& b, const Call& call, const std::vector<Weight>&
 
 void sweep_shape(const Bench& b, int64_t n, int64_t k, double l2_bytes) {
   const int copies = std::clamp(static_cast<int>(3 * l2_bytes / (n * k / 2.0)) + 1, 2, 64);
-  std::vector<Weight> weights = random_weights(n, k, copies);
+  std::vector<WeightView> weights = random_weights(n, k, copies);
   const double weight_bytes = n * k * (0.5 + 1 / 64.0);
   const auto row = [&](const char* kernel, int tile, int64_t m, double bytes, double flops) {
     const double us = microseconds(b, call_of(b, kernel, tile, m), weights);
@@ -489,7 +489,7 @@ int main(int argc, char** argv) {
     return sweep(bench, shapes), 0;
   }
   if (mode == "one" && words.size() >= 6) {
-    std::vector<Weight> weights = random_weights(number(4), number(5), 2);
+    std::vector<WeightView> weights = random_weights(number(4), number(5), 2);
     const Call call = call_of(bench, words[1], static_cast<int>(number(2)), number(3));
     for (int64_t i = 0; i < std::max<int64_t>(1, number(6)); ++i) call(weights[i % 2]);
     require(cudaStreamSynchronize(bench.stream), words[1].c_str());

@@ -1,6 +1,7 @@
 """Tests `make gpu-check` with stand-ins for nvcc, the GPU's tools and the Python with CUDA."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -121,3 +122,13 @@ def test_a_folder_of_something_else_is_not_deleted(tools, tmp_path):
     result, _ = check(tools, tmp_path)
     assert result.returncode == 1
     assert (tmp_path / "results/thesis.tex").exists()
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+def test_the_driver_compiles(tmp_path):
+    """Nothing else compiles it on a machine without a GPU, and the kernels' structs change."""
+    root = CHECK.parents[2]
+    flags = ["-std=c++17", "-O0", "--extended-lambda", "-w", "-arch=sm_80", f"-I{root / 'csrc'}"]
+    command = ["nvcc", *flags, "-c", root / "benchmarks/cuda/kernels.cu", "-o", tmp_path / "kernels.o"]
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
