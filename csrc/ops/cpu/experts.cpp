@@ -16,12 +16,12 @@ void forward_gemv(const ExpertCall& c, const ExpertGroups& groups, void* y) {
   for (const ExpertGroup& g : groups) count += g.count;
   const Tensor storage = empty_cpu({count * (k + words + r)}, ScalarType::Float);
   float *plain = storage.mutable_data_ptr<float>(), *by_word = plain + count * k, *x_down = by_word + count * words;
-  std::vector<cpu::PackWordsParams> packs;
+  std::vector<std::pair<cpu::PackWordsParams, int64_t>> packs;  // with the number of tokens
   std::vector<cpu::DotParams> downs;
   std::vector<cpu::GemvParams> products;
   const Matrix& x = c.e.tokens;
   for (const ExpertGroup& g : groups) {
-    packs.push_back({x.data, x.dtype, k, plain, with_words ? by_word : nullptr, c.rows.tokens(g)});
+    packs.push_back({{x.data, x.dtype, k, plain, with_words ? by_word : nullptr, c.rows.tokens(g)}, g.count});
     cpu::GemvParams p{};
     p.weight = c.weight(g);
     p.m = g.count;
@@ -45,11 +45,8 @@ void forward_gemv(const ExpertCall& c, const ExpertGroups& groups, void* y) {
     by_word += g.count * words;
     x_down += g.count * r;
   }
-  // The number of tokens of a pack is that of its product.
-  std::vector<std::pair<cpu::PackWordsParams, int64_t>> counted_packs;
-  for (size_t i = 0; i < packs.size(); ++i) counted_packs.emplace_back(packs[i], groups[i].count);
   run_balanced(
-      counted_packs, [](const auto& p) { return p.second; }, [&](const auto&) { return 8 * k; },
+      packs, [](const auto& p) { return p.second; }, [&](const auto&) { return 8 * k; },
       [&](const auto& p, int64_t begin, int64_t end) { c.kernels.pack_words(p.first, begin, end); });
   run_balanced(
       downs, [](const cpu::DotParams& p) { return p.rows; }, [](const cpu::DotParams& p) { return p.k * p.m; },

@@ -233,7 +233,7 @@ inline void clear_rows(const std::vector<int64_t>& rows, int64_t cols, const Ten
 }
 
 // lora_b [experts, n, r] as kernels read it. PEFT's is a view of [n, r * experts], which is copied here for the experts
-// in use; the rest of the copy stays uninitialised. (A permuted copy by torch takes ten times as long.)
+// in use; the rest of the copy stays uninitialised. torch would permute all of it (docs/notes/cpu-kernels.md).
 inline OptionalTensor with_ranks_side_by_side(const OptionalTensor& lora_b, const Tensor& expert_of_row) {
   const bool is_known = lora_b.has_value() && lora_b->dim() == 3 && expert_of_row.scalar_type() == ScalarType::Long;
   if (!is_known || lora_b->is_contiguous() || !lora_b->is_cpu() || !expert_of_row.is_cpu()) return lora_b;

@@ -241,8 +241,8 @@ class QLoRAQuantizer(HfQuantizer):
             model._weight_conversions = [conversion for conversion in conversions if not concerns(conversion, packed)]
         for name, module in quantized_layers(model):
             module.requires_grad_(False)
-            for weight in module.weight_names if isinstance(module, Experts4bit) else ["weight"]:
-                refuse_tensor_parallel(f"{name}.{weight}", getattr(module, weight))
+            for tensor_name, tensor in own_tensors(name, module):
+                refuse_tensor_parallel(tensor_name, tensor)
             if isinstance(module, Experts4bit):
                 keep_local_experts(module)
         self.quantization_config.__dict__.pop("offload_folder", None)
