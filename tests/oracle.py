@@ -7,7 +7,7 @@ tolerances.py and include the rounding of the answer to its dtype. Capitals are 
 from typing import NamedTuple
 
 import torch
-from tolerances import accumulation, operand_rounding, output_rounding, split_rounding
+from tolerances import accumulation, level_rounding, operand_rounding, output_rounding, split_rounding
 from torch import Tensor
 
 
@@ -21,11 +21,16 @@ def rounded(expected: Tensor, bound: Tensor, dtype: torch.dtype) -> Answer:
     return Answer(expected, bound + output_rounding(expected.abs() + bound, dtype))
 
 
-def forward(device, x, dense, lora_a=None, lora_b=None, scaling=1.0, bias=None, lora_x=None) -> Answer:
-    """x Wᵀ + scaling · lora_x Aᵀ Bᵀ + bias; without ``lora_x`` the adapter reads x."""
+def forward(device, x, dense, lora_a=None, lora_b=None, scaling=1.0, bias=None, lora_x=None, levels=True) -> Answer:
+    """x Wᵀ + scaling · lora_x Aᵀ Bᵀ + bias; without ``lora_x`` the adapter reads x.
+
+    ``levels``: a forward product, for which a kernel may round levels where a backward product does not.
+    """
     X, k = x.double(), x.shape[-1]
     expected, products = X @ dense.T, X.abs() @ dense.abs().T
     bound = accumulation(k, products) + operand_rounding(device, x.dtype, products)
+    if levels:
+        bound = bound + level_rounding(device, x.dtype, x.numel() // max(1, k), products)
     if bias is not None:
         expected = expected + bias.double()
         bound = bound + accumulation(k, bias.double().abs())
@@ -40,7 +45,7 @@ def forward(device, x, dense, lora_a=None, lora_b=None, scaling=1.0, bias=None, 
     return rounded(expected, bound, x.dtype)
 
 
-def forward_multi(device, x, dense, lora_a, lora_b, scaling, adapter_of_row, bias=None) -> Answer:
+def forward_multi(device, x, dense, lora_a, lora_b, scaling, adapter_of_row, bias=None, levels=True) -> Answer:
     """One row at a time. Rows without an adapter get one that is scaled by zero."""
 
     def sums(X, W, A, B, s, bias):
@@ -50,17 +55,21 @@ def forward_multi(device, x, dense, lora_a, lora_b, scaling, adapter_of_row, bia
     values = x.double(), dense, A, B, s * (adapter_of_row >= 0), dense.new_zeros(()) if bias is None else bias.double()
     expected, products = sums(*values), sums(*(t.abs() for t in values))
     bound = accumulation(2 * x.shape[1] + 5 * A.shape[1] + 8, products) + operand_rounding(device, x.dtype, products)
+    if levels:
+        bound = bound + level_rounding(device, x.dtype, len(x), x.double().abs() @ dense.abs().T)
     return rounded(expected, bound, x.dtype)
 
 
-def forward_experts(device, x, dense, expert_of_row, lora_a=None, lora_b=None, scaling=1.0, bias=None) -> Answer:
+def forward_experts(
+    device, x, dense, expert_of_row, lora_a=None, lora_b=None, scaling=1.0, bias=None, levels=True
+) -> Answer:
     """dense [experts, n, k]; each expert with its own rows. Rows without an expert are exactly zero."""
     rows = x.repeat_interleave(len(expert_of_row) // max(1, len(x)), 0)
     expected, bound = (dense.new_zeros(len(rows), dense.shape[1]) for _ in range(2))
     for i, weight in enumerate(dense):
         mine = expert_of_row == i
         a, b, c = (None if t is None else t[i] for t in (lora_a, lora_b, bias))
-        expected[mine], bound[mine] = forward(device, rows[mine], weight, a, b, scaling, c)
+        expected[mine], bound[mine] = forward(device, rows[mine], weight, a, b, scaling, c, levels=levels)
     return Answer(expected, bound)
 
 
@@ -69,18 +78,18 @@ def dx_experts(device, grad, dense, expert_of_row, tokens, lora_a=None, lora_b=N
     adapter = () if lora_a is None else (lora_b.mT, lora_a.mT, scaling)
     rows, bounds = (
         t.view(tokens, len(expert_of_row) // max(1, tokens), dense.shape[2])
-        for t in forward_experts(device, grad, dense.mT, expert_of_row, *adapter)
+        for t in forward_experts(device, grad, dense.mT, expert_of_row, *adapter, levels=False)
     )
     return rounded(rows.sum(1), bounds.sum(1) + accumulation(rows.shape[1], rows.abs().sum(1)), grad.dtype)
 
 
 def dx(device, grad, dense, lora_a=None, lora_b=None, scaling=1.0) -> Answer:
     """The forward with every matrix transposed."""
-    return forward(device, grad, dense.T, *(() if lora_a is None else (lora_b.T, lora_a.T, scaling)))
+    return forward(device, grad, dense.T, *(() if lora_a is None else (lora_b.T, lora_a.T, scaling)), levels=False)
 
 
 def dx_multi(device, grad, dense, lora_a, lora_b, scaling, adapter_of_row) -> Answer:
-    return forward_multi(device, grad, dense.T, lora_b.mT, lora_a.mT, scaling, adapter_of_row)
+    return forward_multi(device, grad, dense.T, lora_b.mT, lora_a.mT, scaling, adapter_of_row, levels=False)
 
 
 def factor_gradients(device, grad, x, lora_a, lora_b, scaling, largest=None) -> tuple[Answer, Answer]:

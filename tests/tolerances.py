@@ -35,6 +35,13 @@ def operand_rounding(device: str, dtype: torch.dtype, absolute_products: Tensor)
     return torch.finfo(dtype).eps / 2 * absolute_products
 
 
+def level_rounding(device: str, dtype: torch.dtype, tokens: int, absolute_products: Tensor) -> Tensor:
+    """Bound for the rounding of levels by AVX2's kernel for few bfloat16 tokens, in the forward only."""
+    if device != "cpu-avx2" or dtype != torch.bfloat16 or tokens > 8:
+        return torch.zeros_like(absolute_products)
+    return torch.finfo(dtype).eps / 2 * absolute_products
+
+
 def split_rounding(device: str, dtype: torch.dtype, absolute_products: Tensor, small: Tensor) -> Tensor:
     """Bound for a product of two float32 factors and 16-bit tokens on tensor cores and in CPU tiles.
 

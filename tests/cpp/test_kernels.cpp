@@ -160,11 +160,22 @@ void test_rounding_to_16_bit(const KernelTable& kernels) {
 }
 
 void test_forward(const KernelTable& kernels) {
-  for (const auto& [n, k] : {std::pair<int64_t, int64_t>{37, 96}, {129, 1056}, {5, 75}, {1, 1}, {70, 4128}})
-    for (const int64_t m : {1, 3, 8, 9, 100}) {
-      const QuantType type = QuantType::kNf4;
-      const reference::Quantized q = reference::quantize(normal(n * k, 5), 64, type);
-      const WeightView w = view(q, type, n, k, 64);
+  struct Shape {
+    int64_t n, k, block;
+  };
+  const QuantType type = QuantType::kNf4;
+  for (const auto& [n, k, block] : {Shape{37, 96, 64},
+                                    {129, 1056, 32},
+                                    {5, 75, 64},
+                                    {1, 1, 64},
+                                    {70, 4128, 64},
+                                    {9, 576, 64},
+                                    {37, 128, 32},
+                                    {3, 8192, 4096},
+                                    {11, 640, 128}})
+    for (const int64_t m : {1, 2, 3, 8, 9, 100}) {
+      const reference::Quantized q = reference::quantize(normal(n * k, 5), block, type);
+      const WeightView w = view(q, type, n, k, block);
       const std::vector<float> x = normal(m * k, 6);
       std::vector<double> expected, bound;
       reference::matmul(w, x, m, expected, bound);
@@ -341,8 +352,11 @@ void test_unknown_isa_is_reported() {
 }  // namespace
 
 int main() {
-  for (int i = 0; i < kIsaCount; ++i) {
-    const KernelTable* kernels = table_of(static_cast<Isa>(i));
+  std::vector<const KernelTable*> tables;
+  for (int i = 0; i < kIsaCount; ++i) tables.push_back(table_of(static_cast<Isa>(i)));
+  if (table_of(Isa::kAvx2) != nullptr)
+    tables.push_back(has_one_shuffle_port() ? kAvx2Table : kAvx2OneShufflePortTable);  // that of other processors
+  for (const KernelTable* kernels : tables) {
     if (kernels == nullptr) continue;
     test_quantize(*kernels);
     test_quantize_names_the_first_bad_value(*kernels);

@@ -82,6 +82,16 @@ def test_long_rows(device):
         check(device, torch.randn(2, k), weight, dense)
 
 
+@pytest.mark.parametrize("block_size", [32, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_across_nested_blocks(device, dtype, block_size):
+    """256 blocks share a nested scale. A row may begin in one nested block and end in another, in a chunk's middle."""
+    for n, k in ((64, 576), (19, 1024 + 128), (3, 8192 + 64)):
+        weight, dense = weights(n, k, block_size=block_size)
+        for m in (1, 3):
+            check(device, torch.randn(m, k).to(dtype), weight, dense)
+
+
 def test_leading_dimensions_and_strides(device):
     weight, dense = weights(24, 64)
     x = torch.randn(64, 3, 5).permute(1, 2, 0)  # not contiguous

@@ -2,67 +2,28 @@
 // bandwidth limits it.
 #pragma once
 
-#include <cstring>
+#include <type_traits>
 
+#include "cpu/gemv/levels.h"
+#include "cpu/gemv/row_scales.h"
 #include "cpu/isa/table.h"
 #include "cpu/quantize/dequantize_impl.h"
 
 namespace qlora::cpu {
 namespace {
 
-inline constexpr int64_t kSegment = 32;  // the smallest block size, so a 32-bit word of 8 weights has one scale
 // Prefetch distance. Without a prefetch the hardware prefetcher only sometimes keeps up: 0.25 to 1.0 ms instead of
 // always 0.25 ms (4096 x 4096 from memory, two threads of a Zen 5). 1 KiB was enough there; a Sapphire Rapids core
 // gains 12 % from 8 KiB.
 inline constexpr int64_t kPrefetchBytes = 8192;
 inline constexpr int kTokensPerPass = 4;
 
-// Floats needed for the scales of one row of k weights, followed by one vector of zeros.
-template <class V>
-constexpr int64_t row_scales_floats(int64_t k) {
-  return k / kSegment + 2 + V::kLanes;
-}
-
-// Writes the scales of all blocks that row `row` overlaps to `out`.
-template <class V>
-void dequantize_row_scales(const WeightView& w, int64_t row, float* out) {
-  const int64_t begin = (row * w.k) >> w.block_shift;
-  const int64_t end = ((row * w.k + w.k - 1) >> w.block_shift) + 1;
-  V::store(out + (end - begin), V::zero());  // words beyond the row contribute 0 * 0
-  if (w.absmax != nullptr) {
-    std::memcpy(out, w.absmax + begin, static_cast<size_t>(end - begin) * sizeof(float));
-    return;
-  }
-  const auto offset = V::set1(*w.nested_offset);
-  for (int64_t b = begin; b < end;) {
-    const int64_t nested_end = min_i64((b | (kNestedBlock - 1)) + 1, end);
-    const auto nested = V::set1(w.nested_absmax[b >> kNestedBlockShift]);
-    for (; b + V::kLanes <= nested_end; b += V::kLanes)
-      V::store(out + (b - begin), V::dequantize_scales(w.absmax_codes + b, kDynamicMap.value, nested, offset));
-    for (; b < nested_end; ++b) out[b - begin] = scale_of_block(w, b);
-  }
-}
-
-template <class V, int kTokens, int kNibble>
-QLORA_INLINE void accumulate_nibbles(typename V::Table table, typename V::I words, const float* x, int64_t token_stride,
-                                     typename V::F* partial) {
-  if constexpr (kNibble < 8) {
-    const auto level = V::template lookup<kNibble>(table, words);
-    for (int t = 0; t < kTokens; ++t) {
-      const auto xv = V::load(x + t * token_stride + kNibble * V::kLanes);
-      partial[t] = kNibble == 0 ? V::mul(level, xv) : V::fma(level, xv, partial[t]);
-    }
-    accumulate_nibbles<V, kTokens, kNibble + 1>(table, words, x, token_stride, partial);
-  }
-}
-
-// Dot products of one row for k % 32 == 0, where every word of 8 weights lies in one block. Inside a chunk, W and x
-// (pack_words) both follow the order of the nibbles in a word, so no shuffles are needed: one load, 7 shifts and 8
-// lookups for 8 * kLanes weights.
-template <class V, int kTokens>
-void row_dot_words(const GemvParams& p, typename V::Table table, int64_t row, const float* scales, int64_t token0,
+// Dot products of one row for k % 32 == 0, where every word of 8 weights lies in one block.
+template <class V, class Levels, class Scales, int kTokens>
+void row_dot_words(const GemvParams& p, const Levels& levels, Scales& scales, int64_t row, int64_t token0,
                    float* sums) {
-  constexpr int64_t kChunk = 8 * V::kLanes;  // weights
+  constexpr int64_t kChunk = 8 * V::kLanes;      // weights
+  constexpr int kChains = kTokens == 1 ? 2 : 1;  // sums of a chunk that do not wait for each other
   const int64_t k = p.weight.k;
   const int64_t token_stride = ceil_div(k, kChunk) * kChunk;
   const uint8_t* packed = p.weight.packed + row * k / 2;
@@ -70,23 +31,26 @@ void row_dot_words(const GemvParams& p, typename V::Table table, int64_t row, co
   typename V::F acc[kTokens];
   for (int t = 0; t < kTokens; ++t) acc[t] = V::zero();
 
-  const int shift = p.weight.block_shift - log2_exact(kSegment);  // segment -> block
-  const int64_t first_segment = row * k / kSegment, first_block = first_segment >> shift;
-  const int64_t mask = (int64_t{1} << shift) - 1;
-  const bool repeats = (kChunk / kSegment & mask) == 0;  // every chunk begins at the same offset in a block
-  auto index = V::scale_index(static_cast<int>(first_segment & mask), shift);
-  for (int64_t c = 0; c < k; c += kChunk) {
-    const int words = static_cast<int>(min_i64(kChunk, k - c) / 8);
+  const auto multiply_chunk = [&](int64_t c, int words, typename V::F scale) __attribute__((always_inline)) {
     const auto bits = V::load_words(packed + c / 2, words);
     __builtin_prefetch(packed + c / 2 + kPrefetchBytes);
-    typename V::F partial[kTokens];
-    accumulate_nibbles<V, kTokens, 0>(table, bits, x + c, token_stride, partial);
-    const int64_t segment = first_segment + c / kSegment;
-    if (!repeats) index = V::scale_index(static_cast<int>(segment & mask), shift);
-    const auto scale = V::expand_scales(scales + ((segment >> shift) - first_block), index);
-    for (int t = 0; t < kTokens; ++t) acc[t] = V::fma(partial[t], scale, acc[t]);
-  }
+    typename V::F partial[kTokens][kChains];
+    levels.for_each(bits, [&](int j, typename V::F level) __attribute__((always_inline)) {
+      for (int t = 0; t < kTokens; ++t) {
+        auto& sum = partial[t][j * kChains / 8];
+        const auto xv = V::load(x + t * token_stride + c + j * V::kLanes);
+        sum = j % (8 / kChains) == 0 ? V::mul(level, xv) : V::fma(level, xv, sum);
+      }
+    });
+    for (int t = 0; t < kTokens; ++t) {
+      if constexpr (kChains == 2) partial[t][0] = V::add(partial[t][0], partial[t][1]);
+      acc[t] = V::fma(partial[t][0], scale, acc[t]);
+    }
+  };
+  scales.for_each(row, multiply_chunk);
   for (int t = 0; t < kTokens; ++t) sums[t] = V::reduce_add(acc[t]);
+  if constexpr (Levels::kMultiplied)
+    for (int t = 0; t < kTokens; ++t) sums[t] /= level_multiplier(p.weight.quant_type, DType::kBFloat16);
 }
 
 // Dot products of one row for any k: dequantizes up to 512 weights of the row, then multiplies them.
@@ -166,14 +130,9 @@ QLORA_INLINE void store_scalar(void* p, DType dtype, int64_t i, float x) {
   }
 }
 
+// Adds the bias and the low-rank term to the sums of a row, and stores them.
 template <class V, int kTokens>
-void gemv_row(const GemvParams& p, typename V::Table table, int64_t row, const float* scales, int64_t token0) {
-  float sums[kTokens];
-  if (p.x_words != nullptr) {
-    row_dot_words<V, kTokens>(p, table, row, scales, token0, sums);
-  } else {
-    row_dot_elements<V, kTokens>(p, table, row, token0, sums);
-  }
+void store_row(const GemvParams& p, int64_t row, int64_t token0, const float* sums) {
   const float bias = p.bias != nullptr ? load_scalar(p.bias, p.bias_dtype, row) : 0.0f;
   for (int t = 0; t < kTokens; ++t) {
     float y = sums[t] + bias;
@@ -187,57 +146,94 @@ void gemv_row(const GemvParams& p, typename V::Table table, int64_t row, const f
   }
 }
 
-template <class V>
-int64_t gemv_scratch(const GemvParams& p) {
-  return p.x_words != nullptr ? 2 * row_scales_floats<V>(p.weight.k) : 0;
-}
-
-template <class V>
-void gemv(const GemvParams& p, int64_t begin, int64_t end, float* scales) {
-  const auto table = V::table(codebook(p.weight.quant_type));
-  // The scales of the next row are dequantized before this row is multiplied. A vector load right after the stores
-  // would wait until they leave the store buffer, because several stores cannot be forwarded to one load (2.5 times
-  // the time at 4096 x 4096).
-  const bool words = p.x_words != nullptr;
-  const int64_t floats = words ? row_scales_floats<V>(p.weight.k) : 0;
-  if (words && begin < end) dequantize_row_scales<V>(p.weight, begin, scales);
-  for (int64_t row = begin; row < end; ++row) {
-    const float* now = scales + (row - begin) % 2 * floats;
-    if (words && row + 1 < end) dequantize_row_scales<V>(p.weight, row + 1, scales + (row + 1 - begin) % 2 * floats);
-    for (int64_t t = 0; t < p.m; t += kTokensPerPass) {
-      switch (min_i64(kTokensPerPass, p.m - t)) {
-        case 1:
-          gemv_row<V, 1>(p, table, row, now, t);
-          break;
-        case 2:
-          gemv_row<V, 2>(p, table, row, now, t);
-          break;
-        case 3:
-          gemv_row<V, 3>(p, table, row, now, t);
-          break;
-        default:
-          gemv_row<V, kTokensPerPass>(p, table, row, now, t);
-      }
+// Multiplies a row with all tokens, some at a time: row_dot(tokens, token0, sums) computes their dot products.
+template <class V, class RowDot>
+QLORA_INLINE void gemv_row(const GemvParams& p, int64_t row, const RowDot& row_dot) {
+  const auto pass = [&](auto tokens, int64_t token0) __attribute__((always_inline)) {
+    float sums[tokens.value];
+    row_dot(tokens, token0, sums);
+    store_row<V, tokens.value>(p, row, token0, sums);
+  };
+  for (int64_t t = 0; t < p.m; t += kTokensPerPass) {
+    switch (min_i64(kTokensPerPass, p.m - t)) {
+      case 1:
+        pass(std::integral_constant<int, 1>{}, t);
+        break;
+      case 2:
+        pass(std::integral_constant<int, 2>{}, t);
+        break;
+      case 3:
+        pass(std::integral_constant<int, 3>{}, t);
+        break;
+      default:
+        pass(std::integral_constant<int, kTokensPerPass>{}, t);
     }
   }
 }
 
 template <class V>
-void pack_words(const PackWordsParams& p, int64_t begin, int64_t end) {
+int64_t gemv_scratch(const GemvParams& p) {
+  if (p.x_words == nullptr) return 0;
+  return ChunkScales<V>::fit(p.weight) ? ChunkScales<V>::kScratch : RowScales<V>::scratch(p.weight.k);
+}
+
+template <class V>
+void gemv(const GemvParams& p, int64_t begin, int64_t end, float* scratch) {
+  if (begin >= end) return;
+  if (p.x_words == nullptr) {
+    const auto table = V::table(codebook(p.weight.quant_type));
+    for (int64_t row = begin; row < end; ++row)
+      gemv_row<V>(p, row, [&](auto tokens, int64_t token0, float* sums) {
+        row_dot_elements<V, tokens.value>(p, table, row, token0, sums);
+      });
+    return;
+  }
+  const auto multiply = [&](auto&& scales) {
+    with_levels<V>(p.weight.quant_type, p.dtype, [&](const auto& levels) {
+      using Levels = std::decay_t<decltype(levels)>;
+      using Scales = std::decay_t<decltype(scales)>;
+      for (int64_t row = begin; row < end; ++row)
+        gemv_row<V>(p, row, [&](auto tokens, int64_t token0, float* sums) {
+          row_dot_words<V, Levels, Scales, tokens.value>(p, levels, scales, row, token0, sums);
+        });
+    });
+  };
+  if (ChunkScales<V>::fit(p.weight)) return multiply(ChunkScales<V>(p.weight, scratch));
+  multiply(RowScales<V>(p.weight, begin, end, scratch));
+}
+
+template <class V, class T>
+void pack_words_of(const PackWordsParams& p, const uint16_t* order, int64_t begin, int64_t end) {
   constexpr int64_t kChunk = 8 * V::kLanes;
   const int64_t padded = ceil_div(p.k, kChunk) * kChunk;
   for (int64_t t = begin; t < end; ++t) {
+    const T* x = static_cast<const T*>(p.x) + (p.row_of != nullptr ? p.row_of[t] : t) * p.k;
     float* plain = p.x_plain + t * p.k;
-    const int64_t first = (p.row_of != nullptr ? p.row_of[t] : t) * p.k;
-    for (int64_t i = 0; i < p.k; ++i) plain[i] = load_scalar(p.x, p.dtype, first + i);
+    int64_t i = 0;
+    for (; i + V::kLanes <= p.k; i += V::kLanes) V::store(plain + i, V::load(x + i));
+    for (; i < p.k; ++i) plain[i] = to_float(x[i]);
     if (p.x_words == nullptr) continue;
     float* words = p.x_words + t * padded;
     for (int64_t c = 0; c < padded; c += kChunk)
-      for (int j = 0; j < 8; ++j)
-        for (int lane = 0; lane < V::kLanes; ++lane) {
-          const int64_t i = c + 8 * lane + element_of_nibble(j);
-          words[c + j * V::kLanes + lane] = i < p.k ? plain[i] : 0.0f;
-        }
+      for (int64_t j = 0; j < kChunk; ++j) words[c + j] = c + order[j] < p.k ? plain[c + order[j]] : 0.0f;
+  }
+}
+
+template <class V>
+void pack_words(const PackWordsParams& p, int64_t begin, int64_t end) {
+  uint16_t order[8 * V::kLanes];
+  with_levels<V>(QuantType::kNf4, p.dtype, [&](const auto& levels) {
+    for (int j = 0; j < 8; ++j)
+      for (int lane = 0; lane < V::kLanes; ++lane)
+        order[j * V::kLanes + lane] = static_cast<uint16_t>(levels.element(j, lane));
+  });
+  switch (p.dtype) {
+    case DType::kBFloat16:
+      return pack_words_of<V, bf16>(p, order, begin, end);
+    case DType::kFloat16:
+      return pack_words_of<V, fp16>(p, order, begin, end);
+    default:
+      return pack_words_of<V, float>(p, order, begin, end);
   }
 }
 

@@ -8,7 +8,8 @@ namespace qlora::cpu {
 const KernelTable* table_of(Isa isa) {
   static const Isa best = detect_isa();
   if (isa > best) return nullptr;
-  const KernelTable* const tables[kIsaCount] = {kScalarTable, kAvx2Table, kAvx512Table, kAvx512Bf16Table, kAmxTable};
+  const KernelTable* const avx2 = has_one_shuffle_port() ? kAvx2OneShufflePortTable : kAvx2Table;
+  const KernelTable* const tables[kIsaCount] = {kScalarTable, avx2, kAvx512Table, kAvx512Bf16Table, kAmxTable};
   return tables[static_cast<int>(isa)];
 }
 

@@ -32,6 +32,11 @@ bool has_avx512bf16() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 5 & 1u) != 0;
 }
+// Leaf 7, ECX bit 8.
+bool has_gfni() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (ecx >> 8 & 1u) != 0;
+}
 bool has_bfloat16_tiles() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx >> 22 & 1u) != 0 && (edx >> 24 & 1u) != 0 &&
@@ -70,6 +75,15 @@ Isa preferred_isa() {
   if (best == Isa::kAvx512Bf16 && !__builtin_cpu_is("amd")) return Isa::kAvx512;
 #endif
   return best;
+}
+
+bool has_one_shuffle_port() {
+#if defined(__x86_64__)
+  static const bool has_one = __builtin_cpu_is("intel") && !has_gfni();
+  return has_one;
+#else
+  return false;
+#endif
 }
 
 }  // namespace qlora::cpu

@@ -18,4 +18,7 @@ Isa detect_isa();
 // vdpbf16ps runs at half the rate of float32 products (Sapphire Rapids: 2.2 cycles). Zen 4 and 5 run it at full rate.
 Isa preferred_isa();
 
+// Whether one port of the processor executes all shuffles of 256 bits: Intel's before Ice Lake, which have no GFNI.
+bool has_one_shuffle_port();
+
 }  // namespace qlora::cpu

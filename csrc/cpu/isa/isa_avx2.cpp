@@ -1,4 +1,5 @@
-// The avx2 kernels: one translation unit, one ISA, one set of flags (CMakeLists.txt). Empty off x86-64.
+// The avx2 kernels: one translation unit, one ISA, one set of flags (CMakeLists.txt). Empty off x86-64. A second table
+// has another gemv, for processors with one port for shuffles.
 #include "cpu/isa/table.h"
 
 #if defined(__x86_64__)
@@ -7,12 +8,26 @@
 
 namespace qlora::cpu {
 namespace {
-const KernelTable table = make_table<VecAvx2>();
+// Looks up exact levels by vpermps. That takes 8 shuffles for 32 weights, and by bytes 12. Levels of bfloat16 take 4.
+struct VecAvx2OneShufflePort : VecAvx2 {
+  static constexpr bool kExactByPlanes = false;
+};
+
+KernelTable make_one_shuffle_port_table() {
+  KernelTable t = make_table<VecAvx2>();
+  t.pack_words = pack_words<VecAvx2OneShufflePort>;
+  t.gemv = gemv<VecAvx2OneShufflePort>;
+  return t;
 }
+
+const KernelTable table = make_table<VecAvx2>(), one_shuffle_port_table = make_one_shuffle_port_table();
+}  // namespace
 const KernelTable* const kAvx2Table = &table;
+const KernelTable* const kAvx2OneShufflePortTable = &one_shuffle_port_table;
 }  // namespace qlora::cpu
 #else
 namespace qlora::cpu {
 const KernelTable* const kAvx2Table = nullptr;
-}
+const KernelTable* const kAvx2OneShufflePortTable = nullptr;
+}  // namespace qlora::cpu
 #endif

@@ -112,20 +112,20 @@ struct GemvParams {
   WeightView weight;
   int64_t m;             // <= kGemvTokens
   const float* x_plain;  // [m, k]
-  const float* x_words;  // [m, words_floats(k)], in the nibble order of PackWordsParams; null if k % 32 != 0
+  const float* x_words;  // [m, words_floats(k)], in the order of pack_words; null if k % 32 != 0
   const void* bias;      // [n] or null
   DType bias_dtype;
   const float* x_down;  // [m, r], scaling * x lora_aᵀ, or null
   const void* lora_b;   // [n, r], or [adapters, n, r] with adapter_of_token
   DType lora_dtype;
   int64_t r;
-  const int64_t* adapter_of_token;  // [m], -1 for none; null: one adapter for all
-  void* y;                          // [m, n]
-  DType dtype;
+  const int64_t* adapter_of_token;      // [m], -1 for none; null: one adapter for all
+  void* y;                              // [m, n]
+  DType dtype;                          // of y, and of the tokens before pack_words
   const int64_t* out_row_of = nullptr;  // [m], which row of y each token has; null: its own number
 };
 
-// Converts x to float32 and reorders it to the nibble order in which `gemv` unpacks words. Unit: token.
+// Converts x to float32 and reorders it to the order in which `gemv` unpacks words (gemv/levels.h). Unit: token.
 struct PackWordsParams {
   const void* x;  // [m, k]
   DType dtype;
@@ -174,6 +174,7 @@ struct KernelTable {
 // One table per isa_*.cpp; null if the architecture does not have the instruction set.
 extern const KernelTable* const kScalarTable;
 extern const KernelTable* const kAvx2Table;
+extern const KernelTable* const kAvx2OneShufflePortTable;  // see has_one_shuffle_port()
 extern const KernelTable* const kAvx512Table;
 extern const KernelTable* const kAvx512Bf16Table;
 extern const KernelTable* const kAmxTable;

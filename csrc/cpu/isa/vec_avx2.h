@@ -24,6 +24,7 @@ struct VecAvx2 {
 
   QLORA_INLINE F zero() { return _mm256_setzero_ps(); }
   QLORA_INLINE F set1(float x) { return _mm256_set1_ps(x); }
+  QLORA_INLINE F halves(float a, float b) { return _mm256_blend_ps(set1(a), set1(b), 0xF0); }
   QLORA_INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
   QLORA_INLINE F load(const bf16* p) {
     const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -98,6 +99,62 @@ struct VecAvx2 {
     const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
     return _mm256_add_ps(_mm256_mul_ps(_mm256_i32gather_ps(map, index, 4), nested), offset);
   }
+  // A type of levels (cpu/gemv/levels.h). Byte i of every level, for 32 codes, is one lookup in 16 bytes, and unpacking
+  // puts the bytes of a level together: 12 operations for 32 weights, where vpermps takes 20, two of which leave their
+  // half of the register for each 8 weights. Two planes, the levels rounded to bfloat16, take 10 cheaper ones.
+  static constexpr bool kHasBytePlanes = true, kExactByPlanes = true;
+  template <int kPlanes>
+  struct ByteLevels {
+    static constexpr bool kMultiplied = kPlanes == 2;
+    __m256i plane[kPlanes];  // of the last bytes
+
+    explicit ByteLevels(QuantType quant_type) {
+      for (int i = 0; i < kPlanes; ++i) {
+        alignas(16) uint8_t bytes[16];
+        for (int code = 0; code < 16; ++code) {
+          const float level = codebook(quant_type)[code];
+          const uint32_t bits =
+              kMultiplied ? uint32_t{from_float<bf16>(level * level_multiplier(quant_type, DType::kBFloat16)).bits}
+                          : bits_of(level);
+          bytes[code] = static_cast<uint8_t>(bits >> (8 * i));
+        }
+        plane[i] = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes)));
+      }
+    }
+    // Vectors 0 to 3 have the high nibbles of all bytes, which are the even elements; 4 to 7 the low ones.
+    static constexpr int64_t element(int j, int lane) {
+      const int q = j % 4, i = lane % 4;
+      const int byte = lane / 4 * 16 + (kPlanes == 4 ? 4 * q + i : 8 * (q / 2) + 2 * i + q % 2);
+      return 2 * byte + j / 4;
+    }
+    template <class Fn>
+    __attribute__((always_inline)) void for_each(I words, const Fn& fn) const {
+      const __m256i mask = _mm256_set1_epi8(0x0F);
+      half(0, _mm256_and_si256(_mm256_srli_epi16(words, 4), mask), fn);
+      half(4, _mm256_and_si256(words, mask), fn);
+    }
+
+   private:
+    template <class Fn>
+    __attribute__((always_inline)) void half(int j, __m256i codes, const Fn& fn) const {
+      const __m256i a = _mm256_shuffle_epi8(plane[0], codes), b = _mm256_shuffle_epi8(plane[1], codes);
+      const __m256i low = _mm256_unpacklo_epi8(a, b), high = _mm256_unpackhi_epi8(a, b);
+      if constexpr (kPlanes == 2) {
+        const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xFFFF0000u));
+        fn(j, _mm256_castsi256_ps(_mm256_slli_epi32(low, 16)));
+        fn(j + 1, _mm256_castsi256_ps(_mm256_and_si256(low, upper)));
+        fn(j + 2, _mm256_castsi256_ps(_mm256_slli_epi32(high, 16)));
+        fn(j + 3, _mm256_castsi256_ps(_mm256_and_si256(high, upper)));
+      } else {
+        const __m256i c = _mm256_shuffle_epi8(plane[2], codes), d = _mm256_shuffle_epi8(plane[3], codes);
+        const __m256i low2 = _mm256_unpacklo_epi8(c, d), high2 = _mm256_unpackhi_epi8(c, d);
+        fn(j, _mm256_castsi256_ps(_mm256_unpacklo_epi16(low, low2)));
+        fn(j + 1, _mm256_castsi256_ps(_mm256_unpackhi_epi16(low, low2)));
+        fn(j + 2, _mm256_castsi256_ps(_mm256_unpacklo_epi16(high, high2)));
+        fn(j + 3, _mm256_castsi256_ps(_mm256_unpackhi_epi16(high, high2)));
+      }
+    }
+  };
   QLORA_INLINE void store_low_bytes(I x, uint8_t* out) {
     const __m256i bytes =
         _mm256_shuffle_epi8(x, _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 4, 8,

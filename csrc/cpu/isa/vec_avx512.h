@@ -18,10 +18,12 @@ struct VecAvx512 {
 
   using F = __m512;
   using I = __m512i;
-  using Table = __m512;  // all 16 levels: vpermps reads the low 4 bits of each index lane
+  using Table = __m512;                          // all 16 levels: vpermps reads the low 4 bits of each index lane
+  static constexpr bool kHasBytePlanes = false;  // vpermps takes fewer operations than bytes would
 
   QLORA_INLINE F zero() { return _mm512_setzero_ps(); }
   QLORA_INLINE F set1(float x) { return _mm512_set1_ps(x); }
+  QLORA_INLINE F halves(float a, float b) { return _mm512_mask_blend_ps(0xFF00, set1(a), set1(b)); }
   QLORA_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
   QLORA_INLINE F load(const bf16* p) {
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));

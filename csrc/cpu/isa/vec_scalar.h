@@ -15,6 +15,7 @@ struct VecScalar {
   static constexpr int kTileRows = 4;  // the gemm tile has kTileRows x kTileVecs vectors of accumulators
   static constexpr int kTileVecs = 1;
   static constexpr bool kHasTables16 = false, kHasCells = false;  // see vec_avx512.h
+  static constexpr bool kHasBytePlanes = false;                   // see vec_avx2.h
 
   struct F {
     float v[kLanes];
@@ -38,6 +39,10 @@ struct VecScalar {
   }
   static F set1(float x) {
     return make([=](int) { return x; });
+  }
+  // a in the first half of the lanes, b in the other.
+  static F halves(float a, float b) {
+    return make([=](int i) { return i < kLanes / 2 ? a : b; });
   }
   template <class T>
   static F load(const T* p) {
