@@ -8,6 +8,7 @@
 
 #include <cstring>
 
+#include "cpu/gemm/pack_impl.h"
 #include "cpu/gemv/gemv_impl.h"
 #include "cpu/isa/table.h"
 #include "cpu/quantize/dequantize_impl.h"
@@ -41,7 +42,14 @@ void load_dense_line(const Operand& a, int64_t line, int64_t offset, int64_t cou
     std::memcpy(out, static_cast<const float*>(a.dense) + base, static_cast<size_t>(count) * sizeof(float));
     return;
   }
-  for (int64_t i = 0; i < count; ++i) out[i] = load_scalar(a.dense, a.dtype, base + i);
+  switch (a.dtype) {
+    case DType::kBFloat16:
+      return to_floats<V>(static_cast<const bf16*>(a.dense) + base, count, out);
+    case DType::kFloat16:
+      return to_floats<V>(static_cast<const fp16*>(a.dense) + base, count, out);
+    default:
+      for (int64_t i = 0; i < count; ++i) out[i] = load_scalar(a.dense, a.dtype, base + i);
+  }
 }
 
 // Fills panel[row][step] (or [step][row] if transposed) with `rows` rows from row0 and `steps` steps from step0.
@@ -107,56 +115,95 @@ void tile_any_width(const float* panel, const float* columns, int64_t steps, int
   tile<V, kTransposed, V::kTileVecs>(panel, columns, steps, first, c, c_ld);
 }
 
-// Scales, adds the bias, converts, and writes one block of accumulators c[rows][c_ld].
-template <class T>
-void store_block(const GemmParams& p, int64_t row0, int64_t rows, int64_t col0, int64_t cols, const float* c,
-                 int64_t c_ld) {
-  T* out = static_cast<T*>(p.out);
-  if (p.rows_are_major) {
-    for (int64_t i = 0; i < rows; ++i) {
-      const float bias = p.bias != nullptr ? load_scalar(p.bias, p.bias_dtype, row0 + i) : 0.0f;
-      T* line = out + (row0 + i) * p.out_ld + col0;
-      for (int64_t j = 0; j < cols; ++j) assign(line[j], c[i * c_ld + j] * p.scale + bias);
-    }
-    return;
-  }
-  float bias[Panel<true>::kRows];
-  for (int64_t i = 0; i < rows; ++i) bias[i] = p.bias != nullptr ? load_scalar(p.bias, p.bias_dtype, row0 + i) : 0.0f;
-  for (int64_t j = 0; j < cols; ++j) {
-    const int64_t col = p.out_col_of != nullptr ? p.out_col_of[col0 + j] : col0 + j;
-    T* line = out + col * p.out_ld + row0;
-    if (p.addend != nullptr) {
-      const float* addend = p.addend + col * p.rows + row0;
-      for (int64_t i = 0; i < rows; ++i) assign(line[i], c[i * c_ld + j] * p.scale + bias[i] + addend[i]);
-      continue;
-    }
-    for (int64_t i = 0; i < rows; ++i) assign(line[i], c[i * c_ld + j] * p.scale + bias[i]);
-  }
+// Writes a vector of results, or its first `count` lanes.
+template <class V, class T>
+QLORA_INLINE void store_some(T* out, typename V::F x, int64_t count) {
+  if (count == V::kLanes) return V::store(out, x);
+  T all[V::kLanes];
+  V::store(all, x);
+  std::memcpy(out, all, static_cast<size_t>(count) * sizeof(T));
 }
 
-// Blocks of columns, as equal as possible, because threads receive equal numbers of items.
-template <class V>
-struct ColumnBlocks {
-  static constexpr int64_t kTileCols = V::kLanes * V::kTileVecs;
-  static constexpr int64_t kMostCols = kMostTilesPerBlock * kTileCols;
-  int64_t count, cols;  // cols: columns of a block, a multiple of the tile width
-  explicit ColumnBlocks(int64_t all_cols) {
-    const int64_t tiles = ceil_div(all_cols, kTileCols);
-    count = ceil_div(tiles, kMostTilesPerBlock);
-    cols = count > 0 ? ceil_div(tiles, count) * kTileCols : 0;
+// Scales, adds the bias, converts, and writes one block of accumulators c[rows][c_ld].
+template <class V, class T>
+void store_block(const GemmParams& p, int64_t row0, int64_t rows, int64_t col0, int64_t cols, const float* c,
+                 int64_t c_ld) {
+  constexpr int64_t kLanes = V::kLanes;
+  T* out = static_cast<T*>(p.out);
+  const auto scale = V::set1(p.scale);
+  float bias[Panel<true>::kRows + V::kLanes] = {};
+  for (int64_t i = 0; i < rows && p.bias != nullptr; ++i) bias[i] = load_scalar(p.bias, p.bias_dtype, row0 + i);
+  if (p.rows_are_major) {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < cols; j += kLanes)
+        store_some<V>(out + (row0 + i) * p.out_ld + col0 + j,
+                      V::add(V::mul(V::load(c + i * c_ld + j), scale), V::set1(bias[i])), min_i64(kLanes, cols - j));
+    return;
   }
+  for (int64_t j0 = 0; j0 < cols; j0 += kLanes)
+    for (int64_t i = 0; i < rows; i += kLanes) {
+      typename V::F block[kLanes];
+      for (int64_t lane = 0; lane < kLanes; ++lane) block[lane] = V::load(c + (i + lane) * c_ld + j0);
+      V::transpose(block);
+      const int64_t count = min_i64(kLanes, rows - i);
+      for (int64_t j = 0; j < min_i64(kLanes, cols - j0); ++j) {
+        const int64_t col = p.out_col_of != nullptr ? p.out_col_of[col0 + j0 + j] : col0 + j0 + j;
+        auto y = V::add(V::mul(block[j], scale), V::load(bias + i));
+        if (p.addend != nullptr) {
+          float addend[kLanes] = {};
+          std::memcpy(addend, p.addend + col * p.rows + row0 + i, static_cast<size_t>(count) * sizeof(float));
+          y = V::add(y, V::load(addend));
+        }
+        store_some<V>(out + col * p.out_ld + row0 + i, y, count);
+      }
+    }
+}
+
+// How the rows and columns of a product are cut into items. Their sizes change no result.
+struct Items {
+  int64_t panel_rows, panels, block_cols, blocks;
 };
+
+// Cuts them for the threads that share them, because each receives an equal number of items: the way that takes the
+// least time if a product of a row and a column takes 1, unpacking a row as much as 12 columns, and loading a column as
+// much as 2 rows.
+template <class V, bool kTransposed>
+Items items_of(const GemmParams& p) {
+  constexpr int64_t kTileCols = V::kLanes * V::kTileVecs, kMostRows = Panel<kTransposed>::kRows;
+  const int64_t row_tiles = ceil_div(p.rows, V::kTileRows), tiles = ceil_div(p.cols, kTileCols);
+  const int64_t least_panels = ceil_div(p.rows, kMostRows), least_blocks = ceil_div(tiles, kMostTilesPerBlock);
+  Items best{};
+  int64_t best_time = INT64_MAX;
+  const auto consider = [&](int64_t panels, int64_t blocks) {
+    Items now;
+    now.panel_rows = ceil_div(row_tiles, panels) * V::kTileRows;
+    now.panels = ceil_div(p.rows, now.panel_rows);
+    now.block_cols = ceil_div(tiles, blocks) * kTileCols;
+    now.blocks = ceil_div(p.cols, now.block_cols);
+    const int64_t time = ceil_div(now.panels * now.blocks, p.threads) * (now.panel_rows + 2) * (now.block_cols + 12);
+    if (time >= best_time) return;
+    best = now;
+    best_time = time;
+  };
+  if (p.rows <= 0 || p.cols <= 0) return best;
+  consider(least_panels, least_blocks);
+  if (p.threads == 1) return best;
+  for (int64_t blocks = least_blocks; blocks <= min_i64(least_blocks + 3, tiles); ++blocks)
+    for (int64_t rounds = ceil_div(least_panels * blocks, p.threads), i = 0; i < 2; ++i, ++rounds)
+      consider(min_i64(max_i64(rounds * p.threads / blocks, least_panels), row_tiles), blocks);
+  return best;
+}
 
 template <class V, bool kTransposed>
 void gemm_items_typed(const GemmParams& p, int64_t begin, int64_t end, float* panel) {
   using P = Panel<kTransposed>;
-  constexpr int64_t kTileCols = V::kLanes * V::kTileVecs, kBlockCols = ColumnBlocks<V>::kMostCols;
-  const ColumnBlocks<V> blocks(p.cols);
+  constexpr int64_t kTileCols = V::kLanes * V::kTileVecs, kBlockCols = kMostTilesPerBlock * kTileCols;
+  const Items items = items_of<V, kTransposed>(p);
   float* c = panel + P::kRows * P::kSteps;
 
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t row0 = item / blocks.count * P::kRows, rows = min_i64(P::kRows, p.rows - row0);
-    const int64_t col0 = item % blocks.count * blocks.cols, cols = min_i64(blocks.cols, p.cols - col0);
+    const int64_t row0 = item / items.blocks * items.panel_rows, rows = min_i64(items.panel_rows, p.rows - row0);
+    const int64_t col0 = item % items.blocks * items.block_cols, cols = min_i64(items.block_cols, p.cols - col0);
     bool first = true;
     const auto clear = [&] {
       for (int64_t i = 0; i < rows; ++i) std::memset(c + i * kBlockCols, 0, static_cast<size_t>(cols) * sizeof(float));
@@ -194,28 +241,29 @@ void gemm_items_typed(const GemmParams& p, int64_t begin, int64_t end, float* pa
     if (first) clear();
     switch (p.out_dtype) {
       case DType::kBFloat16:
-        store_block<bf16>(p, row0, rows, col0, cols, c, kBlockCols);
+        store_block<V, bf16>(p, row0, rows, col0, cols, c, kBlockCols);
         break;
       case DType::kFloat16:
-        store_block<fp16>(p, row0, rows, col0, cols, c, kBlockCols);
+        store_block<V, fp16>(p, row0, rows, col0, cols, c, kBlockCols);
         break;
       default:
-        store_block<float>(p, row0, rows, col0, cols, c, kBlockCols);
+        store_block<V, float>(p, row0, rows, col0, cols, c, kBlockCols);
     }
   }
 }
 
 template <class V>
 int64_t gemm_items(const GemmParams& p) {
-  const int64_t rows = p.transposed ? Panel<true>::kRows : Panel<false>::kRows;
-  return ceil_div(p.rows, rows) * ColumnBlocks<V>(p.cols).count;
+  const Items items = p.transposed ? items_of<V, true>(p) : items_of<V, false>(p);
+  return items.panels * items.blocks;
 }
 
 // Floats for one panel of the operand and the accumulators of its rows.
 template <class V>
 int64_t gemm_scratch(const GemmParams& p) {
-  if (p.transposed) return Panel<true>::kRows * (Panel<true>::kSteps + ColumnBlocks<V>::kMostCols);
-  return Panel<false>::kRows * (Panel<false>::kSteps + ColumnBlocks<V>::kMostCols);
+  constexpr int64_t kBlockCols = kMostTilesPerBlock * V::kLanes * V::kTileVecs;
+  if (p.transposed) return Panel<true>::kRows * (Panel<true>::kSteps + kBlockCols);
+  return Panel<false>::kRows * (Panel<false>::kSteps + kBlockCols);
 }
 
 template <class V>
@@ -224,54 +272,6 @@ void gemm(const GemmParams& p, int64_t begin, int64_t end, float* scratch) {
     gemm_items_typed<V, true>(p, begin, end, scratch);
   } else {
     gemm_items_typed<V, false>(p, begin, end, scratch);
-  }
-}
-
-template <class V, class T>
-void pack_tile(const PackParams& p, int64_t col0, int64_t cols) {
-  constexpr int64_t kTileCols = V::kLanes * V::kTileVecs;
-  const T* src = static_cast<const T*>(p.src);
-  float* out = p.out + col0 * p.steps;
-  if (p.steps_are_rows) {
-    for (int64_t s = 0; s < p.steps; ++s) {
-      const T* line = src + (p.row_of != nullptr ? p.row_of[s] : s) * p.ld + col0;
-      float* to = out + s * kTileCols;
-      int64_t j = 0;
-      for (; j + V::kLanes <= cols; j += V::kLanes) V::store(to + j, V::load(line + j));
-      for (; j < cols; ++j) to[j] = to_float(line[j]);
-      for (; j < kTileCols; ++j) to[j] = 0.0f;
-    }
-    return;
-  }
-  // Transposes one cache line of steps at a time, so that the cache lines of all columns stay in L1.
-  constexpr int64_t kStepsAtOnce = 16;
-  for (int64_t s0 = 0; s0 < p.steps; s0 += kStepsAtOnce) {
-    const int64_t steps = min_i64(kStepsAtOnce, p.steps - s0);
-    float* to = out + s0 * kTileCols;
-    for (int64_t j = 0; j < cols; ++j) {
-      const T* line = src + (p.row_of != nullptr ? p.row_of[col0 + j] : col0 + j) * p.ld + s0;
-      for (int64_t s = 0; s < steps; ++s) to[s * kTileCols + j] = to_float(line[s]);
-    }
-    for (int64_t s = 0; s < steps; ++s)
-      for (int64_t j = cols; j < kTileCols; ++j) to[s * kTileCols + j] = 0.0f;
-  }
-}
-
-template <class V>
-void pack(const PackParams& p, int64_t begin, int64_t end) {
-  constexpr int64_t kTileCols = V::kLanes * V::kTileVecs;
-  for (int64_t tile_index = begin; tile_index < end; ++tile_index) {
-    const int64_t col0 = tile_index * kTileCols, cols = min_i64(kTileCols, p.cols - col0);
-    switch (p.dtype) {
-      case DType::kBFloat16:
-        pack_tile<V, bf16>(p, col0, cols);
-        break;
-      case DType::kFloat16:
-        pack_tile<V, fp16>(p, col0, cols);
-        break;
-      default:
-        pack_tile<V, float>(p, col0, cols);
-    }
   }
 }
 

@@ -4,6 +4,7 @@
 
 #include <type_traits>
 
+#include "cpu/gemm/pack_impl.h"
 #include "cpu/gemv/levels.h"
 #include "cpu/gemv/row_scales.h"
 #include "cpu/isa/table.h"
@@ -209,9 +210,7 @@ void pack_words_of(const PackWordsParams& p, const uint16_t* order, int64_t begi
   for (int64_t t = begin; t < end; ++t) {
     const T* x = static_cast<const T*>(p.x) + (p.row_of != nullptr ? p.row_of[t] : t) * p.k;
     float* plain = p.x_plain + t * p.k;
-    int64_t i = 0;
-    for (; i + V::kLanes <= p.k; i += V::kLanes) V::store(plain + i, V::load(x + i));
-    for (; i < p.k; ++i) plain[i] = to_float(x[i]);
+    to_floats<V>(x, p.k, plain);
     if (p.x_words == nullptr) continue;
     float* words = p.x_words + t * padded;
     for (int64_t c = 0; c < padded; c += kChunk)

@@ -103,6 +103,7 @@ struct GemmParams {
   bool rows_are_major = false;          // true: out[row * out_ld + col]; false: out[col * out_ld + row]
   const int64_t* out_col_of = nullptr;  // where each column goes in `out` unless rows_are_major; null: its own number
   const float* addend = nullptr;        // [cols of out, rows], added before the result is rounded; !rows_are_major
+  int64_t threads = 1;                  // that share the items, which are cut for them
 };
 
 inline constexpr int64_t kGemvTokens = 8;  // `gemv` handles up to this many tokens, `gemm` more

@@ -57,6 +57,43 @@ struct VecAvx512 {
   QLORA_INLINE float reduce_add(F a) { return _mm512_reduce_add_ps(a); }
   QLORA_INLINE float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
 
+  // Transposes 16 vectors of words.
+  QLORA_INLINE void transpose(I (&r)[kLanes]) {
+    __m512i t[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+      t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+      r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+      r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+      r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+    // 128-bit lane l of r[4a + b] holds rows 4a … 4a + 3 of column 4l + b.
+#pragma GCC unroll 4
+    for (int b = 0; b < 4; ++b) {
+      const __m512i low02 = _mm512_shuffle_i32x4(r[b], r[4 + b], 0x88),
+                    low13 = _mm512_shuffle_i32x4(r[b], r[4 + b], 0xDD);
+      const __m512i high02 = _mm512_shuffle_i32x4(r[8 + b], r[12 + b], 0x88);
+      const __m512i high13 = _mm512_shuffle_i32x4(r[8 + b], r[12 + b], 0xDD);
+      t[b] = _mm512_shuffle_i32x4(low02, high02, 0x88);
+      t[8 + b] = _mm512_shuffle_i32x4(low02, high02, 0xDD);
+      t[4 + b] = _mm512_shuffle_i32x4(low13, high13, 0x88);
+      t[12 + b] = _mm512_shuffle_i32x4(low13, high13, 0xDD);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) r[i] = t[i];
+  }
+  QLORA_INLINE void transpose(F (&rows)[kLanes]) {
+    I words[kLanes];
+    for (int i = 0; i < kLanes; ++i) words[i] = _mm512_castps_si512(rows[i]);
+    transpose(words);
+    for (int i = 0; i < kLanes; ++i) rows[i] = _mm512_castsi512_ps(words[i]);
+  }
+
   QLORA_INLINE Table table(const float* levels) { return _mm512_loadu_ps(levels); }
   QLORA_INLINE I load_words(const uint8_t* p, int words) {
     if (words == kLanes) return _mm512_loadu_si512(p);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <utility>
 
 #include "format/half.h"
 #include "format/layout.h"
@@ -83,6 +84,11 @@ struct VecScalar {
     float m = a.v[0];
     for (int i = 1; i < kLanes; ++i) m = a.v[i] > m ? a.v[i] : m;
     return m;
+  }
+
+  static void transpose(F (&rows)[kLanes]) {
+    for (int i = 0; i < kLanes; ++i)
+      for (int j = 0; j < i; ++j) std::swap(rows[i].v[j], rows[j].v[i]);
   }
 
   static Table table(const float* levels) { return {levels}; }

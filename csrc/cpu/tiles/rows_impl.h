@@ -118,10 +118,10 @@ void store_transposed(const ForwardTilesParams& p, const float* c, int64_t c_pit
   __m512i low[16], high[16];
   const int64_t rows = p.weight.n - row0, tokens = min_i64(kTile, p.m - token0);
   for (int i = 0; i < 16; ++i) low[i] = _mm512_loadu_si512(c + 16 * i);
-  transpose(low);
+  VecAvx512::transpose(low);
   if (rows > kTile) {
     for (int i = 0; i < 16; ++i) high[i] = _mm512_loadu_si512(c + c_pitch + 16 * i);
-    transpose(high);
+    VecAvx512::transpose(high);
   }
   __m512 bias_low = _mm512_setzero_ps(), bias_high = bias_low;
   if (p.bias != nullptr) {

@@ -75,7 +75,7 @@ void pack_factor_of(const PackFactorParams& p, const TileFactor& f, uint8_t* pac
         for (int part = 0; part < splits; ++part) {
           __m512i rows[16];
           for (int i = 0; i < 16; ++i) rows[i] = part == 0 ? high[i][s] : low[i][s];
-          if (!p.as_rows) transpose(rows);
+          if (!p.as_rows) VecAvx512::transpose(rows);
           for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + part * pitch + s * kTileBytes + i * 64, rows[i]);
         }
     }
@@ -105,7 +105,7 @@ void pack_columns(const uint16_t* x, int64_t m, int64_t k, const int64_t* row_of
         rows[t] = t < tokens ? load16(row[t] + at, k - at) : _mm512_setzero_si512();
         if (by_nibble) rows[t] = _mm512_shuffle_epi8(rows[t], lanes);
       }
-      transpose(rows);
+      VecAvx512::transpose(rows);
       for (int i = 0; i < 16; ++i) {
         // If by_nibble, word i belongs to step i % 4 and holds elements of 8j … 8j + 7, where j = 4q + i / 4.
         const int step = by_nibble ? i % 4 : q, row = by_nibble ? 4 * q + i / 4 : i;

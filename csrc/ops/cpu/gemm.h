@@ -56,13 +56,33 @@ inline cpu::Operand quantized(const WeightView& w) {
   return operand;
 }
 
-inline void run(const cpu::KernelTable& kernels, const cpu::GemmParams& p) {
+inline void run(const cpu::KernelTable& kernels, cpu::GemmParams p) {
   if (p.rows == 0 || p.cols == 0) return;
+  p.threads = torch::stable::get_num_threads();
   parallel(kernels.gemm_items(p), 1,
            [&](int64_t begin, int64_t end) { kernels.gemm(p, begin, end, thread_scratch(kernels.gemm_scratch(p))); });
 }
 
 enum class Operands { kAsStored, kTransposed };
+
+// Low-rank activations [tokens, r] = scale * tokens · m or, if `form` says so, · mᵀ in float32, without packing tokens.
+inline Matrix low_rank_down(const cpu::KernelTable& kernels, const Matrix& m, Operands form, const Matrix& tokens,
+                            float scale) {
+  const Columns columns = pack(kernels, m, form == Operands::kTransposed ? StepsAre::kColumns : StepsAre::kRows);
+  const int64_t r = form == Operands::kTransposed ? m.rows : m.cols;
+  cpu::GemmParams p;
+  const cpu::Term term{dense(tokens), columns.data, tokens.cols};
+  p.terms = &term;
+  p.rows = tokens.rows;
+  p.cols = r;
+  p.scale = scale;
+  p.rows_are_major = true;
+  Tensor out = empty_cpu({tokens.rows, r}, ScalarType::Float);
+  p.out = out.mutable_data_ptr();
+  p.out_ld = r;
+  run(kernels, p);
+  return {out, p.out, DType::kFloat32, tokens.rows, r};
+}
 
 // Low-rank activations [tokens, r] = scale * (m · columns)ᵀ in float32, where m is used as stored or transposed. They
 // are those of tokens [begin, begin + tokens) of `columns`, after rows of zeros from the beginning of their tile.
@@ -84,6 +104,27 @@ inline Matrix low_rank_down(const cpu::KernelTable& kernels, const Matrix& m, Op
   run(kernels, p);
   std::fill_n(out.mutable_data_ptr<float>(), zeros * p.rows, 0.0f);  // tokens that share a vector with the first
   return {out, p.out, DType::kFloat32, p.cols, p.rows};
+}
+
+// Gradient of one low-rank factor: the sum over tokens of tokens [m, features] times activation [m, r], without packing
+// tokens. The result is [r, features] if r_is_major, else [features, r].
+inline Tensor low_rank_grad(const cpu::KernelTable& kernels, const Matrix& activation, const Matrix& tokens,
+                            ScalarType dtype, bool r_is_major) {
+  const int64_t r = activation.cols, features = tokens.cols;
+  const Columns columns = pack(kernels, activation, StepsAre::kRows);
+  cpu::GemmParams p;
+  const cpu::Term term{dense(tokens), columns.data, tokens.rows};
+  p.terms = &term;
+  p.transposed = true;
+  p.rows = features;
+  p.cols = r;
+  Tensor out = r_is_major ? empty_cpu({r, features}, dtype) : empty_cpu({features, r}, dtype);
+  p.out = out.mutable_data_ptr();
+  p.out_dtype = float_dtype(dtype, "lora");
+  p.out_ld = r_is_major ? features : r;
+  p.rows_are_major = !r_is_major;
+  run(kernels, p);
+  return out;
 }
 
 // Gradient of one low-rank factor: the sum over tokens of activation [tokens, r] times columns [tokens, features].

@@ -121,10 +121,12 @@ Gradients backward_tiles(const Call& c, const cpu::TileKernels& tiles, const Mat
 Gradients backward_gemm(const Call& c, const Matrix& dy, const Needs& needs) {
   Gradients d;
   Columns dy_columns;
-  if (needs.x || needs.dy_down()) dy_columns = pack(c.kernels, dy, StepsAre::kColumns);
+  if (needs.x) dy_columns = pack(c.kernels, dy, StepsAre::kColumns);
   std::optional<Matrix> dy_down;
-  if (needs.dy_down())
-    dy_down = low_rank_down(c.kernels, c.adapter->b, Operands::kTransposed, dy_columns, dy.rows, c.adapter->scaling);
+  if (needs.dy_down()) {
+    const Adapter& adapter = *c.adapter;
+    dy_down = low_rank_down(c.kernels, adapter.b, Operands::kAsStored, dy, adapter.scaling);
+  }
   if (needs.x) {
     std::vector<GemmAdapterTerm> terms;
     if (needs.adapter_in_x) terms.push_back({&c.adapter->a, &*dy_down});
@@ -133,18 +135,14 @@ Gradients backward_gemm(const Call& c, const Matrix& dy, const Needs& needs) {
   if (needs.lora_x)
     d.lora_x = sum_of_terms(c.kernels, Operands::kTransposed, c.w.k, dense(c.adapter->a),
                             pack(c.kernels, *dy_down, StepsAre::kColumns), dy_down->cols, {}, c.like);
-  Columns dy_by_token;
-  if (needs.bias || needs.lora) dy_by_token = pack(c.kernels, dy, StepsAre::kRows);
   if (needs.lora) {
     const ScalarType dtype = c.adapter->a.tensor.scalar_type();
-    const Columns columns = pack(c.kernels, c.adapter_tokens(), StepsAre::kColumns);
     const Matrix x_down =
-        low_rank_down(c.kernels, c.adapter->a, Operands::kAsStored, columns, c.tokens.rows, c.adapter->scaling);
-    d.lora_a =
-        low_rank_grad(c.kernels, *dy_down, pack(c.kernels, c.adapter_tokens(), StepsAre::kRows), c.w.k, dtype, true);
-    d.lora_b = low_rank_grad(c.kernels, x_down, dy_by_token, c.w.n, dtype, false);
+        low_rank_down(c.kernels, c.adapter->a, Operands::kTransposed, c.adapter_tokens(), c.adapter->scaling);
+    d.lora_a = low_rank_grad(c.kernels, *dy_down, c.adapter_tokens(), dtype, true);
+    d.lora_b = low_rank_grad(c.kernels, x_down, dy, dtype, false);
   }
-  if (needs.bias) d.bias = bias_grad(c.kernels, dy_by_token, dy.rows, c.w.n);
+  if (needs.bias) d.bias = bias_grad(c.kernels, pack(c.kernels, dy, StepsAre::kRows), dy.rows, c.w.n);
   return d;
 }
 
