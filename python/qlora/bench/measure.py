@@ -1,5 +1,6 @@
 """Measures times of contenders in alternation, and the limits of the machine."""
 
+import functools
 import math
 import os
 import platform
@@ -19,6 +20,9 @@ Contender = Callable[[int], object]  # runs one call with weight number i
 
 ROUND_SECONDS = 0.03  # a contender's turn is at least this long
 WARMUP_CALLS = 2
+# The product that measures the limit of FLOP/s: the largest one, or one that takes less time.
+LARGEST_SIDE = {"cpu": 4096, "cuda": 8192}
+PRODUCT_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,28 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
     return first.elapsed_time(last) / 1e3
 
 
-def captured(name: str, contender: Contender, device: torch.device, copies: int) -> tuple[Contender, int]:
+class Watch:
+    """Follows a measurement. This one does nothing, except that a contender's error ends the measurement."""
+
+    def begin(self, contender: str, phase: str, calls: int) -> None:
+        """The contender begins so many calls."""
+
+    def measured(self, contender: str, seconds: float) -> None:
+        """A figure: seconds per call."""
+
+    def failed(self, contender: str, error: Exception) -> None:
+        raise error
+
+    def note(self, text: str) -> None:
+        print(text, file=sys.stderr)
+
+
+def captured(name: str, contender: Contender, device: torch.device, copies: int, watch: Watch) -> tuple[Contender, int]:
     """The function to time for a contender, and the number of the contender's calls that it makes.
 
     On a GPU it is a CUDA graph with one call per weight, captured on the current stream, which must not be the default
     one. Without a graph, times at few tokens would measure the host's launches instead of the GPU. A contender that
-    cannot be captured is timed with its launches, and stderr says so.
+    cannot be captured is timed with its launches, and a note says so.
     """
     if device.type != "cuda":
         return contender, 1
@@ -67,58 +87,123 @@ def captured(name: str, contender: Contender, device: torch.device, copies: int)
     except RuntimeError as error:
         torch.cuda.synchronize(device)
         reason = str(error).partition("\n")[0]
-        print(f"{name} is timed with its launches, not as a CUDA graph: {reason}", file=sys.stderr)
+        watch.note(f"{name} is timed with its launches, not as a CUDA graph: {reason}")
         return contender, 1
     return lambda _: graph.replay(), copies
 
 
+class _Turns:
+    """A contender's turns within its budget of seconds."""
+
+    def __init__(self, name: str, contender: Contender, device: torch.device, copies: int, budget_s: float):
+        self.name, self.device, self.copies, self.left_s = name, device, copies, budget_s
+        self.call, self.calls_in_one = contender, 1
+        self.calls, self.one_s = 1, 0.0  # calls in a turn; seconds of the last call
+
+    def turn(self, first: int, calls: int) -> float:
+        def run() -> None:
+            for i in range(first, first + calls):
+                self.call(i % self.copies)
+
+        turn_s = seconds(run, self.device)
+        self.left_s -= turn_s
+        self.one_s = turn_s / calls
+        return self.one_s / self.calls_in_one
+
+    def warm_up(self, repeats: int, graphs: bool, watch: Watch) -> None:
+        """Makes a few calls, fewer where too little time would be left for all rounds, and sets the calls of a turn."""
+        watch.begin(self.name, "first call", 1)
+        if graphs:
+            self.call, self.calls_in_one = captured(self.name, self.call, self.device, self.copies, watch)
+        self.turn(0, 1)
+        if self.one_s <= self.left_s:
+            watch.begin(self.name, "second call", 1)
+            self.turn(1, 1)
+        if (WARMUP_CALLS + repeats) * self.one_s <= self.left_s:
+            watch.begin(self.name, "warm-up", WARMUP_CALLS)
+            self.turn(WARMUP_CALLS, WARMUP_CALLS)
+        self.calls = max(1, math.ceil(ROUND_SECONDS / max(1e-7, self.one_s)))
+
+    @property
+    def fits(self) -> bool:
+        return self.calls * self.one_s <= self.left_s
+
+
 def alternate(
-    contenders: Mapping[str, Contender], device: torch.device, copies: int, repeats: int, graphs: bool = True
+    contenders: Mapping[str, Contender],
+    device: torch.device,
+    copies: int,
+    repeats: int,
+    graphs: bool = True,
+    budget_s: float = math.inf,
+    watch: Watch | None = None,
 ) -> dict[str, list[float]]:
     """Seconds per call of each contender, one figure for each of ``repeats`` rounds in which all contenders take turns.
 
     Each call uses the next of ``copies`` weights, so that no weight is still cached. Every second round runs the
-    contenders in reverse order. On a GPU calls are replayed from CUDA graphs if ``graphs``.
+    contenders in reverse order. On a GPU calls are replayed from CUDA graphs if ``graphs``. A contender begins no call
+    that would presumably exceed ``budget_s`` seconds in all: a slow one has fewer rounds, or one figure, of its last
+    call before them. One whose error ``watch`` takes has none.
     """
+    watch = watch or Watch()
+    times: dict[str, list[float]] = {}
+    turns: dict[str, _Turns] = {}
 
-    def turn(contender: Contender, first: int, calls: int) -> float:
-        def run() -> None:
-            for i in range(first, first + calls):
-                contender(i % copies)
+    def attempt(name: str, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except Exception as error:
+            times.pop(name, None)
+            turns.pop(name, None)
+            watch.failed(name, error)
 
-        return seconds(run, device) / calls
+    def record(name: str, figure: float) -> None:
+        times.setdefault(name, []).append(figure)
+        watch.measured(name, figure)
 
-    calls, callables, calls_in_one = {}, {}, {}
     for name, contender in contenders.items():
-        call, calls_in_one[name] = captured(name, contender, device, copies) if graphs else (contender, 1)
-        turn(call, 0, WARMUP_CALLS)
-        calls[name] = max(1, math.ceil(ROUND_SECONDS / max(1e-7, turn(call, WARMUP_CALLS, WARMUP_CALLS))))
-        callables[name] = call
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+        turns[name] = _Turns(name, contender, device, copies, budget_s)
+        attempt(name, functools.partial(turns[name].warm_up, repeats, graphs, watch))
+    for name, of_name in list(turns.items()):
+        if not of_name.fits:
+            record(name, of_name.one_s / of_name.calls_in_one)
+            del turns[name]
+
+    def round_of(of_name: _Turns, number: int) -> None:
+        watch.begin(of_name.name, f"round {number + 1} of {repeats}", of_name.calls)
+        record(of_name.name, of_name.turn(number * of_name.calls, of_name.calls))
+
     for number in range(repeats):
-        order = list(contenders) if number % 2 == 0 else list(contenders)[::-1]
-        for name in order:
-            seconds_of_one = turn(callables[name], number * calls[name], calls[name])
-            times[name].append(seconds_of_one / calls_in_one[name])
+        for name in list(turns) if number % 2 == 0 else list(turns)[::-1]:
+            if turns[name].fits:
+                attempt(name, functools.partial(round_of, turns[name], number))
     return times
 
 
 def median_ratio(ours: list[float], theirs: list[float]) -> tuple[float, float]:
-    """Median of the rounds' ratios, and their interquartile range relative to it."""
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    """Median of the ratios of the rounds that both have, and their interquartile range relative to it (nan: of one)."""
+    ratios = [a / b for a, b in zip(ours, theirs, strict=False)]
     middle = statistics.median(ratios)
-    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (middle,) * 3
+    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (math.nan,) * 3
     return middle, (high - low) / middle
+
+
+def _product_flops_per_s(side: int, device: torch.device, dtype: torch.dtype) -> float:
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    seconds_of_one = alternate({"product": lambda _: F.linear(a, b)}, device, 1, 5)["product"]
+    return 2 * side**3 / min(seconds_of_one)  # a limit is the best of the rounds
 
 
 def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
     """The rates that torch itself reaches with a sum over 1 GiB and with a product of two square matrices."""
     big = torch.ones(2**28, device=device)
-    side = 4096 if device.type == "cpu" else 8192
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     reads = alternate({"read": lambda _: big.sum()}, device, 1, 5)["read"]
-    products = alternate({"product": lambda _: F.linear(a, b)}, device, 1, 5)["product"]
-    return Limits(big.nbytes / min(reads), 2 * side**3 / min(products))  # a limit is the best of the rounds
+    side = 512
+    flops_per_s = _product_flops_per_s(side, device, dtype)
+    while side < LARGEST_SIDE[device.type] and 2 * (2 * side) ** 3 / flops_per_s < PRODUCT_SECONDS:
+        side *= 2
+        flops_per_s = _product_flops_per_s(side, device, dtype)
+    return Limits(big.nbytes / min(reads), flops_per_s)
 
 
 def cache_bytes() -> int:
