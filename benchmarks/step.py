@@ -232,6 +232,8 @@ def switches(options):
 def compare(options, makers, references, title, inverse=False):
     made = {}
     for name, make in makers.items():
+        if name not in references and options.only and not any(text in name for text in options.only):
+            continue
         try:
             made[name] = make()
         except Exception as error:
@@ -253,7 +255,8 @@ def compare(options, makers, references, title, inverse=False):
 
 # ---- where the time goes ----
 
-OUR_FORWARD, OUR_BACKWARD, ATTENTION = "4-bit layers, forward", "4-bit layers, backward", "attention"
+OUR_FORWARD, OUR_BACKWARD = "4-bit layers, forward", "4-bit layers, backward"
+ATTENTION, ATTENTION_BACKWARD = "attention, forward", "attention, backward"
 HEAD, NORMS, ROTARY, MLP = "head and loss", "norms", "rotary embedding", "activation and gate"
 OPTIMIZER, REST, OUTSIDE = (
     "optimizer",
@@ -298,7 +301,7 @@ def ancestors(event):
 def label_of_forward(event):
     for one in ancestors(event):
         if "scaled_dot_product" in one.name:
-            return ATTENTION
+            return ATTENTION_BACKWARD if "backward" in one.name else ATTENTION
         if one.name in LABELS:
             return one.name
     return None
@@ -354,7 +357,7 @@ def takes_apart(options):
     table.add_column("ms a step")
     for name in made:
         table.add_column(name, justify="right")
-    for part in (OUR_FORWARD, OUR_BACKWARD, ATTENTION, *LABELS, OPTIMIZER, REST, OUTSIDE):
+    for part in (OUR_FORWARD, OUR_BACKWARD, ATTENTION, ATTENTION_BACKWARD, *LABELS, OPTIMIZER, REST, OUTSIDE):
         cells = (f"{1e3 * found[part]:.0f} ({found[part] / total:.0%})" for found, total, _ in columns.values())
         table.add_row(part, *cells)
     table.add_section()
@@ -373,6 +376,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--time-limit", type=float, default=40.0, help="seconds a contender; slower ones: fewer rounds")
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="contenders whose names have one of these texts")
     parser.add_argument("--unsloth", metavar="PYTHON", help="an interpreter that has Unsloth")
     parser.add_argument("--serve", choices=STEPS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
