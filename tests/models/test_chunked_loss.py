@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from qlora.models.chunked_loss import ChunkedLoss, chunked_loss, learnt_positions, why_not_chunked
+from qlora.models.chunked_loss import ChunkedLoss, backbone_of, chunked_loss, learnt_positions, why_not_chunked
 
 SIZES = {
     "vocab_size": 97,
@@ -43,20 +43,32 @@ def batch(width=11):
     return ids, labels
 
 
+def freeze_head(model):
+    """Leaves only what is below the head to train."""
+    inside = {id(p) for p in backbone_of(model).parameters()} - {
+        id(p) for p in model.get_input_embeddings().parameters()
+    }
+    for p in model.parameters():
+        p.requires_grad_(id(p) in inside)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("chunk", [1, 5, 7, 256])
 @pytest.mark.parametrize("name", MODELS)
-def test_loss_and_gradients_are_the_models_own(name, chunk):
+def test_loss_and_gradients_are_the_models_own(name, chunk, frozen):
     """In float64, where another order of sums changes only the last digits."""
     ids, labels = batch()
     results = []
     for in_chunks in (False, True):
         model = build(name, torch.float64)
+        if frozen:
+            freeze_head(model)
         if in_chunks:
             positions = learnt_positions(labels)
             loss = chunked_loss(model, labels, positions, len(positions), chunk, input_ids=ids)
         else:
             loss = model(input_ids=ids, labels=labels, use_cache=False).loss
-        loss.backward()
+        (3 * loss).backward()
         results.append((loss.double(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
     (own, own_gradients), (ours, gradients) = results
     # Both losses round the logits to float32 before the cross entropy.
@@ -64,6 +76,26 @@ def test_loss_and_gradients_are_the_models_own(name, chunk):
     assert gradients.keys() == own_gradients.keys()
     for key, gradient in gradients.items():
         torch.testing.assert_close(gradient, own_gradients[key], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(("trains", "calls"), [("head", 2), ("embeddings", 2), ("backbone", 1), ("float16", 2)])
+def test_a_frozen_head_runs_once_for_each_chunk(trains, calls):
+    """Again in the backward only if something other than its input needs a gradient, or float16 needs a scaled loss."""
+    model = build("Llama", torch.float16 if trains == "float16" else torch.float32)
+    freeze_head(model)
+    if trains == "head":
+        model.lm_head.weight.requires_grad_(True)
+    if trains == "embeddings":
+        model.get_input_embeddings().weight.requires_grad_(True)
+    ids, labels = batch()
+    positions = learnt_positions(labels)
+    count = []
+    model.lm_head.register_forward_hook(lambda *args: count.append(1))
+    chunked_loss(model, labels, positions, len(positions), 5, input_ids=ids).backward()
+    assert len(count) == calls * -(-len(positions) // 5)
+    with torch.no_grad():
+        chunked_loss(model, labels, positions, len(positions), 5, input_ids=ids)
+    assert len(count) == (calls + 1) * -(-len(positions) // 5)
 
 
 @pytest.mark.parametrize("name", MODELS)

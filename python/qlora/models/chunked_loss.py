@@ -1,19 +1,21 @@
 """Computes a causal language model's loss in chunks of a few hundred tokens, without storing all logits at once.
 
 The float32 logits [tokens, vocabulary] and their gradient are the largest tensors of a training step (Llama-3 at 8,192
-tokens: 4.2 GB each). Here ``torch.utils.checkpoint`` computes a chunk of them in the forward and again in the backward.
+tokens: 4.2 GB each). Here a chunk of them exists at a time. If the head is frozen, the forward computes a chunk's
+gradient too, so the backward only scales it; otherwise ``torch.utils.checkpoint`` computes the chunk once more there.
 Each chunk goes through the model's own forward, with the backbone replaced by its stored output, so everything that the
 model does to its logits (softcapping, scales, a transform before the head) is included. docs/guides/fine-tune.md
 compares this with the chunked losses of TRL and torch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 256  # tokens; 131 MB of float32 logits with a vocabulary of 128,256
@@ -39,6 +41,43 @@ def backbone_of(model: Any) -> nn.Module | None:
     return backbone if isinstance(backbone, nn.Module) and backbone is not model else None
 
 
+def _is_frozen(model: Any, hidden: Tensor) -> bool:
+    """Whether the loss of ``model``'s head has no gradient but that of its input.
+
+    Not in float16, where a small gradient needs the scale of the loss, nor where the head is sharded.
+    """
+    inside = {id(p) for p in backbone_of(model).parameters()}  # type: ignore[union-attr]
+    embeddings = model.get_input_embeddings()
+    tied = {id(p) for p in embeddings.parameters()} if embeddings is not None else set()
+    head = [p for p in model.parameters() if id(p) not in inside or id(p) in tied]
+    return hidden.dtype != torch.float16 and all(not p.requires_grad and not hasattr(p, "device_mesh") for p in head)
+
+
+class _LossAndGradient(torch.autograd.Function):
+    """The sum of ``loss_of(part, target)`` over chunks; its gradient is computed along with it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, wanted: Tensor, chunk: int, loss_of: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        total = hidden.new_zeros((), dtype=torch.float32)
+        gradient = torch.empty_like(hidden)
+        for part, target, grad in zip(hidden.split(chunk), wanted.split(chunk), gradient.split(chunk), strict=True):
+            with torch.enable_grad():
+                leaf = part.detach().requires_grad_()
+                loss = loss_of(leaf, target)
+            grad.copy_(torch.autograd.grad(loss, leaf)[0])
+            total = total + loss.detach()
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad_total).to(gradient.dtype), None, None, None
+
+
 def chunked_loss(
     model: Any, labels: Tensor, positions: Tensor, tokens: Tensor | int, chunk: int = CHUNK, **inputs: Any
 ) -> Tensor:
@@ -60,6 +99,8 @@ def chunked_loss(
             logits = model(inputs_embeds=part.unsqueeze(0), use_cache=False).logits
         return F.cross_entropy(logits[0].float(), target, reduction="sum")
 
+    if torch.is_grad_enabled() and hidden.requires_grad and _is_frozen(model, hidden):
+        return _LossAndGradient.apply(hidden, wanted, chunk, loss_of) / tokens
     total = hidden.new_zeros((), dtype=torch.float32)
     for part, target in zip(hidden.split(chunk), wanted.split(chunk), strict=True):
         total = total + checkpoint(loss_of, part, target, use_reentrant=False)
