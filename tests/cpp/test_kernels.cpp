@@ -1,89 +1,91 @@
-// Tests every CPU kernel of every ISA that this machine runs against the scalar reference, and indices beyond 2^31
-// without allocating that much memory.
+// Tests every CPU kernel of every ISA that this machine runs: codes and scales against the reference or the scalar
+// kernels, bit for bit, and indices beyond 2^31 without allocating that much memory. test_products.cpp and
+// test_tiles.cpp test products. Arguments are the levels that the machine is expected to run.
 #include <sys/mman.h>
 
-#include <cstdio>
-#include <cstring>
-#include <random>
-#include <string>
-#include <vector>
+#include <algorithm>
+#include <cstdlib>
 
 #include "cpu/isa/dispatch.h"
-#include "cpu/quantize/double_quantize.h"
-#include "cpu/select.h"
 #include "format/dynamic_map.h"
-#include "format/half.h"
-#include "format/quant_type_names.h"
-#include "reference/reference.h"
+#include "testing.h"
 
 namespace {
 
 using namespace qlora;
 using namespace qlora::cpu;
-
-struct NamedType {
-  std::string name;
-  QuantType type;
-};
-std::vector<NamedType> quant_types() {
-  std::vector<NamedType> types;
-  for (int i = 0; i < kQuantTypeCount; ++i) types.push_back({quant_type_name(quant_type_at(i)), quant_type_at(i)});
-  return types;
-}
-
-int checks = 0, failures = 0;
-
-void expect(bool holds, const std::string& what) {
-  ++checks;
-  if (holds) return;
-  ++failures;
-  if (failures <= 20) std::printf("FAILED: %s\n", what.c_str());
-}
-
-std::vector<float> normal(int64_t count, unsigned seed) {
-  std::mt19937 generator(seed);
-  std::normal_distribution<float> distribution;
-  std::vector<float> x(static_cast<size_t>(count));
-  for (float& v : x) v = distribution(generator);
-  return x;
-}
-
-// Scratch memory filled with nan at each call, so that a kernel that reads before it writes gives nan.
-float* scratch(int64_t floats) {
-  static std::vector<float> memory;
-  memory.assign(static_cast<size_t>(floats) + 16, NAN);
-  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t{63});
-}
-
-WeightView view(const reference::Quantized& q, QuantType type, int64_t n, int64_t k, int64_t block) {
-  WeightView w;
-  w.packed = q.packed.data();
-  w.absmax = q.absmax.data();
-  w.quant_type = type;
-  w.n = n;
-  w.k = k;
-  w.block_shift = log2_exact(block);
-  return w;
-}
+using namespace qlora::testing;
 
 void test_quantize(const KernelTable& kernels) {
   for (const NamedType& entry : quant_types())
     for (const int64_t block : {32, 64, 4096})
-      for (const int64_t numel : {0, 1, 63, 64, 65, 1000, 8193}) {
-        std::vector<float> weight = normal(numel, static_cast<unsigned>(numel + block));
-        if (numel >= 1000)
-          for (int i = 64; i < 128; ++i) weight[i] = 0.0f;  // a zero block
-        if (numel >= 1000) weight[200] = 1e-42f;            // subnormal
-        const reference::Quantized expected = reference::quantize(weight, block, entry.type);
-        reference::Quantized actual{std::vector<uint8_t>(expected.packed.size()),
-                                    std::vector<float>(expected.absmax.size())};
-        const QuantizeParams p{weight.data(),        DType::kFloat32,     numel, block, entry.type, true,
-                               actual.packed.data(), actual.absmax.data()};
-        const int64_t bad = kernels.quantize(p, 0, ceil_div(numel, block));
-        const std::string name = std::string(kernels.isa) + " quantize " + entry.name + " block " +
-                                 std::to_string(block) + " numel " + std::to_string(numel);
-        expect(bad == -1 && actual.packed == expected.packed && actual.absmax == expected.absmax, name);
-      }
+      for (const int64_t numel : {0, 1, 63, 64, 65, 1000, 8193})
+        for (const DType dtype : kFloatTypes) {
+          std::vector<float> values = normal(numel, static_cast<unsigned>(numel + block));
+          if (numel >= 1000)
+            for (int i = 64; i < 128; ++i) values[i] = 0.0f;  // a zero block
+          if (numel >= 1000) values[200] = 1e-42f;            // subnormal
+          const Array weight(dtype, values);
+          for (int64_t i = 0; i < numel; ++i) values[i] = weight[i];
+          const reference::Quantized expected = reference::quantize(values, block, entry.type);
+          reference::Quantized actual{std::vector<uint8_t>(expected.packed.size()),
+                                      std::vector<float>(expected.absmax.size())};
+          const QuantizeParams p{weight.data(),       dtype, numel, block, entry.type, true, actual.packed.data(),
+                                 actual.absmax.data()};
+          bool fine = true;
+          in_two_ranges(ceil_div(numel, block),
+                        [&](int64_t begin, int64_t end) { fine = fine && kernels.quantize(p, begin, end) == -1; });
+          expect(fine && actual.packed == expected.packed && actual.absmax == expected.absmax,
+                 name_of(kernels, "quantize ", entry.name, " block ", block, " numel ", numel));
+        }
+}
+
+// Numbers on every threshold and next to it: a tie takes the lower code, or the even one for int4.
+void test_codes_next_to_thresholds(const KernelTable& kernels) {
+  for (const NamedType& entry : quant_types()) {
+    std::vector<float> points(kFp4Thresholds, kFp4Thresholds + 7);
+    std::vector<float> levels(codebook(entry.type), codebook(entry.type) + kLevels);
+    std::sort(levels.begin(), levels.end());
+    for (int i = 0; i + 1 < kLevels; ++i) points.push_back((levels[i] + levels[i + 1]) / 2);
+    for (int i = 0; i <= 14; ++i) points.push_back(static_cast<float>(i) / 14.0f);
+    std::vector<float> weight;
+    for (const float point : points)
+      for (const float sign : {-1.0f, 1.0f})
+        for (const float x : {std::nextafter(point, -2.0f), point, std::nextafter(point, 2.0f)}) {
+          if (weight.size() % 32 == 0) weight.push_back(1.0f);  // the largest magnitude of the block
+          weight.push_back(sign * std::min(x, 1.0f));
+        }
+    const auto numel = static_cast<int64_t>(weight.size());
+    const reference::Quantized expected = reference::quantize(weight, 32, entry.type);
+    reference::Quantized actual{std::vector<uint8_t>(expected.packed.size()),
+                                std::vector<float>(expected.absmax.size())};
+    kernels.quantize(
+        {weight.data(), DType::kFloat32, numel, 32, entry.type, true, actual.packed.data(), actual.absmax.data()}, 0,
+        ceil_div(numel, 32));
+    expect(actual.packed == expected.packed, name_of(kernels, "codes next to thresholds of ", entry.name));
+  }
+}
+
+// Without the check, nan never wins a maximum and gets the lowest code, quiet or signaling; the same on every ISA.
+void test_unchecked_nan_and_inf(const KernelTable& kernels) {
+  for (const NamedType& entry : quant_types()) {
+    std::vector<float> weight = normal(320, 9);
+    weight[3] = float_of(0x7FC00000u);
+    weight[70] = float_of(0x7FA00001u);
+    weight[130] = float_of(0xFFC00000u);
+    weight[200] = INFINITY;
+    for (int i = 256; i < 320; ++i) weight[i] = NAN;
+    std::vector<uint8_t> packed[2];
+    std::vector<float> absmax[2];
+    for (int i = 0; i < 2; ++i) {
+      packed[i].resize(160);
+      absmax[i].resize(5);
+      const QuantizeParams p{weight.data(),    DType::kFloat32, 320, 64, entry.type, false,
+                             packed[i].data(), absmax[i].data()};
+      (i == 0 ? *kScalarTable : kernels).quantize(p, 0, 5);
+    }
+    expect(packed[0] == packed[1] && absmax[0] == absmax[1], name_of(kernels, "unchecked nan of ", entry.name));
+  }
 }
 
 void test_quantize_names_the_first_bad_value(const KernelTable& kernels) {
@@ -98,22 +100,23 @@ void test_quantize_names_the_first_bad_value(const KernelTable& kernels) {
 }
 
 template <class T>
-void test_dequantize_typed(const KernelTable& kernels, DType dtype) {
-  for (const NamedType& entry : quant_types()) {
-    const int64_t n = 7, k = 75, block = 32;
-    const reference::Quantized q = reference::quantize(normal(n * k, 3), block, entry.type);
-    const WeightView w = view(q, entry.type, n, k, block);
-    std::vector<T> out(static_cast<size_t>(n * k));
-    const DequantizeParams p{w, out.data(), dtype};
-    kernels.dequantize(p, 0, 38);  // split in the middle of a block and of a vector
-    kernels.dequantize(p, 38, n * k);
-    bool equal = true;
-    for (int64_t i = 0; i < n * k; ++i) {
-      const T expected = from_float<T>(reference::element(w, i));
-      equal = equal && std::memcmp(&expected, &out[i], sizeof(T)) == 0;
-    }
-    expect(equal, std::string(kernels.isa) + " dequantize " + entry.name);
-  }
+void test_dequantize(const KernelTable& kernels, DType dtype) {
+  for (const NamedType& entry : quant_types())
+    for (const int64_t block : {32, 64, 512})
+      for (const bool nested : {false, true}) {
+        const int64_t n = 7, k = 275;
+        const Weight weight(n, k, block, entry.type, nested);
+        std::vector<T> out(static_cast<size_t>(n * k));
+        const DequantizeParams p{weight.view, out.data(), dtype};
+        kernels.dequantize(p, 0, 38);  // split in the middle of a block and of a vector
+        kernels.dequantize(p, 38, n * k);
+        bool equal = true;
+        for (int64_t i = 0; i < n * k; ++i) {
+          const T expected = from_float<T>(reference::element(weight.view, i));
+          equal = equal && std::memcmp(&expected, &out[i], sizeof(T)) == 0;
+        }
+        expect(equal, name_of(kernels, "dequantize ", entry.name, " block ", block, nested ? " nested" : ""));
+      }
 }
 
 // Floats between two adjacent 16-bit numbers must round as IEEE requires, on every ISA. The weight 1.0 (code 15 of NF4)
@@ -128,6 +131,8 @@ void test_rounding_to_16_bit(const KernelTable& kernels) {
   absmax.push_back(65519.9f);
   absmax.push_back(65520.0f);
   absmax.push_back(INFINITY);
+  absmax.push_back(float_of(0x7F800001u));  // a signaling nan, and one that a carry would turn into -0
+  absmax.push_back(float_of(0x7FFFFFFFu));
   const int64_t blocks = static_cast<int64_t>(absmax.size()), block = 32;
   const std::vector<uint8_t> packed(static_cast<size_t>(blocks * block / 2), 0xFF);
   WeightView w;
@@ -157,62 +162,6 @@ void test_rounding_to_16_bit(const KernelTable& kernels) {
   expect(bf16_equal, std::string(kernels.isa) + " rounding to bfloat16");
   expect(fp16_equal, std::string(kernels.isa) + " rounding to float16");
   expect(fp16_nearest, "float16 conversion rounds to nearest even");
-}
-
-void test_forward(const KernelTable& kernels) {
-  struct Shape {
-    int64_t n, k, block;
-  };
-  const QuantType type = QuantType::kNf4;
-  for (const auto& [n, k, block] : {Shape{37, 96, 64},
-                                    {129, 1056, 32},
-                                    {5, 75, 64},
-                                    {1, 1, 64},
-                                    {70, 4128, 64},
-                                    {9, 576, 64},
-                                    {37, 128, 32},
-                                    {3, 8192, 4096},
-                                    {11, 640, 128}})
-    for (const int64_t m : {1, 2, 3, 8, 9, 100}) {
-      const reference::Quantized q = reference::quantize(normal(n * k, 5), block, type);
-      const WeightView w = view(q, type, n, k, block);
-      const std::vector<float> x = normal(m * k, 6);
-      std::vector<double> expected, bound;
-      reference::matmul(w, x, m, expected, bound);
-      std::vector<float> y(static_cast<size_t>(m * n));
-      if (m <= kGemvTokens) {
-        std::vector<float> plain(static_cast<size_t>(m * k)), words(static_cast<size_t>(m * kernels.words_floats(k)));
-        const bool use_words = select_forward(m, k, nullptr) == ForwardKernel::kGemvWords;
-        kernels.pack_words({x.data(), DType::kFloat32, k, plain.data(), use_words ? words.data() : nullptr}, 0, m);
-        GemvParams p{};
-        p.weight = w;
-        p.m = m;
-        p.x_plain = plain.data();
-        p.x_words = use_words ? words.data() : nullptr;
-        p.y = y.data();
-        kernels.gemv(p, 0, n, scratch(kernels.gemv_scratch(p)));
-      } else {
-        std::vector<float> columns(static_cast<size_t>(kernels.packed_floats(m, k)));
-        kernels.pack({x.data(), DType::kFloat32, k, false, m, k, columns.data()}, 0, ceil_div(m, kernels.tile_cols));
-        Term term;
-        term.operand.packed = &w;
-        term.columns = columns.data();
-        term.steps = k;
-        GemmParams p;
-        p.terms = &term;
-        p.rows = n;
-        p.cols = m;
-        p.out = y.data();
-        p.out_ld = n;
-        kernels.gemm(p, 0, kernels.gemm_items(p), scratch(kernels.gemm_scratch(p)));
-      }
-      bool near =
-          true;  // sums of k rounded products in any order have errors up to (k + 2) u * sum of absolute products
-      for (size_t i = 0; i < y.size(); ++i)
-        near = near && std::fabs(y[i] - expected[i]) <= (k + 2) * 0x1p-24 * bound[i];
-      expect(near, std::string(kernels.isa) + " forward n=" + std::to_string(n) + " k=" + std::to_string(k) +
-                       " m=" + std::to_string(m));
-    }
 }
 
 // Reserves address space; only pages that are accessed use memory.
@@ -290,7 +239,9 @@ void test_indices_beyond_32_bits(const KernelTable& kernels) {
 void test_calibration(const KernelTable& kernels) {
   const KernelTable& plain = *kScalarTable;
   const int64_t n = 131, k = 45, block = 32, blocks = ceil_div(n * k, block), panels = ceil_div(n, kFeedbackRows);
-  const std::vector<float> weight = normal(n * k, 7), importance(static_cast<size_t>(k), 0.5f);
+  const std::vector<float> weight = normal(n * k, 7);
+  std::vector<float> importance = normal(k, 10);
+  for (float& v : importance) v = v * v;
   const std::vector<float> feedback = normal(k * k, 8);
   std::vector<int64_t> order(static_cast<size_t>(k));
   for (int64_t i = 0; i < k; ++i) order[static_cast<size_t>(i)] = (i * 7) % k;
@@ -340,37 +291,58 @@ void test_double_quantize_of_equal_scales_is_exact() {
   expect(scale_of_block(w, 0) == 1.5f && scale_of_block(w, 299) == 1.5f, "equal scales survive double quantization");
 }
 
-void test_unknown_isa_is_reported() {
-  setenv(kIsaVariable, "sse9", 1);
-  const char* bad = nullptr;
-  expect(active_table(&bad) == nullptr && std::string(bad) == "sse9", "unknown QLORA_CPU_ISA");
-  setenv(kIsaVariable, "scalar", 1);
-  expect(std::string(active_table(&bad)->isa) == "scalar", "QLORA_CPU_ISA caps the level");
-  unsetenv(kIsaVariable);
+void test_choice_of_the_isa(const std::vector<std::string>& runnable) {
+  const auto active = [](const char* name) {
+    setenv(kIsaVariable, name, 1);
+    const char* bad = nullptr;
+    const KernelTable* table = active_table(&bad);
+    unsetenv(kIsaVariable);
+    return table != nullptr ? std::string(table->isa) : "unknown: " + std::string(bad);
+  };
+  expect(active("sse9") == "unknown: sse9", "unknown QLORA_CPU_ISA");
+  const std::string preferred = isa_name(preferred_isa());
+  expect(active("") == preferred, "an empty QLORA_CPU_ISA");
+  for (int i = 0; i < kIsaCount; ++i) {
+    const char* name = isa_name(static_cast<Isa>(i));
+    const bool runs = std::find(runnable.begin(), runnable.end(), name) != runnable.end();
+    expect(active(name) == (runs ? name : preferred), std::string("QLORA_CPU_ISA=") + name);
+    expect(std::string(kIsaChoices).find(name) != std::string::npos, std::string(name) + " is a choice in messages");
+  }
+}
+
+void test_table(const KernelTable& kernels) {
+  test_quantize(kernels);
+  test_codes_next_to_thresholds(kernels);
+  test_quantize_names_the_first_bad_value(kernels);
+  test_unchecked_nan_and_inf(kernels);
+  test_dequantize<float>(kernels, DType::kFloat32);
+  test_dequantize<bf16>(kernels, DType::kBFloat16);
+  test_dequantize<fp16>(kernels, DType::kFloat16);
+  test_rounding_to_16_bit(kernels);
+  test_calibration(kernels);
+  test_products(kernels);
+  test_indices_beyond_32_bits(kernels);
 }
 
 }  // namespace
 
-int main() {
-  std::vector<const KernelTable*> tables;
-  for (int i = 0; i < kIsaCount; ++i) tables.push_back(table_of(static_cast<Isa>(i)));
-  if (table_of(Isa::kAvx2) != nullptr)
-    tables.push_back(has_one_shuffle_port() ? kAvx2Table : kAvx2OneShufflePortTable);  // that of other processors
-  for (const KernelTable* kernels : tables) {
+int main(int count, char** arguments) {
+  std::vector<std::string> runnable;
+  std::string names;
+  for (int i = 0; i < kIsaCount; ++i) {
+    const KernelTable* kernels = table_of(static_cast<Isa>(i));
     if (kernels == nullptr) continue;
-    test_quantize(*kernels);
-    test_quantize_names_the_first_bad_value(*kernels);
-    test_dequantize_typed<float>(*kernels, DType::kFloat32);
-    test_dequantize_typed<bf16>(*kernels, DType::kBFloat16);
-    test_dequantize_typed<fp16>(*kernels, DType::kFloat16);
-    test_rounding_to_16_bit(*kernels);
-    test_calibration(*kernels);
-    test_forward(*kernels);
-    test_indices_beyond_32_bits(*kernels);
+    runnable.emplace_back(isa_name(static_cast<Isa>(i)));
+    names += runnable.back() + " ";
+    expect(kernels->isa == runnable.back(), "the table of " + runnable.back() + " has its name");
+    test_table(*kernels);
   }
+  if (table_of(Isa::kAvx2) != nullptr)  // that of other processors
+    test_table(has_one_shuffle_port() ? *kAvx2Table : *kAvx2OneShufflePortTable);
   test_dynamic_map_is_sorted_and_symmetric();
   test_double_quantize_of_equal_scales_is_exact();
-  test_unknown_isa_is_reported();
-  std::printf("%d passed, %d failed\n", checks - failures, failures);
+  test_choice_of_the_isa(runnable);
+  if (count > 1) expect(runnable == std::vector<std::string>(arguments + 1, arguments + count), "levels: " + names);
+  std::printf("%s: %d passed, %d failed\n", names.c_str(), checks - failures, failures);
   return failures == 0 ? 0 : 1;
 }

@@ -7,10 +7,10 @@
 namespace qlora::cpu {
 
 inline constexpr const char* kIsaVariable = "QLORA_CPU_ISA";
-inline constexpr const char* kIsaChoices = "scalar, avx2, avx512, avx512bf16 or amx";  // for messages
+inline constexpr const char* kIsaChoices = "scalar, avx2, avx512, avx512bf16, amx or neon";  // for messages
 
 // Reads the variable at every call, so that one process can compare levels. If the variable names no level, `bad_value`
-// receives its text and the result is null. A level above the machine's is ignored.
+// receives its text and the result is null. A level that this machine does not run is ignored.
 const KernelTable* active_table(const char** bad_value);
 
 // The table of a level, or null if this build or machine cannot run it.

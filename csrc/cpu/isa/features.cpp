@@ -13,7 +13,7 @@
 
 namespace qlora::cpu {
 namespace {
-constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512", "avx512bf16", "amx"};
+constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512", "avx512bf16", "amx", "neon"};
 
 #if defined(__x86_64__)
 // Tile registers hold 8 KiB of state; Linux saves them only for processes that request permission.
@@ -64,6 +64,8 @@ Isa detect_isa() {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx512 && has_avx512bf16()) return has_bfloat16_tiles() ? Isa::kAmx : Isa::kAvx512Bf16;
   return avx512 ? Isa::kAvx512 : avx2 ? Isa::kAvx2 : Isa::kScalar;
+#elif defined(__aarch64__)
+  return Isa::kNeon;  // every 64-bit ARM processor has it
 #else
   return Isa::kScalar;
 #endif

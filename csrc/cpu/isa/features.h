@@ -3,8 +3,10 @@
 
 namespace qlora::cpu {
 
-enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
-inline constexpr int kIsaCount = 5;
+// The levels of each architecture form a ladder: x86-64 has kScalar to kAmx, 64-bit ARM kScalar and kNeon. A level
+// includes those below it on its ladder.
+enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4, kNeon = 5 };
+inline constexpr int kIsaCount = 6;
 
 const char* isa_name(Isa isa);
 

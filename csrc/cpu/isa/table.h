@@ -179,5 +179,6 @@ extern const KernelTable* const kAvx2OneShufflePortTable;  // see has_one_shuffl
 extern const KernelTable* const kAvx512Table;
 extern const KernelTable* const kAvx512Bf16Table;
 extern const KernelTable* const kAmxTable;
+extern const KernelTable* const kNeonTable;
 
 }  // namespace qlora::cpu
