@@ -321,6 +321,7 @@ void test_table(const KernelTable& kernels) {
   test_rounding_to_16_bit(kernels);
   test_calibration(kernels);
   test_products(kernels);
+  test_tiles(kernels);
   test_indices_beyond_32_bits(kernels);
 }
 
