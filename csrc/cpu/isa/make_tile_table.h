@@ -1,4 +1,5 @@
-// Fills a table with the kernels on tiles of bfloat16; included once each by isa_amx.cpp and isa_avx512bf16.cpp.
+// Fills a table with the kernels on tiles of bfloat16; included once each by isa_amx.cpp,
+// isa_avx512bf16.cpp and isa_neonbf16.cpp.
 #pragma once
 
 #include "cpu/isa/make_table.h"
@@ -30,7 +31,7 @@ constexpr TileKernels make_tile_kernels(int64_t gemv_tokens, int64_t grouped_ada
 }
 
 constexpr KernelTable make_tile_table(const char* isa, const TileKernels* tiles) {
-  KernelTable t = make_table<VecAvx512>();
+  KernelTable t = make_table<Vec>();
   t.isa = isa;
   t.tiles = tiles;
   return t;

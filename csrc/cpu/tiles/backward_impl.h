@@ -25,23 +25,22 @@ int64_t backward_scratch(const BackwardTilesParams& p) {
 
 // Stores two rows of 128 columns as row `pair` of eight column tiles, `pitch` bytes apart. Column c of tile 2s + h is
 // column 32 (c / 4) + 16 h + 4 (c % 4) + s of the chunk if by_nibble; else column c of tile t is column 16 t + c.
-QLORA_INLINE void store_pair(const __m512i (&even)[4], const __m512i (&odd)[4], bool by_nibble, uint8_t* out,
+QLORA_INLINE void store_pair(const Words (&even)[4], const Words (&odd)[4], bool by_nibble, uint8_t* out,
                              int64_t pitch) {
   for (int s = 0; s < 4; ++s) {
-    __m512i first, second;
+    Words first, second;
     if (by_nibble) {
-      first = _mm512_unpacklo_epi16(even[s], odd[s]);
-      second = _mm512_unpackhi_epi16(even[s], odd[s]);
+      pair_eights(even[s], odd[s], first, second);
     } else {
       pair_rows(even[s], odd[s], first, second);
     }
-    _mm512_store_si512(out + 2 * s * pitch, first);
-    _mm512_store_si512(out + (2 * s + 1) * pitch, second);
+    store_words(out + 2 * s * pitch, first);
+    store_words(out + (2 * s + 1) * pitch, second);
   }
 }
 
 // Unpacks one step of the reduction (32 rows of W) for `count` chunks of columns.
-void unpack_pairs(const BackwardTilesParams& p, __m512 levels, int64_t step, int64_t chunk0, int64_t count,
+void unpack_pairs(const BackwardTilesParams& p, Vec::Table levels, int64_t step, int64_t chunk0, int64_t count,
                   uint8_t* out, int64_t pitch) {
   const WeightView& w = p.weight;
   const int64_t col0 = chunk0 * kChunk;
@@ -54,7 +53,7 @@ void unpack_pairs(const BackwardTilesParams& p, __m512 levels, int64_t step, int
     for (int64_t c = 0; c < count; ++c) {
       const int64_t col = col0 + c * kChunk;
       const bool whole = col + kChunk <= w.k;
-      __m512i words[2][4] = {};
+      Words words[2][4] = {};
       for (int i = 0; i < 2; ++i) {
         if (row + i >= w.n) continue;
         if (p.by_nibble) {
@@ -78,7 +77,7 @@ void pack_low_rank_columns(const BackwardTilesParams& p, int64_t chunk, uint8_t*
     std::memset(out + t * pitch, 0, static_cast<size_t>(all_low_rank_steps(p) * kTileBytes));
   for (int64_t a = 0; a < p.adapters.count; ++a, out += low_rank_steps(p.r, p.lora_dtype) * kTileBytes)
     for (int64_t pair = 0; pair < ranks * kTile / 2; ++pair) {
-      __m512i high[2][4], low[2][4];
+      Words high[2][4], low[2][4];
       for (int i = 0; i < 2; ++i) {
         const int64_t rank = 2 * pair + i, from = p.adapters.id(a) * p.adapter_stride + rank * p.weight.k + col;
         load_chunk(p.lora_a, p.lora_dtype, rank < p.r ? from : 0, rank < p.r ? count : 0, p.by_nibble, high[i], low[i]);
@@ -98,33 +97,10 @@ void store_columns(const BackwardTilesParams& p, const float* c, int64_t token0,
   const int64_t k = p.weight.k, col = chunk * kChunk, tokens = min_i64(kTile, p.m - token0);
   for (int64_t t = 0; t < tokens; ++t) {
     auto* dx = static_cast<uint16_t*>(p.dx) + row_of_token(p.out_row_of, token0 + t) * k + col;
-    __m512 natural[8];
-    for (int i = 0; i < 8; ++i) natural[i] = _mm512_loadu_ps(c + i * kTileFloats + t * 16);
-    if (p.by_nibble) {
-      __m512 out[8];
-      for (int h = 0; h < 2; ++h) {
-        const __m512 a = natural[h], b = natural[2 + h], d = natural[4 + h], e = natural[6 + h];
-        const __m512 ab_low = _mm512_unpacklo_ps(a, b), ab_high = _mm512_unpackhi_ps(a, b);
-        const __m512 de_low = _mm512_unpacklo_ps(d, e), de_high = _mm512_unpackhi_ps(d, e);
-        const auto join = [](__m512 x, __m512 y, bool upper) {
-          const __m512d v = upper ? _mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y))
-                                  : _mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y));
-          return _mm512_castpd_ps(v);
-        };
-        // 128-bit lane l of r<i> holds columns 32 l + 16 h + 4 i … + 3.
-        const __m512 r0 = join(ab_low, de_low, false), r1 = join(ab_low, de_low, true);
-        const __m512 r2 = join(ab_high, de_high, false), r3 = join(ab_high, de_high, true);
-        const __m512 r01_even = _mm512_shuffle_f32x4(r0, r1, 0x88), r01_odd = _mm512_shuffle_f32x4(r0, r1, 0xDD);
-        const __m512 r23_even = _mm512_shuffle_f32x4(r2, r3, 0x88), r23_odd = _mm512_shuffle_f32x4(r2, r3, 0xDD);
-        out[h] = _mm512_shuffle_f32x4(r01_even, r23_even, 0x88);
-        out[4 + h] = _mm512_shuffle_f32x4(r01_even, r23_even, 0xDD);
-        out[2 + h] = _mm512_shuffle_f32x4(r01_odd, r23_odd, 0x88);
-        out[6 + h] = _mm512_shuffle_f32x4(r01_odd, r23_odd, 0xDD);
-      }
-      for (int i = 0; i < 8; ++i) natural[i] = out[i];
-    }
-    for (int q = 0; q < 4; ++q)
-      _mm512_mask_storeu_epi16(dx + 32 * q, mask32(k - col - 32 * q), round16(natural[2 * q], natural[2 * q + 1]));
+    Floats out[8];
+    for (int i = 0; i < 8; ++i) out[i] = load_floats(c + i * kTileFloats + t * 16);
+    if (p.by_nibble) natural_order(out);
+    for (int q = 0; q < 4; ++q) store16(dx + 32 * q, k - col - 32 * q, round16(out[2 * q], out[2 * q + 1]));
   }
 }
 
@@ -141,7 +117,7 @@ void backward(const BackwardTilesParams& p, int64_t begin, int64_t end, float* s
   const int64_t panel_pitch = (kChunkSteps + extra) * kTileBytes;
   auto* results = reinterpret_cast<float*>(panel + most * kChunkTiles * panel_pitch);
   const int64_t results_pitch = most * kChunkTiles * kTileFloats;
-  const __m512 levels = _mm512_loadu_ps(codebook(w.quant_type));
+  const Vec::Table levels = Vec::table(codebook(w.quant_type));
 
   for (int64_t item = begin; item < end; ++item) {
     const int64_t chunk0 = item % panels * most, count = min_i64(most, chunks - chunk0);
@@ -204,15 +180,15 @@ void factor_grad(const FactorGradParams& p, int64_t begin, int64_t end, float* s
     for (int64_t step = 0; step < steps; ++step) {
       for (int64_t pair = 0; pair < kTile; ++pair)
         for (int64_t half = 0; half < kGradFeatures / 32; ++half) {
-          __m512i row[2], words[2];
+          Words row[2], words[2];
           for (int i = 0; i < 2; ++i) {
             const int64_t token = step * kStep + 2 * pair + i;
             row[i] = token < p.m ? load16(matrix + row_of_token(p.row_of, token) * p.features + feature0 + 32 * half,
                                           features - 32 * half)
-                                 : _mm512_setzero_si512();
+                                 : zero_words();
           }
           pair_rows(row[0], row[1], words[0], words[1]);
-          for (int i = 0; i < 2; ++i) _mm512_store_si512(cols + (2 * half + i) * kTileBytes + pair * 64, words[i]);
+          for (int i = 0; i < 2; ++i) store_words(cols + (2 * half + i) * kTileBytes + pair * 64, words[i]);
         }
       for (int64_t q = 0; q < ranks; ++q)
         for (int64_t part = 0; part < 2; ++part)

@@ -17,9 +17,9 @@ void unpack_runs(const WeightView& w, int64_t row0, int64_t rows, float* row_sca
     if (w.block_shift == 6) {
       // Each block is one segment. dequantize_row_scales also writes zeros beyond the row: into the next row's scales,
       // which are written later, or into row_scales.
-      dequantize_row_scales<VecAvx512>(w, row0 + i, segments);
+      dequantize_row_scales<Vec>(w, row0 + i, segments);
     } else {
-      dequantize_row_scales<VecAvx512>(w, row0 + i, row_scales);
+      dequantize_row_scales<Vec>(w, row0 + i, row_scales);
       const int64_t first = ((row0 + i) * w.k) >> w.block_shift;
       for (int64_t g = 0; g < used; ++g)
         segments[g] = row_scales[(((row0 + i) * w.k + g * 64) >> w.block_shift) - first];
@@ -30,7 +30,7 @@ void unpack_runs(const WeightView& w, int64_t row0, int64_t rows, float* row_sca
 
 // Floats of scratch that RowUnpacker needs for `rows` rows.
 int64_t row_scales_scratch(const WeightView& w, int64_t rows) {
-  return ceil_div(rows * row_segments(w) + row_scales_floats<VecAvx512>(w.k), 16) * 16;
+  return ceil_div(rows * row_segments(w) + row_scales_floats<Vec>(w.k), 16) * 16;
 }
 
 // Unpacks parts of the rows of a panel; start() prepares the scales of the panel.
@@ -42,7 +42,7 @@ class RowUnpacker {
         segments_(row_segments(p.weight)),
         scales_(scratch),
         row_scales_(scratch + most_rows * segments_),
-        levels_(_mm512_loadu_ps(codebook(p.weight.quant_type))) {}
+        levels_(Vec::table(codebook(p.weight.quant_type))) {}
 
   void start(int64_t row0, int64_t rows) {
     row0_ = row0;
@@ -57,9 +57,9 @@ class RowUnpacker {
     for (int64_t i = begin; i < end; ++i) {
       uint8_t* to = out + (i / kTile - begin / kTile) * pitch + i % kTile * 64;
       for (int64_t c = 0; c < now / 4; ++c, to += 4 * kTileBytes) {
-        __m512i words[4] = {};
+        Words words[4] = {};
         if (i < rows_) unpack_any(row0_ + i, scales_ + i * segments_, s0 * kStep + c * kChunk, words);
-        for (int s = 0; s < 4; ++s) _mm512_store_si512(to + s * kTileBytes, words[s]);
+        for (int s = 0; s < 4; ++s) store_words(to + s * kTileBytes, words[s]);
       }
     }
   }
@@ -67,20 +67,20 @@ class RowUnpacker {
  private:
   // The path of nearly all rows: the loop has no conditions and keeps its constants in registers.
   void unpack_whole(int64_t begin, int64_t end, int64_t s0, int64_t now, uint8_t* out, int64_t pitch) const {
-    const __m512 levels = levels_;
+    const Vec::Table levels = levels_;
     const uint8_t* packed = w_.packed + ((row0_ + begin) * w_.k + s0 * kStep) / 2;
     const float* scales = scales_ + begin * segments_ + s0 / 2;
     for (int64_t i = begin; i < end; ++i, packed += w_.k / 2, scales += segments_) {
       uint8_t* to = out + (i / kTile - begin / kTile) * pitch + i % kTile * 64;
       for (int64_t c = 0; c < now / 4; ++c) {
-        __m512i words[4];
+        Words words[4];
         unpack_chunk(packed + c * kChunk / 2, true, levels, scales[2 * c], scales[2 * c + 1], words);
-        for (int s = 0; s < 4; ++s) _mm512_store_si512(to + (4 * c + s) * kTileBytes, words[s]);
+        for (int s = 0; s < 4; ++s) store_words(to + (4 * c + s) * kTileBytes, words[s]);
       }
     }
   }
 
-  void unpack_any(int64_t row, const float* scales, int64_t col, __m512i (&words)[4]) const {
+  void unpack_any(int64_t row, const float* scales, int64_t col, Words (&words)[4]) const {
     if (!by_nibble_) return unpack_natural(w_, levels_, row, col, words);
     if (col >= w_.k) return;
     const float* of_chunk = scales + col / 64;
@@ -91,39 +91,37 @@ class RowUnpacker {
   bool by_nibble_;
   int64_t segments_, row0_ = 0, rows_ = 0;
   float *scales_, *row_scales_;
-  __m512 levels_;
+  Vec::Table levels_;
 };
 
 // Packs row `row` of lora_b into low-rank steps, which are multiplied with those of the tokens.
 void pack_low_rank_row(const ForwardTilesParams& p, int64_t row, uint8_t* out) {
   const int64_t ranks = tiles_of(p.r), extra = low_rank_steps(p.r, p.lora_dtype);
-  for (int64_t s = 0; s < p.adapters.count * extra; ++s)
-    _mm512_storeu_si512(out + s * kTileBytes, _mm512_setzero_si512());
+  for (int64_t s = 0; s < p.adapters.count * extra; ++s) store_words(out + s * kTileBytes, zero_words());
   if (row >= p.weight.n) return;
   for (int64_t a = 0; a < p.adapters.count; ++a, out += extra * kTileBytes)
     for (int64_t q = 0; q < ranks; ++q) {
       const int64_t from = p.adapters.id(a) * p.adapter_stride + row * p.r + q * kTile;
-      const __m512 values = load_floats(p.lora_b, p.lora_dtype, from, p.r - q * kTile);
-      const __m256i high = round16(values), low = rest16(values, high);
+      const Floats values = load_floats(p.lora_b, p.lora_dtype, from, p.r - q * kTile);
+      const Halves high = round16(values), low = rest16(values, high);
       for (int64_t part = 0; part < low_rank_parts(p.lora_dtype); ++part) {
         const int64_t at = (part * ranks + q) * kTile;
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + at / kStep * kTileBytes + at % kStep * 2),
-                            part == 2 ? low : high);
+        store_halves(out + at / kStep * kTileBytes + at % kStep * 2, part == 2 ? low : high);
       }
     }
 }
 
 // Stores the results of up to 32 rows and 16 tokens: transposes them, adds bias and addend, and rounds.
 void store_transposed(const ForwardTilesParams& p, const float* c, int64_t c_pitch, int64_t row0, int64_t token0) {
-  __m512i low[16], high[16];
+  Words low[16], high[16];
   const int64_t rows = p.weight.n - row0, tokens = min_i64(kTile, p.m - token0);
-  for (int i = 0; i < 16; ++i) low[i] = _mm512_loadu_si512(c + 16 * i);
-  VecAvx512::transpose(low);
+  for (int i = 0; i < 16; ++i) low[i] = load_words(c + 16 * i);
+  transpose(low);
   if (rows > kTile) {
-    for (int i = 0; i < 16; ++i) high[i] = _mm512_loadu_si512(c + c_pitch + 16 * i);
-    VecAvx512::transpose(high);
+    for (int i = 0; i < 16; ++i) high[i] = load_words(c + c_pitch + 16 * i);
+    transpose(high);
   }
-  __m512 bias_low = _mm512_setzero_ps(), bias_high = bias_low;
+  Floats bias_low = zero_floats(), bias_high = bias_low;
   if (p.bias != nullptr) {
     bias_low = load_floats(p.bias, p.bias_dtype, row0, rows);
     if (rows > kTile) bias_high = load_floats(p.bias, p.bias_dtype, row0 + kTile, rows - kTile);
@@ -132,13 +130,13 @@ void store_transposed(const ForwardTilesParams& p, const float* c, int64_t c_pit
   const float* addend = p.addend != nullptr ? p.addend + row0 : nullptr;
   for (int64_t t = 0; t < tokens; ++t) {
     const int64_t at = row_of_token(p.out_row_of, token0 + t) * p.weight.n;
-    __m512 a = _mm512_add_ps(_mm512_castsi512_ps(low[t]), bias_low);
-    __m512 b = rows > kTile ? _mm512_add_ps(_mm512_castsi512_ps(high[t]), bias_high) : _mm512_setzero_ps();
+    Floats a = as_floats(low[t]) + bias_low;
+    Floats b = rows > kTile ? as_floats(high[t]) + bias_high : zero_floats();
     if (addend != nullptr) {
-      a = _mm512_add_ps(a, load_floats(addend, DType::kFloat32, at, rows));
-      if (rows > kTile) b = _mm512_add_ps(b, load_floats(addend, DType::kFloat32, at + kTile, rows - kTile));
+      a = a + load_floats(addend, DType::kFloat32, at, rows);
+      if (rows > kTile) b = b + load_floats(addend, DType::kFloat32, at + kTile, rows - kTile);
     }
-    _mm512_mask_storeu_epi16(y + at, mask32(rows), round16(a, b));
+    store16(y + at, rows, round16(a, b));
   }
 }
 

@@ -9,27 +9,15 @@
 namespace qlora::cpu {
 namespace {
 
-// Reorders 128 elements to the nibble order of unpacked weights (unpack_impl.h): out[s] holds elements 4i + s.
-QLORA_INLINE void nibble_order(const __m512i (&natural)[4], __m512i (&out)[4]) {
-  __m512i index = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 60, 56, 52, 48, 44, 40, 36, 32, 28,
-                                   24, 20, 16, 12, 8, 4, 0);
-  for (int s = 0; s < 4; ++s, index = _mm512_add_epi16(index, _mm512_set1_epi16(1))) {
-    const __m512i low = _mm512_permutex2var_epi16(natural[0], index, natural[1]);
-    const __m512i high = _mm512_permutex2var_epi16(natural[2], index, natural[3]);
-    out[s] = _mm512_inserti64x4(low, _mm512_castsi512_si256(high), 1);
-  }
-}
-
 // Loads `count` elements of a row, at most 128, from `at` on, as high and low halves; the rest of the 128 are zero.
-QLORA_INLINE void load_chunk(const void* data, DType dtype, int64_t at, int64_t count, bool by_nibble,
-                             __m512i (&high)[4], __m512i (&low)[4]) {
-  __m512i h[4], l[4];
+QLORA_INLINE void load_chunk(const void* data, DType dtype, int64_t at, int64_t count, bool by_nibble, Words (&high)[4],
+                             Words (&low)[4]) {
+  Words h[4], l[4];
   for (int q = 0; q < 4; ++q) {
-    const __m512 a = load_floats(data, dtype, at + 32 * q, count - 32 * q > 0 ? count - 32 * q : 0);
-    const __m512 b = load_floats(data, dtype, at + 32 * q + 16, count - 32 * q - 16 > 0 ? count - 32 * q - 16 : 0);
+    const Floats a = load_floats(data, dtype, at + 32 * q, count - 32 * q > 0 ? count - 32 * q : 0);
+    const Floats b = load_floats(data, dtype, at + 32 * q + 16, count - 32 * q - 16 > 0 ? count - 32 * q - 16 : 0);
     h[q] = round16(a, b);
-    const __m512 a_high = widen16(_mm512_castsi512_si256(h[q])), b_high = widen16(_mm512_extracti64x4_epi64(h[q], 1));
-    l[q] = round16(_mm512_sub_ps(a, a_high), _mm512_sub_ps(b, b_high));
+    l[q] = round16(a - widen16(lower(h[q])), b - widen16(upper(h[q])));
   }
   if (by_nibble) {
     nibble_order(h, high);
@@ -37,11 +25,6 @@ QLORA_INLINE void load_chunk(const void* data, DType dtype, int64_t at, int64_t 
   } else {
     for (int q = 0; q < 4; ++q) high[q] = h[q], low[q] = l[q];
   }
-}
-
-// Interleaves two rows of 16 ranks into the words of one row of a column tile.
-QLORA_INLINE __m512i pair_halves(__m256i even, __m256i odd) {
-  return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
 }
 
 void pack_factor_of(const PackFactorParams& p, const TileFactor& f, uint8_t* packed, int64_t begin, int64_t end) {
@@ -52,31 +35,31 @@ void pack_factor_of(const PackFactorParams& p, const TileFactor& f, uint8_t* pac
       const int64_t ranks = min_i64(kTile, f.r - q * kTile), first = chunk * kChunk;
       if (f.rank_stride == 1 && !p.as_rows) {  // the matrix is [features, ranks]: column tiles need no transpose
         for (int64_t pair = 0; pair < kChunk / 2; ++pair) {
-          __m256i high[2], low[2];
+          Halves high[2], low[2];
           for (int i = 0; i < 2; ++i) {
             const int64_t feature = first + 2 * pair + i;
-            const __m512 values =
+            const Floats values =
                 load_floats(f.data, f.dtype, feature < f.features ? feature * f.feature_stride + q * kTile : 0,
                             feature < f.features ? ranks : 0);
             high[i] = round16(values);
             low[i] = rest16(values, high[i]);
           }
           uint8_t* to = out + pair / 16 * kTileBytes + pair % 16 * 64;
-          _mm512_storeu_si512(to, pair_halves(high[0], high[1]));
-          if (splits == 2) _mm512_storeu_si512(to + pitch, pair_halves(low[0], low[1]));
+          store_words(to, pair_halves(high[0], high[1]));
+          if (splits == 2) store_words(to + pitch, pair_halves(low[0], low[1]));
         }
         continue;
       }
-      __m512i high[16][4], low[16][4];
+      Words high[16][4], low[16][4];
       for (int64_t i = 0; i < kTile; ++i)
         load_chunk(f.data, f.dtype, i < ranks ? (q * kTile + i) * f.rank_stride + first : 0,
                    i < ranks ? min_i64(kChunk, f.features - first) : 0, p.by_nibble, high[i], low[i]);
       for (int s = 0; s < 4; ++s)
         for (int part = 0; part < splits; ++part) {
-          __m512i rows[16];
+          Words rows[16];
           for (int i = 0; i < 16; ++i) rows[i] = part == 0 ? high[i][s] : low[i][s];
-          if (!p.as_rows) VecAvx512::transpose(rows);
-          for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + part * pitch + s * kTileBytes + i * 64, rows[i]);
+          if (!p.as_rows) transpose(rows);
+          for (int i = 0; i < 16; ++i) store_words(out + part * pitch + s * kTileBytes + i * 64, rows[i]);
         }
     }
 }
@@ -93,23 +76,21 @@ void pack_factor(const PackFactorParams& p, int64_t begin, int64_t end) {
 // Packs 16 tokens of x [m, k] from `first` on into column tiles.
 void pack_columns(const uint16_t* x, int64_t m, int64_t k, const int64_t* row_of, int64_t first, bool by_nibble,
                   uint8_t* out) {
-  const __m512i lanes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
   const int64_t tokens = min_i64(kTile, m - first);
   const uint16_t* row[kTile];
   for (int64_t t = 0; t < tokens; ++t) row[t] = x + row_of_token(row_of, first + t) * k;
   for (int64_t c = 0; c < ceil_div(k, kChunk); ++c)
     for (int q = 0; q < 4; ++q) {
       const int64_t at = c * kChunk + 32 * q;
-      __m512i rows[16];
-      for (int64_t t = 0; t < kTile; ++t) {
-        rows[t] = t < tokens ? load16(row[t] + at, k - at) : _mm512_setzero_si512();
-        if (by_nibble) rows[t] = _mm512_shuffle_epi8(rows[t], lanes);
-      }
-      VecAvx512::transpose(rows);
+      Words rows[16];
+      for (int64_t t = 0; t < kTile; ++t) rows[t] = t < tokens ? load16(row[t] + at, k - at) : zero_words();
+      if (by_nibble)
+        for (int t = 0; t < kTile; ++t) rows[t] = nibble_pairs(rows[t]);
+      transpose(rows);
       for (int i = 0; i < 16; ++i) {
         // If by_nibble, word i belongs to step i % 4 and holds elements of 8j … 8j + 7, where j = 4q + i / 4.
         const int step = by_nibble ? i % 4 : q, row = by_nibble ? 4 * q + i / 4 : i;
-        _mm512_storeu_si512(out + (c * 4 + step) * kTileBytes + row * 64, rows[i]);
+        store_words(out + (c * 4 + step) * kTileBytes + row * 64, rows[i]);
       }
     }
 }
@@ -120,8 +101,8 @@ void pack_rows(const uint16_t* x, int64_t m, int64_t k, const int64_t* row_of, i
   for (int64_t t = 0; t < kTile; ++t) {
     const uint16_t* row = t < tokens ? x + row_of_token(row_of, first + t) * k : nullptr;
     for (int64_t s = 0; s < steps_of(k); ++s)
-      _mm512_storeu_si512(out + s * kTileBytes + t * 64,
-                          row != nullptr ? load16(row + s * kStep, k - s * kStep) : _mm512_setzero_si512());
+      store_words(out + s * kTileBytes + t * 64,
+                  row != nullptr ? load16(row + s * kStep, k - s * kStep) : zero_words());
   }
 }
 
@@ -130,12 +111,12 @@ int64_t token_pitch(int64_t features, const TileFactor& factor, const TileAdapte
 }
 
 // Mask of the tokens, of 16 from `first` on, that use adapter i of those in use.
-__mmask16 tokens_with(const TileAdapters& adapters, int64_t i, int64_t first, int64_t m) {
+unsigned tokens_with(const TileAdapters& adapters, int64_t i, int64_t first, int64_t m) {
   if (adapters.adapter_of_token == nullptr) return 0xFFFF;
   unsigned mask = 0;
   for (int64_t t = 0; t < kTile && first + t < m; ++t)
     mask |= static_cast<unsigned>(adapters.adapter_of_token[first + t] == adapters.id(i)) << t;
-  return static_cast<__mmask16>(mask);
+  return mask;
 }
 
 constexpr int64_t kTileFloats = 256;
@@ -161,22 +142,22 @@ void forward_tokens(const ForwardTokensParams& p, int64_t begin, int64_t end, fl
     uint8_t* low_rank = out + steps * kTileBytes;
     std::memset(low_rank, 0, static_cast<size_t>(p.adapters.count * extra * kTileBytes));
     for (int64_t a = 0; a < p.adapters.count; ++a, low_rank += extra * kTileBytes) {
-      const __mmask16 mine = tokens_with(p.adapters, a, tile * kTile, p.m);
+      const unsigned mine = tokens_with(p.adapters, a, tile * kTile, p.m);
       if (mine == 0) continue;
-      const __m512 scale = _mm512_set1_ps(p.adapters.scale_of(a));
+      const Floats scale = spread(p.adapters.scale_of(a));
       for (int64_t q = 0; q < ranks; ++q) {
         const uint8_t* rows = p.factor_rows + a * f.packed_bytes() + q * f.splits() * steps * kTileBytes;
         for (int64_t part = 0; part < f.splits(); ++part)
           multiply<1, 1>(rows + part * steps * kTileBytes, 0, source, 0, steps, part == 0, scratch, 0);
         for (int64_t i = 0; i < kTile / 2; ++i) {  // pairs of ranks
-          const __m512 even = _mm512_maskz_mul_ps(mine, _mm512_loadu_ps(scratch + 32 * i), scale);
-          const __m512 odd = _mm512_maskz_mul_ps(mine, _mm512_loadu_ps(scratch + 32 * i + 16), scale);
-          const __m256i even_high = round16(even), odd_high = round16(odd);
-          const __m512i high = pair_halves(even_high, odd_high);
-          const __m512i low = pair_halves(rest16(even, even_high), rest16(odd, odd_high));
+          const Floats even = keep_lanes(mine, load_floats(scratch + 32 * i) * scale);
+          const Floats odd = keep_lanes(mine, load_floats(scratch + 32 * i + 16) * scale);
+          const Halves even_high = round16(even), odd_high = round16(odd);
+          const Words high = pair_halves(even_high, odd_high);
+          const Words low = pair_halves(rest16(even, even_high), rest16(odd, odd_high));
           for (int64_t part = 0; part < low_rank_parts(f.dtype); ++part) {
             const int64_t pair = (part * ranks + q) * (kTile / 2) + i;
-            _mm512_storeu_si512(low_rank + pair * 64, part == 1 ? low : high);
+            store_words(low_rank + pair * 64, part == 1 ? low : high);
           }
         }
       }
@@ -200,25 +181,24 @@ void backward_tokens(const BackwardTokensParams& p, int64_t begin, int64_t end, 
     uint8_t* low_rank = out + steps * kTileBytes;
     if (p.out != nullptr) std::memset(low_rank, 0, static_cast<size_t>(p.adapters.count * extra * kTileBytes));
     for (int64_t a = 0; a < p.adapters.count; ++a, low_rank += extra * kTileBytes) {
-      const __mmask16 mine = tokens_with(p.adapters, a, tile * kTile, p.m);
-      const __m512 scale = _mm512_set1_ps(p.adapters.scale_of(a));
+      const unsigned mine = tokens_with(p.adapters, a, tile * kTile, p.m);
+      const Floats scale = spread(p.adapters.scale_of(a));
       for (int64_t q = 0; q < ranks; ++q) {
         const uint8_t* cols = p.factor_columns + a * f.packed_bytes() + q * f.splits() * steps * kTileBytes;
         for (int64_t part = 0; part < f.splits() && mine != 0; ++part)
           multiply<1, 1>(out, 0, cols + part * steps * kTileBytes, 0, steps, part == 0, scratch, 0);
         for (int64_t t = 0; t < kTile; ++t) {
-          const __mmask16 all = (mine >> t & 1) != 0 ? 0xFFFF : 0;
-          const __m512 v = _mm512_maskz_mul_ps(all, _mm512_loadu_ps(scratch + 16 * t), scale);
+          const unsigned all = (mine >> t & 1) != 0 ? 0xFFFF : 0;
+          const Floats v = keep_lanes(all, load_floats(scratch + 16 * t) * scale);
           const int64_t token = tile * kTile + t;
           if (p.dy_down != nullptr && token < p.m)
-            _mm512_mask_storeu_ps(p.dy_down + (token * p.adapters.count + a) * f.r + q * kTile,
-                                  static_cast<__mmask16>(mask32(min_i64(16, f.r - q * kTile))), v);
+            store_floats(p.dy_down + (token * p.adapters.count + a) * f.r + q * kTile, f.r - q * kTile, v);
           if (p.out == nullptr || all == 0) continue;
-          const __m256i high = round16(v), low = rest16(v, high);
+          const Halves high = round16(v), low = rest16(v, high);
           for (int64_t part = 0; part < low_rank_parts(f.dtype); ++part) {
             const int64_t at = (part * ranks + q) * kTile;  // element of the row
             uint8_t* to = low_rank + at / kStep * kTileBytes + t * 64 + at % kStep * 2;
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), part == 1 ? low : high);
+            store_halves(to, part == 1 ? low : high);
           }
         }
       }

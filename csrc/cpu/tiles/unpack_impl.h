@@ -4,7 +4,6 @@
 #include <cstring>
 
 #include "cpu/gemv/gemv_impl.h"
-#include "cpu/isa/vec_avx512.h"
 #include "cpu/tiles/tokens_impl.h"
 
 namespace qlora::cpu {
@@ -25,35 +24,12 @@ struct TokenBlocks {
   }
 };
 
-// Unpacks 128 weights of a row, or only the first 64 if not `whole`: out[s] holds weights 4i + s. Each half of the
-// chunk has a table of the 16 levels times its scale, rounded to bfloat16, so no weight needs its own product.
-QLORA_INLINE void unpack_chunk(const uint8_t* packed, bool whole, __m512 levels, float first_scale, float second_scale,
-                               __m512i (&out)[4]) {
-  const __m512i words = whole ? _mm512_loadu_si512(packed) : _mm512_maskz_loadu_epi64(0x0F, packed);
-  const __m512i table =
-      round16(_mm512_mul_ps(levels, _mm512_set1_ps(first_scale)), _mm512_mul_ps(levels, _mm512_set1_ps(second_scale)));
-  // vpermw reads five index bits: the four bits of the nibble, and one that selects the table of this half.
-  const __m512i nibbles = _mm512_set1_epi8(0x0F);
-  const __m512i half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi8(0x10), 1);
-  constexpr int kAndOr = 0xEA;  // (a & b) | c
-  const __m512i high = _mm512_ternarylogic_epi32(_mm512_srli_epi16(words, 4), nibbles, half, kAndOr);
-  const __m512i low = _mm512_ternarylogic_epi32(words, nibbles, half, kAndOr);
-  out[0] = _mm512_permutexvar_epi16(high, table);
-  out[1] = _mm512_permutexvar_epi16(low, table);
-  out[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(high, 8), table);
-  out[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(low, 8), table);
-}
-
 // Unpacks 128 elements of a row of any weight from `col` on, in natural order, with zeros beyond the end of the row.
-void unpack_natural(const WeightView& w, __m512 table, int64_t row, int64_t col, __m512i (&out)[4]) {
+void unpack_natural(const WeightView& w, Vec::Table levels, int64_t row, int64_t col, Words (&out)[4]) {
   alignas(64) bf16 buffer[kChunk];
   std::memset(buffer, 0, sizeof buffer);
-  if (col < w.k) dequantize_run<VecAvx512>(w, table, row * w.k + col, min_i64(kChunk, w.k - col), buffer);
-  for (int q = 0; q < 4; ++q) out[q] = _mm512_load_si512(buffer + 32 * q);
-}
-
-void prefetch(const uint8_t* p, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T0);
+  if (col < w.k) dequantize_run<Vec>(w, levels, row * w.k + col, min_i64(kChunk, w.k - col), buffer);
+  for (int q = 0; q < 4; ++q) out[q] = load_words(buffer + 32 * q);
 }
 
 // Number of low-rank steps of all adapters.

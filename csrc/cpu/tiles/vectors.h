@@ -1,50 +1,41 @@
-// Vector helpers for tiles of bfloat16: transposes, rounding, loads of any float type. Compiled for isa_amx.cpp and
-// isa_avx512bf16.cpp, which both have these instructions.
+// Vectors of 64 bytes for the kernels on tiles: the width of a row of a tile. Both implementations define
+//   Vec: the vector type of the float32 kernels (vec_scalar.h),
+//   Words: 64 bytes, 32 elements of 16 bit or 16 words of 32 bit. Halves: 16 elements of 16 bit. Floats: 16 float32,
+//     with +, - and *,
+//   zero_words, load_words, store_words; lower, upper, store_halves; zero_floats, spread, as_floats,
+//   load16, store16: the first `count` of 32 elements; a load makes the others zero,
+//   load_floats(p), store_floats(p, count, x): 16 float32, or the first `count` of them,
+//   load_floats(data, dtype, at, count): the first `count` of 16 numbers of any float type, the others are zero,
+//   keep_lanes(lanes, x): lane i of x if bit i is set, else zero,
+//   round16(low, high), round16(x): rounds to bfloat16, `low` first. widen16: the inverse.
+//
+// Orders of elements. The nibble order of 128 elements is that of unpacked weights: vector s holds elements 4i + s.
+//   transpose: 16 x 16 words,
+//   pair_rows: interleaves 32 elements of two rows into words (even, odd); `first` has columns 0 … 15,
+//   pair_eights: the same within each eight columns; `first` has the first four of each,
+//   pair_halves: interleaves two rows of 16 elements,
+//   nibble_order: from natural to nibble order,
+//   nibble_pairs: elements 0 4 1 5 2 6 3 7 of each eight, so that a word holds two neighbours of the nibble order,
+//   natural_order: the inverse of what pair_eights makes of the nibble order: column c of tile 2s + h is column
+//     32 (c / 4) + 16 h + 4 (c % 4) + s of a chunk,
+//   unpack_chunk: unpacks 128 weights of a row, or only the first 64 if not `whole`, in nibble order. Each half of the
+//     chunk has a table of the 16 levels times its scale, rounded to bfloat16, so no weight needs its own product.
 #pragma once
 
-#include <immintrin.h>
-
-#include "cpu/isa/vec_avx512.h"
-#include "cpu/tiles/tiles.h"
-#include "format/half.h"
+#if defined(__aarch64__)
+#include "cpu/tiles/vectors_neon.h"
+#else
+#include "cpu/tiles/vectors_avx512.h"
+#endif
 
 namespace qlora::cpu {
 namespace {
 
-// Rounds 32 numbers to bfloat16, `low` first.
-QLORA_INLINE __m512i round16(__m512 low, __m512 high) {
-  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
-}
-QLORA_INLINE __m256i round16(__m512 x) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)); }
-QLORA_INLINE __m512 widen16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 // The remainder x - high, rounded to bfloat16.
-QLORA_INLINE __m256i rest16(__m512 x, __m256i high) { return round16(_mm512_sub_ps(x, widen16(high))); }
+QLORA_INLINE Halves rest16(Floats x, Halves high) { return round16(x - widen16(high)); }
 
-// Loads the first `count` of 16 numbers of any float type as float32; the others are zero.
-QLORA_INLINE __m512 load_floats(const void* data, DType dtype, int64_t at, int64_t count) {
-  const auto mask = static_cast<__mmask16>(count >= 16 ? 0xFFFF : (1 << count) - 1);
-  switch (dtype) {
-    case DType::kBFloat16:
-      return widen16(_mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(data) + at));
-    case DType::kFloat16:
-      return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(data) + at));
-    default:
-      return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(data) + at);
-  }
-}
-
-QLORA_INLINE __mmask32 mask32(int64_t count) {
-  return count >= 32 ? 0xFFFFFFFFu : count <= 0 ? 0u : (1u << count) - 1u;
-}
-// Loads the first `count` of 32 16-bit elements; the others are zero.
-QLORA_INLINE __m512i load16(const uint16_t* p, int64_t count) { return _mm512_maskz_loadu_epi16(mask32(count), p); }
-
-// Interleaves 32 elements of two rows into words (even, odd): `first` has columns 0 … 15, `second` 16 … 31.
-QLORA_INLINE void pair_rows(__m512i even, __m512i odd, __m512i& first, __m512i& second) {
-  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
-                                       5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-  first = _mm512_permutex2var_epi16(even, low, odd);
-  second = _mm512_permutex2var_epi16(even, _mm512_add_epi16(low, _mm512_set1_epi16(16)), odd);
+QLORA_INLINE void prefetch(const uint8_t* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
 }
 
 }  // namespace
