@@ -5,7 +5,7 @@
 #   make docs   the documentation as a site in build/site
 #   make ptx    PTX of every CUDA kernel                     make cuda-report  their registers for every GPU (nvcc)
 #   make gpu-check  where there is one (see tests/gpu/check.py)  make test-simt-full  every schedule and architecture
-#   make test-aarch64  C++ tests of the scalar kernels for 64-bit ARM, cross-compiled and run by qemu
+#   make test-aarch64  C++ tests of the kernels for 64-bit ARM, cross-compiled and run by qemu
 #   make wheels  manylinux_2_28 wheels in dist/cpu           make wheels-cuda  the same for CPUs and GPUs, in dist/cuda
 
 PYTHON ?= python3

@@ -21,7 +21,7 @@ def test_auto_on_a_gpu(capability, expected):
 def test_auto_on_a_cpu(monkeypatch, isa):
     monkeypatch.setenv("QLORA_CPU_ISA", isa)
     choice = choose_dtype("auto", CPU)
-    assert choice.value == (torch.bfloat16 if isa in ("avx512bf16", "amx") else torch.float32)
+    assert choice.value == (torch.bfloat16 if isa in ("avx512bf16", "amx", "neonbf16") else torch.float32)
     assert isa in choice.reason
 
 

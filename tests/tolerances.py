@@ -2,8 +2,9 @@
 
 u = 2^-24 is float32's unit roundoff. A sum of K products, accumulated in float32 in any order, with each product
 rounded (machines without FMA) or not, has an error of at most (K + 2) * u * sum |a||b| (Higham 2002, section 3.1; the
-second-order terms are smaller than the extra unit for K < 2^20). Rounding the result to the output type adds eps / 2 *
-|y|, in float16 also half the smallest subnormal step.
+second-order terms are smaller than the extra unit for K < 2^20). ARM's bfmmla rounds to odd, by up to 2 u, but
+adds pairs of products, so that each passes through at most K / 2 + 1 roundings: the same bound. Rounding the result to
+the output type adds eps / 2 * |y|, in float16 also half the smallest subnormal step.
 """
 
 import torch
@@ -20,7 +21,7 @@ def accumulation(steps: int, absolute_products: Tensor) -> Tensor:
 def multiplies_16_bit(device: str, dtype: torch.dtype) -> bool:
     """Whether this device rounds operands to 16 bit: GPUs with tensor cores, and CPU levels that multiply bfloat16."""
     if device.startswith("cpu"):
-        return device in ("cpu-amx", "cpu-avx512bf16") and dtype == torch.bfloat16
+        return device in ("cpu-amx", "cpu-avx512bf16", "cpu-neonbf16") and dtype == torch.bfloat16
     return dtype != torch.float32
 
 

@@ -29,10 +29,10 @@ constexpr const char* why_not_faster(ForwardKernel kernel, DType dtype) {
     return "in_features is not a multiple of 32, so rows do not start on a block boundary of words";
   if (kernel != ForwardKernel::kGemm) return "";
   return dtype == DType::kFloat32
-             ? "float32 tokens are multiplied in float32, bfloat16 ones on tiles (AMX, AVX512-BF16)"
+             ? "float32 tokens are multiplied in float32, bfloat16 ones on tiles (AMX, AVX512-BF16, ARM BF16)"
          : dtype == DType::kFloat16
-             ? "multiplies in float32: tiles (AMX, AVX512-BF16) take bfloat16, not float16"
-             : "multiplies in float32: neither AMX nor AVX512-BF16 on this machine, or QLORA_CPU_ISA leaves it out";
+             ? "multiplies in float32: tiles (AMX, AVX512-BF16, ARM BF16) take bfloat16, not float16"
+             : "multiplies in float32: no AMX, AVX512-BF16 or ARM BF16 on this machine, or QLORA_CPU_ISA leaves it out";
 }
 
 }  // namespace qlora::cpu

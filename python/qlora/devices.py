@@ -13,7 +13,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 AUTO = "auto"
 OLDEST_GPU = (7, 5)  # compute capability of the oldest GPUs that the kernels support
 # Instruction sets with bfloat16 products, which the kernels of qlora and of torch use.
-_BFLOAT16_ISAS = ("avx512bf16", "amx")
+_BFLOAT16_ISAS = ("avx512bf16", "amx", "neonbf16")
 
 
 T = TypeVar("T", torch.device, torch.dtype)

@@ -109,7 +109,7 @@ def test_explain_names_the_slower_path_and_its_reason(monkeypatch):
     assert (many.kernel, many.low_rank) == ("gemm", "gemm")
     assert "float32" in many.why_not_faster
     bfloat = qlora.explain(torch.randn(33, 100).bfloat16(), qlora.quantize(torch.randn(8, 100)))
-    if _C.active_isa() in ("amx", "avx512bf16"):
+    if _C.active_isa() in ("amx", "avx512bf16", "neonbf16"):
         assert (bfloat.kernel, bfloat.why_not_faster, bfloat.backward) == ("tiles", "", "tiles")
         assert "bfloat16 products" in bfloat.compute
     else:

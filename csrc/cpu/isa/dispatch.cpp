@@ -10,8 +10,8 @@ const KernelTable* table_of(Isa isa) {
   if (isa > best) return nullptr;
   const KernelTable* const avx2 = has_one_shuffle_port() ? kAvx2OneShufflePortTable : kAvx2Table;
   // Levels below `best` on another architecture's ladder have no table in this build.
-  const KernelTable* const tables[kIsaCount] = {kScalarTable,     avx2,      kAvx512Table,
-                                                kAvx512Bf16Table, kAmxTable, kNeonTable};
+  const KernelTable* const tables[kIsaCount] = {kScalarTable, avx2,       kAvx512Table,  kAvx512Bf16Table,
+                                                kAmxTable,    kNeonTable, kNeonBf16Table};
   return tables[static_cast<int>(isa)];
 }
 

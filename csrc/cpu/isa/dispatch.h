@@ -7,7 +7,7 @@
 namespace qlora::cpu {
 
 inline constexpr const char* kIsaVariable = "QLORA_CPU_ISA";
-inline constexpr const char* kIsaChoices = "scalar, avx2, avx512, avx512bf16, amx or neon";  // for messages
+inline constexpr const char* kIsaChoices = "scalar, avx2, avx512, avx512bf16, amx, neon or neonbf16";  // for messages
 
 // Reads the variable at every call, so that one process can compare levels. If the variable names no level, `bad_value`
 // receives its text and the result is null. A level that this machine does not run is ignored.

@@ -1,4 +1,5 @@
-// CPU detection by the compiler's builtins, which also check that the operating system saves the registers.
+// CPU detection: by the compiler's builtins, which also check that the operating system saves the registers, or by what
+// Linux reports.
 #include "cpu/isa/features.h"
 
 #include <cstring>
@@ -10,10 +11,13 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 namespace qlora::cpu {
 namespace {
-constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512", "avx512bf16", "amx", "neon"};
+constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512", "avx512bf16", "amx", "neon", "neonbf16"};
 
 #if defined(__x86_64__)
 // Tile registers hold 8 KiB of state; Linux saves them only for processes that request permission.
@@ -42,6 +46,15 @@ bool has_bfloat16_tiles() {
   return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx >> 22 & 1u) != 0 && (edx >> 24 & 1u) != 0 &&
          may_use_tiles();
 }
+#elif defined(__aarch64__)
+// Bit 14 of Linux's second word of features is FEAT_BF16.
+bool has_bfloat16_products() {
+#if defined(__linux__)
+  return (getauxval(AT_HWCAP2) >> 14 & 1u) != 0;
+#else
+  return false;
+#endif
+}
 #endif
 }  // namespace
 
@@ -65,7 +78,7 @@ Isa detect_isa() {
   if (avx512 && has_avx512bf16()) return has_bfloat16_tiles() ? Isa::kAmx : Isa::kAvx512Bf16;
   return avx512 ? Isa::kAvx512 : avx2 ? Isa::kAvx2 : Isa::kScalar;
 #elif defined(__aarch64__)
-  return Isa::kNeon;  // every 64-bit ARM processor has it
+  return has_bfloat16_products() ? Isa::kNeonBf16 : Isa::kNeon;  // every 64-bit ARM processor has NEON
 #else
   return Isa::kScalar;
 #endif

@@ -3,10 +3,10 @@
 
 namespace qlora::cpu {
 
-// The levels of each architecture form a ladder: x86-64 has kScalar to kAmx, 64-bit ARM kScalar and kNeon. A level
-// includes those below it on its ladder.
-enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4, kNeon = 5 };
-inline constexpr int kIsaCount = 6;
+// The levels of each architecture form a ladder: x86-64 has kScalar to kAmx, 64-bit ARM has kScalar, kNeon and
+// kNeonBf16. A level includes those below it on its ladder.
+enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4, kNeon = 5, kNeonBf16 = 6 };
+inline constexpr int kIsaCount = 7;
 
 const char* isa_name(Isa isa);
 

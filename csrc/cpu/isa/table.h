@@ -180,5 +180,6 @@ extern const KernelTable* const kAvx512Table;
 extern const KernelTable* const kAvx512Bf16Table;
 extern const KernelTable* const kAmxTable;
 extern const KernelTable* const kNeonTable;
+extern const KernelTable* const kNeonBf16Table;
 
 }  // namespace qlora::cpu

@@ -1,4 +1,5 @@
-// Eight float lanes in plain C++: the vector type for machines without AVX2, and the reference for the other types.
+// Eight float lanes in plain C++: the vector type for machines without AVX2 or NEON, and the reference for the other
+// types.
 #pragma once
 
 #include <cmath>

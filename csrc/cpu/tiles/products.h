@@ -1,4 +1,4 @@
-// Multiplies tiles with the instructions that the translation unit is compiled for. Both implementations define
+// Multiplies tiles with the instructions that the translation unit is compiled for. Each implementation defines
 //   TileScope: must exist while tiles are multiplied, and
 //   multiply<kRows, kCols>(rows, row_pitch, cols, col_pitch, steps, first, c, c_pitch):
 //     c[i][j] += sum over steps of row tile i times column tile j, for up to 2 x 2 tiles of results, or = if `first`.
@@ -6,7 +6,9 @@
 //     c: [kRows][c_pitch / 256] tiles of float32, adjacent in j.
 #pragma once
 
-#if defined(__AMX_BF16__)
+#if defined(__aarch64__)
+#include "cpu/tiles/products_neon.h"
+#elif defined(__AMX_BF16__)
 #include "cpu/tiles/products_amx.h"
 #else
 #include "cpu/tiles/products_avx512bf16.h"
