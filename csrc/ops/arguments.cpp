@@ -153,6 +153,41 @@ Experts check_experts(const Tensor& x, const Tensor& packed, const Tensor& absma
   return e;
 }
 
+void check_lists(const LayerLists& lists, const char* more_name, const std::vector<Tensor>& more) {
+  const auto check = [&](const char* name, size_t count) {
+    STD_TORCH_CHECK(count == lists.count(), name, " has ", count, " entries: there are ", lists.count(),
+                    " weights in packed");
+  };
+  check("absmax", lists.absmax.size());
+  check("nested_absmax", lists.nested_absmax.size());
+  check("nested_offset", lists.nested_offset.size());
+  check("out_features", lists.out_features.size());
+  check("lora_a", lists.lora_a.size());
+  check("lora_b", lists.lora_b.size());
+  check("scaling", lists.scaling.size());
+  check(more_name, more.size());
+}
+
+Layers check_layers(const Tensor& x, const LayerLists& lists, const std::string& quant_type, int64_t block_size,
+                    const std::vector<Tensor>* bias) {
+  STD_TORCH_CHECK(x.dim() >= 1, "x has no dimensions: its last one must be in_features");
+  const int64_t k = x.size(x.dim() - 1);
+  Layers layers{tokens_matrix(x, "x", k, "in_features", x), {}};
+  layers.all.reserve(lists.count());
+  for_each_layer(lists.count(), [&](size_t i) {
+    const int64_t n = lists.out_features[i];
+    check_same_device(lists.packed[i], "packed", x, "x");
+    CheckedWeight w = check_weight(lists.packed[i], lists.absmax[i], lists.nested_absmax[i], lists.nested_offset[i], n,
+                                   k, quant_type, block_size);
+    std::optional<Adapter> adapter =
+        check_lora(optional_of(lists.lora_a[i]), optional_of(lists.lora_b[i]), n, k, lists.scaling[i], x);
+    std::optional<Matrix> bias_row;
+    if (bias != nullptr) bias_row = check_bias(optional_of((*bias)[i]), n, x);
+    layers.all.push_back({std::move(w), std::move(adapter), std::move(bias_row)});
+  });
+  return layers;
+}
+
 AffineGrid check_grid(const Tensor& scale, const Tensor& zero_point, int64_t in, int64_t out) {
   check_dtype(scale, ScalarType::Float, "scale", "it must be float32");
   check_dtype(zero_point, ScalarType::Float, "zero_point", "it must be float32");

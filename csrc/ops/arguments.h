@@ -1,6 +1,7 @@
 // Checks of the arguments of forward and backward, shared by all devices: contiguous matrices of matching shapes.
 #pragma once
 
+#include <exception>
 #include <optional>
 #include <string>
 #include <vector>
@@ -92,6 +93,53 @@ Experts check_experts(const Tensor& x, const Tensor& packed, const Tensor& absma
                       const std::string& quant_type, int64_t block_size, const Tensor& expert_of_row,
                       const OptionalTensor& lora_a, const OptionalTensor& lora_b, double scaling,
                       const OptionalTensor& bias);
+
+// One of several layers with the same tokens.
+struct Layer {
+  CheckedWeight w;
+  std::optional<Adapter> adapter;
+  std::optional<Matrix> bias;
+};
+
+// The arguments of a call for layers that share their tokens. An empty tensor of one dimension means none.
+struct Layers {
+  Matrix tokens;  // [m, k]
+  std::vector<Layer> all;
+};
+
+// The arguments of forward.many and backward.many that describe the layers, as they come.
+struct LayerLists {
+  const std::vector<Tensor>&packed, &absmax, &nested_absmax, &nested_offset;
+  const std::vector<int64_t>& out_features;
+  const std::vector<Tensor>&lora_a, &lora_b;
+  const std::vector<double>& scaling;
+
+  size_t count() const { return packed.size(); }
+};
+
+// What an argument of one layer is: nothing if it is an empty tensor of one dimension.
+inline OptionalTensor optional_of(const Tensor& t) {
+  return t.dim() == 1 && t.numel() == 0 ? OptionalTensor() : OptionalTensor(t);
+}
+
+// Checks that every list has as many entries as there are weights.
+void check_lists(const LayerLists& lists, const char* more_name, const std::vector<Tensor>& more);
+
+// Calls check(i) for the layers one after another; an error says which layer it is about.
+template <class Check>
+void for_each_layer(size_t count, const Check& check) {
+  for (size_t i = 0; i < count; ++i) {
+    try {
+      check(i);
+    } catch (const std::exception& error) {
+      STD_TORCH_CHECK(false, "layer ", i, " of ", count, ": ", error.what());
+    }
+  }
+}
+
+// `bias` may be null.
+Layers check_layers(const Tensor& x, const LayerLists& lists, const std::string& quant_type, int64_t block_size,
+                    const std::vector<Tensor>* bias);
 
 // Arguments of the affine form: integer weights with scale and zero_point, which hold one value, one per output
 // channel, or one row per group of input rows.

@@ -15,6 +15,8 @@
 // experts:  y [rows, n] for a stack of weights, shape (experts, n, k): row i is the product of token i / choices of x
 //           [..., k] with expert expert_of_row[i] (int64 [tokens * choices]; any number outside 0 … experts - 1:
 //           zeros); lora_a [experts, r, k], lora_b [experts, n, r], bias [experts, n]; d_bias is float32
+// many:     the same for several layers with the same x, each with its own weight, adapter and bias; an empty tensor of
+//           one dimension means none, also in grad, for a result that nobody used
 // adamw:    one step in place with decoupled weight decay and float32 moments; step counts from 1
 // adamw_8bit: the same with 8-bit moments in blocks of 256 with one absmax each: the first moment holds codes of the
 //           signed dynamic map, the second of the unsigned one
@@ -58,6 +60,16 @@ STABLE_TORCH_LIBRARY(qlora, m) {
       " int[] shape, str quant_type, int block_size,"
       " Tensor lora_a, Tensor lora_b, Tensor scaling, Tensor adapter_of_row,"
       " bool needs_x, bool needs_lora, bool needs_bias) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "forward.many(Tensor x, Tensor[] packed, Tensor[] absmax, Tensor[] nested_absmax, Tensor[] nested_offset,"
+      " int[] out_features, str quant_type, int block_size,"
+      " Tensor[] lora_a, Tensor[] lora_b, float[] scaling, Tensor[] bias) -> Tensor[]");
+  m.def(
+      "backward.many(Tensor[] grad, Tensor x, Tensor[] packed, Tensor[] absmax, Tensor[] nested_absmax,"
+      " Tensor[] nested_offset, int[] out_features, str quant_type, int block_size,"
+      " Tensor[] lora_a, Tensor[] lora_b, float[] scaling,"
+      " bool needs_x, bool needs_lora, bool needs_bias)"
+      " -> (Tensor, Tensor[] d_lora_a, Tensor[] d_lora_b, Tensor[] d_bias)");
   m.def(
       "forward.experts(Tensor x, Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset,"
       " int[] shape, str quant_type, int block_size, Tensor expert_of_row,"

@@ -18,9 +18,16 @@ int64_t backward_panel_chunks(const BackwardTilesParams& p) {
 int64_t backward_items(const BackwardTilesParams& p) {
   return ceil_div(ceil_div(p.weight.k, kChunk), backward_panel_chunks(p)) * backward_blocks(p.m).count;
 }
+// Of all products that are added.
+int64_t most_low_rank_steps(const BackwardTilesParams& p) {
+  int64_t most = 0;
+  for (const BackwardTilesParams* term = &p; term != nullptr; term = term->next)
+    most = max_i64(most, all_low_rank_steps(*term));
+  return most;
+}
 int64_t backward_scratch(const BackwardTilesParams& p) {
   const int64_t tiles = backward_panel_chunks(p) * kChunkTiles;
-  return tiles * (kChunkSteps + all_low_rank_steps(p) + backward_blocks(p.m).tiles) * kTileFloats;
+  return tiles * (kChunkSteps + most_low_rank_steps(p) + backward_blocks(p.m).tiles) * kTileFloats;
 }
 
 // Stores two rows of 128 columns as row `pair` of eight column tiles, `pitch` bytes apart. Column c of tile 2s + h is
@@ -106,39 +113,41 @@ void store_columns(const BackwardTilesParams& p, const float* c, int64_t token0,
 
 void backward(const BackwardTilesParams& p, int64_t begin, int64_t end, float* scratch) {
   const TileScope scope;
-  const WeightView& w = p.weight;
-  const int64_t all_steps = steps_of(w.n), extra = all_low_rank_steps(p);
-  const int64_t pitch = p.row_steps * kTileBytes;
-  const int64_t steps = w.packed != nullptr ? all_steps : 0;
-  const uint8_t* token_rows = p.rows + (all_steps - steps) * kTileBytes;
   const int64_t block = backward_blocks(p.m).tiles;
-  const int64_t most = backward_panel_chunks(p), chunks = ceil_div(w.k, kChunk), panels = ceil_div(chunks, most);
+  const int64_t most = backward_panel_chunks(p), chunks = ceil_div(p.weight.k, kChunk), panels = ceil_div(chunks, most);
   auto* panel = reinterpret_cast<uint8_t*>(scratch);
-  const int64_t panel_pitch = (kChunkSteps + extra) * kTileBytes;
+  const int64_t panel_pitch = (kChunkSteps + most_low_rank_steps(p)) * kTileBytes;
   auto* results = reinterpret_cast<float*>(panel + most * kChunkTiles * panel_pitch);
   const int64_t results_pitch = most * kChunkTiles * kTileFloats;
-  const Vec::Table levels = Vec::table(codebook(w.quant_type));
 
   for (int64_t item = begin; item < end; ++item) {
     const int64_t chunk0 = item % panels * most, count = min_i64(most, chunks - chunk0);
     const int64_t token0 = item / panels * block;
     const int64_t tokens = min_i64(block, tiles_of(p.m) - token0);
-    const uint8_t* rows = token_rows + token0 * pitch;
-    int64_t s0 = 0;
-    do {
-      const int64_t now = min_i64(kChunkSteps, steps - s0);
-      const bool is_last = s0 + now == steps;
-      for (int64_t s = 0; s < now; ++s)
-        unpack_pairs(p, levels, s0 + s, chunk0, count, panel + s * kTileBytes, panel_pitch);
-      for (int64_t c = 0; c < count && is_last && extra > 0; ++c)
-        pack_low_rank_columns(p, chunk0 + c, panel + c * kChunkTiles * panel_pitch + now * kTileBytes, panel_pitch);
-      const int64_t sum_steps = now + (is_last ? extra : 0);
-      for (int64_t i = 0; i < tokens; i += 2)
-        for (int64_t j = 0; j < count * kChunkTiles; j += 2)
-          multiply_any(min_i64(2, tokens - i), 2, rows + i * pitch + s0 * kTileBytes, pitch, panel + j * panel_pitch,
-                       panel_pitch, sum_steps, s0 == 0, results + i * results_pitch + j * kTileFloats, results_pitch);
-      s0 += kChunkSteps;
-    } while (s0 < steps);
+    for (const BackwardTilesParams* term = &p; term != nullptr; term = term->next) {
+      const int64_t all_steps = steps_of(term->weight.n), extra = all_low_rank_steps(*term);
+      const int64_t steps = term->weight.packed != nullptr ? all_steps : 0;
+      const int64_t pitch = term->row_steps * kTileBytes;
+      const uint8_t* rows = term->rows + (all_steps - steps) * kTileBytes + token0 * pitch;
+      const Vec::Table levels = Vec::table(codebook(term->weight.quant_type));
+      int64_t s0 = 0;
+      do {
+        const int64_t now = min_i64(kChunkSteps, steps - s0);
+        const bool is_last = s0 + now == steps;
+        for (int64_t s = 0; s < now; ++s)
+          unpack_pairs(*term, levels, s0 + s, chunk0, count, panel + s * kTileBytes, panel_pitch);
+        for (int64_t c = 0; c < count && is_last && extra > 0; ++c)
+          pack_low_rank_columns(*term, chunk0 + c, panel + c * kChunkTiles * panel_pitch + now * kTileBytes,
+                                panel_pitch);
+        const int64_t sum_steps = now + (is_last ? extra : 0);
+        for (int64_t i = 0; i < tokens; i += 2)
+          for (int64_t j = 0; j < count * kChunkTiles; j += 2)
+            multiply_any(min_i64(2, tokens - i), 2, rows + i * pitch + s0 * kTileBytes, pitch, panel + j * panel_pitch,
+                         panel_pitch, sum_steps, term == &p && s0 == 0, results + i * results_pitch + j * kTileFloats,
+                         results_pitch);
+        s0 += kChunkSteps;
+      } while (s0 < steps);
+    }
     for (int64_t i = 0; i < tokens; ++i)
       for (int64_t c = 0; c < count; ++c)
         store_columns(p, results + i * results_pitch + c * kChunkTiles * kTileFloats, (token0 + i) * kTile, chunk0 + c);

@@ -140,6 +140,9 @@ struct BackwardTilesParams {
   TileAdapters adapters;
   void* dx;                             // bfloat16
   const int64_t* out_row_of = nullptr;  // rows of dx
+  // A further product of the same extents m and k, added to the same sums; its dx is not read. Its weight has the same
+  // block size.
+  const BackwardTilesParams* next = nullptr;
 };
 
 // out = factorᵀ matrix, a sum over tokens. Unit: panel of kGradFeatures features.

@@ -8,7 +8,7 @@ namespace qlora::ops_cpu {
 namespace {
 
 void forward_gemv(const ExpertCall& c, const ExpertGroups& groups, void* y) {
-  const int64_t n = c.stack.n, k = c.stack.k, r = c.e.r;
+  const int64_t k = c.stack.k, r = c.e.r;
   if (groups.empty()) return;
   const bool with_words = k % kMinBlockSize == 0;
   const int64_t words = with_words ? c.kernels.words_floats(k) : 0;
@@ -48,15 +48,8 @@ void forward_gemv(const ExpertCall& c, const ExpertGroups& groups, void* y) {
   run_balanced(
       packs, [](const auto& p) { return p.second; }, [&](const auto&) { return 8 * k; },
       [&](const auto& p, int64_t begin, int64_t end) { c.kernels.pack_words(p.first, begin, end); });
-  run_balanced(
-      downs, [](const cpu::DotParams& p) { return p.rows; }, [](const cpu::DotParams& p) { return p.k * p.m; },
-      c.kernels.dot);
-  run_balanced(
-      products, [&](const cpu::GemvParams&) { return n; },
-      [](const cpu::GemvParams& p) { return p.weight.k * (p.m + 3) + p.r * p.m; },
-      [&](const cpu::GemvParams& p, int64_t begin, int64_t end) {
-        c.kernels.gemv(p, begin, end, thread_scratch(c.kernels.gemv_scratch(p)));
-      });
+  run_dots(c.kernels, downs);
+  run_gemvs(c.kernels, products);
 }
 
 void forward_gemm(const ExpertCall& c, const ExpertGroups& groups, void* y) {

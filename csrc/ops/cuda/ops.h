@@ -44,6 +44,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_multi(Tensor grad, Tensor x,
                                                           Tensor scaling, Tensor adapter_of_row, bool needs_x,
                                                           bool needs_lora, bool needs_bias);
 
+std::vector<Tensor> forward_many(Tensor x, std::vector<Tensor> packed, std::vector<Tensor> absmax,
+                                 std::vector<Tensor> nested_absmax, std::vector<Tensor> nested_offset,
+                                 std::vector<int64_t> out_features, std::string quant_type, int64_t block_size,
+                                 std::vector<Tensor> lora_a, std::vector<Tensor> lora_b, std::vector<double> scaling,
+                                 std::vector<Tensor> bias);
+std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>> backward_many(
+    std::vector<Tensor> grad, Tensor x, std::vector<Tensor> packed, std::vector<Tensor> absmax,
+    std::vector<Tensor> nested_absmax, std::vector<Tensor> nested_offset, std::vector<int64_t> out_features,
+    std::string quant_type, int64_t block_size, std::vector<Tensor> lora_a, std::vector<Tensor> lora_b,
+    std::vector<double> scaling, bool needs_x, bool needs_lora, bool needs_bias);
+
 Tensor forward_experts(Tensor x, Tensor packed, Tensor absmax, OptionalTensor nested_absmax,
                        OptionalTensor nested_offset, std::vector<int64_t> shape, std::string quant_type,
                        int64_t block_size, Tensor expert_of_row, OptionalTensor lora_a, OptionalTensor lora_b,
@@ -86,6 +97,8 @@ void implement_cuda_ops(Library& library) {
   library.impl("backward", TORCH_BOX(&backward));
   library.impl("forward.multi", TORCH_BOX(&forward_multi));
   library.impl("backward.multi", TORCH_BOX(&backward_multi));
+  library.impl("forward.many", TORCH_BOX(&forward_many));
+  library.impl("backward.many", TORCH_BOX(&backward_many));
   library.impl("forward.experts", TORCH_BOX(&forward_experts));
   library.impl("backward.experts", TORCH_BOX(&backward_experts));
   library.impl("forward.affine", TORCH_BOX(&forward_affine));

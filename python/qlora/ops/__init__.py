@@ -12,6 +12,7 @@ from qlora.ops.affine import forward_affine
 from qlora.ops.calibrate import quantize_with_feedback, search_scales
 from qlora.ops.common import FLOAT_DTYPES, QUANT_TYPES, check_format
 from qlora.ops.experts import forward_experts
+from qlora.ops.many import forward_many
 from qlora.ops.matmul import forward
 from qlora.ops.multi import forward_multi
 from qlora.ops.quantize import dequantize, quantization_error, quantize
@@ -27,6 +28,7 @@ __all__ = [
     "forward",
     "forward_affine",
     "forward_experts",
+    "forward_many",
     "forward_multi",
     "quantization_error",
     "quantize",

@@ -97,6 +97,17 @@ def refuse_forward_mode(*inputs: Any) -> None:
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
+def needs_dispatcher(x: Tensor) -> bool:
+    """Whether something handles a call of an operator with activation ``x`` above its kernel."""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) not in _PLAIN
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or not (x.is_cpu or x.is_cuda)
+    )
+
+
 def eager_shortcut(
     op: Any, setup_context: Callable[..., None], differentiate: Callable[..., Any]
 ) -> Callable[..., Any]:
@@ -121,13 +132,7 @@ def eager_shortcut(
     def call(*inputs: Any) -> Tensor:
         refuse_forward_mode(*inputs)
         x = inputs[0]
-        if (
-            torch.compiler.is_compiling()
-            or type(x) not in _PLAIN
-            or torch._C._is_any_autocast_enabled()
-            or torch._C._are_functorch_transforms_active()
-            or not (x.is_cpu or x.is_cuda)
-        ):
+        if needs_dispatcher(x):
             return op(*inputs)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
             return Function.apply(*inputs)
@@ -137,7 +142,7 @@ def eager_shortcut(
     return call
 
 
-def call_below_autograd(op: Any, grad: Tensor, *inputs: Any) -> Any:
+def call_below_autograd(op: Any, grad: Tensor | list[Tensor], *inputs: Any) -> Any:
     """Calls a backward operator below the dispatcher's autograd key where nothing needs that key.
 
     Read ``ctx.saved_tensors`` before this call: under a checkpoint, reading it runs the forward again, with autograd.
@@ -145,7 +150,7 @@ def call_below_autograd(op: Any, grad: Tensor, *inputs: Any) -> Any:
     if (
         torch.is_grad_enabled()  # create_graph=True, which the registered autograd function refuses
         or torch.compiler.is_compiling()
-        or type(grad) is not Tensor
+        or any(type(t) is not Tensor for t in (grad if isinstance(grad, list) else (grad,)))
         or torch._C._are_functorch_transforms_active()
     ):
         return op(grad, *inputs)
