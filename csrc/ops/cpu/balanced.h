@@ -27,11 +27,12 @@ void run_balanced(const std::vector<Job>& jobs, const Units& units_of, const Cos
     };
     const int64_t from = cost_at(begin), to = end == parts ? total : cost_at(end);
     auto job = static_cast<size_t>(std::upper_bound(first_cost.begin(), first_cost.end(), from) - first_cost.begin());
-    // A unit belongs to the thread in whose range it begins.
+    // A unit belongs to the thread in whose range its middle lies, so ranges are wrong by at most half a unit.
     for (job = job > 0 ? job - 1 : 0; job < jobs.size() && first_cost[job] < to; ++job) {
       const int64_t unit_cost = cost_of(jobs[job]), units = units_of(jobs[job]);
       const auto unit_at = [&](int64_t at) {
-        return std::clamp(ceil_div(std::max(at - first_cost[job], int64_t{0}), unit_cost), int64_t{0}, units);
+        const int64_t twice = 2 * (at - first_cost[job]) - unit_cost;
+        return std::clamp(ceil_div(std::max(twice, int64_t{0}), 2 * unit_cost), int64_t{0}, units);
       };
       const int64_t first = unit_at(from), last = unit_at(to);
       if (first < last) run(jobs[job], first, last);

@@ -9,6 +9,13 @@
 namespace qlora::ops_cpu {
 namespace {
 
+// The gradient of the tokens is computed for so many at a time, because the packed gradients of all layers together may
+// be large. W is unpacked again for each slice, as it is for each block of tokens anyway.
+constexpr int64_t kSliceTokens = 1024;
+// The gradients of a layer's factors need the packed gradient of all its results. Layers take part in one loop until
+// these have so many bytes.
+constexpr int64_t kBytesAtOnce = 16 << 20;
+
 // What a backward call returns; an empty tensor for what was not requested.
 struct Gradients {
   Tensor x = nothing();
@@ -21,55 +28,135 @@ struct Gradients {
 };
 struct Needs {
   bool x, lora, bias;
-
-  bool lora_of(const Layer& layer) const { return lora && layer.adapter; }
-  bool dy_down_of(const Layer& layer) const { return (x || lora) && layer.adapter; }
 };
-// The gradients of the results that were used, by layer.
-using Grads = std::vector<std::optional<Matrix>>;
 
-void backward_tiles(const cpu::TileKernels& tiles, const Layers& layers, const Grads& grads, const Needs& needs,
-                    const Gradients& d) {
-  const Matrix& x = layers.tokens;
-  const int64_t m = x.rows, k = x.cols;
-  const bool needs_dx = needs.x && k > 0;
-  const auto row_steps = [&](const Layer& layer) {
-    const int64_t low_rank =
-        needs.dy_down_of(layer) ? cpu::low_rank_steps(layer.adapter->a.rows, layer.adapter->a.dtype) : 0;
-    return cpu::token_steps(layer.w.n, low_rank);
+// A layer whose result was used.
+struct UsedLayer {
+  const Layer* layer;
+  const Tensor *d_lora_a, *d_lora_b, *d_bias;
+  WeightView weight;
+  Matrix dy;      // [m, n]
+  int64_t r = 0;  // 0: no adapter, or no gradient needs it
+  Tensor dy_down = {},
+         x_down = {};  // float32 [m, r]: scaling * dy · lora_b, and scaling * x lora_aᵀ for the gradient of lora_b
+
+  const Matrix& a() const { return layer->adapter->a; }
+  const Matrix& b() const { return layer->adapter->b; }
+  float scaling() const { return layer->adapter->scaling; }
+};
+using UsedLayers = std::vector<UsedLayer>;
+
+float* row_of(const Tensor& t, int64_t row, int64_t cols) { return t.mutable_data_ptr<float>() + row * cols; }
+
+const void* row_of(const Matrix& m, int64_t row) {
+  return static_cast<const char*>(m.data) + row * m.cols * (m.dtype == DType::kFloat32 ? 4 : 2);
+}
+
+// Calls run(layers) for consecutive layers that take part in one loop.
+template <class Run>
+void for_layers_at_once(const UsedLayers& layers, int64_t bytes_of_feature, const Run& run) {
+  std::vector<const UsedLayer*> now;
+  int64_t bytes = 0;
+  for (const UsedLayer& layer : layers) {
+    const int64_t more = layer.dy.cols * bytes_of_feature;
+    if (!now.empty() && bytes + more > kBytesAtOnce) {
+      run(now);
+      now.clear();
+      bytes = 0;
+    }
+    now.push_back(&layer);
+    bytes += more;
+  }
+  if (!now.empty()) run(now);
+}
+
+// ---- on tiles ----
+
+// dx, and dy_down of every layer.
+void token_grads_tiles(const cpu::TileKernels& tiles, const UsedLayers& layers, const Matrix& x, bool needs_dx,
+                       const Tensor& d_x) {
+  const auto row_steps = [](const UsedLayer& l) {
+    return cpu::token_steps(l.dy.cols, l.r > 0 ? cpu::low_rank_steps(l.r, l.a().dtype) : 0);
   };
-  const auto row_bytes = [&](const Layer& layer) {
-    return needs_dx ? cpu::tiles_of(m) * row_steps(layer) * cpu::kTileBytes : 0;
+  const int64_t most = std::min(x.rows, kSliceTokens);
+  const auto row_bytes = [&](const UsedLayer& l) {
+    return needs_dx ? cpu::tiles_of(most) * row_steps(l) * cpu::kTileBytes : 0;
   };
+  Buffers buffers;
+  for (const UsedLayer& l : layers) {
+    buffers.ask(row_bytes(l));
+    if (l.r > 0) buffers.ask(backward_term(*l.layer->adapter).down.packed_bytes());
+  }
+  buffers.allocate();
+  std::vector<cpu::PackFactorParams> factors;
+  std::vector<cpu::BackwardTokensParams> tokens;
+  std::vector<cpu::BackwardTilesParams> products;  // the terms of dx
+  for (const UsedLayer& l : layers) {
+    cpu::BackwardTokensParams t{};
+    cpu::BackwardTilesParams p{};
+    t.n = l.dy.cols;
+    auto* rows = buffers.take<uint8_t>(row_bytes(l));
+    t.out = needs_dx ? rows : nullptr;
+    p.weight = l.weight;
+    p.by_nibble = cpu::unpacks_by_nibble(p.weight);
+    p.rows = rows;
+    p.row_steps = row_steps(l);
+    if (l.r > 0) {
+      const TileAdapterTerm term = backward_term(*l.layer->adapter);
+      auto* packed = buffers.take<uint8_t>(term.down.packed_bytes());
+      t.factor = term.down;
+      t.adapters = p.adapters = term.adapters;
+      t.factor_columns = packed;
+      factors.push_back({t.factor, t.adapters, false, false, packed});
+      p.lora_a = term.up;
+      p.lora_dtype = term.down.dtype;
+      p.r = l.r;
+    }
+    tokens.push_back(t);
+    products.push_back(p);
+  }
+  for (size_t i = 0; i + 1 < products.size(); ++i) products[i].next = &products[i + 1];
+  run_factor_packs(tiles, factors);
+  auto* dx = static_cast<uint16_t*>(d_x.mutable_data_ptr());
+  for (int64_t first = 0; first < x.rows; first += kSliceTokens) {
+    const int64_t count = std::min(kSliceTokens, x.rows - first);
+    for (size_t i = 0; i < layers.size(); ++i) {
+      tokens[i].m = products[i].m = count;
+      tokens[i].dy = row_of(layers[i].dy, first);
+      if (layers[i].r > 0) tokens[i].dy_down = row_of(layers[i].dy_down, first, layers[i].r);
+    }
+    run_backward_tokens(tiles, tokens);
+    if (!needs_dx) continue;
+    cpu::BackwardTilesParams& sum = products.front();
+    sum.dx = dx + first * x.cols;
+    parallel(tiles.backward_items(sum), 1, [&](int64_t begin, int64_t end) {
+      tiles.backward(sum, begin, end, thread_scratch(tiles.backward_scratch(sum)));
+    });
+  }
+}
+
+void parameter_grads_tiles(const cpu::TileKernels& tiles, const UsedLayers& layers, const Matrix& x,
+                           const Needs& needs) {
+  const int64_t m = x.rows;
   const auto token_factor_bytes = [&](int64_t ranks) {
     return cpu::tiles_of(ranks) * 2 * ceil_div(m, cpu::kStep) * cpu::kTileBytes;
   };
+  const auto has_factors = [&](const UsedLayer& l) { return needs.lora && l.r > 0; };
   Buffers buffers;
-  for (size_t i = 0; i < grads.size(); ++i) {
-    if (!grads[i]) continue;
-    const Layer& layer = layers.all[i];
-    buffers.ask(row_bytes(layer));
-    if (needs.dy_down_of(layer)) {
-      const int64_t r = layer.adapter->a.rows;
-      buffers.ask(m * r * 4);
-      buffers.ask(backward_term(*layer.adapter).down.packed_bytes());
-      if (needs.lora) {
-        buffers.ask(m * r * 4);
-        buffers.ask(forward_term(*layer.adapter).down.packed_bytes());
-        buffers.ask(token_factor_bytes(r));
-        buffers.ask(token_factor_bytes(r));
-      }
+  for (const UsedLayer& l : layers) {
+    if (has_factors(l)) {
+      buffers.ask(forward_term(*l.layer->adapter).down.packed_bytes());
+      buffers.ask(token_factor_bytes(l.r));
+      buffers.ask(token_factor_bytes(l.r));
     }
     if (needs.bias) buffers.ask(token_factor_bytes(1));
   }
   buffers.allocate();
   const std::vector<float> ones(static_cast<size_t>(needs.bias ? m : 0), 1.0f);
-
   std::vector<cpu::PackFactorParams> factors;
-  std::vector<cpu::BackwardTokensParams> tokens;
-  std::vector<cpu::BackwardTilesParams> products;  // the terms of dx
+  std::vector<cpu::BackwardTokensParams> downs;
   std::vector<cpu::PackTokenFactorParams> token_factors;
-  std::vector<cpu::FactorGradParams> factor_grads;
+  std::vector<cpu::FactorGradParams> grads;
   // Adds one gradient, the sum over tokens of values [m, ranks] times `matrix`.
   const auto add_grad = [&](const float* values, int64_t ranks, const Matrix& matrix, bool r_is_major,
                             const Tensor& out) {
@@ -84,187 +171,148 @@ void backward_tiles(const cpu::TileKernels& tiles, const Layers& layers, const G
     p.r_is_major = r_is_major;
     p.out = out.mutable_data_ptr();
     p.out_dtype = float_dtype(out.scalar_type(), "lora");
-    factor_grads.push_back(p);
+    grads.push_back(p);
   };
-  for (size_t i = 0; i < grads.size(); ++i) {
-    if (!grads[i]) continue;
-    const Layer& layer = layers.all[i];
-    const Matrix& dy = *grads[i];
-    cpu::BackwardTokensParams t{};
-    t.dy = dy.data;
-    t.m = m;
-    t.n = dy.cols;
-    auto* packed_rows = buffers.take<uint8_t>(row_bytes(layer));
-    t.out = needs_dx ? packed_rows : nullptr;
-    cpu::BackwardTilesParams p{};
-    p.weight = view_of(layer.w);
-    p.m = m;
-    p.by_nibble = cpu::unpacks_by_nibble(p.weight);
-    p.rows = packed_rows;
-    p.row_steps = row_steps(layer);
-    p.dx = d.x.mutable_data_ptr();
-    if (needs.dy_down_of(layer)) {
-      const TileAdapterTerm term = backward_term(*layer.adapter);
-      const int64_t r = term.down.r;
-      auto* dy_down = buffers.take<float>(m * r * 4);
-      auto* packed_b = buffers.take<uint8_t>(term.down.packed_bytes());
-      t.factor = term.down;
-      t.adapters = p.adapters = term.adapters;
-      t.factor_columns = packed_b;
-      t.dy_down = dy_down;
-      factors.push_back({t.factor, t.adapters, false, false, packed_b});
-      p.lora_a = term.up;
-      p.lora_dtype = term.down.dtype;
-      p.r = r;
-      if (needs.lora) {
-        cpu::BackwardTokensParams down{};
-        down.dy = x.data;
-        down.m = m;
-        down.n = k;
-        down.factor = forward_term(*layer.adapter).down;
-        down.adapters = term.adapters;
-        down.dy_down = buffers.take<float>(m * r * 4);
-        auto* packed_a = buffers.take<uint8_t>(down.factor.packed_bytes());
-        down.factor_columns = packed_a;
-        factors.push_back({down.factor, down.adapters, false, false, packed_a});
-        tokens.push_back(down);
-        add_grad(dy_down, r, x, true, d.lora_a[i]);
-        add_grad(down.dy_down, r, dy, false, d.lora_b[i]);
-      }
+  for (const UsedLayer& l : layers) {
+    if (has_factors(l)) {
+      const TileAdapterTerm term = forward_term(*l.layer->adapter);
+      auto* packed = buffers.take<uint8_t>(term.down.packed_bytes());
+      cpu::BackwardTokensParams down{};
+      down.dy = x.data;
+      down.m = m;
+      down.n = x.cols;
+      down.factor = term.down;
+      down.adapters = term.adapters;
+      down.factor_columns = packed;
+      down.dy_down = row_of(l.x_down, 0, l.r);
+      factors.push_back({down.factor, down.adapters, false, false, packed});
+      downs.push_back(down);
+      add_grad(row_of(l.dy_down, 0, l.r), l.r, x, true, *l.d_lora_a);
+      add_grad(row_of(l.x_down, 0, l.r), l.r, l.dy, false, *l.d_lora_b);
     }
-    if (needs_dx || needs.dy_down_of(layer)) tokens.push_back(t);
-    if (needs_dx && dy.cols > 0) products.push_back(p);
-    if (needs.bias) add_grad(ones.data(), 1, dy, true, d.bias[i]);
+    if (needs.bias) add_grad(ones.data(), 1, l.dy, true, *l.d_bias);
   }
   run_factor_packs(tiles, factors);
-  run_backward_tokens(tiles, tokens);
-  if (!products.empty()) {
-    for (size_t i = 0; i + 1 < products.size(); ++i) products[i].next = &products[i + 1];
-    const cpu::BackwardTilesParams& sum = products.front();
-    parallel(tiles.backward_items(sum), 1, [&](int64_t begin, int64_t end) {
-      tiles.backward(sum, begin, end, thread_scratch(tiles.backward_scratch(sum)));
-    });
-  } else if (needs_dx) {
-    Tensor dx = d.x;
-    torch::stable::zero_(dx);
-  }
+  run_backward_tokens(tiles, downs);
   run_token_factor_packs(tiles, token_factors);
-  run_factor_grads(tiles, factor_grads);
+  run_factor_grads(tiles, grads);
 }
 
-void backward_gemm(const cpu::KernelTable& kernels, const Layers& layers, const Grads& grads, const Needs& needs,
-                   const Gradients& d) {
-  const Matrix& x = layers.tokens;
-  const int64_t m = x.rows, k = x.cols;
-  const auto by_token = [&](const Layer& layer) { return needs.lora_of(layer) || needs.bias; };
-  const auto by_column = [&](const Layer& layer) { return needs.x || needs.lora_of(layer); };
-  bool needs_lora = false;
-  Buffers buffers;
-  for (size_t i = 0; i < grads.size(); ++i) {
-    if (!grads[i]) continue;
-    const Layer& layer = layers.all[i];
-    const int64_t n = layer.w.n;
-    if (by_column(layer)) buffers.ask(packed_bytes_of(kernels, m, n));
-    if (needs.dy_down_of(layer)) {
-      buffers.ask(m * layer.adapter->a.rows * 4);
-      if (needs.x) buffers.ask(packed_bytes_of(kernels, m, layer.adapter->a.rows));
-    }
-    if (by_token(layer)) buffers.ask(packed_bytes_of(kernels, n, m));
-    if (needs.lora_of(layer)) buffers.ask(m * layer.adapter->a.rows * 4);
-    needs_lora = needs_lora || needs.lora_of(layer);
-  }
-  if (needs_lora) {
-    buffers.ask(packed_bytes_of(kernels, m, k));
-    buffers.ask(packed_bytes_of(kernels, k, m));
-  }
-  buffers.allocate();
-  const std::vector<float> ones(static_cast<size_t>(needs.bias ? m : 0), 1.0f);
+// ---- on the gemm kernel ----
 
+// dx, and dy_down and x_down of every layer.
+void token_grads_gemm(const cpu::KernelTable& kernels, const UsedLayers& layers, const Matrix& x, const Needs& needs,
+                      const Tensor& d_x) {
+  const int64_t k = x.cols, most = std::min(x.rows, kSliceTokens);
+  const auto needs_columns = [&](const UsedLayer& l) { return needs.x || l.r > 0; };
+  const bool needs_x_down =
+      needs.lora && std::any_of(layers.begin(), layers.end(), [](const UsedLayer& l) { return l.r > 0; });
   struct Job {
-    WeightView weight;
-    cpu::Term dy_down, x_down, grad_a, grad_b, grad_bias;
+    cpu::Term dy_down, x_down;
   };
-  std::vector<Job> jobs(grads.size());
-  std::vector<cpu::Term> dx_terms, dx_low_rank_terms;
-  std::vector<cpu::PackParams> packs, down_packs;
-  std::vector<cpu::GemmParams> downs, products;
-  const auto packed = [&](const Matrix& matrix, StepsAre steps_are) {
-    const bool rows = steps_are == StepsAre::kRows;
-    const int64_t cols = rows ? matrix.cols : m, steps = rows ? m : matrix.cols;
-    auto* out = buffers.take<float>(packed_bytes_of(kernels, cols, steps));
-    packs.push_back({matrix.data, matrix.dtype, matrix.cols, rows, cols, steps, out});
-    return out;
-  };
-  // Adds one gradient: the sum over tokens of values [m, ranks] times packed columns [m, features].
-  const auto add_grad = [&](cpu::Term& term, const float* values, int64_t ranks, const float* columns, int64_t features,
-                            bool r_is_major, const Tensor& out) {
-    cpu::Operand operand;
-    operand.dense = values;
-    operand.ld = ranks;
-    term = {operand, columns, m};
-    cpu::GemmParams p = float_product(term, Operands::kTransposed, ranks, features, 1.0f, nullptr);
-    p.out = out.mutable_data_ptr();
-    p.out_dtype = float_dtype(out.scalar_type(), "lora");
-    p.out_ld = r_is_major ? features : ranks;
-    p.rows_are_major = r_is_major;
-    products.push_back(p);
-  };
-  const float *x_columns = nullptr, *x_by_token = nullptr;
-  if (needs_lora) {
-    x_columns = packed(x, StepsAre::kColumns);
-    x_by_token = packed(x, StepsAre::kRows);
-  }
-  for (size_t i = 0; i < grads.size(); ++i) {
-    if (!grads[i]) continue;
-    const Layer& layer = layers.all[i];
-    const Matrix& dy = *grads[i];
-    const int64_t n = layer.w.n;
-    Job& job = jobs[i];
-    job.weight = view_of(layer.w);
-    const float* dy_columns = by_column(layer) ? packed(dy, StepsAre::kColumns) : nullptr;
-    if (needs.x) dx_terms.push_back({quantized(job.weight), dy_columns, n});
-    float* dy_down = nullptr;
-    if (needs.dy_down_of(layer)) {
-      const Adapter& adapter = *layer.adapter;
-      const int64_t r = adapter.a.rows;
-      dy_down = buffers.take<float>(m * r * 4);
-      job.dy_down = {dense(adapter.b), dy_columns, n};
-      downs.push_back(float_product(job.dy_down, Operands::kTransposed, r, m, adapter.scaling, dy_down));
+  std::vector<Job> jobs(layers.size());
+  for (int64_t first = 0; first < x.rows; first += kSliceTokens) {
+    const int64_t count = std::min(kSliceTokens, x.rows - first);
+    Buffers buffers;
+    if (needs_x_down) buffers.ask(packed_bytes_of(kernels, most, k));
+    for (const UsedLayer& l : layers) {
+      if (needs_columns(l)) buffers.ask(packed_bytes_of(kernels, most, l.dy.cols));
+      if (needs.x && l.r > 0) buffers.ask(packed_bytes_of(kernels, most, l.r));
+    }
+    buffers.allocate();
+    std::vector<cpu::PackParams> packs, down_packs;
+    std::vector<cpu::GemmParams> downs;
+    std::vector<cpu::Term> terms, low_rank_terms;
+    const auto columns_of = [&](const Matrix& matrix) {
+      auto* out = buffers.take<float>(packed_bytes_of(kernels, count, matrix.cols));
+      packs.push_back({row_of(matrix, first), matrix.dtype, matrix.cols, false, count, matrix.cols, out});
+      return out;
+    };
+    const float* x_columns = needs_x_down ? columns_of(x) : nullptr;
+    for (size_t i = 0; i < layers.size(); ++i) {
+      const UsedLayer& l = layers[i];
+      if (!needs_columns(l)) continue;
+      const int64_t n = l.dy.cols;
+      const float* columns = columns_of(l.dy);
+      if (needs.x) terms.push_back({quantized(l.weight), columns, n});
+      if (l.r == 0) continue;
+      float* dy_down = row_of(l.dy_down, first, l.r);
+      jobs[i].dy_down = {dense(l.b()), columns, n};
+      downs.push_back(float_product(jobs[i].dy_down, Operands::kTransposed, l.r, count, l.scaling(), dy_down));
       if (needs.x) {
-        auto* columns = buffers.take<float>(packed_bytes_of(kernels, m, r));
-        down_packs.push_back({dy_down, DType::kFloat32, r, false, m, r, columns});
-        dx_low_rank_terms.push_back({dense(adapter.a), columns, r});
+        auto* down_columns = buffers.take<float>(packed_bytes_of(kernels, count, l.r));
+        down_packs.push_back({dy_down, DType::kFloat32, l.r, false, count, l.r, down_columns});
+        low_rank_terms.push_back({dense(l.a()), down_columns, l.r});
+      }
+      if (needs.lora) {
+        jobs[i].x_down = {dense(l.a()), x_columns, k};
+        downs.push_back(
+            float_product(jobs[i].x_down, Operands::kAsStored, l.r, count, l.scaling(), row_of(l.x_down, first, l.r)));
       }
     }
-    const float* dy_by_token = by_token(layer) ? packed(dy, StepsAre::kRows) : nullptr;
-    if (needs.lora_of(layer)) {
-      const Adapter& adapter = *layer.adapter;
-      const int64_t r = adapter.a.rows;
-      auto* x_down = buffers.take<float>(m * r * 4);
-      job.x_down = {dense(adapter.a), x_columns, k};
-      downs.push_back(float_product(job.x_down, Operands::kAsStored, r, m, adapter.scaling, x_down));
-      add_grad(job.grad_a, dy_down, r, x_by_token, k, true, d.lora_a[i]);
-      add_grad(job.grad_b, x_down, r, dy_by_token, n, false, d.lora_b[i]);
-    }
-    if (needs.bias) add_grad(job.grad_bias, ones.data(), 1, dy_by_token, n, true, d.bias[i]);
-  }
-  dx_terms.insert(dx_terms.end(), dx_low_rank_terms.begin(), dx_low_rank_terms.end());
-  if (needs.x) {
+    run_packs(kernels, packs);
+    run_gemms(kernels, downs);
+    if (!needs.x) continue;
+    run_packs(kernels, down_packs);
+    terms.insert(terms.end(), low_rank_terms.begin(), low_rank_terms.end());
     cpu::GemmParams p;
-    p.terms = dx_terms.data();
-    p.term_count = static_cast<int64_t>(dx_terms.size());
+    p.terms = terms.data();
+    p.term_count = static_cast<int64_t>(terms.size());
     p.transposed = true;
     p.rows = k;
-    p.cols = m;
-    p.out = d.x.mutable_data_ptr();
+    p.cols = count;
+    p.out = static_cast<char*>(d_x.mutable_data_ptr()) + first * k * d_x.element_size();
     p.out_dtype = x.dtype;
     p.out_ld = k;
-    products.insert(products.begin(), p);  // its units are the largest, the others fill the threads up
+    run(kernels, p);
   }
-  run_packs(kernels, packs);
-  run_gemms(kernels, downs);
-  run_packs(kernels, down_packs);
-  run_gemms(kernels, products);
+}
+
+void parameter_grads_gemm(const cpu::KernelTable& kernels, const UsedLayers& layers, const Matrix& x,
+                          const Needs& needs) {
+  const int64_t m = x.rows, k = x.cols;
+  const auto has_factors = [&](const UsedLayer& l) { return needs.lora && l.r > 0; };
+  const bool needs_x = std::any_of(layers.begin(), layers.end(), has_factors);
+  const Columns x_by_token = needs_x ? pack(kernels, x, StepsAre::kRows) : Columns{};
+  const std::vector<float> ones(static_cast<size_t>(needs.bias ? m : 0), 1.0f);
+  for_layers_at_once(layers, m * 4, [&](const std::vector<const UsedLayer*>& now) {
+    Buffers buffers;
+    const auto is_needed = [&](const UsedLayer& l) { return needs.bias || has_factors(l); };
+    for (const UsedLayer* l : now)
+      if (is_needed(*l)) buffers.ask(packed_bytes_of(kernels, l->dy.cols, m));
+    buffers.allocate();
+    std::vector<cpu::PackParams> packs;
+    std::vector<cpu::Term> terms;
+    terms.reserve(3 * now.size());  // products point to them
+    std::vector<cpu::GemmParams> products;
+    // Adds one gradient: the sum over tokens of values [m, ranks] times packed columns [m, features].
+    const auto add_grad = [&](const float* values, int64_t ranks, const float* columns, int64_t features,
+                              bool r_is_major, const Tensor& out) {
+      cpu::Operand operand;
+      operand.dense = values;
+      operand.ld = ranks;
+      terms.push_back({operand, columns, m});
+      cpu::GemmParams p = float_product(terms.back(), Operands::kTransposed, ranks, features, 1.0f, nullptr);
+      p.out = out.mutable_data_ptr();
+      p.out_dtype = float_dtype(out.scalar_type(), "lora");
+      p.out_ld = r_is_major ? features : ranks;
+      p.rows_are_major = r_is_major;
+      products.push_back(p);
+    };
+    for (const UsedLayer* l : now) {
+      if (!is_needed(*l)) continue;
+      const int64_t n = l->dy.cols;
+      auto* columns = buffers.take<float>(packed_bytes_of(kernels, n, m));
+      packs.push_back({l->dy.data, l->dy.dtype, n, true, n, m, columns});
+      if (has_factors(*l)) {
+        add_grad(row_of(l->dy_down, 0, l->r), l->r, x_by_token.data, k, true, *l->d_lora_a);
+        add_grad(row_of(l->x_down, 0, l->r), l->r, columns, n, false, *l->d_lora_b);
+      }
+      if (needs.bias) add_grad(ones.data(), 1, columns, n, true, *l->d_bias);
+    }
+    run_packs(kernels, packs);
+    run_gemms(kernels, products);
+  });
 }
 
 std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>> backward_many(
@@ -276,27 +324,40 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>
   const LayerLists lists{packed, absmax, nested_absmax, nested_offset, out_features, lora_a, lora_b, scaling};
   check_lists(lists, "grad", grad);
   const Layers layers = check_layers(x, lists, quant_type, block_size, nullptr);
+  const Matrix& tokens = layers.tokens;
   const Needs needs{needs_x, needs_lora, needs_bias};
-  Grads grads(layers.all.size());
   Gradients d(layers.all.size());
-  bool on_tiles = true;
+  UsedLayers used;
+  bool on_tiles = tiles_for(kernels, tokens, x) != nullptr;
   for_each_layer(layers.all.size(), [&](size_t i) {
-    const Layer& layer = layers.all[i];
     if (!optional_of(grad[i])) return;
-    grads[i] = grad_matrix(grad[i], layer.w.n, layers.tokens);
-    on_tiles = on_tiles && tiles_for(kernels, *grads[i], x) != nullptr;
-    if (needs.lora_of(layer)) {
-      d.lora_a[i] = empty_of_shape(lora_a[i]);
-      d.lora_b[i] = empty_of_shape(lora_b[i]);
+    const Layer& layer = layers.all[i];
+    UsedLayer l{&layer,     &d.lora_a[i],     &d.lora_b[i],
+                &d.bias[i], view_of(layer.w), grad_matrix(grad[i], layer.w.n, tokens)};
+    on_tiles = on_tiles && l.dy.dtype == tokens.dtype;
+    if (layer.adapter && (needs.x || needs.lora)) {
+      l.r = layer.adapter->a.rows;
+      l.dy_down = empty_cpu({tokens.rows, l.r}, ScalarType::Float);
+      if (needs.lora) {
+        l.x_down = empty_cpu({tokens.rows, l.r}, ScalarType::Float);
+        d.lora_a[i] = empty_of_shape(lora_a[i]);
+        d.lora_b[i] = empty_of_shape(lora_b[i]);
+      }
     }
     if (needs.bias) d.bias[i] = empty_cpu({layer.w.n}, ScalarType::Float);
+    used.push_back(std::move(l));
   });
   if (needs.x) d.x = on_huge_pages(empty_of_shape(x));
-  const cpu::TileKernels* tiles = on_tiles ? tiles_for(kernels, layers.tokens, x) : nullptr;
-  if (tiles != nullptr)
-    backward_tiles(*tiles, layers, grads, needs, d);
-  else
-    backward_gemm(kernels, layers, grads, needs, d);
+  if (used.empty()) {
+    if (needs.x) torch::stable::zero_(d.x);
+  } else if (on_tiles) {
+    const cpu::TileKernels& tiles = *kernels.tiles;
+    token_grads_tiles(tiles, used, tokens, needs.x && tokens.cols > 0, d.x);
+    parameter_grads_tiles(tiles, used, tokens, needs);
+  } else {
+    token_grads_gemm(kernels, used, tokens, needs, d.x);
+    parameter_grads_gemm(kernels, used, tokens, needs);
+  }
   return {d.x, d.lora_a, d.lora_b, d.bias};
 }
 
