@@ -212,6 +212,28 @@ def forward_multi(
     return y.view(*x.shape[:-1], shape[0])
 
 
+def forward_many(
+    x: Tensor,
+    packed: Sequence[Tensor],
+    absmax: Sequence[Tensor],
+    nested_absmax: Sequence[Tensor | None],
+    nested_offset: Sequence[Tensor | None],
+    out_features: Sequence[int],
+    quant_type: str,
+    block_size: int,
+    lora_a: Sequence[Tensor | None] | None = None,
+    lora_b: Sequence[Tensor | None] | None = None,
+    scaling: Sequence[float] | None = None,
+    bias: Sequence[Tensor | None] | None = None,
+) -> list[Tensor]:
+    results = []
+    for i, n in enumerate(out_features):
+        weight = (packed[i], absmax[i], nested_absmax[i], nested_offset[i], (n, x.shape[-1]), quant_type, block_size)
+        a, b, c = (None if given is None else given[i] for given in (lora_a, lora_b, bias))
+        results.append(forward(x, *weight, a, b, 1.0 if scaling is None else scaling[i], c))
+    return results
+
+
 def forward_experts(
     x: Tensor,
     packed: Tensor,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from qlora import ops
 from qlora.nn.packed import STATISTICS, PackedMatrix
 from qlora.nn.replacing import require_plain
+from qlora.nn.shared_input import Product, shared_result
 from qlora.weight import QuantizedWeight, quantize
 
 
@@ -110,8 +111,13 @@ class Linear4bit(PackedMatrix, nn.Linear):
             lora_x,
         )
 
+    def fused_product(self) -> Product:
+        """What :meth:`forward` computes, for a group of layers with one input."""
+        return Product(self)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.run(x)
+        shared = shared_result(self, x)
+        return self.run(x) if shared is None else shared
 
     def to_linear(self, dtype: torch.dtype | None = None) -> Any:
         """A frozen ``dense_class`` layer with the dequantized weight, in ``dtype`` or the dtype before quantization."""

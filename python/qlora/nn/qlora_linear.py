@@ -15,6 +15,7 @@ from qlora import ops
 from qlora.nn.linear4bit import Linear4bit, dense_linear
 from qlora.nn.merging import MergeInto, MergeReport, low_rank_delta, merged_weight
 from qlora.nn.replacing import has_hooks, loaded, require_plain
+from qlora.nn.shared_input import Product, shared_result
 from qlora.weight import QuantizedWeight, quantize
 
 
@@ -207,7 +208,24 @@ class QLoRALinear(nn.Module):
     def bias(self) -> Tensor | None:
         return self.base.bias
 
+    def fused_product(self) -> Product | None:
+        """The one fused operation that :meth:`forward` is, for a group of layers with one input; None if it is not."""
+        name, modules = self.active_adapter, self._modules
+        base: Any = modules["base"]
+        if self._merged is not None or name is None or not self.adapters_enabled or self.cache_dequantized:
+            return None
+        settings = self.adapters[name]
+        lora_a: Any = modules["lora_a"]
+        lora_b: Any = modules["lora_b"]
+        drops = settings.dropout > 0 and self.training
+        if drops or not isinstance(base, Linear4bit) or has_hooks(base, lora_a, lora_b):
+            return None
+        return Product(base, lora_a._parameters[name], lora_b._parameters[name], settings.scaling)
+
     def forward(self, x: Tensor) -> Tensor:
+        shared = shared_result(self, x)
+        if shared is not None:
+            return shared
         if self._merged is not None:
             return self._forward_merged(x, self._merged.weight)
         if not (self.adapters_enabled and self.active_adapter is not None):

@@ -1,0 +1,220 @@
+"""Groups of layers with one input, such as q_proj, k_proj and v_proj: the first one that is called computes all.
+
+A group belongs to the module that holds the layers. A hook opens it when that module is called, and another one closes
+it; between them, the first member that is called multiplies its input with the weights of all members in one operation
+(:func:`qlora.ops.forward_many`). The others return their part if they get the very same tensor. So a model's code, its
+parameters and the hooks of its layers stay as they are.
+"""
+
+import logging
+import threading
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from qlora import ops
+
+logger = logging.getLogger(__name__)
+
+# Names of layers that get the same tensor, in the order in which they are computed.
+_GROUPS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q", "k", "v"),
+    ("wq", "wk", "wv"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("wi_0", "wi_1"),
+)
+_HOOKS_BEFORE = ("_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_PLAIN = (Tensor, nn.Parameter)
+
+
+class Product(NamedTuple):
+    """A layer's forward as one fused operation: its 4-bit weight and bias, and at most one adapter."""
+
+    base: Any  # Linear4bit
+    lora_a: Tensor | None = None
+    lora_b: Tensor | None = None
+    scaling: float = 1.0
+
+
+class _Call:
+    """One call of the module that holds a group."""
+
+    def __init__(self, group: "SharedInput", members: tuple[nn.Module, ...]) -> None:
+        self.group, self.members = group, members
+        self.results: dict[int, Tensor] = {}  # of members that have not been called yet, by id
+        self._x: Tensor | None = None
+        self._state: tuple[Any, ...] = ()
+
+    def take(self, member: nn.Module, x: Tensor) -> Tensor | None:
+        if not self.results and self.members:
+            products = _products(self.members, x)
+            if products is None:
+                self.members = ()  # every member computes on its own in this call
+                return None
+            self._x, self._state = x, _state(x)
+            self.results = dict(zip(map(id, self.members), _compute(products, x), strict=True))
+        if x is not self._x or _state(x) != self._state:
+            return None
+        result = self.results.pop(id(member), None)
+        if not self.results:
+            self._x = None
+        return result
+
+
+class _Open(threading.local):
+    """The calls that are running in this thread, the innermost last."""
+
+    calls: tuple[_Call, ...] = ()
+
+
+_OPEN = _Open()
+
+
+class SharedInput:
+    """The hooks of one group on the module that holds its layers; ``names`` are the layers' names in it."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+        self.is_enabled = True
+        # A checkpointed module runs again in the backward and must then do the same as in its forward.
+        self._was_enabled = True
+
+    def open(self, module: nn.Module, args: Any) -> None:
+        """The pre-hook of the module."""
+        if torch.compiler.is_compiling():
+            return  # a compiled graph multiplies layer by layer
+        if torch._C._current_graph_task_id() == -1:  # not in a backward
+            self._was_enabled = self.is_enabled
+        if self._was_enabled:
+            members = tuple(filter(None, map(module._modules.get, self.names)))
+            _OPEN.calls = (*_OPEN.calls, _Call(self, members))
+
+    def close(self, module: nn.Module, args: Any, output: Any) -> None:
+        """The hook of the module, which also runs after an exception, then without an output."""
+        if torch.compiler.is_compiling():
+            return
+        for index in range(len(_OPEN.calls) - 1, -1, -1):
+            call = _OPEN.calls[index]
+            if call.group is self:
+                _OPEN.calls = _OPEN.calls[:index]
+                if call.results and output is not None:
+                    self.is_enabled = False
+                    name = type(module).__name__
+                    logger.info("%s: %s have different inputs and are computed one by one", name, self.names)
+                return
+
+
+def shared_result(member: nn.Module, x: Tensor) -> Tensor | None:
+    """``member``'s result for ``x`` from its group, or None if ``member`` has to compute it."""
+    if torch.compiler.is_compiling():
+        return None
+    for call in reversed(_OPEN.calls):
+        if any(member is other for other in call.members):
+            return call.take(member, x)
+    return None
+
+
+def _state(x: Tensor) -> tuple[Any, ...]:
+    """What must not change between the calls of two members."""
+    version = 0 if x.is_inference() else x._version
+    return version, torch.is_grad_enabled(), torch._C._is_any_autocast_enabled()
+
+
+def _can_share(member: nn.Module | None) -> bool:
+    """Whether a layer's class asks its group for its result."""
+    return hasattr(type(member), "fused_product")
+
+
+def _products(members: tuple[nn.Module, ...], x: Tensor) -> list[Product] | None:
+    """The products of all members, or None if they cannot be computed together for ``x``."""
+    if len(members) < 2 or not x.is_cpu or type(x) not in _PLAIN or x.dim() == 0:
+        return None
+    products: list[Product] = []
+    for member in members:
+        own = vars(member)
+        # A hook that runs before a member may change its input, or its weight while the group is open.
+        if not _can_share(member) or "forward" in own or any(own[name] for name in _HOOKS_BEFORE):
+            return None
+        found: Product | None = member.fused_product()  # type: ignore[operator]
+        if found is None or not _fits(found, products, x):
+            return None
+        products.append(found)
+    return products
+
+
+def _fits(product: Product, others: list[Product], x: Tensor) -> bool:
+    base = product.base
+    first = others[0].base if others else base
+    weight = base._parameters.get("weight")  # a replica of DataParallel has none
+    tensors = [t for t in (weight, product.lora_a, product.lora_b) if t is not None]
+    return (
+        weight is not None
+        and base.in_features == first.in_features == x.shape[-1]
+        and (base.quant_type, base.block_size) == (first.quant_type, first.block_size)
+        and base.compute_dtype == first.compute_dtype
+        and all(type(t) in _PLAIN and t.is_cpu for t in tensors)
+    )
+
+
+def _compute(products: list[Product], x: Tensor) -> list[Tensor]:
+    bases = [product.base for product in products]
+    compute = bases[0].compute_dtype or x.dtype
+    buffers = [base._buffers for base in bases]
+    results = ops.forward_many(
+        x.to(compute),
+        [base._parameters["weight"] for base in bases],
+        [own["absmax"] for own in buffers],
+        [own["nested_absmax"] for own in buffers],
+        [own["nested_offset"] for own in buffers],
+        [base.out_features for base in bases],
+        bases[0].quant_type,
+        bases[0].block_size,
+        [product.lora_a for product in products],
+        [product.lora_b for product in products],
+        [product.scaling for product in products],
+        [base._parameters["bias"] for base in bases],
+    )
+    return results if compute == x.dtype else [result.to(x.dtype) for result in results]
+
+
+def _groups(module: nn.Module) -> Iterator[SharedInput]:
+    for hook in module._forward_pre_hooks.values():
+        group = getattr(hook, "__self__", None)
+        if isinstance(group, SharedInput):
+            yield group
+
+
+def share_inputs(model: nn.Module, enabled: bool = True) -> int:
+    """Computes the 4-bit layers of ``model`` that share an input together, on a CPU; ``enabled=False`` ends that.
+
+    Groups are found by the usual names: q_proj, k_proj and v_proj of one module, gate_proj and up_proj, and the like.
+    Results have the same bits. The gradient of the shared input is one sum over the layers in float32, where autograd
+    would round it after each layer. ``prepare_model`` and ``from_pretrained`` with a ``QLoRAConfig`` call this
+    function; call it for a model whose layers you replaced yourself.
+
+    Layers compute one by one in a call in which one of them is merged, has no active adapter or several, dropout, DoRA,
+    an adapter for each sample, or a hook that runs before it; on a GPU; and inside torch.compile. A group whose layers
+    turn out to have different inputs, as in cross attention, is disabled.
+
+    Returns the number of groups that are now enabled, or were disabled.
+    """
+    count = 0
+    for module in model.modules():
+        known = {group.names: group for group in _groups(module)}
+        for names in _GROUPS:
+            members = [module._modules.get(name) for name in names]
+            if names not in known and enabled and all(map(_can_share, members)):
+                known[names] = group = SharedInput(names)
+                module.register_forward_pre_hook(group.open)
+                module.register_forward_hook(group.close, always_call=True)
+        for group in known.values():
+            group.is_enabled = enabled
+            count += 1
+    return count
