@@ -88,6 +88,22 @@ def dx(device, grad, dense, lora_a=None, lora_b=None, scaling=1.0) -> Answer:
     return forward(device, grad, dense.T, *(() if lora_a is None else (lora_b.T, lora_a.T, scaling)), levels=False)
 
 
+def dx_many(device, grads, dense, lora_a, lora_b, scaling) -> Answer:
+    """The sum over layers: in one accumulator on a CPU, elsewhere rounded to the dtype after each layer."""
+    layers = list(zip(grads, dense, lora_a, lora_b, scaling, strict=True))
+    if device.startswith("cpu"):  # one product with the layers side by side
+        adapted = [(a, s * b.double()) if a is not None else (a, b) for _, _, a, b, s in layers]
+        a = [a.double() for a, _ in adapted if a is not None]
+        b = [w.new_zeros(len(w), 0) if b is None else b for (_, b), w in zip(adapted, dense, strict=True)]
+        adapter = (torch.cat(a), torch.block_diag(*b), 1.0) if a else ()
+        return dx(device, torch.cat(grads, -1), torch.cat(dense), *adapter)
+    answers = [dx(device, grad, w, *(() if a is None else (a, b, s))) for grad, w, a, b, s in layers]
+    expected, bound = answers[0]
+    for more, more_bound in answers[1:]:
+        expected, bound = rounded(expected + more, bound + more_bound, grads[0].dtype)
+    return Answer(expected, bound)
+
+
 def dx_multi(device, grad, dense, lora_a, lora_b, scaling, adapter_of_row) -> Answer:
     return forward_multi(device, grad, dense.T, lora_b.mT, lora_a.mT, scaling, adapter_of_row, levels=False)
 

@@ -1,8 +1,8 @@
 // Checks of the arguments of forward and backward, shared by all devices: contiguous matrices of matching shapes.
 #pragma once
 
-#include <exception>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -132,7 +132,7 @@ void for_each_layer(size_t count, const Check& check) {
     try {
       check(i);
     } catch (const std::exception& error) {
-      STD_TORCH_CHECK(false, "layer ", i, " of ", count, ": ", error.what());
+      throw std::runtime_error("layer " + std::to_string(i) + " of " + std::to_string(count) + ": " + error.what());
     }
   }
 }
