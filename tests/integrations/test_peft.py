@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import qlora
 from qlora.integrations import peft as ours
-from qlora.nn import Embedding4bit, Linear4bit
+from qlora.nn import Embedding4bit, Linear4bit, share_inputs, shared_input
 
 BATCH = torch.randint(3, 100, (4, 7), generator=torch.Generator().manual_seed(1))
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}  # float32 sums of at most 128 products in another order, two layers
@@ -449,6 +449,102 @@ def test_offloaded_activations_and_checkpointing(checkpoint):
     assert_same_step(fused, plain)
     for name, grad in adapter_gradients(fused).items():
         assert torch.equal(grad, expected[name])
+
+
+class TestSharedInput:
+    """q, k and v of the two layers, and gate and up, are computed together where each is one fused operation."""
+
+    @pytest.fixture
+    def together(self, monkeypatch):
+        groups = []
+        compute = shared_input._compute
+        monkeypatch.setattr(shared_input, "_compute", lambda products, x: groups.append(x) or compute(products, x))
+        return groups
+
+    def fused(self, checkpoint, **options):
+        options = {"target_modules": "all-linear", "r": 4, "lora_alpha": 8} | options
+        return randomize(get_peft_model(quantized(checkpoint), LoraConfig(**options)))
+
+    def compare(self, model, count, together, **inputs):
+        """A step with groups, ``count`` of them, and one without."""
+        inputs = {"input_ids": BATCH, "labels": BATCH} | inputs
+        outcomes = []
+        for enabled in (True, False):
+            share_inputs(model, enabled)
+            torch.manual_seed(3)
+            model.zero_grad()
+            loss = model(**inputs).loss
+            loss.backward()
+            outcomes.append((loss.detach(), adapter_gradients(model)))
+        assert len(together) == count
+        assert torch.equal(outcomes[0][0], outcomes[1][0])
+        mine, theirs = outcomes[0][1], outcomes[1][1]
+        assert mine.keys() == theirs.keys()
+        for name, grad in mine.items():  # float32 sums of at most 320 products in another order, through two layers
+            torch.testing.assert_close(grad, theirs[name], rtol=0, atol=1e-5 * theirs[name].abs().max().item())
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"target_modules": ["q_proj", "v_proj"]},  # k_proj, gate_proj and up_proj are layers without adapters
+            {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}, "use_rslora": True},
+            {"lora_dropout": 0.0},
+        ],
+    )
+    def test_a_training_step(self, checkpoint, together, options):
+        self.compare(self.fused(checkpoint, **options), 4, together)
+
+    def test_checkpointing_runs_groups_twice(self, checkpoint, together):
+        model = self.fused(checkpoint)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+        self.compare(model.train(), 8, together)
+
+    @pytest.mark.parametrize("options", [{"lora_dropout": 0.2}, {"use_dora": True}])
+    def test_layers_that_do_more_in_training(self, checkpoint, together, options):
+        self.compare(self.fused(checkpoint, **options).train(), 0, together)
+
+    def test_dropout_in_evaluation(self, checkpoint, together):
+        self.compare(self.fused(checkpoint, lora_dropout=0.2).eval(), 4, together)
+
+    def test_states_of_adapters(self, checkpoint, together):
+        model = self.fused(checkpoint).eval()
+        model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+        randomize(model, 2)
+        tokens = {"input_ids": BATCH}
+        with torch.no_grad():
+            outputs = []
+            for enabled in (True, False):
+                share_inputs(model, enabled)
+                model.set_adapter("default")
+                mine = [model(**tokens).logits]
+                model.set_adapter("other")
+                mine.append(model(**tokens).logits)
+                if enabled:
+                    assert len(together) == 8
+                model.base_model.set_adapter(["default", "other"])
+                mine.append(model(**tokens).logits)
+                with model.disable_adapter():
+                    mine.append(model(**tokens).logits)
+                names = ["default", "other", "__base__", "default"]
+                mine.append(model(**tokens, adapter_names=names).logits)
+                model.set_adapter("default")
+                model.merge_adapter()
+                mine.append(model(**tokens).logits)
+                model.unmerge_adapter()
+                outputs.append(mine)
+        assert len(together) == 8 + 2  # gate_proj and up_proj, which only q_proj's adapter leaves with one
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(*outputs, strict=True))
+
+    def test_a_loaded_model_has_groups_until_they_are_disabled(self, checkpoint, together):
+        model = quantized(checkpoint)
+        with torch.no_grad():
+            model(input_ids=BATCH)
+            assert len(together) == 4
+            assert share_inputs(model, enabled=False) == 4
+            model(input_ids=BATCH)
+        assert len(together) == 4
 
 
 class TestPrepareModel:
