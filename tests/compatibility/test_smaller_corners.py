@@ -126,6 +126,20 @@ def test_operations_of_forward_and_backward_are_counted(bias, double_quant):
     assert counter.get_total_flops() == 2 * m * (n * k + r * (n + k) + r * (n + 2 * k))
 
 
+def test_operations_of_layers_with_one_input_are_counted():
+    m, k, r = 3, 64, 4
+    block = nn.Module()
+    block.gate_proj, block.up_proj = qlora.nn.QLoRALinear(nn.Linear(k, 32), r), qlora.nn.Linear4bit(k, 16)
+    block.forward = lambda x: block.gate_proj(x).sum() + block.up_proj(x).sum()
+    assert qlora.nn.share_inputs(block) == 1
+    with FlopCounterMode(display=False) as counter:
+        y = block(torch.randn(m, k, requires_grad=True))
+    assert counter.get_total_flops() == 2 * m * (32 * k + 16 * k + r * (32 + k))
+    with FlopCounterMode(display=False) as counter:
+        y.backward()
+    assert counter.get_total_flops() == 2 * m * (32 * k + 16 * k + r * (32 + k) + r * (32 + 2 * k))
+
+
 def test_layers_made_under_inference_mode_are_ordinary_ones():
     dense, table = nn.Linear(64, 32), nn.Embedding(8, 64)
     with torch.inference_mode():

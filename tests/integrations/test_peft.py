@@ -93,12 +93,15 @@ def test_a_training_step_equals_plain_peft(checkpoint, options):
 
 
 def test_the_forward_is_one_operation(checkpoint):
-    """Runs only qlora::forward, attention and the head: no dense weight and no separate matmul for the adapters."""
+    """Runs only qlora::forward, attention and the head: no dense weight and no separate matmul for the adapters.
+
+    Of the seven layers of a block, q, k and v are one operation, and so are gate and up.
+    """
     fused, _ = pair(checkpoint)
     with torch.no_grad(), torch.profiler.profile() as profile:
         fused(input_ids=TOKENS)
     calls = {event.key: event.count for event in profile.key_averages()}
-    assert calls["qlora::forward"] == 2 * 7
+    assert calls["qlora::forward"] == 2 * 4
     assert calls.get("aten::linear", 0) == 1  # the head
     assert "qlora::dequantize" not in calls
 

@@ -60,10 +60,19 @@ def _tokens(x: Any) -> int:
     return torch.Size(x[:-1]).numel()
 
 
+def _layers(x: Any, weights: list, lists: tuple) -> Iterator[tuple[Any, tuple]]:
+    """The weight of each layer of forward.many or backward.many, and its arguments from absmax to scaling."""
+    _, _, _, out_features, quant_type, block_size, lora_a, lora_b, scaling, *_ = lists
+    for weight, n, a, b, s in zip(weights, out_features, lora_a, lora_b, scaling, strict=True):
+        yield weight, (None, None, None, (n, x[-1]), quant_type, block_size, a if len(a) == 2 else None, b, s)
+
+
 def _forward_flops(x: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     if len(args) < 6:  # the affine form: x, quantized_W [k, n], scale, zero_point, B [k, r], A [r, n], alpha
         k, n = weight
         return 2 * _tokens(x) * (n * k + args[2][1] * (n + k))
+    if isinstance(weight, list):  # layers with one input: a list for each argument
+        return sum(_forward_flops(x, w, *of_layer) for w, of_layer in _layers(x, weight, args))
     n, k = args[3]
     lora_a = args[6] if len(args) > 6 else kwargs.get("lora_a")
     return 2 * _tokens(x) * n * k + _low_rank(_tokens(x), n, k, lora_a)
@@ -79,6 +88,11 @@ def _thin_products(m: int, n: int, k: int, rank: int, needs_x: bool, needs_lora:
 
 
 def _backward_flops(grad: Any, x: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    if isinstance(weight, list):
+        used = [len(g) > 1 or g[0] > 0 for g in grad]
+        every = zip(used, grad, _layers(x, weight, args), strict=True)
+        needs = args[9:11]
+        return sum(_backward_flops(g, x, w, *of_layer, None, *needs) for is_used, g, (w, of_layer) in every if is_used)
     m = _tokens(x)
     if len(args) < 8:  # the affine form: scale, zero_point, B, A, alpha, needs_x, needs_lora
         k, n = weight
