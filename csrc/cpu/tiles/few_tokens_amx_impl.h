@@ -70,7 +70,9 @@ void forward_few_typed(const ForwardTilesParams& p, int64_t begin, int64_t end, 
   constexpr int64_t kRowPitch = F::kSteps * kTileBytes, kHalf = F::kRows * kRowPitch;
   static_assert(kTile % kRowsOfTurn == 0);
   const WeightView& w = p.weight;
-  const int64_t steps = steps_of(w.k), extra = all_low_rank_steps(p), pitch = token_steps(w.k, extra) * kTileBytes;
+  const int64_t steps = steps_of(w.k), extra = all_low_rank_steps(p);
+  const TokenColumns tokens(p);
+  const int64_t pitch = tokens.x_pitch;
   RowUnpacker unpacker(p, F::kPanelRows, scratch);
   auto* panel = reinterpret_cast<uint8_t*>(scratch + row_scales_scratch(w, F::kPanelRows));
   uint8_t* low_rank = panel + 2 * kHalf;
@@ -108,7 +110,8 @@ void forward_few_typed(const ForwardTilesParams& p, int64_t begin, int64_t end, 
     for (int64_t s = 0; s < left; ++s)
       few_step<kCols>(unpacked + s * kTileBytes, kRowPitch, columns + s * kTileBytes, pitch);
     for (int64_t s = 0; s < extra; ++s)
-      few_step<kCols>(low_rank + s * kTileBytes, extra * kTileBytes, p.columns + (steps + s) * kTileBytes, pitch);
+      few_step<kCols>(low_rank + s * kTileBytes, extra * kTileBytes, tokens.low_rank + s * kTileBytes,
+                      tokens.low_rank_pitch);
     _tile_stored(0, results, 64);
     _tile_stored(1, results + kTileFloats, 64);
     _tile_stored(2, results + 2 * kTileFloats, 64);

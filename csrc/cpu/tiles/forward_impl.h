@@ -32,7 +32,9 @@ int64_t forward_scratch(const ForwardTilesParams& p) {
 void forward(const ForwardTilesParams& p, int64_t begin, int64_t end, float* scratch) {
   const TileScope scope;
   const WeightView& w = p.weight;
-  const int64_t steps = steps_of(w.k), extra = all_low_rank_steps(p), pitch = token_steps(w.k, extra) * kTileBytes;
+  const int64_t steps = steps_of(w.k), extra = all_low_rank_steps(p);
+  const TokenColumns all(p);
+  const int64_t pitch = all.x_pitch;
   const int64_t most = forward_panel_tiles(p), panels = ceil_div(tiles_of(w.n), most);
   RowUnpacker unpacker(p, most * kTile, scratch);
   auto* panel = reinterpret_cast<uint8_t*>(scratch + row_scales_scratch(w, most * kTile));
@@ -45,14 +47,15 @@ void forward(const ForwardTilesParams& p, int64_t begin, int64_t end, float* scr
     const int64_t rows = min_i64(tiles * kTile, w.n - row0);
     const int64_t token0 = item / panels * block;
     const int64_t tokens = min_i64(block, tiles_of(p.m) - token0);
-    const uint8_t* columns = p.columns + token0 * pitch;
+    const uint8_t* columns = all.x + token0 * pitch;
     unpacker.start(row0, rows);
 
     int64_t s0 = 0;
     do {  // runs once even if there are no steps, for the bias and the low-rank term
       const int64_t now = min_i64(kChunkSteps, steps - s0);
       const bool is_last = s0 + now == steps;
-      const int64_t sum_steps = now + (is_last ? extra : 0);
+      const bool apart = is_last && p.low_rank != nullptr;
+      const int64_t sum_steps = now + (is_last && !apart ? extra : 0);
       for (int64_t i = 0; i < tiles; i += 2) {  // unpacks two tiles of rows into L1, then multiplies all tokens
         const int64_t is = min_i64(2, tiles - i);
         // Unpacks a few rows, then prefetches their next chunk, or in the last chunk the same rows of the next panel.
@@ -73,6 +76,10 @@ void forward(const ForwardTilesParams& p, int64_t begin, int64_t end, float* scr
           float* c = results + i * results_pitch + j * kTileFloats;
           multiply_any(is, js, panel, panel_pitch, columns + j * pitch + s0 * kTileBytes, pitch, sum_steps, s0 == 0, c,
                        results_pitch);
+          if (apart)
+            multiply_any(is, js, panel + now * kTileBytes, panel_pitch,
+                         all.low_rank + (token0 + j) * all.low_rank_pitch, all.low_rank_pitch, extra, false, c,
+                         results_pitch);
           if (is_last)
             for (int64_t t = 0; t < js; ++t)
               store_transposed(p, c + t * kTileFloats, results_pitch, row0 + i * kTile, (token0 + j + t) * kTile);

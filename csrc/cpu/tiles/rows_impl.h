@@ -94,6 +94,19 @@ class RowUnpacker {
   Vec::Table levels_;
 };
 
+// Where the packed tokens of a product are: the steps of x, and the low-rank steps.
+struct TokenColumns {
+  const uint8_t *x, *low_rank;
+  int64_t x_pitch, low_rank_pitch;  // bytes from one tile of tokens to the next
+
+  explicit TokenColumns(const ForwardTilesParams& p) : x(p.columns) {
+    const int64_t extra = all_low_rank_steps(p);
+    x_pitch = token_steps(p.weight.k, p.low_rank != nullptr ? 0 : extra) * kTileBytes;
+    low_rank = p.low_rank != nullptr ? p.low_rank : x + steps_of(p.weight.k) * kTileBytes;
+    low_rank_pitch = p.low_rank != nullptr ? extra * kTileBytes : x_pitch;
+  }
+};
+
 // Packs row `row` of lora_b into low-rank steps, which are multiplied with those of the tokens.
 void pack_low_rank_row(const ForwardTilesParams& p, int64_t row, uint8_t* out) {
   const int64_t ranks = tiles_of(p.r), extra = low_rank_steps(p.r, p.lora_dtype);

@@ -81,7 +81,8 @@ QLORA_INLINE int64_t row_of_token(const int64_t* row_of, int64_t token) {
 }
 
 // Packs the tokens of the forward product into column tiles, [tiles_of(m)][token_steps]. The low-rank steps hold
-// scale * x · factor. Unit: tile of 16 tokens.
+// scale * x · factor. With `columns`, x is packed there already and `out` gets only the low-rank steps, [tiles_of(m)]
+// [low-rank steps]. Unit: tile of 16 tokens.
 struct ForwardTokensParams {
   const void* x;  // [m, k] bfloat16
   int64_t m, k;
@@ -91,7 +92,8 @@ struct ForwardTokensParams {
   TileFactor factor;
   TileAdapters adapters;
   uint8_t* out;
-  const int64_t* row_of = nullptr;  // rows of x and lora_x
+  const int64_t* row_of = nullptr;   // rows of x and lora_x
+  const uint8_t* columns = nullptr;  // `out` of a call without a factor
 };
 
 // y [m, n] = x Wᵀ + low-rank term + bias. Unit: item; forward_items() counts them.
@@ -110,6 +112,7 @@ struct ForwardTilesParams {
   const float* addend;                  // [m, n] or null; added before y is rounded
   void* y;                              // bfloat16
   const int64_t* out_row_of = nullptr;  // rows of y and addend
+  const uint8_t* low_rank = nullptr;    // the low-rank steps, if `columns` has none
 };
 
 // Packs the tokens of the backward product into row tiles, [tiles_of(m)][token_steps]. The low-rank steps hold

@@ -130,16 +130,23 @@ void forward_tokens(const ForwardTokensParams& p, int64_t begin, int64_t end, fl
   const TileFactor& f = p.factor;
   const int64_t steps = steps_of(p.k), ranks = tiles_of(f.r), extra = low_rank_steps(f.r, f.dtype);
   for (int64_t tile = begin; tile < end; ++tile) {
-    uint8_t* out = p.out + tile * token_pitch(p.k, f, p.adapters);
-    pack_columns(static_cast<const uint16_t*>(p.x), p.m, p.k, p.row_of, tile * kTile, p.by_nibble, out);
+    const uint8_t* source;
+    uint8_t* low_rank;
+    if (p.columns != nullptr) {
+      source = p.columns + tile * token_steps(p.k, 0) * kTileBytes;
+      low_rank = p.out + tile * p.adapters.count * extra * kTileBytes;
+    } else {
+      uint8_t* out = p.out + tile * token_pitch(p.k, f, p.adapters);
+      pack_columns(static_cast<const uint16_t*>(p.x), p.m, p.k, p.row_of, tile * kTile, p.by_nibble, out);
+      source = out;
+      low_rank = out + steps * kTileBytes;
+    }
     if (f.r == 0) continue;
-    const uint8_t* source = out;
     if (p.lora_x != nullptr) {
       auto* dropped = reinterpret_cast<uint8_t*>(scratch + kTileFloats);
       pack_columns(static_cast<const uint16_t*>(p.lora_x), p.m, p.k, p.row_of, tile * kTile, p.by_nibble, dropped);
       source = dropped;
     }
-    uint8_t* low_rank = out + steps * kTileBytes;
     std::memset(low_rank, 0, static_cast<size_t>(p.adapters.count * extra * kTileBytes));
     for (int64_t a = 0; a < p.adapters.count; ++a, low_rank += extra * kTileBytes) {
       const unsigned mine = tokens_with(p.adapters, a, tile * kTile, p.m);

@@ -103,51 +103,57 @@ void forward_gemm(const cpu::KernelTable& kernels, const Layers& layers, const R
 
 void forward_tiles(const cpu::TileKernels& tiles, const Layers& layers, const Results& y) {
   const Matrix& x = layers.tokens;
-  const auto low_rank_steps = [](const Layer& layer) {
-    return layer.adapter ? cpu::low_rank_steps(layer.adapter->a.rows, layer.adapter->a.dtype) : 0;
-  };
-  const auto token_bytes = [&](const Layer& layer) {
-    return cpu::tiles_of(x.rows) * cpu::token_steps(x.cols, low_rank_steps(layer)) * cpu::kTileBytes;
+  const int64_t x_bytes = cpu::tiles_of(x.rows) * cpu::token_steps(x.cols, 0) * cpu::kTileBytes;
+  const auto low_rank_bytes = [&](const Adapter& adapter) {
+    return cpu::tiles_of(x.rows) * cpu::low_rank_steps(adapter.a.rows, adapter.a.dtype) * cpu::kTileBytes;
   };
   Buffers buffers;
+  buffers.ask(x_bytes);
   for (const Layer& layer : layers.all) {
-    buffers.ask(token_bytes(layer));
-    if (layer.adapter) buffers.ask(forward_term(*layer.adapter).down.packed_bytes());
+    if (!layer.adapter) continue;
+    buffers.ask(low_rank_bytes(*layer.adapter));
+    buffers.ask(forward_term(*layer.adapter).down.packed_bytes());
   }
   buffers.allocate();
+  cpu::ForwardTokensParams tokens{};
+  tokens.x = x.data;
+  tokens.m = x.rows;
+  tokens.k = x.cols;
+  tokens.by_nibble = cpu::unpacks_by_nibble(view_of(layers.all.front().w));  // depends on what all layers share
+  tokens.out = buffers.take<uint8_t>(x_bytes);
   std::vector<cpu::PackFactorParams> factors;
-  std::vector<cpu::ForwardTokensParams> packs;
+  std::vector<cpu::ForwardTokensParams> downs;
   std::vector<cpu::ForwardTilesParams> products;
   for (size_t i = 0; i < y.size(); ++i) {
     const Layer& layer = layers.all[i];
-    cpu::ForwardTokensParams t{};
     cpu::ForwardTilesParams p{};
     p.weight = view_of(layer.w);
-    t.x = x.data;
-    t.m = p.m = x.rows;
-    t.k = x.cols;
-    t.by_nibble = p.by_nibble = cpu::unpacks_by_nibble(p.weight);
-    t.out = buffers.take<uint8_t>(token_bytes(layer));
+    p.m = x.rows;
+    p.by_nibble = tokens.by_nibble;
+    p.columns = tokens.out;
     if (layer.adapter) {
       const TileAdapterTerm term = forward_term(*layer.adapter);
+      cpu::ForwardTokensParams down = tokens;
+      down.columns = tokens.out;
+      down.out = buffers.take<uint8_t>(low_rank_bytes(*layer.adapter));
       auto* packed = buffers.take<uint8_t>(term.down.packed_bytes());
-      t.factor = term.down;
-      t.adapters = p.adapters = term.adapters;
-      t.factor_rows = packed;
-      factors.push_back({t.factor, t.adapters, true, t.by_nibble, packed});
+      down.factor = term.down;
+      down.adapters = p.adapters = term.adapters;
+      down.factor_rows = packed;
+      factors.push_back({down.factor, down.adapters, true, tokens.by_nibble, packed});
+      downs.push_back(down);
+      p.low_rank = down.out;
       p.lora_b = term.up;
-      p.lora_dtype = t.factor.dtype;
-      p.r = t.factor.r;
+      p.lora_dtype = term.down.dtype;
+      p.r = term.down.r;
     }
-    p.columns = t.out;
     set_bias(p, layer);
     p.y = y[i].mutable_data_ptr();
-    if (layer.w.n == 0) continue;
-    packs.push_back(t);
-    products.push_back(p);
+    if (layer.w.n > 0) products.push_back(p);
   }
   run_factor_packs(tiles, factors);
-  run_forward_tokens(tiles, packs);
+  run_forward_tokens(tiles, {tokens});
+  run_forward_tokens(tiles, downs);
   run_forward_products(tiles, products);
 }
 
@@ -162,6 +168,7 @@ Results forward_many(Tensor x, std::vector<Tensor> packed, std::vector<Tensor> a
   const Layers layers = check_layers(x, lists, quant_type, block_size, &bias);
   Results y;
   for (const Layer& layer : layers.all) y.push_back(on_huge_pages(empty_with_last_dim(x, layer.w.n, x.scalar_type())));
+  if (y.empty()) return y;
   const Matrix& tokens = layers.tokens;
   const cpu::TileKernels* tiles = tiles_for(kernels, tokens, x);
   switch (cpu::select_forward(tokens.rows, tokens.cols, tiles)) {

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Subclasses whose own forward computes the same as nn.Linear's.
 _PLAIN_SUBCLASSES = ("FalconLinear",)
 
@@ -20,7 +19,13 @@ def has_hooks(*modules: Any) -> bool:
     """
     for module in modules:
         own = vars(module)
-        if "forward" in own or any(own[name] for name in _HOOKS):
+        if (  # without a loop over names: layers ask this in every call
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            or "forward" in own
+        ):
             return True
     return False
 

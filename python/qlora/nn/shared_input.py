@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qlora import ops
+from qlora.ops.many import call_operator
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +30,8 @@ _GROUPS = (
     ("w1", "w3"),
     ("wi_0", "wi_1"),
 )
-_HOOKS_BEFORE = ("_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN = (Tensor, nn.Parameter)
+_NONE = torch.empty(0)
 
 
 class Product(NamedTuple):
@@ -137,49 +137,46 @@ def _products(members: tuple[nn.Module, ...], x: Tensor) -> list[Product] | None
     if len(members) < 2 or not x.is_cpu or type(x) not in _PLAIN or x.dim() == 0:
         return None
     products: list[Product] = []
+    form = None
     for member in members:
         own = vars(member)
+        if not _can_share(member) or "forward" in own:
+            return None
         # A hook that runs before a member may change its input, or its weight while the group is open.
-        if not _can_share(member) or "forward" in own or any(own[name] for name in _HOOKS_BEFORE):
+        if own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
             return None
-        found: Product | None = member.fused_product()  # type: ignore[operator]
-        if found is None or not _fits(found, products, x):
+        product: Product | None = member.fused_product()  # type: ignore[operator]
+        if product is None:
             return None
-        products.append(found)
+        base = product.base
+        if form is None:
+            form = (x.shape[-1], base.quant_type, base.block_size, base.compute_dtype)
+        if form != (base.in_features, base.quant_type, base.block_size, base.compute_dtype):
+            return None
+        if "weight" not in base._parameters:  # a replica of DataParallel
+            return None
+        products.append(product)
     return products
-
-
-def _fits(product: Product, others: list[Product], x: Tensor) -> bool:
-    base = product.base
-    first = others[0].base if others else base
-    weight = base._parameters.get("weight")  # a replica of DataParallel has none
-    tensors = [t for t in (weight, product.lora_a, product.lora_b) if t is not None]
-    return (
-        weight is not None
-        and base.in_features == first.in_features == x.shape[-1]
-        and (base.quant_type, base.block_size) == (first.quant_type, first.block_size)
-        and base.compute_dtype == first.compute_dtype
-        and all(type(t) in _PLAIN and t.is_cpu for t in tensors)
-    )
 
 
 def _compute(products: list[Product], x: Tensor) -> list[Tensor]:
     bases = [product.base for product in products]
-    compute = bases[0].compute_dtype or x.dtype
+    parameters = [base._parameters for base in bases]
     buffers = [base._buffers for base in bases]
-    results = ops.forward_many(
-        x.to(compute),
-        [base._parameters["weight"] for base in bases],
+    compute = bases[0].compute_dtype or x.dtype
+    results = call_operator(
+        x if compute == x.dtype else x.to(compute),
+        [own["weight"] for own in parameters],
         [own["absmax"] for own in buffers],
         [own["nested_absmax"] for own in buffers],
         [own["nested_offset"] for own in buffers],
         [base.out_features for base in bases],
         bases[0].quant_type,
         bases[0].block_size,
-        [product.lora_a for product in products],
-        [product.lora_b for product in products],
+        [_NONE if product.lora_a is None else product.lora_a for product in products],
+        [_NONE if product.lora_b is None else product.lora_b for product in products],
         [product.scaling for product in products],
-        [base._parameters["bias"] for base in bases],
+        [_NONE if own["bias"] is None else own["bias"] for own in parameters],
     )
     return results if compute == x.dtype else [result.to(x.dtype) for result in results]
 

@@ -40,9 +40,10 @@ class Arguments(NamedTuple):
     bias: Any
 
     @property
-    def tensor_lists(self) -> tuple[list[Tensor], ...]:
-        weights = self.packed, self.absmax, self.nested_absmax, self.nested_offset
-        return *weights, self.lora_a, self.lora_b, self.bias
+    def tensors(self) -> list[Tensor]:
+        """The tensors of all lists, one list after another."""
+        weights = self.packed + self.absmax + self.nested_absmax + self.nested_offset
+        return weights + self.lora_a + self.lora_b + self.bias
 
 
 def forward_many(
@@ -74,7 +75,7 @@ def forward_many(
     def given(tensors: Sequence[Tensor | None] | None) -> list[Tensor]:
         return [none] * count if tensors is None else [none if t is None else t for t in tensors]
 
-    arguments = Arguments(
+    return call_operator(
         x,
         list(packed),
         list(absmax),
@@ -88,12 +89,17 @@ def forward_many(
         [1.0] * count if scaling is None else list(scaling),
         given(bias),
     )
-    tensors = [t for tensors in arguments.tensor_lists for t in tensors]
+
+
+def call_operator(x: Tensor, *lists: Any) -> list[Tensor]:
+    """Calls the operator with its own arguments: lists, with an empty tensor of one dimension for none."""
+    arguments = Arguments(x, *lists)
+    tensors = arguments.tensors
     refuse_forward_mode(x, *tensors)
     if needs_dispatcher(x):
         return _FORWARD(*arguments)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(x, *tensors):
-        form = arguments.out_features, quant_type, block_size, arguments.scaling
+        form = arguments.out_features, arguments.quant_type, arguments.block_size, arguments.scaling
         return list(_Function.apply(form, x, *tensors))
     with torch._C._AutoDispatchBelowAutograd():
         return _FORWARD(*arguments)
@@ -107,11 +113,10 @@ def _split(tensors: Sequence[Any], count: int) -> list[list[Any]]:
 def _setup_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     given = Arguments(*inputs)
     require_frozen(*given.absmax, *given.nested_absmax, *given.nested_offset)
-    *weights_and_adapters, bias = given.tensor_lists
-    ctx.save_for_backward(given.x, *(t for tensors in weights_and_adapters for t in tensors))
+    ctx.save_for_backward(given.x, *given.tensors[: -len(given.bias)])
     ctx.form = given.out_features, given.quant_type, given.block_size
     ctx.scaling = given.scaling
-    ctx.bias_dtypes = [t.dtype for t in bias]
+    ctx.bias_dtypes = [t.dtype for t in given.bias]
     ctx.set_materialize_grads(False)  # None stands for a result that nobody used
 
 
@@ -188,7 +193,7 @@ def _(x: Tensor, *lists: Any) -> list[Tensor]:
         torch._check(
             packed.numel() == (n * k + 1) // 2, lambda: f"x has {k} features: a weight has another in_features"
         )
-    check_one_device(x, *(t for tensors in given.tensor_lists for t in tensors))
+    check_one_device(x, *given.tensors)
     return [x.new_empty((*x.shape[:-1], n)) for n in given.out_features]
 
 
