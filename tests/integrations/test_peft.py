@@ -93,15 +93,12 @@ def test_a_training_step_equals_plain_peft(checkpoint, options):
 
 
 def test_the_forward_is_one_operation(checkpoint):
-    """Runs only qlora::forward, attention and the head: no dense weight and no separate matmul for the adapters.
-
-    Of the seven layers of a block, q, k and v are one operation, and so are gate and up.
-    """
+    """Runs only qlora::forward, attention and the head: no dense weight and no separate matmul for the adapters."""
     fused, _ = pair(checkpoint)
     with torch.no_grad(), torch.profiler.profile() as profile:
         fused(input_ids=TOKENS)
     calls = {event.key: event.count for event in profile.key_averages()}
-    assert calls["qlora::forward"] == 2 * 4
+    assert calls["qlora::forward"] == 2 * 7
     assert calls.get("aten::linear", 0) == 1  # the head
     assert "qlora::dequantize" not in calls
 
@@ -540,12 +537,15 @@ class TestSharedInput:
         assert len(together) == 8 + 2  # gate_proj and up_proj, which only q_proj's adapter leaves with one
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(*outputs, strict=True))
 
-    def test_a_loaded_model_has_groups_until_they_are_disabled(self, checkpoint, together):
+    def test_groups_of_a_loaded_model_stay_when_it_gets_adapters(self, checkpoint, together):
         model = quantized(checkpoint)
+        assert share_inputs(model) == 4
+        model = randomize(get_peft_model(model, LoraConfig(target_modules="all-linear", r=4)))
         with torch.no_grad():
             model(input_ids=BATCH)
-            assert len(together) == 4
-            assert share_inputs(model, enabled=False) == 4
+        assert len(together) == 4
+        assert share_inputs(model) == share_inputs(model, enabled=False) == 4
+        with torch.no_grad():
             model(input_ids=BATCH)
         assert len(together) == 4
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qlora.adapters.files import forbid_saving
 from qlora.devices import hint_slow_bfloat16
 from qlora.distributed import refuse_fsdp1
-from qlora.nn import Experts4bit, Linear4bit, QLoRALinear, share_inputs
+from qlora.nn import Experts4bit, Linear4bit, QLoRALinear
 from qlora.nn.borrowing import borrowed
 from qlora.nn.experts4bit import holds_experts, why_not_experts
 from qlora.nn.finding import is_inside
@@ -231,7 +231,6 @@ def prepare_model(
         if isinstance(first, QLoRALinear) and isinstance(first.base, Linear4bit):
             base = first.base
             hint_slow_bfloat16(base.compute_dtype or base.original_dtype, base.weight.device)
-    share_inputs(model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info("quantized %d layers, left %s", len(chosen) + len(experts), reasons)
     quantizer = getattr(model, "hf_quantizer", None)

@@ -193,8 +193,9 @@ def share_inputs(model: nn.Module, enabled: bool = True) -> int:
 
     Groups are found by the usual names: q_proj, k_proj and v_proj of one module, gate_proj and up_proj, and the like.
     Results have the same bits. The gradient of the shared input is one sum over the layers in float32, where autograd
-    would round it after each layer. ``prepare_model`` and ``from_pretrained`` with a ``QLoRAConfig`` call this
-    function; call it for a model whose layers you replaced yourself.
+    would round it after each layer. Without a call of this function, no layers are computed together: on two cores it
+    saves a fifth of the time of small projections, but nothing of a whole model's
+    (docs/notes/cpu-kernels.md, "Layers that share an input").
 
     Layers compute one by one in a call in which one of them is merged, has no active adapter or several, dropout, DoRA,
     an adapter for each sample, or a hook that runs before it; on a GPU; and inside torch.compile. A group whose layers

@@ -26,7 +26,7 @@ from qlora.integrations.transformers.parallel import (
     keep_local_experts,
     refuse_tensor_parallel,
 )
-from qlora.nn import Experts4bit, Linear4bit, share_inputs
+from qlora.nn import Experts4bit, Linear4bit
 from qlora.nn.borrowing import borrowed
 from qlora.nn.experts4bit import holds_experts, why_not_experts
 from qlora.nn.linear4bit import dense_linear
@@ -245,7 +245,6 @@ class QLoRAQuantizer(HfQuantizer):
                 refuse_tensor_parallel(tensor_name, tensor)
             if isinstance(module, Experts4bit):
                 keep_local_experts(module)
-        share_inputs(model)
         self.quantization_config.__dict__.pop("offload_folder", None)
         self._calibrate(model)
         return model
