@@ -127,7 +127,7 @@ def test_operations_of_forward_and_backward_are_counted(bias, double_quant):
 
 
 def test_operations_of_layers_with_one_input_are_counted():
-    m, k, r = 3, 64, 4
+    m, k, r = 12, 64, 4
     block = nn.Module()
     block.gate_proj, block.up_proj = qlora.nn.QLoRALinear(nn.Linear(k, 32), r), qlora.nn.Linear4bit(k, 16)
     block.forward = lambda x: block.gate_proj(x).sum() + block.up_proj(x).sum()

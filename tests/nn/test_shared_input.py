@@ -78,7 +78,7 @@ def assert_same(ours, theirs):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [1, 5, 40])
+@pytest.mark.parametrize("tokens", [5, 24, 80])
 def test_a_step_is_that_of_single_layers(attention, together, dtype, tokens):
     x = torch.randn(2, tokens, K).to(dtype)
     ours = step(attention, x)
@@ -90,7 +90,7 @@ def test_a_step_is_that_of_single_layers(attention, together, dtype, tokens):
 
 
 def test_inference(attention, together):
-    x = torch.randn(5, K)
+    x = torch.randn(12, K)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             share_inputs(attention)
@@ -104,11 +104,18 @@ def test_frozen_layers_of_every_kind_are_members(together):
     module = Attention()
     module.k_proj, module.v_proj = Linear4bit(K, 32), Linear4bit(K, 32, bias=False)
     share_inputs(module)
-    x = torch.randn(5, K)
+    x = torch.randn(12, K)
     ours = step(module, x)
     assert together == [3]
     share_inputs(module, enabled=False)
     assert_same(ours, step(module, x))
+
+
+def test_few_tokens_are_computed_layer_by_layer(attention, together):
+    with torch.no_grad():
+        for tokens in (0, 1, 8):
+            attention(torch.randn(tokens, K))
+    assert together == []
 
 
 def test_compute_dtype(together):
@@ -116,7 +123,7 @@ def test_compute_dtype(together):
     for layer in module.children():
         layer.compute_dtype = torch.bfloat16
     share_inputs(module)
-    x = torch.randn(5, K)
+    x = torch.randn(12, K)
     ours = step(module, x)
     assert together == [3]
     assert ours[0].dtype == torch.float32
@@ -126,7 +133,7 @@ def test_compute_dtype(together):
 
 
 def test_autocast(attention, together):
-    x = torch.randn(5, K)
+    x = torch.randn(12, K)
     outputs = []
     for enabled in (True, False):
         share_inputs(attention, enabled)
@@ -138,7 +145,7 @@ def test_autocast(attention, together):
 
 
 def test_another_input_is_computed_alone_and_ends_the_group(attention, together):
-    x, other = torch.randn(5, K), torch.randn(7, K)[:5]
+    x, other = torch.randn(12, K), torch.randn(14, K)[:12]
     ours = step(attention, x, other)
     assert together == [3]
     again = step(attention, x, other)
@@ -158,7 +165,7 @@ def test_an_input_that_changed_in_place_is_another_input(attention, together):
             return self.o_proj(q + torch.cat((k, self.v_proj(x)), -1))
 
     attention.__class__ = Changing
-    x = torch.randn(5, K)
+    x = torch.randn(12, K)
     with torch.no_grad():
         ours = attention(x)
         share_inputs(attention, enabled=False)
@@ -168,10 +175,10 @@ def test_an_input_that_changed_in_place_is_another_input(attention, together):
 def test_chunks_in_one_call(attention, together):
     class Chunked(Attention):
         def forward(self, x):
-            return torch.cat([Attention.forward(self, chunk) for chunk in x.split(2)])
+            return torch.cat([Attention.forward(self, chunk) for chunk in x.split(10)])
 
     attention.__class__ = Chunked
-    x = torch.randn(6, K)
+    x = torch.randn(30, K)
     ours = step(attention, x)
     assert together == [3, 3, 3]
     share_inputs(attention, enabled=False)
@@ -183,7 +190,7 @@ def test_chunks_in_one_call(attention, together):
 @pytest.mark.parametrize("crosses", [True, False])
 def test_checkpointing(attention, together, reentrant, crosses):
     """The recomputation does what the forward did, also when the forward has just disabled the group."""
-    x, other = torch.randn(5, K), torch.randn(5, K) if crosses else None
+    x, other = torch.randn(12, K), torch.randn(12, K) if crosses else None
     plain = copy.deepcopy(attention)
     share_inputs(plain, enabled=False)
 
@@ -205,7 +212,7 @@ def test_checkpointing(attention, together, reentrant, crosses):
 
 
 def test_compile_computes_layer_by_layer(attention, together):
-    x = torch.randn(5, K)
+    x = torch.randn(12, K)
     compiled = torch.compile(attention, fullgraph=True)
     with torch.no_grad():
         y = compiled(x)
@@ -219,7 +226,7 @@ def test_hooks_of_members_run(attention, together):
     seen = []
     attention.k_proj.register_forward_hook(lambda module, args, output: seen.append(args[0]))
     handle = attention.v_proj.register_forward_hook(lambda module, args, output: output + 1)
-    x = torch.randn(5, K)
+    x = torch.randn(12, K)
     with torch.no_grad():
         ours = attention(x)
         assert together == [3]
@@ -265,7 +272,7 @@ def test_hooks_of_members_run(attention, together):
 )
 def test_a_member_that_does_more_is_computed_alone(attention, together, change):
     change(attention)
-    x = torch.randn(5, K)
+    x = torch.randn(12, K)
     outputs = []
     for enabled in (True, False):
         share_inputs(attention, enabled)
@@ -277,13 +284,13 @@ def test_a_member_that_does_more_is_computed_alone(attention, together, change):
 
 def test_dropout_only_matters_in_training(attention, together):
     attention.k_proj.add_adapter("dropped", 4, dropout=0.5)
-    attention.eval()(torch.randn(5, K))
+    attention.eval()(torch.randn(12, K))
     assert together == [3]
 
 
 def test_an_error_leaves_no_open_group(attention, together):
     with pytest.raises(RuntimeError, match="in_features"):
-        attention(torch.randn(5, K + 1))
+        attention(torch.randn(12, K + 1))
     assert shared_input._OPEN.calls == ()
 
     class Failing(Attention):
@@ -293,16 +300,16 @@ def test_an_error_leaves_no_open_group(attention, together):
 
     attention.__class__ = Failing
     with pytest.raises(ValueError, match="stopped"):
-        attention(torch.randn(5, K))
+        attention(torch.randn(12, K))
     assert shared_input._OPEN.calls == ()
     attention.__class__ = Attention
-    attention(torch.randn(5, K))
+    attention(torch.randn(12, K))
     assert together == [3, 3]
 
 
 def test_threads(attention):
     """Each thread has groups of its own, as in a server."""
-    inputs = [torch.randn(4, K) for _ in range(4)]
+    inputs = [torch.randn(12, K) for _ in range(4)]
     with torch.no_grad():
         expected = [attention(x) for x in inputs]
     wrong = []
@@ -323,7 +330,7 @@ def test_threads(attention):
 
 def test_copies_pickles_and_state_dicts(attention, together):
     assert not any("shared" in name or "group" in name for name in attention.state_dict())
-    x = torch.randn(5, K)
+    x = torch.randn(12, K)
     file = io.BytesIO()
     torch.save(attention, file)
     file.seek(0)
@@ -340,12 +347,12 @@ def test_copies_pickles_and_state_dicts(attention, together):
 
 def test_a_replaced_layer_is_a_member(attention, together):
     attention.k_proj = QLoRALinear(nn.Linear(K, 32), 2)
-    attention(torch.randn(5, K))
+    attention(torch.randn(12, K))
     assert together == [3]
 
 
 def test_nothing_outlives_a_call(attention):
-    x = torch.randn(5, K)
+    x = torch.randn(12, K)
     y = attention(x)
     alive = weakref.ref(x), weakref.ref(y)
     del x, y
@@ -355,7 +362,7 @@ def test_nothing_outlives_a_call(attention):
     gc.disable()
     try:
         before = len(gc.get_referrers(attention))
-        attention(torch.randn(5, K))
+        attention(torch.randn(12, K))
         assert len(gc.get_referrers(attention)) == before
     finally:
         gc.enable()
@@ -386,7 +393,8 @@ def test_models_of_transformers(name, groups, together):
     for enabled in (True, False):
         assert share_inputs(model, enabled) == groups
         model.zero_grad()
-        loss = model(input_ids=TOKENS, labels=TOKENS).loss
+        tokens = TOKENS.repeat(2, 1)
+        loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
         outcomes.append((loss.detach(), [p.grad for p in model.parameters() if p.grad is not None]))
     assert len(together) == groups

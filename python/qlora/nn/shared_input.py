@@ -31,6 +31,8 @@ _GROUPS = (
     ("wi_0", "wi_1"),
 )
 _PLAIN = (Tensor, nn.Parameter)
+# With so few tokens a group costs more in Python than one operation saves: 10 % of SmolLM2's forward at one token.
+_FEW_TOKENS = 8
 _NONE = torch.empty(0)
 
 
@@ -136,6 +138,8 @@ def _products(members: tuple[nn.Module, ...], x: Tensor) -> list[Product] | None
     """The products of all members, or None if they cannot be computed together for ``x``."""
     if len(members) < 2 or not x.is_cpu or type(x) not in _PLAIN or x.dim() == 0:
         return None
+    if x.numel() <= _FEW_TOKENS * x.shape[-1]:
+        return None
     products: list[Product] = []
     form = None
     for member in members:
@@ -198,8 +202,8 @@ def share_inputs(model: nn.Module, enabled: bool = True) -> int:
     (docs/notes/cpu-kernels.md, "Layers that share an input").
 
     Layers compute one by one in a call in which one of them is merged, has no active adapter or several, dropout, DoRA,
-    an adapter for each sample, or a hook that runs before it; on a GPU; and inside torch.compile. A group whose layers
-    turn out to have different inputs, as in cross attention, is disabled.
+    an adapter for each sample, or a hook that runs before it; with up to 8 tokens, as in generation; on a GPU; and
+    inside torch.compile. A group whose layers turn out to have different inputs, as in cross attention, is disabled.
 
     Returns the number of groups that are now enabled, or were disabled.
     """

@@ -35,8 +35,8 @@ def needs_gradient(arguments: type, ctx: Any) -> Any:
     return arguments(*given, *(False,) * (len(arguments._fields) - len(given)))  # type: ignore[attr-defined]
 
 
-def gradients(arguments: type, **by_name: Tensor | None) -> tuple[Tensor | None, ...]:
-    """A gradient for each of an operator's arguments, None for those that are not named."""
+def gradients(arguments: type, **by_name: Any) -> tuple[Any, ...]:
+    """A gradient (of a list: a list) for each of an operator's arguments, None for those that are not named."""
     return tuple(by_name.get(name) for name in arguments._fields)  # type: ignore[attr-defined]
 
 
