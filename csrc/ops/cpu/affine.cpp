@@ -50,10 +50,9 @@ std::tuple<Tensor, Tensor, Tensor> backward_affine_grid(Tensor grad, Tensor x, T
     d_x = sum_of_terms(kernels, Operands::kAsStored, affine.in, integers(affine), dy_columns, affine.out,
                        {{&affine.b, &dy_down}}, x);
   if (needs_lora) {
-    const Matrix x_down = low_rank_down(kernels, affine.b, Operands::kTransposed,
-                                        pack(kernels, tokens, StepsAre::kColumns), tokens.rows, affine.scaling);
-    d_b = low_rank_grad(kernels, dy_down, pack(kernels, tokens, StepsAre::kRows), affine.in, b.scalar_type(), false);
-    d_a = low_rank_grad(kernels, x_down, pack(kernels, dy, StepsAre::kRows), affine.out, a.scalar_type(), true);
+    const Matrix x_down = low_rank_down(kernels, affine.b, Operands::kAsStored, tokens, affine.scaling);
+    d_b = low_rank_grad(kernels, dy_down, tokens, b.scalar_type(), false);
+    d_a = low_rank_grad(kernels, x_down, dy, a.scalar_type(), true);
   }
   return {d_x, d_b, d_a};
 }

@@ -204,10 +204,10 @@ inline Tensor sum_of_terms(const cpu::KernelTable& kernels, Operands form, int64
 }
 
 // Sum over tokens, float32 [n], as a product with ones, so the order of summation is that of the other gradients.
-inline Tensor bias_grad(const cpu::KernelTable& kernels, const Columns& dy_by_token, int64_t tokens, int64_t n) {
-  const std::vector<float> ones(static_cast<size_t>(tokens), 1.0f);
-  const Matrix ones_column{nothing(), ones.data(), DType::kFloat32, tokens, 1};
-  return torch::stable::view(low_rank_grad(kernels, ones_column, dy_by_token, n, ScalarType::Float, true), {n});
+inline Tensor bias_grad(const cpu::KernelTable& kernels, const Matrix& dy) {
+  const std::vector<float> ones(static_cast<size_t>(dy.rows), 1.0f);
+  const Matrix ones_column{nothing(), ones.data(), DType::kFloat32, dy.rows, 1};
+  return torch::stable::view(low_rank_grad(kernels, ones_column, dy, ScalarType::Float, true), {dy.cols});
 }
 
 }  // namespace qlora::ops_cpu

@@ -12,10 +12,6 @@ namespace {
 // The gradient of the tokens is computed for so many at a time, because the packed gradients of all layers together may
 // be large. W is unpacked again for each slice, as it is for each block of tokens anyway.
 constexpr int64_t kSliceTokens = 1024;
-// The gradients of a layer's factors need the packed gradient of all its results. Layers take part in one loop until
-// these have so many bytes.
-constexpr int64_t kBytesAtOnce = 16 << 20;
-
 // What a backward call returns; an empty tensor for what was not requested.
 struct Gradients {
   Tensor x = nothing();
@@ -50,24 +46,6 @@ float* row_of(const Tensor& t, int64_t row, int64_t cols) { return t.mutable_dat
 
 const void* row_of(const Matrix& m, int64_t row) {
   return static_cast<const char*>(m.data) + row * m.cols * (m.dtype == DType::kFloat32 ? 4 : 2);
-}
-
-// Calls run(layers) for consecutive layers that take part in one loop.
-template <class Run>
-void for_layers_at_once(const UsedLayers& layers, int64_t bytes_of_feature, const Run& run) {
-  std::vector<const UsedLayer*> now;
-  int64_t bytes = 0;
-  for (const UsedLayer& layer : layers) {
-    const int64_t more = layer.dy.cols * bytes_of_feature;
-    if (!now.empty() && bytes + more > kBytesAtOnce) {
-      run(now);
-      now.clear();
-      bytes = 0;
-    }
-    now.push_back(&layer);
-    bytes += more;
-  }
-  if (!now.empty()) run(now);
 }
 
 // ---- on tiles ----
@@ -200,55 +178,64 @@ void parameter_grads_tiles(const cpu::TileKernels& tiles, const UsedLayers& laye
 
 // ---- on the gemm kernel ----
 
-// dx, and dy_down and x_down of every layer.
+// dx, and dy_down and x_down of every layer. x and dy are packed for dx only; the low-rank products read them as they
+// are.
 void token_grads_gemm(const cpu::KernelTable& kernels, const UsedLayers& layers, const Matrix& x, const Needs& needs,
                       const Tensor& d_x) {
   const int64_t k = x.cols, most = std::min(x.rows, kSliceTokens);
-  const auto needs_columns = [&](const UsedLayer& l) { return needs.x || l.r > 0; };
-  const bool needs_x_down =
-      needs.lora && std::any_of(layers.begin(), layers.end(), [](const UsedLayer& l) { return l.r > 0; });
-  struct Job {
-    cpu::Term dy_down, x_down;
+  struct Factors {
+    const float *a, *b;  // packed columns [steps, r]
   };
-  std::vector<Job> jobs(layers.size());
+  Buffers factor_buffers;
+  for (const UsedLayer& l : layers) {
+    factor_buffers.ask(packed_bytes_of(kernels, l.r, k));
+    factor_buffers.ask(packed_bytes_of(kernels, l.r, l.dy.cols));
+  }
+  factor_buffers.allocate();
+  std::vector<Factors> factors;
+  std::vector<cpu::PackParams> factor_packs;
+  for (const UsedLayer& l : layers) {
+    auto* a = factor_buffers.take<float>(packed_bytes_of(kernels, l.r, k));
+    auto* b = factor_buffers.take<float>(packed_bytes_of(kernels, l.r, l.dy.cols));
+    factors.push_back({a, b});
+    if (l.r == 0) continue;
+    if (needs.lora) factor_packs.push_back({l.a().data, l.a().dtype, k, false, l.r, k, a});
+    factor_packs.push_back({l.b().data, l.b().dtype, l.r, true, l.r, l.dy.cols, b});
+  }
+  run_packs(kernels, factor_packs);
   for (int64_t first = 0; first < x.rows; first += kSliceTokens) {
     const int64_t count = std::min(kSliceTokens, x.rows - first);
     Buffers buffers;
-    if (needs_x_down) buffers.ask(packed_bytes_of(kernels, most, k));
     for (const UsedLayer& l : layers) {
-      if (needs_columns(l)) buffers.ask(packed_bytes_of(kernels, most, l.dy.cols));
-      if (needs.x && l.r > 0) buffers.ask(packed_bytes_of(kernels, most, l.r));
+      if (!needs.x) continue;
+      buffers.ask(packed_bytes_of(kernels, most, l.dy.cols));
+      buffers.ask(packed_bytes_of(kernels, most, l.r));
     }
     buffers.allocate();
     std::vector<cpu::PackParams> packs, down_packs;
+    std::vector<cpu::Term> down_terms, terms, low_rank_terms;
+    down_terms.reserve(2 * layers.size());  // products point to them
     std::vector<cpu::GemmParams> downs;
-    std::vector<cpu::Term> terms, low_rank_terms;
-    const auto columns_of = [&](const Matrix& matrix) {
-      auto* out = buffers.take<float>(packed_bytes_of(kernels, count, matrix.cols));
-      packs.push_back({row_of(matrix, first), matrix.dtype, matrix.cols, false, count, matrix.cols, out});
-      return out;
+    const auto add_down = [&](const Matrix& tokens, const float* columns, const UsedLayer& l, const Tensor& out) {
+      Matrix rows = tokens;
+      rows.data = row_of(tokens, first);
+      down_terms.push_back({dense(rows), columns, tokens.cols});
+      downs.push_back(row_product(down_terms.back(), Operands::kAsStored, count, l.r, l.scaling()));
+      downs.back().out = row_of(out, first, l.r);
     };
-    const float* x_columns = needs_x_down ? columns_of(x) : nullptr;
     for (size_t i = 0; i < layers.size(); ++i) {
       const UsedLayer& l = layers[i];
-      if (!needs_columns(l)) continue;
       const int64_t n = l.dy.cols;
-      const float* columns = columns_of(l.dy);
-      if (needs.x) terms.push_back({quantized(l.weight), columns, n});
+      if (l.r > 0) add_down(l.dy, factors[i].b, l, l.dy_down);
+      if (l.r > 0 && needs.lora) add_down(x, factors[i].a, l, l.x_down);
+      if (!needs.x) continue;
+      auto* columns = buffers.take<float>(packed_bytes_of(kernels, most, n));
+      auto* down_columns = buffers.take<float>(packed_bytes_of(kernels, most, l.r));
+      packs.push_back({row_of(l.dy, first), l.dy.dtype, n, false, count, n, columns});
+      terms.push_back({quantized(l.weight), columns, n});
       if (l.r == 0) continue;
-      float* dy_down = row_of(l.dy_down, first, l.r);
-      jobs[i].dy_down = {dense(l.b()), columns, n};
-      downs.push_back(float_product(jobs[i].dy_down, Operands::kTransposed, l.r, count, l.scaling(), dy_down));
-      if (needs.x) {
-        auto* down_columns = buffers.take<float>(packed_bytes_of(kernels, count, l.r));
-        down_packs.push_back({dy_down, DType::kFloat32, l.r, false, count, l.r, down_columns});
-        low_rank_terms.push_back({dense(l.a()), down_columns, l.r});
-      }
-      if (needs.lora) {
-        jobs[i].x_down = {dense(l.a()), x_columns, k};
-        downs.push_back(
-            float_product(jobs[i].x_down, Operands::kAsStored, l.r, count, l.scaling(), row_of(l.x_down, first, l.r)));
-      }
+      down_packs.push_back({row_of(l.dy_down, first, l.r), DType::kFloat32, l.r, false, count, l.r, down_columns});
+      low_rank_terms.push_back({dense(l.a()), down_columns, l.r});
     }
     run_packs(kernels, packs);
     run_gemms(kernels, downs);
@@ -270,49 +257,43 @@ void token_grads_gemm(const cpu::KernelTable& kernels, const UsedLayers& layers,
 
 void parameter_grads_gemm(const cpu::KernelTable& kernels, const UsedLayers& layers, const Matrix& x,
                           const Needs& needs) {
-  const int64_t m = x.rows, k = x.cols;
+  const int64_t m = x.rows;
   const auto has_factors = [&](const UsedLayer& l) { return needs.lora && l.r > 0; };
-  const bool needs_x = std::any_of(layers.begin(), layers.end(), has_factors);
-  const Columns x_by_token = needs_x ? pack(kernels, x, StepsAre::kRows) : Columns{};
   const std::vector<float> ones(static_cast<size_t>(needs.bias ? m : 0), 1.0f);
-  for_layers_at_once(layers, m * 4, [&](const std::vector<const UsedLayer*>& now) {
-    Buffers buffers;
-    const auto is_needed = [&](const UsedLayer& l) { return needs.bias || has_factors(l); };
-    for (const UsedLayer* l : now)
-      if (is_needed(*l)) buffers.ask(packed_bytes_of(kernels, l->dy.cols, m));
-    buffers.allocate();
-    std::vector<cpu::PackParams> packs;
-    std::vector<cpu::Term> terms;
-    terms.reserve(3 * now.size());  // products point to them
-    std::vector<cpu::GemmParams> products;
-    // Adds one gradient: the sum over tokens of values [m, ranks] times packed columns [m, features].
-    const auto add_grad = [&](const float* values, int64_t ranks, const float* columns, int64_t features,
-                              bool r_is_major, const Tensor& out) {
-      cpu::Operand operand;
-      operand.dense = values;
-      operand.ld = ranks;
-      terms.push_back({operand, columns, m});
-      cpu::GemmParams p = float_product(terms.back(), Operands::kTransposed, ranks, features, 1.0f, nullptr);
-      p.out = out.mutable_data_ptr();
-      p.out_dtype = float_dtype(out.scalar_type(), "lora");
-      p.out_ld = r_is_major ? features : ranks;
-      p.rows_are_major = r_is_major;
-      products.push_back(p);
-    };
-    for (const UsedLayer* l : now) {
-      if (!is_needed(*l)) continue;
-      const int64_t n = l->dy.cols;
-      auto* columns = buffers.take<float>(packed_bytes_of(kernels, n, m));
-      packs.push_back({l->dy.data, l->dy.dtype, n, true, n, m, columns});
-      if (has_factors(*l)) {
-        add_grad(row_of(l->dy_down, 0, l->r), l->r, x_by_token.data, k, true, *l->d_lora_a);
-        add_grad(row_of(l->x_down, 0, l->r), l->r, columns, n, false, *l->d_lora_b);
-      }
-      if (needs.bias) add_grad(ones.data(), 1, columns, n, true, *l->d_bias);
+  Buffers buffers;
+  for (const UsedLayer& l : layers) {
+    for (int i = 0; i < 2 && has_factors(l); ++i) buffers.ask(packed_bytes_of(kernels, l.r, m));
+    if (needs.bias) buffers.ask(packed_bytes_of(kernels, 1, m));
+  }
+  buffers.allocate();
+  std::vector<cpu::PackParams> packs;
+  std::vector<cpu::Term> terms;
+  terms.reserve(3 * layers.size());  // products point to them
+  std::vector<cpu::GemmParams> products;
+  // Adds one gradient: the sum over tokens of matrix [m, features] times values [m, ranks].
+  const auto add_grad = [&](const float* values, int64_t ranks, const Matrix& matrix, bool r_is_major,
+                            const Tensor& out) {
+    auto* columns = buffers.take<float>(packed_bytes_of(kernels, ranks, m));
+    packs.push_back({values, DType::kFloat32, ranks, true, ranks, m, columns});
+    terms.push_back({dense(matrix), columns, m});
+    cpu::GemmParams p = row_product(terms.back(), Operands::kTransposed, matrix.cols, ranks, 1.0f);
+    p.out = out.mutable_data_ptr();
+    p.out_dtype = float_dtype(out.scalar_type(), "lora");
+    if (r_is_major) {
+      p.rows_are_major = false;
+      p.out_ld = matrix.cols;
     }
-    run_packs(kernels, packs);
-    run_gemms(kernels, products);
-  });
+    products.push_back(p);
+  };
+  for (const UsedLayer& l : layers) {
+    if (has_factors(l)) {
+      add_grad(row_of(l.dy_down, 0, l.r), l.r, x, true, *l.d_lora_a);
+      add_grad(row_of(l.x_down, 0, l.r), l.r, l.dy, false, *l.d_lora_b);
+    }
+    if (needs.bias) add_grad(ones.data(), 1, l.dy, true, *l.d_bias);
+  }
+  run_packs(kernels, packs);
+  run_gemms(kernels, products);
 }
 
 std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>> backward_many(

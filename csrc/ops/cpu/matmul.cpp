@@ -142,7 +142,7 @@ Gradients backward_gemm(const Call& c, const Matrix& dy, const Needs& needs) {
     d.lora_a = low_rank_grad(c.kernels, *dy_down, c.adapter_tokens(), dtype, true);
     d.lora_b = low_rank_grad(c.kernels, x_down, dy, dtype, false);
   }
-  if (needs.bias) d.bias = bias_grad(c.kernels, pack(c.kernels, dy, StepsAre::kRows), dy.rows, c.w.n);
+  if (needs.bias) d.bias = bias_grad(c.kernels, dy);
   return d;
 }
 

@@ -354,7 +354,7 @@ Gradients backward_gemm(const Call& c, const Matrix& dy, const Needs& needs) {
   if (needs.x)
     d.x = sum_of_terms(c.kernels, Operands::kTransposed, c.w.k, quantized(c.w), dy_columns, c.w.n, terms.get(), c.like,
                        nullptr, order.numbers);
-  if (needs.bias) d.bias = bias_grad(c.kernels, pack(c.kernels, dy, StepsAre::kRows), dy.rows, c.w.n);
+  if (needs.bias) d.bias = bias_grad(c.kernels, dy);
   return d;
 }
 

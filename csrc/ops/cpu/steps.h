@@ -86,6 +86,14 @@ inline cpu::GemmParams float_product(const cpu::Term& term, Operands form, int64
   return p;
 }
 
+// A product with the gemm kernel, whose result is a float32 matrix [rows, cols].
+inline cpu::GemmParams row_product(const cpu::Term& term, Operands form, int64_t rows, int64_t cols, float scale) {
+  cpu::GemmParams p = float_product(term, form, rows, cols, scale, nullptr);
+  p.rows_are_major = true;
+  p.out_ld = cols;
+  return p;
+}
+
 // ---- steps on tiles ----
 
 inline void run_factor_packs(const cpu::TileKernels& tiles, const std::vector<cpu::PackFactorParams>& jobs) {
