@@ -27,7 +27,7 @@ int64_t most_low_rank_steps(const BackwardTilesParams& p) {
 }
 int64_t backward_scratch(const BackwardTilesParams& p) {
   const int64_t tiles = backward_panel_chunks(p) * kChunkTiles;
-  return tiles * (kChunkSteps + most_low_rank_steps(p) + backward_blocks(p.m).tiles) * kTileFloats;
+  return tiles * (kMostChunkSteps + most_low_rank_steps(p) + backward_blocks(p.m).tiles) * kTileFloats;
 }
 
 // Stores two rows of 128 columns as row `pair` of eight column tiles, `pitch` bytes apart. Column c of tile 2s + h is
@@ -116,7 +116,7 @@ void backward(const BackwardTilesParams& p, int64_t begin, int64_t end, float* s
   const int64_t block = backward_blocks(p.m).tiles;
   const int64_t most = backward_panel_chunks(p), chunks = ceil_div(p.weight.k, kChunk), panels = ceil_div(chunks, most);
   auto* panel = reinterpret_cast<uint8_t*>(scratch);
-  const int64_t panel_pitch = (kChunkSteps + most_low_rank_steps(p)) * kTileBytes;
+  const int64_t panel_pitch = (kMostChunkSteps + most_low_rank_steps(p)) * kTileBytes;
   auto* results = reinterpret_cast<float*>(panel + most * kChunkTiles * panel_pitch);
   const int64_t results_pitch = most * kChunkTiles * kTileFloats;
 
@@ -132,7 +132,7 @@ void backward(const BackwardTilesParams& p, int64_t begin, int64_t end, float* s
       const Vec::Table levels = Vec::table(codebook(term->weight.quant_type));
       int64_t s0 = 0;
       do {
-        const int64_t now = min_i64(kChunkSteps, steps - s0);
+        const int64_t now = next_chunk_steps(steps - s0);
         const bool is_last = s0 + now == steps;
         for (int64_t s = 0; s < now; ++s)
           unpack_pairs(*term, levels, s0 + s, chunk0, count, panel + s * kTileBytes, panel_pitch);
@@ -145,7 +145,7 @@ void backward(const BackwardTilesParams& p, int64_t begin, int64_t end, float* s
             multiply_any(min_i64(2, tokens - i), 2, rows + i * pitch + s0 * kTileBytes, pitch, panel + j * panel_pitch,
                          panel_pitch, sum_steps, term == &p && s0 == 0, results + i * results_pitch + j * kTileFloats,
                          results_pitch);
-        s0 += kChunkSteps;
+        s0 += now;
       } while (s0 < steps);
     }
     for (int64_t i = 0; i < tokens; ++i)

@@ -26,7 +26,7 @@ int64_t forward_items(const ForwardTilesParams& p) {
 int64_t forward_scratch(const ForwardTilesParams& p) {
   const int64_t tiles = forward_panel_tiles(p);
   return row_scales_scratch(p.weight, tiles * kTile) +
-         (2 * (kChunkSteps + all_low_rank_steps(p)) + tiles * forward_blocks(p.m).tiles) * kTileFloats;
+         (2 * (kMostChunkSteps + all_low_rank_steps(p)) + tiles * forward_blocks(p.m).tiles) * kTileFloats;
 }
 
 void forward(const ForwardTilesParams& p, int64_t begin, int64_t end, float* scratch) {
@@ -38,7 +38,7 @@ void forward(const ForwardTilesParams& p, int64_t begin, int64_t end, float* scr
   const int64_t most = forward_panel_tiles(p), panels = ceil_div(tiles_of(w.n), most);
   RowUnpacker unpacker(p, most * kTile, scratch);
   auto* panel = reinterpret_cast<uint8_t*>(scratch + row_scales_scratch(w, most * kTile));
-  const int64_t panel_pitch = (kChunkSteps + extra) * kTileBytes;
+  const int64_t panel_pitch = (kMostChunkSteps + extra) * kTileBytes;
   auto* results = reinterpret_cast<float*>(panel + 2 * panel_pitch);
   const int64_t block = forward_blocks(p.m).tiles, results_pitch = block * kTileFloats;
 
@@ -52,7 +52,7 @@ void forward(const ForwardTilesParams& p, int64_t begin, int64_t end, float* scr
 
     int64_t s0 = 0;
     do {  // runs once even if there are no steps, for the bias and the low-rank term
-      const int64_t now = min_i64(kChunkSteps, steps - s0);
+      const int64_t now = next_chunk_steps(steps - s0);
       const bool is_last = s0 + now == steps;
       const bool apart = is_last && p.low_rank != nullptr;
       const int64_t sum_steps = now + (is_last && !apart ? extra : 0);
@@ -85,7 +85,7 @@ void forward(const ForwardTilesParams& p, int64_t begin, int64_t end, float* scr
               store_transposed(p, c + t * kTileFloats, results_pitch, row0 + i * kTile, (token0 + j + t) * kTile);
         }
       }
-      s0 += kChunkSteps;
+      s0 += now;
     } while (s0 < steps);
   }
 }

@@ -33,6 +33,7 @@ QLORA_INLINE void multiply(const uint8_t* rows, int64_t row_pitch, const uint8_t
                            int64_t steps, bool first, float* c, int64_t c_pitch) {
   static_assert(kRows <= 2 && kCols <= 2, "four tiles of results, two of each operand");
   float *c01 = c + 256, *c10 = c + c_pitch, *c11 = c + c_pitch + 256;
+  asm volatile("" ::: "memory");  // GCC 12 does not know that its tile loads read memory: stores come before
   if (first) {
     _tile_zero(0);
     if constexpr (kCols == 2) _tile_zero(1);

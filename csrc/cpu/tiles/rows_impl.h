@@ -56,10 +56,10 @@ class RowUnpacker {
     if (by_nibble_ && end <= rows_ && (s0 + now) * kStep <= w_.k) return unpack_whole(begin, end, s0, now, out, pitch);
     for (int64_t i = begin; i < end; ++i) {
       uint8_t* to = out + (i / kTile - begin / kTile) * pitch + i % kTile * 64;
-      for (int64_t c = 0; c < now / 4; ++c, to += 4 * kTileBytes) {
+      for (int64_t s = 0; s < now; s += 4) {
         Words words[4] = {};
-        if (i < rows_) unpack_any(row0_ + i, scales_ + i * segments_, s0 * kStep + c * kChunk, words);
-        for (int s = 0; s < 4; ++s) store_words(to + s * kTileBytes, words[s]);
+        if (i < rows_) unpack_any(row0_ + i, scales_ + i * segments_, (s0 + s) * kStep, words);
+        for (int64_t j = 0; j < min_i64(4, now - s); ++j) store_words(to + (s + j) * kTileBytes, words[j]);
       }
     }
   }
@@ -77,6 +77,12 @@ class RowUnpacker {
         unpack_chunk(packed + c * kChunk / 2, true, levels, scales[2 * c], scales[2 * c + 1], words);
         for (int s = 0; s < 4; ++s) store_words(to + (4 * c + s) * kTileBytes, words[s]);
       }
+      if (now % 4 == 0) continue;
+      Words words[4];
+      unpack_chunk(packed + now / 4 * kChunk / 2, false, levels, scales[now / 2 - 1], 0.0f, words);
+      join_half_chunk(words);
+      store_words(to + (now - 2) * kTileBytes, words[0]);
+      store_words(to + (now - 1) * kTileBytes, words[1]);
     }
   }
 
@@ -84,7 +90,9 @@ class RowUnpacker {
     if (!by_nibble_) return unpack_natural(w_, levels_, row, col, words);
     if (col >= w_.k) return;
     const float* of_chunk = scales + col / 64;
-    unpack_chunk(w_.packed + (row * w_.k + col) / 2, col + kChunk <= w_.k, levels_, of_chunk[0], of_chunk[1], words);
+    const bool whole = col + kChunk <= w_.k;
+    unpack_chunk(w_.packed + (row * w_.k + col) / 2, whole, levels_, of_chunk[0], of_chunk[1], words);
+    if (!whole) join_half_chunk(words);
   }
 
   const WeightView& w_;

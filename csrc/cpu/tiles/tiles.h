@@ -17,10 +17,11 @@ namespace qlora::cpu {
 inline constexpr int64_t kTile = 16;
 inline constexpr int64_t kTileBytes = 1024;
 inline constexpr int64_t kStep = 32;
-inline constexpr int64_t kChunk = 128;  // elements of a row that are unpacked together: four steps
+inline constexpr int64_t kChunk = 128;             // elements of a row that are unpacked together: four steps
+inline constexpr int64_t kHalfChunk = kChunk / 2;  // the last 64 elements of a row, or less, take two steps
 
 constexpr int64_t tiles_of(int64_t count) { return ceil_div(count, kTile); }
-constexpr int64_t steps_of(int64_t count) { return ceil_div(count, kChunk) * (kChunk / kStep); }
+constexpr int64_t steps_of(int64_t count) { return ceil_div(count, kHalfChunk) * (kHalfChunk / kStep); }
 
 // Whether rows are unpacked in groups of 64 weights with one scale, which leaves the weights in nibble order instead of
 // natural order.

@@ -33,8 +33,9 @@ void pack_factor_of(const PackFactorParams& p, const TileFactor& f, uint8_t* pac
     for (int64_t q = 0; q < tiles_of(f.r); ++q) {
       uint8_t* out = packed + (q * splits * steps + chunk * 4) * kTileBytes;
       const int64_t ranks = min_i64(kTile, f.r - q * kTile), first = chunk * kChunk;
+      const int64_t chunk_steps = min_i64(kChunk / kStep, steps - chunk * 4);
       if (f.rank_stride == 1 && !p.as_rows) {  // the matrix is [features, ranks]: column tiles need no transpose
-        for (int64_t pair = 0; pair < kChunk / 2; ++pair) {
+        for (int64_t pair = 0; pair < chunk_steps * kTile; ++pair) {
           Halves high[2], low[2];
           for (int i = 0; i < 2; ++i) {
             const int64_t feature = first + 2 * pair + i;
@@ -51,10 +52,15 @@ void pack_factor_of(const PackFactorParams& p, const TileFactor& f, uint8_t* pac
         continue;
       }
       Words high[16][4], low[16][4];
-      for (int64_t i = 0; i < kTile; ++i)
+      for (int64_t i = 0; i < kTile; ++i) {
         load_chunk(f.data, f.dtype, i < ranks ? (q * kTile + i) * f.rank_stride + first : 0,
                    i < ranks ? min_i64(kChunk, f.features - first) : 0, p.by_nibble, high[i], low[i]);
-      for (int s = 0; s < 4; ++s)
+        if (p.by_nibble && chunk_steps == 2) {
+          join_half_chunk(high[i]);
+          join_half_chunk(low[i]);
+        }
+      }
+      for (int s = 0; s < chunk_steps; ++s)
         for (int part = 0; part < splits; ++part) {
           Words rows[16];
           for (int i = 0; i < 16; ++i) rows[i] = part == 0 ? high[i][s] : low[i][s];
@@ -79,8 +85,9 @@ void pack_columns(const uint16_t* x, int64_t m, int64_t k, const int64_t* row_of
   const int64_t tokens = min_i64(kTile, m - first);
   const uint16_t* row[kTile];
   for (int64_t t = 0; t < tokens; ++t) row[t] = x + row_of_token(row_of, first + t) * k;
-  for (int64_t c = 0; c < ceil_div(k, kChunk); ++c)
-    for (int q = 0; q < 4; ++q) {
+  for (int64_t c = 0; c < ceil_div(k, kChunk); ++c) {
+    const int64_t chunk_steps = min_i64(kChunk / kStep, steps_of(k) - 4 * c);
+    for (int q = 0; q < chunk_steps; ++q) {
       const int64_t at = c * kChunk + 32 * q;
       Words rows[16];
       for (int64_t t = 0; t < kTile; ++t) rows[t] = t < tokens ? load16(row[t] + at, k - at) : zero_words();
@@ -88,11 +95,14 @@ void pack_columns(const uint16_t* x, int64_t m, int64_t k, const int64_t* row_of
         for (int t = 0; t < kTile; ++t) rows[t] = nibble_pairs(rows[t]);
       transpose(rows);
       for (int i = 0; i < 16; ++i) {
-        // If by_nibble, word i belongs to step i % 4 and holds elements of 8j … 8j + 7, where j = 4q + i / 4.
-        const int step = by_nibble ? i % 4 : q, row = by_nibble ? 4 * q + i / 4 : i;
-        store_words(out + (c * 4 + step) * kTileBytes + row * 64, rows[i]);
+        // If by_nibble, word i belongs to vector i % 4 of the nibble order and holds elements of 8j … 8j + 7, where
+        // j = 4q + i / 4. A vector is a step; in a half chunk two vectors are.
+        const int64_t vector_rows = kTile * chunk_steps / 4;
+        const int64_t row = by_nibble ? i % 4 * vector_rows + 4 * q + i / 4 : kTile * q + i;
+        store_words(out + c * 4 * kTileBytes + row * 64, rows[i]);
       }
     }
+  }
 }
 
 // Packs 16 tokens into row tiles, in natural order.

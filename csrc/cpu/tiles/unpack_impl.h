@@ -13,6 +13,7 @@ namespace {
 // rows and two of columns fit into L1 together. 512 elements took 1.2 times as long at m = 512, because rows and
 // columns evicted each other (docs/notes/cpu-kernels.md).
 constexpr int64_t kChunkSteps = 8;
+constexpr int64_t kMostChunkSteps = kChunkSteps + 2;  // the last chunk takes a rest of two steps, which saves a pass
 constexpr int64_t kFewItems = 8;  // with fewer items than this, panels get narrower so that every thread has work
 
 // Blocks of tokens in pairs of tiles, as equal as possible, because threads receive equal numbers of items.
@@ -23,6 +24,8 @@ struct TokenBlocks {
     tiles = count > 0 ? ceil_div(tiles_of(m), 2 * count) * 2 : 0;
   }
 };
+
+int64_t next_chunk_steps(int64_t left) { return left <= kMostChunkSteps ? left : kChunkSteps; }
 
 // Unpacks 128 elements of a row of any weight from `col` on, in natural order, with zeros beyond the end of the row.
 void unpack_natural(const WeightView& w, Vec::Table levels, int64_t row, int64_t col, Words (&out)[4]) {

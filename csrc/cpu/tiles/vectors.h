@@ -2,7 +2,7 @@
 //   Vec: the vector type of the float32 kernels (vec_scalar.h),
 //   Words: 64 bytes, 32 elements of 16 bit or 16 words of 32 bit. Halves: 16 elements of 16 bit. Floats: 16 float32,
 //     with +, - and *,
-//   zero_words, load_words, store_words; lower, upper, store_halves; zero_floats, spread, as_floats,
+//   zero_words, load_words, store_words; lower, upper, join, store_halves; zero_floats, spread, as_floats,
 //   load16, store16: the first `count` of 32 elements; a load makes the others zero,
 //   load_floats(p), store_floats(p, count, x): 16 float32, or the first `count` of them,
 //   load_floats(data, dtype, at, count): the first `count` of 16 numbers of any float type, the others are zero,
@@ -33,6 +33,13 @@ namespace {
 
 // The remainder x - high, rounded to bfloat16.
 QLORA_INLINE Halves rest16(Floats x, Halves high) { return round16(x - widen16(high)); }
+
+// Where 128 elements in nibble order are only the last 64 of a row, the lower half of each vector has them. Moves them
+// to the first two vectors, which are then two steps: out[s] holds elements 4i + 2s, and 4i + 2s + 1 in its upper half.
+QLORA_INLINE void join_half_chunk(Words (&words)[4]) {
+  words[0] = join(lower(words[0]), lower(words[1]));
+  words[1] = join(lower(words[2]), lower(words[3]));
+}
 
 QLORA_INLINE void prefetch(const uint8_t* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);

@@ -26,6 +26,7 @@ QLORA_INLINE Words load16(const uint16_t* p, int64_t count) { return _mm512_mask
 QLORA_INLINE void store16(uint16_t* p, int64_t count, Words x) { _mm512_mask_storeu_epi16(p, mask32(count), x); }
 QLORA_INLINE Halves lower(Words x) { return _mm512_castsi512_si256(x); }
 QLORA_INLINE Halves upper(Words x) { return _mm512_extracti64x4_epi64(x, 1); }
+QLORA_INLINE Words join(Halves low, Halves high) { return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1); }
 QLORA_INLINE void store_halves(void* p, Halves x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
 
 QLORA_INLINE Floats zero_floats() { return _mm512_setzero_ps(); }

@@ -58,6 +58,7 @@ QLORA_INLINE void store16(uint16_t* p, int64_t count, Words x) {
 }
 QLORA_INLINE Halves lower(Words x) { return {{x.v[0], x.v[1]}}; }
 QLORA_INLINE Halves upper(Words x) { return {{x.v[2], x.v[3]}}; }
+QLORA_INLINE Words join(Halves low, Halves high) { return {{low.v[0], low.v[1], high.v[0], high.v[1]}}; }
 QLORA_INLINE void store_halves(void* p, Halves x) {
   for (int i = 0; i < 2; ++i) vst1q_u16(static_cast<uint16_t*>(p) + 8 * i, x.v[i]);
 }
