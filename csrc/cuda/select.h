@@ -184,7 +184,7 @@ constexpr DequantizeMatmulTokens dequantize_matmul_tokens(const Problem& p, cons
 // Rows of W (columns in the backward) per dequantized panel: all of them, or equal panels with a multiple of 64.
 // `across` is the other extent of the panel.
 constexpr int64_t select_panel(int64_t extent, int64_t across, DType dtype, const GpuInfo& gpu) {
-  const int64_t room = gpu.panel_bytes / (across * (dtype == DType::kFloat32 ? 4 : 2));
+  const int64_t room = gpu.panel_bytes / (across * float_bytes(dtype));
   if (extent <= room) return extent;
   const int64_t most = room < 64 ? 64 : room / 64 * 64, panels = (extent + most - 1) / most;
   return ((extent + panels - 1) / panels + 63) / 64 * 64;

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import re
 import signal
 
@@ -13,6 +14,7 @@ import torch
 from qlora.bench import left_out
 from qlora.bench.measure import Watch, alternate, median_ratio
 from qlora.bench.progress import Progress
+from qlora.bench.session import Session
 from qlora.cli import main
 
 SMALL = ("--shape", "64x128", "--m", "1", "20", "--rank", "4", "--repeats", "2", "--dtype", "fp32")
@@ -371,3 +373,31 @@ def test_step_of_a_small_model(quick, monkeypatch, tmp_path):
     (result,) = json.loads((tmp_path / "b.json").read_text())["results"]
     assert (result["name"], result["extents"]["m"]) == ("step", 512)
     assert set(result["seconds"]) == {"qlora", "torch"}
+
+
+class _Stubborn(Exception):
+    """Cannot be built from its arguments, so it does not survive pickling."""
+
+    def __init__(self, a, b):
+        super().__init__(f"{a} and {b}")
+
+
+def _fail():
+    raise _Stubborn("this", "that")
+
+
+def _blocked_signals():
+    return signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_the_child_of_a_session():
+    """It ignores Ctrl-C, reports errors that cannot be pickled, and is replaced if it dies between two works."""
+    with Session(torch.device("cpu"), 1, 10.0, Progress()) as session:
+        assert signal.SIGINT in session.call(_blocked_signals)
+        assert signal.SIGINT not in _blocked_signals()
+        with pytest.raises(RuntimeError, match=r"(?s)_Stubborn: this and that"):
+            session.call(_fail)
+        first = session.call(os.getpid)
+        os.kill(first, signal.SIGKILL)
+        session._child[1].join()
+        assert session.call(os.getpid) != first

@@ -301,6 +301,44 @@ void test_nan_stays_in_its_row(const KernelTable& kernels) {
   expect(right, name_of(kernels, "nan of one token stays its own"));
 }
 
+// Weights, bias and addend end with the last row, far from a multiple of the rows that are computed together.
+void test_reads_end_with_the_data(const KernelTable& kernels, int64_t n, int64_t m) {
+  const TileKernels& tiles = *kernels.tiles;
+  const int64_t k = 64;
+  const Weight w(n, k, 64, QuantType::kNf4);
+  const Array x(kToken, normal(m * k, 18)), bias(DType::kBFloat16, normal(n, 13));
+  const std::vector<float> addend = normal(m * n, 14);
+  const BeforeForbiddenPage packed_end(w.view.packed, n * k / 2), bias_end(bias.data(), 2 * n),
+      addend_end(addend.data(), 4 * m * n), x_end(x.data(), 2 * m * k);
+  Aligned columns(tiles_of(m) * token_steps(k, 0) * kTileBytes);
+  ForwardTokensParams t{};
+  t.x = x_end.data();
+  t.m = m;
+  t.k = k;
+  t.by_nibble = true;
+  t.out = columns.data();
+  tiles.forward_tokens(t, 0, tiles_of(m), scratch(tiles.forward_tokens_scratch(t)));
+  Array y(kToken, m * n), same(kToken, m * n);
+  ForwardTilesParams p{};
+  p.weight = w.view;
+  p.m = m;
+  p.by_nibble = true;
+  p.columns = columns.data();
+  p.bias = bias.data();
+  p.bias_dtype = bias.dtype;
+  p.addend = addend.data();
+  p.y = same.data();
+  tiles.forward(p, 0, tiles.forward_items(p), scratch(tiles.forward_scratch(p)));
+  p.weight.packed = packed_end.data();
+  p.bias = bias_end.data();
+  p.addend = reinterpret_cast<const float*>(addend_end.data());
+  p.y = y.data();
+  tiles.forward(p, 0, tiles.forward_items(p), scratch(tiles.forward_scratch(p)));
+  bool right = true;
+  for (int64_t i = 0; i < m * n; ++i) right = right && y[i] == same[i];
+  expect(right, name_of(kernels, "reads end with the data, n=", n, " m=", m));
+}
+
 }  // namespace
 
 void test_tiles(const KernelTable& kernels) {
@@ -309,6 +347,8 @@ void test_tiles(const KernelTable& kernels) {
     int64_t n, k, block;
   };
   test_nan_stays_in_its_row(kernels);
+  for (const int64_t n : {16, 20, 47, 64})
+    for (const int64_t m : {3, 20, 40}) test_reads_end_with_the_data(kernels, n, m);
   // One weight; rows that start inside a byte; whole words with half a chunk left over; blocks of two chunks' halves;
   // blocks of 32; more than one chunk of the reduction and more than one panel, in either direction.
   const Shape shapes[] = {{1, 1, 32}, {37, 75, 32}, {70, 192, 64}, {33, 320, 128}, {50, 96, 32}, {300, 704, 64}};

@@ -2,6 +2,9 @@
 // bounds.
 #pragma once
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -112,6 +115,27 @@ class Aligned {
 
  private:
   std::vector<uint8_t> bytes_;
+};
+
+// Bytes that end where a page begins that cannot be read.
+class BeforeForbiddenPage {
+ public:
+  BeforeForbiddenPage(const void* data, int64_t bytes) {
+    const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    pages_ = (static_cast<size_t>(bytes) + page - 1) / page * page + page;
+    mapping_ = static_cast<uint8_t*>(mmap(nullptr, pages_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (mapping_ == MAP_FAILED || mprotect(mapping_ + pages_ - page, page, PROT_NONE) != 0) std::abort();
+    data_ = mapping_ + pages_ - page - bytes;
+    std::memcpy(data_, data, static_cast<size_t>(bytes));
+  }
+  ~BeforeForbiddenPage() { munmap(mapping_, pages_); }
+  BeforeForbiddenPage(const BeforeForbiddenPage&) = delete;
+  BeforeForbiddenPage& operator=(const BeforeForbiddenPage&) = delete;
+  const uint8_t* data() const { return data_; }
+
+ private:
+  size_t pages_;
+  uint8_t *mapping_, *data_;
 };
 
 // A random packed weight [n, k], with or without double quantization.

@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 
+from qlora.models import chunked_loss as chunked_loss_module
 from qlora.models.chunked_loss import ChunkedLoss, backbone_of, chunked_loss, learnt_positions, why_not_chunked
 
 SIZES = {
@@ -123,6 +124,27 @@ def test_a_model_without_a_backbone_is_found():
     torch.manual_seed(0)
     config = transformers.T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
     assert "no backbone" in why_not_chunked(transformers.T5ForConditionalGeneration(config))
+
+
+def test_the_probe_asks_for_the_embeddings():
+    model = build("Llama")
+    model.get_input_embeddings = lambda: (_ for _ in ()).throw(NotImplementedError("no embeddings here"))
+    assert "no embeddings here" in why_not_chunked(model)
+
+
+@pytest.mark.parametrize("float16_is", ["the head's", "autocast's"])
+def test_gradients_in_float16_keep_the_scale_of_the_loss(float16_is):
+    """A gradient that is computed before the loss is scaled has zeros where float16 is too coarse."""
+    model = build("Llama")
+    freeze_head(model)
+    hidden = torch.randn(4, 32)
+    assert chunked_loss_module._is_frozen(model, hidden)
+    if float16_is == "the head's":
+        model.lm_head.half()
+        assert not chunked_loss_module._is_frozen(model, hidden)
+    else:
+        with torch.autocast("cpu", torch.float16):
+            assert not chunked_loss_module._is_frozen(model, hidden)
 
 
 def test_installed_and_removed():

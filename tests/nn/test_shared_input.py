@@ -170,6 +170,9 @@ def test_an_input_that_changed_in_place_is_another_input(attention, together):
         ours = attention(x)
         share_inputs(attention, enabled=False)
         assert torch.equal(ours, attention(x))
+    share_inputs(attention)
+    with torch.inference_mode():  # where tensors do not count their changes
+        assert torch.equal(ours, attention(x))
 
 
 def test_chunks_in_one_call(attention, together):
@@ -189,7 +192,7 @@ def test_chunks_in_one_call(attention, together):
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("crosses", [True, False])
 def test_checkpointing(attention, together, reentrant, crosses):
-    """The recomputation does what the forward did, also when the forward has just disabled the group."""
+    """The recomputation does what the forward did, also if that or another forward has just disabled the group."""
     x, other = torch.randn(12, K), torch.randn(12, K) if crosses else None
     plain = copy.deepcopy(attention)
     share_inputs(plain, enabled=False)
@@ -204,11 +207,20 @@ def test_checkpointing(attention, together, reentrant, crosses):
 
     block = Block(attention)
     theirs = step(plain, x, other)
-    for used in ([3, 3], [3, 3] if crosses else [3, 3, 3, 3]):
+    is_disabled = crosses and reentrant
+    for used in ([3, 3], [3, 3] if is_disabled else [3, 3, 3, 3]):
         ours = step(block, x, other)
         assert together == used
         assert torch.equal(ours[0], theirs[0])
         assert all(torch.equal(grad, theirs[2][name.removeprefix("inner.")]) for name, grad in ours[2].items())
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    share_inputs(attention)
+    for y in [block(given, other) for given in inputs]:
+        y.sum().backward()
+    expected = x.clone().requires_grad_()
+    plain(expected, other).sum().backward()
+    assert torch.equal(inputs[0].grad, inputs[1].grad)
+    torch.testing.assert_close(inputs[0].grad, expected.grad)
 
 
 def test_compile_computes_layer_by_layer(attention, together):
@@ -305,6 +317,23 @@ def test_an_error_leaves_no_open_group(attention, together):
     attention.__class__ = Attention
     attention(torch.randn(12, K))
     assert together == [3, 3]
+
+
+def test_an_interrupted_call_ends_with_the_next(attention, together):
+    class Interrupted(Attention):
+        def forward(self, x):
+            self.q_proj(x)
+            raise KeyboardInterrupt  # torch runs no hooks after it
+
+    attention.__class__ = Interrupted
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            attention(torch.randn(12, K))
+    assert len(shared_input._OPEN.calls) == 1
+    attention.__class__ = Attention
+    attention(torch.randn(12, K))
+    assert shared_input._OPEN.calls == ()
+    assert together == [3] * 4
 
 
 def test_threads(attention):

@@ -189,6 +189,12 @@ def test_reference_twin_and_leading_dimensions():
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_no_layers():
+    x = torch.randn(3, 64)
+    assert ops.forward_many(x, [], [], [], [], [], "nf4", 64) == []
+    assert ops.forward_many(x.requires_grad_(), [], [], [], [], [], "nf4", 64) == []
+
+
 def test_one_token_without_a_batch_dimension():
     case = Case(1, 64, (24, 40)).require_grad()
     x = case.x.detach()[0].requires_grad_()

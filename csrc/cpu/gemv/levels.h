@@ -2,9 +2,8 @@
 // tokens are packed in the same order (pack_words), so no weight has to be moved.
 //
 // A type of levels has, besides a constructor:
-//   element(j, lane)     which weight of the chunk lane `lane` of vector j (0 … 7) is; it lies in the 32-bit word
-//   `lane`
-//                        or in another one of the same 32 weights, so that word lanes and vectors share scales
+//   element(j, lane)     the weight of the chunk that lane `lane` of vector j (0 … 7) holds. It lies in word `lane` of
+//                        the chunk, or in another word of the same 32 weights, which has the same scale.
 //   for_each(words, fn)  calls fn(j, levels) for each vector
 //   kMultiplied          whether the levels are rounded to bfloat16, times level_multiplier()
 #pragma once

@@ -13,14 +13,14 @@ struct VecAvx2OneShufflePort : VecAvx2 {
   static constexpr bool kExactByPlanes = false;
 };
 
-KernelTable make_one_shuffle_port_table() {
+constexpr KernelTable make_one_shuffle_port_table() {
   KernelTable t = make_table<VecAvx2>();
   t.pack_words = pack_words<VecAvx2OneShufflePort>;
   t.gemv = gemv<VecAvx2OneShufflePort>;
   return t;
 }
 
-const KernelTable table = make_table<VecAvx2>(), one_shuffle_port_table = make_one_shuffle_port_table();
+constexpr KernelTable table = make_table<VecAvx2>(), one_shuffle_port_table = make_one_shuffle_port_table();
 }  // namespace
 const KernelTable* const kAvx2Table = &table;
 const KernelTable* const kAvx2OneShufflePortTable = &one_shuffle_port_table;

@@ -136,6 +136,7 @@ void pack_low_rank_row(const ForwardTilesParams& p, int64_t row, uint8_t* out) {
 void store_transposed(const ForwardTilesParams& p, const float* c, int64_t c_pitch, int64_t row0, int64_t token0) {
   Words low[16], high[16];
   const int64_t rows = p.weight.n - row0, tokens = min_i64(kTile, p.m - token0);
+  if (rows <= 0) return;
   for (int i = 0; i < 16; ++i) low[i] = load_words(c + 16 * i);
   transpose(low);
   if (rows > kTile) {

@@ -73,8 +73,7 @@ void pack_factor_of(const PackFactorParams& p, const TileFactor& f, uint8_t* pac
 void pack_factor(const PackFactorParams& p, int64_t begin, int64_t end) {
   for (int64_t i = 0; i < p.adapters.count; ++i) {
     TileFactor f = p.factor;
-    const int64_t element_bytes = f.dtype == DType::kFloat32 ? 4 : 2;
-    f.data = static_cast<const char*>(f.data) + p.adapters.id(i) * f.adapter_stride * element_bytes;
+    f.data = static_cast<const char*>(f.data) + p.adapters.id(i) * f.adapter_stride * float_bytes(f.dtype);
     pack_factor_of(p, f, p.out + i * f.packed_bytes(), begin, end);
   }
 }

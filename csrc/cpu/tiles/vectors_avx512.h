@@ -14,7 +14,9 @@ using Words = __m512i;
 using Halves = __m256i;
 using Floats = __m512;  // with the compiler's own +, - and *
 
-QLORA_INLINE __mmask16 mask16(int64_t count) { return static_cast<__mmask16>(count >= 16 ? 0xFFFF : (1 << count) - 1); }
+QLORA_INLINE __mmask16 mask16(int64_t count) {
+  return static_cast<__mmask16>(count >= 16 ? 0xFFFF : count <= 0 ? 0 : (1 << count) - 1);
+}
 QLORA_INLINE __mmask32 mask32(int64_t count) {
   return count >= 32 ? 0xFFFFFFFFu : count <= 0 ? 0u : (1u << count) - 1u;
 }

@@ -69,7 +69,7 @@ class ExpertRows {
 
 // Matrix `i` of a stack whose matrices have `rows` rows.
 inline Matrix matrix_of_stack(const Matrix& stack, int64_t i, int64_t rows) {
-  const int64_t bytes = stack.dtype == DType::kFloat32 ? 4 : 2;
+  const int64_t bytes = float_bytes(stack.dtype);
   return {stack.tensor, static_cast<const char*>(stack.data) + i * rows * stack.cols * bytes, stack.dtype, rows,
           stack.cols};
 }

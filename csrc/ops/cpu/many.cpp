@@ -8,7 +8,7 @@
 namespace qlora::ops_cpu {
 namespace {
 
-// What all kernels write: the bias, and the memory of the result.
+// The bias of a layer, if it has one. Every kind of product takes it alike.
 template <class Params>
 void set_bias(Params& p, const Layer& layer) {
   if (!layer.bias) return;

@@ -12,6 +12,7 @@ namespace {
 // The gradient of the tokens is computed for so many at a time, because the packed gradients of all layers together may
 // be large. W is unpacked again for each slice, as it is for each block of tokens anyway.
 constexpr int64_t kSliceTokens = 1024;
+
 // What a backward call returns; an empty tensor for what was not requested.
 struct Gradients {
   Tensor x = nothing();
@@ -45,7 +46,7 @@ using UsedLayers = std::vector<UsedLayer>;
 float* row_of(const Tensor& t, int64_t row, int64_t cols) { return t.mutable_data_ptr<float>() + row * cols; }
 
 const void* row_of(const Matrix& m, int64_t row) {
-  return static_cast<const char*>(m.data) + row * m.cols * (m.dtype == DType::kFloat32 ? 4 : 2);
+  return static_cast<const char*>(m.data) + row * m.cols * float_bytes(m.dtype);
 }
 
 // ---- on tiles ----

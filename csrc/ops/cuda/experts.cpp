@@ -13,7 +13,7 @@ namespace {
 Adapters adapters_of(const Experts& e) {
   const Matrix none{Tensor(), nullptr, DType::kFloat32, 0, 0};
   const Matrix &a = e.adapter ? e.adapter->a : none, &b = e.adapter ? e.adapter->b : none;
-  const size_t element_size = a.dtype == DType::kFloat32 ? 4 : 2;
+  const size_t element_size = float_bytes(a.dtype);
   return {a, b, Tensor(), e.of_row, nullptr, e.of_row.const_data_ptr<int64_t>(), e.count, e.r, e.w.n, element_size};
 }
 

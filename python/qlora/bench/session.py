@@ -7,10 +7,13 @@ alternation. When it has to be killed, a new one measures the work again without
 import contextlib
 import math
 import multiprocessing
+import pickle
 import signal
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -24,6 +27,7 @@ from qlora.bench.works import Work
 
 PREPARE_SECONDS = 60.0  # a contender may take at least this long to prepare (imports, its form of the weights)
 PREPARATION = "preparation"
+EXIT_SECONDS = 5.0  # for a child that has closed its pipe
 
 
 @dataclass
@@ -77,6 +81,15 @@ def _measure(watch: _Sender, work: Work, device: torch.device, repeats: int, lim
     alternate(ready, device, case.copies, repeats, work.graphs, limit_s, watch)
 
 
+def _portable(error: Exception) -> Exception:
+    """The error itself, or its text if it does not survive the way to another process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError("".join(traceback.format_exception(error)).strip())
+    return error
+
+
 def _serve(connection: Connection, device: torch.device, threads: int) -> None:
     torch.set_num_threads(threads)
     if device.type == "cuda":
@@ -90,7 +103,7 @@ def _serve(connection: Connection, device: torch.device, threads: int) -> None:
                 result = function(watch, *arguments) if function is _measure else function(*arguments)
                 connection.send(("result", result))
             except Exception as error:
-                connection.send(("error", error))
+                connection.send(("error", _portable(error)))
 
 
 class _Lost(Exception):
@@ -165,8 +178,9 @@ class Session:
     def _events(self, function: Callable[..., Any], arguments: tuple) -> Iterator[tuple]:
         """Messages of the child until it has the function's result. Raises the function's error, or _Lost."""
         connection, process = self._started()
-        connection.send((function, arguments))
         contender, phase, calls, deadline, limit_s = "", "", 0, math.inf, math.inf
+        with contextlib.suppress(BrokenPipeError):  # recv() tells that the child has died
+            connection.send((function, arguments))
         while True:
             self.progress.refresh()
             try:
@@ -177,10 +191,10 @@ class Session:
                     continue
                 message = connection.recv()
             except (EOFError, ConnectionResetError):
-                process.join()
+                process.join(EXIT_SECONDS)
                 code = process.exitcode
                 self._kill()
-                how = signal.Signals(-code).name if code < 0 else f"status {code}"
+                how = "no status" if code is None else signal.Signals(-code).name if code < 0 else f"status {code}"
                 raise _Lost(contender, LeftOut("crashed", f"its process ended with {how}")) from None
             if message[0] == "begin":
                 _, contender, phase, calls = message
@@ -198,12 +212,16 @@ class Session:
                 yield message
 
     def _started(self) -> tuple[Connection, Any]:
+        if self._child is not None and not self._child[1].is_alive():  # it died after its last result
+            self._kill()
         if self._child is None:
             context = multiprocessing.get_context("spawn")  # a fork inherits threads' locks and the CUDA context
             ours, theirs = context.Pipe()
             arguments = (theirs, self.device, torch.get_num_threads())
             process = context.Process(target=_serve, args=arguments, daemon=True)
-            # Ctrl-C is for this process only: the child inherits the mask, and is killed.
+            # Ctrl-C is for this process only: the child inherits the mask, and is killed. The resource tracker would
+            # otherwise be started by the first start(), and it unblocks the signal.
+            resource_tracker.ensure_running()
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 process.start()

@@ -44,13 +44,18 @@ def backbone_of(model: Any) -> nn.Module | None:
 def _is_frozen(model: Any, hidden: Tensor) -> bool:
     """Whether the loss of ``model``'s head has no gradient but that of its input.
 
-    Not in float16, where a small gradient needs the scale of the loss, nor where the head is sharded.
+    Not where gradients are float16, which need the scale of the loss, nor where parameters are DTensors.
     """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
+        return False
     inside = {id(p) for p in backbone_of(model).parameters()}  # type: ignore[union-attr]
     embeddings = model.get_input_embeddings()
     tied = {id(p) for p in embeddings.parameters()} if embeddings is not None else set()
     head = [p for p in model.parameters() if id(p) not in inside or id(p) in tied]
-    return hidden.dtype != torch.float16 and all(not p.requires_grad and not hasattr(p, "device_mesh") for p in head)
+    if torch.float16 in (hidden.dtype, *(p.dtype for p in head)):
+        return False
+    return not any(p.requires_grad or hasattr(p, "device_mesh") for p in head)
 
 
 class _LossAndGradient(torch.autograd.Function):
@@ -75,7 +80,10 @@ class _LossAndGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * grad_total).to(gradient.dtype), None, None, None
+        scaled = torch.empty_like(gradient)
+        for part, out in zip(gradient.split(CHUNK), scaled.split(CHUNK), strict=True):
+            out.copy_(part.float() * grad_total)  # in float32: a GPU would round the factor to bfloat16 first
+        return scaled, None, None, None
 
 
 def chunked_loss(
@@ -174,6 +182,7 @@ def why_not_chunked(model: Any) -> str | None:
     model.eval()
     try:
         own = model(input_ids=labels, labels=labels, use_cache=False).loss
+        _is_frozen(model, own)  # a step of training asks this
         ours = chunked_loss(model, labels, learnt_positions(labels), 7, chunk=4, input_ids=labels)
     except (TypeError, AttributeError, KeyError, ValueError, RuntimeError) as error:
         return f"the head of {type(model).__name__} does not run on its own ({error})"

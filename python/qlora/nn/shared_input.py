@@ -33,7 +33,8 @@ _GROUPS = (
 _PLAIN = (Tensor, nn.Parameter)
 # With so few tokens a group costs more in Python than one operation saves: 10 % of SmolLM2's forward at one token.
 _FEW_TOKENS = 8
-_NONE = torch.empty(0)
+with torch.inference_mode(False):
+    _NONE = torch.empty(0, device="cpu")
 
 
 class Product(NamedTuple):
@@ -96,7 +97,9 @@ class SharedInput:
             self._was_enabled = self.is_enabled
         if self._was_enabled:
             members = tuple(filter(None, map(module._modules.get, self.names)))
-            _OPEN.calls = (*_OPEN.calls, _Call(self, members))
+            # Hooks do not run after a KeyboardInterrupt, so a call of this group that is still open was interrupted.
+            open_calls = (call for call in _OPEN.calls if call.group is not self)
+            _OPEN.calls = (*open_calls, _Call(self, members))
 
     def close(self, module: nn.Module, args: Any, output: Any) -> None:
         """The hook of the module, which also runs after an exception, then without an output."""
@@ -106,7 +109,7 @@ class SharedInput:
             call = _OPEN.calls[index]
             if call.group is self:
                 _OPEN.calls = _OPEN.calls[:index]
-                if call.results and output is not None:
+                if call.results and output is not None and not _will_run_again():
                     self.is_enabled = False
                     name = type(module).__name__
                     logger.info("%s: %s have different inputs and are computed one by one", name, self.names)
@@ -123,10 +126,14 @@ def shared_result(member: nn.Module, x: Tensor) -> Tensor | None:
     return None
 
 
+def _will_run_again() -> bool:
+    """Whether checkpointing runs: it calls modules again in the backward, which must do the same as in the forward."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 def _state(x: Tensor) -> tuple[Any, ...]:
     """What must not change between the calls of two members."""
-    version = 0 if x.is_inference() else x._version
-    return version, torch.is_grad_enabled(), torch._C._is_any_autocast_enabled()
+    return x._version, torch.is_grad_enabled(), torch._C._is_any_autocast_enabled()
 
 
 def _can_share(member: nn.Module | None) -> bool:
@@ -139,6 +146,8 @@ def _products(members: tuple[nn.Module, ...], x: Tensor) -> list[Product] | None
     if len(members) < 2 or not x.is_cpu or type(x) not in _PLAIN or x.dim() == 0:
         return None
     if x.numel() <= _FEW_TOKENS * x.shape[-1]:
+        return None
+    if x.is_inference():  # such a tensor does not count its changes
         return None
     products: list[Product] = []
     form = None
@@ -201,9 +210,10 @@ def share_inputs(model: nn.Module, enabled: bool = True) -> int:
     saves a fifth of the time of small projections, but nothing of a whole model's
     (docs/notes/cpu-kernels.md, "Layers that share an input").
 
-    Layers compute one by one in a call in which one of them is merged, has no active adapter or several, dropout, DoRA,
-    an adapter for each sample, or a hook that runs before it; with up to 8 tokens, as in generation; on a GPU; and
-    inside torch.compile. A group whose layers turn out to have different inputs, as in cross attention, is disabled.
+    Layers compute one by one in a call in which one of them is merged, has several active adapters, dropout, DoRA, an
+    adapter for each sample, or a hook that runs before it; with up to 8 tokens, as in generation; on a GPU; and inside
+    torch.compile or torch.inference_mode. A group whose layers turn out to have different inputs, as in cross
+    attention, is disabled, though not while gradient checkpointing runs.
 
     Returns the number of groups that are now enabled, or were disabled.
     """

@@ -94,6 +94,8 @@ def forward_many(
 def call_operator(x: Tensor, *lists: Any) -> list[Tensor]:
     """Calls the operator with its own arguments: lists, with an empty tensor of one dimension for none."""
     arguments = Arguments(x, *lists)
+    if not arguments.packed:
+        return []
     tensors = arguments.tensors
     refuse_forward_mode(x, *tensors)
     if needs_dispatcher(x):
