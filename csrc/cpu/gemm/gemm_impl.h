@@ -93,6 +93,7 @@ void tile(const float* panel, const float* columns, int64_t steps, bool first, f
   typename V::F acc[V::kTileRows][kVecs];
   for (int i = 0; i < V::kTileRows; ++i)
     for (int j = 0; j < kVecs; ++j) acc[i][j] = V::zero();
+#pragma GCC unroll 4  // AVX2: 20 instead of 22 instructions a step, which counts where hyperthreads share a core
   for (int64_t s = 0; s < steps; ++s) {
     typename V::F x[kVecs];
     for (int j = 0; j < kVecs; ++j) x[j] = V::load(columns + s * kTileCols + j * V::kLanes);
