@@ -237,11 +237,8 @@ def describe(device: torch.device) -> dict[str, str]:
     """Facts about the machine that affect times: devices, clocks, threads, instruction sets."""
     from qlora import _C
 
-    environment = {
-        name: os.environ[name]
-        for name in ("QLORA_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS")
-        if name in os.environ
-    }
+    names = "QLORA_CPU_ISA ONEDNN_MAX_CPU_ISA ATEN_CPU_CAPABILITY MKL_ENABLE_INSTRUCTIONS OMP_NUM_THREADS"
+    environment = {name: os.environ[name] for name in names.split() if name in os.environ}
     specific = _gpu_description(device) if device.type == "cuda" else {"isa": _C.active_isa()}
     return {
         "torch": torch.__version__,
