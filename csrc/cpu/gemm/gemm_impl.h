@@ -83,31 +83,45 @@ void fill_panel(const Operand& a, int64_t row0, int64_t rows, int64_t step0, int
     std::memset(panel + rows * P::kLd, 0, static_cast<size_t>((padded_rows - rows) * P::kLd) * sizeof(float));
 }
 
-// Multiplies one register tile, kTileRows x kVecs vectors of accumulators, over `steps` steps. It adds to c, or
-// overwrites c if `first`.
-template <class V, bool kTransposed, int kVecs>
+// Multiplies one register tile, kRows x kVecs vectors of accumulators, over `steps` steps. It adds to c, or overwrites
+// c if `first`.
+template <class V, bool kTransposed, int kVecs, int kRows = V::kTileRows>
 void tile(const float* panel, const float* columns, int64_t steps, bool first, float* c, int64_t c_ld) {
   constexpr int64_t kRowStride = kTransposed ? 1 : Panel<kTransposed>::kLd;
   constexpr int64_t kStepStride = kTransposed ? Panel<kTransposed>::kLd : 1;
   constexpr int64_t kTileCols = V::kLanes * V::kTileVecs;
-  typename V::F acc[V::kTileRows][kVecs];
-  for (int i = 0; i < V::kTileRows; ++i)
+  typename V::F acc[kRows][kVecs];
+  for (int i = 0; i < kRows; ++i)
     for (int j = 0; j < kVecs; ++j) acc[i][j] = V::zero();
 #pragma GCC unroll 4  // AVX2: 20 instead of 22 instructions a step, which counts where hyperthreads share a core
   for (int64_t s = 0; s < steps; ++s) {
     typename V::F x[kVecs];
     for (int j = 0; j < kVecs; ++j) x[j] = V::load(columns + s * kTileCols + j * V::kLanes);
 #pragma GCC unroll 8
-    for (int i = 0; i < V::kTileRows; ++i) {
+    for (int i = 0; i < kRows; ++i) {
       const auto w = V::set1(panel[i * kRowStride + s * kStepStride]);
       for (int j = 0; j < kVecs; ++j) acc[i][j] = V::fma(w, x[j], acc[i][j]);
     }
   }
-  for (int i = 0; i < V::kTileRows; ++i)
+  for (int i = 0; i < kRows; ++i)
     for (int j = 0; j < kVecs; ++j) {
       float* out = c + i * c_ld + j * V::kLanes;
       V::store(out, first ? acc[i][j] : V::add(V::load(out), acc[i][j]));
     }
+}
+
+// One vector of columns, for two register tiles of rows together: a product waits four cycles for the sum before it,
+// and two begin in each cycle, so four accumulators would leave half of them unused.
+template <class V, bool kTransposed>
+void narrow_tiles(const float* panel, const float* columns, int64_t steps, int64_t rows, bool first, float* c,
+                  int64_t c_ld) {
+  constexpr int64_t kRowStride = kTransposed ? 1 : Panel<kTransposed>::kLd;
+  constexpr int kRows = V::kTileRows, kPair = V::kTileRows < 8 ? 2 * kRows : kRows;
+  int64_t i = 0;
+  for (; i + kPair <= rows; i += kPair)
+    tile<V, kTransposed, 1, kPair>(panel + i * kRowStride, columns, steps, first, c + i * c_ld, c_ld);
+  for (; i < rows; i += kRows)
+    tile<V, kTransposed, 1>(panel + i * kRowStride, columns, steps, first, c + i * c_ld, c_ld);
 }
 
 template <class V, bool kTransposed>
@@ -115,7 +129,6 @@ void tile_any_width(const float* panel, const float* columns, int64_t steps, int
                     int64_t c_ld) {
   static_assert(V::kTileVecs == 1 || V::kTileVecs == 3);
   if constexpr (V::kTileVecs == 3) {
-    if (cols <= V::kLanes) return tile<V, kTransposed, 1>(panel, columns, steps, first, c, c_ld);
     if (cols <= 2 * V::kLanes) return tile<V, kTransposed, 2>(panel, columns, steps, first, c, c_ld);
   }
   tile<V, kTransposed, V::kTileVecs>(panel, columns, steps, first, c, c_ld);
@@ -230,6 +243,10 @@ void gemm_items_typed(const GemmParams& p, int64_t begin, int64_t end, float* pa
           if (from >= to) continue;
           const float* columns = t.columns + (col - t.first_column) * t.steps + s0 * kTileCols;
           const bool whole = from == 0 && to == width;
+          if (V::kTileVecs > 1 && whole && width <= V::kLanes) {
+            narrow_tiles<V, kTransposed>(panel, columns, steps, rows, first, c + j, kBlockCols);
+            continue;
+          }
           for (int64_t i = 0; i < rows; i += V::kTileRows) {
             const float* panel_rows = panel + i * (kTransposed ? 1 : P::kLd);
             float* out = c + i * kBlockCols + j;
