@@ -1,5 +1,5 @@
 // The avx2 kernels: one translation unit, one ISA, one set of flags (CMakeLists.txt). Empty off x86-64. A second table
-// has another gemv, for processors with one port for shuffles.
+// unpacks weights in another way, for processors with one port for shuffles.
 #include "cpu/isa/table.h"
 
 #if defined(__x86_64__)
@@ -8,15 +8,18 @@
 
 namespace qlora::cpu {
 namespace {
-// Looks up exact levels by vpermps. That takes 8 shuffles for 32 weights, and by bytes 12. Levels of bfloat16 take 4.
+// Looks up exact levels by vpermps. That takes 8 shuffles for 32 weights, and by bytes 12, or 13 in order. Levels of
+// bfloat16 take 4.
 struct VecAvx2OneShufflePort : VecAvx2 {
-  static constexpr bool kExactByPlanes = false;
+  static constexpr bool kExactByPlanes = false, kHasRuns32 = false;
 };
 
 constexpr KernelTable make_one_shuffle_port_table() {
   KernelTable t = make_table<VecAvx2>();
   t.pack_words = pack_words<VecAvx2OneShufflePort>;
   t.gemv = gemv<VecAvx2OneShufflePort>;
+  t.gemm = gemm<VecAvx2OneShufflePort>;
+  t.dequantize = dequantize<VecAvx2OneShufflePort>;
   return t;
 }
 

@@ -15,11 +15,13 @@ struct VecAvx2 {
   static constexpr int kTileRows = 4;  // 4 x 3 accumulators + 3 columns + 1 broadcast use all 16 registers
   static constexpr int kTileVecs = 3;
   static constexpr bool kHasTables16 = false, kHasCells = false;  // see vec_avx512.h
+  static constexpr bool kHasRuns32 = true;
 
   using F = __m256;
   using I = __m256i;
   struct Table {
     __m256 low, high;  // levels 0-7 and 8-15: vpermps has eight entries
+    __m256i plane[4];  // byte i of all 16 levels, in both halves: vpshufb looks up 32 bytes
   };
 
   QLORA_INLINE F zero() { return _mm256_setzero_ps(); }
@@ -81,7 +83,48 @@ struct VecAvx2 {
     }
   }
 
-  QLORA_INLINE Table table(const float* levels) { return {_mm256_loadu_ps(levels), _mm256_loadu_ps(levels + 8)}; }
+  QLORA_INLINE Table table(const float* levels) {
+    Table t;
+    t.low = _mm256_loadu_ps(levels);
+    t.high = _mm256_loadu_ps(levels + 8);
+    // Transposes the bytes of each four levels, then the four words that this gives for each byte.
+    const __m256i bytes = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12, 1, 5, 9,
+                                           13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m256i low = _mm256_shuffle_epi8(_mm256_castps_si256(t.low), bytes);
+    const __m256i high = _mm256_shuffle_epi8(_mm256_castps_si256(t.high), bytes);
+    const __m128i a = _mm256_castsi256_si128(low), b = _mm256_extracti128_si256(low, 1);
+    const __m128i c = _mm256_castsi256_si128(high), d = _mm256_extracti128_si256(high, 1);
+    const __m128i ab01 = _mm_unpacklo_epi32(a, b), ab23 = _mm_unpackhi_epi32(a, b);
+    const __m128i cd01 = _mm_unpacklo_epi32(c, d), cd23 = _mm_unpackhi_epi32(c, d);
+    t.plane[0] = _mm256_broadcastsi128_si256(_mm_unpacklo_epi64(ab01, cd01));
+    t.plane[1] = _mm256_broadcastsi128_si256(_mm_unpackhi_epi64(ab01, cd01));
+    t.plane[2] = _mm256_broadcastsi128_si256(_mm_unpacklo_epi64(ab23, cd23));
+    t.plane[3] = _mm256_broadcastsi128_si256(_mm_unpackhi_epi64(ab23, cd23));
+    return t;
+  }
+  // Looks up the levels of 32 codes, one in each byte: fn(j, levels) gets those of bytes 4j … 4j + 3 of each half.
+  template <class Fn>
+  __attribute__((always_inline)) static void by_planes(const __m256i (&plane)[4], __m256i codes, const Fn& fn) {
+    const __m256i a = _mm256_shuffle_epi8(plane[0], codes), b = _mm256_shuffle_epi8(plane[1], codes);
+    const __m256i c = _mm256_shuffle_epi8(plane[2], codes), d = _mm256_shuffle_epi8(plane[3], codes);
+    const __m256i low = _mm256_unpacklo_epi8(a, b), high = _mm256_unpackhi_epi8(a, b);
+    const __m256i low2 = _mm256_unpacklo_epi8(c, d), high2 = _mm256_unpackhi_epi8(c, d);
+    fn(0, _mm256_castsi256_ps(_mm256_unpacklo_epi16(low, low2)));
+    fn(1, _mm256_castsi256_ps(_mm256_unpackhi_epi16(low, low2)));
+    fn(2, _mm256_castsi256_ps(_mm256_unpacklo_epi16(high, high2)));
+    fn(3, _mm256_castsi256_ps(_mm256_unpackhi_epi16(high, high2)));
+  }
+  // Unpacks 32 consecutive weights, in order, from a byte boundary: fn(j, levels) gets weights 8j … 8j + 7.
+  template <class Fn>
+  __attribute__((always_inline)) static void unpack_run32(const Table& t, const uint8_t* p, const Fn& fn) {
+    const __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    // Each byte twice, for its two nibbles, in the order that by_planes() makes consecutive: two bytes for each half.
+    const __m256i twice =
+        _mm256_shuffle_epi8(bytes, _mm256_setr_epi8(0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13, 2, 2, 3, 3, 6,
+                                                    6, 7, 7, 10, 10, 11, 11, 14, 14, 15, 15));
+    const __m256i first = _mm256_and_si256(_mm256_srli_epi16(twice, 4), _mm256_set1_epi16(0x000F));
+    by_planes(t.plane, _mm256_or_si256(first, _mm256_and_si256(twice, _mm256_set1_epi16(0x0F00))), fn);
+  }
   QLORA_INLINE I load_words(const uint8_t* p, int words) {
     if (words == kLanes) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
@@ -154,21 +197,16 @@ struct VecAvx2 {
    private:
     template <class Fn>
     __attribute__((always_inline)) void half(int j, __m256i codes, const Fn& fn) const {
-      const __m256i a = _mm256_shuffle_epi8(plane[0], codes), b = _mm256_shuffle_epi8(plane[1], codes);
-      const __m256i low = _mm256_unpacklo_epi8(a, b), high = _mm256_unpackhi_epi8(a, b);
       if constexpr (kPlanes == 2) {
+        const __m256i a = _mm256_shuffle_epi8(plane[0], codes), b = _mm256_shuffle_epi8(plane[1], codes);
+        const __m256i low = _mm256_unpacklo_epi8(a, b), high = _mm256_unpackhi_epi8(a, b);
         const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xFFFF0000u));
         fn(j, _mm256_castsi256_ps(_mm256_slli_epi32(low, 16)));
         fn(j + 1, _mm256_castsi256_ps(_mm256_and_si256(low, upper)));
         fn(j + 2, _mm256_castsi256_ps(_mm256_slli_epi32(high, 16)));
         fn(j + 3, _mm256_castsi256_ps(_mm256_and_si256(high, upper)));
       } else {
-        const __m256i c = _mm256_shuffle_epi8(plane[2], codes), d = _mm256_shuffle_epi8(plane[3], codes);
-        const __m256i low2 = _mm256_unpacklo_epi8(c, d), high2 = _mm256_unpackhi_epi8(c, d);
-        fn(j, _mm256_castsi256_ps(_mm256_unpacklo_epi16(low, low2)));
-        fn(j + 1, _mm256_castsi256_ps(_mm256_unpackhi_epi16(low, low2)));
-        fn(j + 2, _mm256_castsi256_ps(_mm256_unpacklo_epi16(high, high2)));
-        fn(j + 3, _mm256_castsi256_ps(_mm256_unpackhi_epi16(high, high2)));
+        by_planes(plane, codes, [&](int i, F levels) __attribute__((always_inline)) { fn(j + i, levels); });
       }
     }
   };

@@ -117,6 +117,7 @@ struct VecAvx512 {
   // The table for unpack_by_table(): the 16 levels times a scale, rounded once to T, in both halves of the vector. A
   // block has only 16 distinct weights, so they are multiplied once per table, not once per weight.
   static constexpr bool kHasTables16 = true;
+  static constexpr bool kHasRuns32 = false;  // see vec_avx2.h
   template <class T>
   QLORA_INLINE I scaled_table(Table levels, F scale) {
     alignas(32) T rounded[kLanes];

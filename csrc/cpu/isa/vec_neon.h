@@ -144,6 +144,7 @@ struct VecNeon {
   }
 
   static constexpr bool kHasTables16 = true;  // see vec_avx512.h
+  static constexpr bool kHasRuns32 = false;   // see vec_avx2.h
   struct Table16 {
     uint8x16_t low, high;  // planes of 16-bit levels
   };

@@ -17,6 +17,7 @@ struct VecScalar {
   static constexpr int kTileRows = 4;  // the gemm tile has kTileRows x kTileVecs vectors of accumulators
   static constexpr int kTileVecs = 1;
   static constexpr bool kHasTables16 = false, kHasCells = false;  // see vec_avx512.h
+  static constexpr bool kHasRuns32 = false;                       // see vec_avx2.h
   static constexpr bool kHasBytePlanes = false;                   // see vec_avx2.h
 
   struct F {

@@ -28,6 +28,12 @@ void dequantize_run(const WeightView& w, typename V::Table table, int64_t first,
       *out++ = from_float<T>(level_of_element(w, first) * scale);
       ++first;
     }
+    if constexpr (V::kHasRuns32) {
+      for (; first + 32 <= block_end; first += 32, out += 32)
+        V::unpack_run32(table, w.packed + (first >> 1),
+                        [&](int i, typename V::F levels)
+                            __attribute__((always_inline)) { V::store(out + i * V::kLanes, V::mul(levels, scale_v)); });
+    }
     for (; first + V::kLanes <= block_end; first += V::kLanes, out += V::kLanes)
       V::store(out, V::mul(V::unpack_run(table, w.packed + (first >> 1)), scale_v));
     for (; first < block_end; ++first) *out++ = from_float<T>(level_of_element(w, first) * scale);
