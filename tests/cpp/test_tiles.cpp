@@ -271,6 +271,19 @@ void test_factor_grad(const KernelTable& kernels, int64_t m, int64_t features, i
   }
 }
 
+// Tokens x [m, k] in nibble order, without an adapter.
+Aligned packed_columns(const TileKernels& tiles, const void* x, int64_t m, int64_t k) {
+  Aligned columns(tiles_of(m) * token_steps(k, 0) * kTileBytes);
+  ForwardTokensParams t{};
+  t.x = x;
+  t.m = m;
+  t.k = k;
+  t.by_nibble = true;
+  t.out = columns.data();
+  tiles.forward_tokens(t, 0, tiles_of(m), scratch(tiles.forward_tokens_scratch(t)));
+  return columns;
+}
+
 // A token that is not finite leaves the others of its tile alone.
 void test_nan_stays_in_its_row(const KernelTable& kernels) {
   const TileKernels& tiles = *kernels.tiles;
@@ -280,14 +293,7 @@ void test_nan_stays_in_its_row(const KernelTable& kernels) {
   values[bad * k + 3] = INFINITY;
   values[bad * k + 64] = NAN;
   const Array x(kToken, values);
-  Aligned columns(tiles_of(m) * token_steps(k, 0) * kTileBytes);
-  ForwardTokensParams t{};
-  t.x = x.data();
-  t.m = m;
-  t.k = k;
-  t.by_nibble = true;
-  t.out = columns.data();
-  tiles.forward_tokens(t, 0, tiles_of(m), scratch(tiles.forward_tokens_scratch(t)));
+  Aligned columns = packed_columns(tiles, x.data(), m, k);
   Array y(kToken, m * n);
   ForwardTilesParams p{};
   p.weight = w.view;
@@ -310,14 +316,7 @@ void test_reads_end_with_the_data(const KernelTable& kernels, int64_t n, int64_t
   const std::vector<float> addend = normal(m * n, 14);
   const BeforeForbiddenPage packed_end(w.view.packed, n * k / 2), bias_end(bias.data(), 2 * n),
       addend_end(addend.data(), 4 * m * n), x_end(x.data(), 2 * m * k);
-  Aligned columns(tiles_of(m) * token_steps(k, 0) * kTileBytes);
-  ForwardTokensParams t{};
-  t.x = x_end.data();
-  t.m = m;
-  t.k = k;
-  t.by_nibble = true;
-  t.out = columns.data();
-  tiles.forward_tokens(t, 0, tiles_of(m), scratch(tiles.forward_tokens_scratch(t)));
+  Aligned columns = packed_columns(tiles, x_end.data(), m, k);
   Array y(kToken, m * n), same(kToken, m * n);
   ForwardTilesParams p{};
   p.weight = w.view;
