@@ -6,6 +6,8 @@ import math
 import os
 import re
 import signal
+import subprocess
+import sys
 
 import fake_works as fake
 import pytest
@@ -386,15 +388,23 @@ def _fail():
     raise _Stubborn("this", "that")
 
 
-def _blocked_signals():
-    return signal.pthread_sigmask(signal.SIG_BLOCK, ())
+def test_the_first_child_of_a_process_ignores_ctrl_c():
+    script = """
+import signal, torch
+from qlora.bench.progress import Progress
+from qlora.bench.session import Session
+
+if __name__ == "__main__":
+    with Session(torch.device("cpu"), 1, 10.0, Progress()) as session:
+        assert signal.SIGINT in session.call(signal.pthread_sigmask, signal.SIG_BLOCK, ())
+        assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_the_child_of_a_session():
-    """It ignores Ctrl-C, reports errors that cannot be pickled, and is replaced if it dies between two works."""
+    """It reports errors that cannot be pickled, and is replaced if it dies between two works."""
     with Session(torch.device("cpu"), 1, 10.0, Progress()) as session:
-        assert signal.SIGINT in session.call(_blocked_signals)
-        assert signal.SIGINT not in _blocked_signals()
         with pytest.raises(RuntimeError, match=r"(?s)_Stubborn: this and that"):
             session.call(_fail)
         first = session.call(os.getpid)
