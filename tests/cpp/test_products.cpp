@@ -256,10 +256,11 @@ void test_products(const KernelTable& kernels) {
         const Weight w(s.n, s.k, s.block, entry.type, nested);
         for (const int64_t m : {1, 2, 3, 4, 8}) test_gemv(kernels, w, m, kFloatTypes[m % 3]);
       }
-      // More than one panel in both directions, partial panels, one and several blocks of columns.
+      // More than one panel in both directions, partial panels; few columns, one and several blocks of columns; columns
+      // that do not fit L2.
       for (const Shape& s : {Shape{1, 1, 32}, {37, 96, 64}, {70, 333, 64}, {131, 45, 32}}) {
         const Weight w(s.n, s.k, s.block, entry.type, nested);
-        for (const int64_t cols : {1, 9, 50, 251})
+        for (const int64_t cols : {1, 3, 8, 9, 16, 50, 251, 550})
           for (const bool transposed : {false, true})
             test_gemm(kernels, w, transposed, cols, kFloatTypes[cols % 3], (cols + s.n) % 2 == 0);
       }

@@ -3,10 +3,12 @@
 // out[row, col] = sum over steps of operand[row, step] * columns[step, col].
 //
 // Vectors hold columns (tokens), and elements of the operand are broadcast. So a row of W is used as it was
-// dequantized, without a transpose; the backward only swaps which index of the panel is contiguous.
+// dequantized, without a transpose; the backward only swaps which index of the panel is contiguous. For a few columns
+// it also swaps their parts: vectors hold rows of the result, and tokens are broadcast.
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/gemm/pack_impl.h"
 #include "cpu/gemv/gemv_impl.h"
@@ -23,7 +25,13 @@ struct Panel {
   static constexpr int64_t kSteps = kTransposed ? 64 : 128;
   static constexpr int64_t kLd = kTransposed ? kRows : kSteps;
 };
-inline constexpr int64_t kMostTilesPerBlock = 10;  // 480 columns of 128 rows: 245 KiB of accumulators stay in L2
+
+// The most columns of a block, whole tiles: 270 KiB of accumulators for 128 rows stay in L2.
+template <class V>
+constexpr int64_t most_cols() {
+  constexpr int64_t kTileCols = V::kLanes * V::kTileVecs;
+  return 528 / kTileCols * kTileCols;
+}
 
 // Loads elements [offset, offset + count) of row `line` of a dense matrix as float32.
 template <class V>
@@ -53,12 +61,13 @@ void load_dense_line(const Operand& a, int64_t line, int64_t offset, int64_t cou
 }
 
 // Fills panel[row][step] (or [step][row] if transposed) with `rows` rows from row0 and `steps` steps from step0.
-// Missing rows of the last register tile are zero. The next steps of packed weights are prefetched: a panel takes one
-// cache line of each of 64 rows, which the hardware does not see coming.
+// Missing rows of the last register tile or vector are zero. The next steps of packed weights are prefetched: a panel
+// takes one cache line of each of 64 rows, which the hardware does not see coming.
 template <class V, bool kTransposed>
 void fill_panel(const Operand& a, int64_t row0, int64_t rows, int64_t step0, int64_t steps, float* panel) {
   using P = Panel<kTransposed>;
-  const int64_t padded_rows = ceil_div(rows, V::kTileRows) * V::kTileRows;
+  constexpr int64_t kUnit = kTransposed && V::kLanes > V::kTileRows ? V::kLanes : V::kTileRows;
+  const int64_t padded_rows = ceil_div(rows, kUnit) * kUnit;
   const int64_t lines = kTransposed ? steps : rows;  // lines of the matrix in memory
   const int64_t line0 = kTransposed ? step0 : row0;
   const int64_t offset = kTransposed ? row0 : step0;
@@ -83,55 +92,70 @@ void fill_panel(const Operand& a, int64_t row0, int64_t rows, int64_t step0, int
     std::memset(panel + rows * P::kLd, 0, static_cast<size_t>((padded_rows - rows) * P::kLd) * sizeof(float));
 }
 
-// Multiplies one register tile, kRows x kVecs vectors of accumulators, over `steps` steps. It adds to c, or overwrites
-// c if `first`.
-template <class V, bool kTransposed, int kVecs, int kRows = V::kTileRows>
-void tile(const float* panel, const float* columns, int64_t steps, bool first, float* c, int64_t c_ld) {
-  constexpr int64_t kRowStride = kTransposed ? 1 : Panel<kTransposed>::kLd;
-  constexpr int64_t kStepStride = kTransposed ? Panel<kTransposed>::kLd : 1;
-  constexpr int64_t kTileCols = V::kLanes * V::kTileVecs;
+// Multiplies one register tile, kRows x kVecs vectors of accumulators, over `steps` steps: element (row, step) of
+// `scalars` is at row * kRowStride + step * kStepStride, vector j of a step at step * kVecStride + j * lanes. It adds
+// to c, or overwrites c if `first`.
+template <class V, int kRows, int kVecs, int64_t kRowStride, int64_t kStepStride, int64_t kVecStride>
+void tile(const float* scalars, const float* vectors, int64_t steps, bool first, float* c, int64_t c_ld) {
   typename V::F acc[kRows][kVecs];
   for (int i = 0; i < kRows; ++i)
     for (int j = 0; j < kVecs; ++j) acc[i][j] = V::zero();
 #pragma GCC unroll 4  // AVX2: 20 instead of 22 instructions a step, which counts where hyperthreads share a core
   for (int64_t s = 0; s < steps; ++s) {
     typename V::F x[kVecs];
-    for (int j = 0; j < kVecs; ++j) x[j] = V::load(columns + s * kTileCols + j * V::kLanes);
-#pragma GCC unroll 8
+    for (int j = 0; j < kVecs; ++j) x[j] = V::load(vectors + s * kVecStride + j * V::kLanes);
+#pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
-      const auto w = V::set1(panel[i * kRowStride + s * kStepStride]);
+      const auto w = V::set1(scalars[i * kRowStride + s * kStepStride]);
       for (int j = 0; j < kVecs; ++j) acc[i][j] = V::fma(w, x[j], acc[i][j]);
     }
   }
-  for (int i = 0; i < kRows; ++i)
-    for (int j = 0; j < kVecs; ++j) {
-      float* out = c + i * c_ld + j * V::kLanes;
-      V::store(out, first ? acc[i][j] : V::add(V::load(out), acc[i][j]));
-    }
+  const auto store = [&](const auto& sum) __attribute__((always_inline)) {
+#pragma GCC unroll 16  // or GCC keeps the accumulators in memory
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < kVecs; ++j) {
+        float* out = c + i * c_ld + j * V::kLanes;
+        V::store(out, sum(out, acc[i][j]));
+      }
+  };
+  if (first)
+    store([](const float*, typename V::F x) { return x; });
+  else
+    store([](const float* out, typename V::F x) { return V::add(V::load(out), x); });
 }
 
-// One vector of columns, for two register tiles of rows together: a product waits four cycles for the sum before it,
-// and two begin in each cycle, so four accumulators would leave half of them unused.
-template <class V, bool kTransposed>
-void narrow_tiles(const float* panel, const float* columns, int64_t steps, int64_t rows, bool first, float* c,
-                  int64_t c_ld) {
-  constexpr int64_t kRowStride = kTransposed ? 1 : Panel<kTransposed>::kLd;
-  constexpr int kRows = V::kTileRows, kPair = V::kTileRows < 8 ? 2 * kRows : kRows;
+// Multiplies the rows of a panel with kVecs vectors of columns. Calls before_tile(row) before each register tile.
+template <class V, bool kTransposed, int kVecs, class BeforeTile>
+void panel_times_columns(const float* panel, const float* columns, int64_t steps, int64_t rows, bool first, float* c,
+                         int64_t c_ld, const BeforeTile& before_tile) {
+  constexpr int64_t kLd = Panel<kTransposed>::kLd, kTileCols = V::kLanes * V::kTileVecs;
+  constexpr int64_t kRowStride = kTransposed ? 1 : kLd, kStepStride = kTransposed ? kLd : 1;
+  const auto multiply = [&](auto tile_rows, int64_t i) {
+    before_tile(i);
+    tile<V, tile_rows, kVecs, kRowStride, kStepStride, kTileCols>(panel + i * kRowStride, columns, steps, first,
+                                                                  c + i * c_ld, c_ld);
+  };
+  using Rows = std::integral_constant<int, V::kTileRows>;
   int64_t i = 0;
-  for (; i + kPair <= rows; i += kPair)
-    tile<V, kTransposed, 1, kPair>(panel + i * kRowStride, columns, steps, first, c + i * c_ld, c_ld);
-  for (; i < rows; i += kRows)
-    tile<V, kTransposed, 1>(panel + i * kRowStride, columns, steps, first, c + i * c_ld, c_ld);
+  if constexpr (kVecs < V::kTileVecs) {
+    // A product waits four cycles for the sum before it, and two begin in each cycle. So eight sums are the least that
+    // keep a processor busy, and taller tiles have twelve. The rows that remain have to fill a tile.
+    using Tall = std::integral_constant<int, (12 / kVecs > V::kTileRows ? 12 / kVecs : V::kTileRows)>;
+    for (; rows - i == Tall::value || rows - i >= Tall::value + Rows::value; i += Tall::value) multiply(Tall{}, i);
+  }
+  for (; i < rows; i += Rows::value) multiply(Rows{}, i);
 }
 
-template <class V, bool kTransposed>
-void tile_any_width(const float* panel, const float* columns, int64_t steps, int64_t cols, bool first, float* c,
-                    int64_t c_ld) {
+// Calls fn with the number of vectors that `width` elements take, 1 to V::kTileVecs, as a constant.
+template <class V, class Fn>
+void for_vectors(int64_t width, const Fn& fn) {
   static_assert(V::kTileVecs == 1 || V::kTileVecs == 3);
   if constexpr (V::kTileVecs == 3) {
-    if (cols <= 2 * V::kLanes) return tile<V, kTransposed, 2>(panel, columns, steps, first, c, c_ld);
+    if (width <= V::kLanes) return fn(std::integral_constant<int, 1>{});
+    if (width <= 2 * V::kLanes) return fn(std::integral_constant<int, 2>{});
   }
-  tile<V, kTransposed, V::kTileVecs>(panel, columns, steps, first, c, c_ld);
+  fn(std::integral_constant<int, V::kTileVecs>{});
 }
 
 // Writes a vector of results, or its first `count` lanes.
@@ -143,10 +167,10 @@ QLORA_INLINE void store_some(T* out, typename V::F x, int64_t count) {
   std::memcpy(out, all, static_cast<size_t>(count) * sizeof(T));
 }
 
-// Scales, adds the bias, converts, and writes one block of accumulators c[rows][c_ld].
+// Scales, adds the bias, converts, and writes one block of accumulators: c[row][c_ld], or c[col][c_ld] if `by_col`.
 template <class V, class T>
 void store_block(const GemmParams& p, int64_t row0, int64_t rows, int64_t col0, int64_t cols, const float* c,
-                 int64_t c_ld) {
+                 int64_t c_ld, bool by_col) {
   constexpr int64_t kLanes = V::kLanes;
   T* out = static_cast<T*>(p.out);
   const auto scale = V::set1(p.scale);
@@ -159,22 +183,27 @@ void store_block(const GemmParams& p, int64_t row0, int64_t rows, int64_t col0, 
                       V::add(V::mul(V::load(c + i * c_ld + j), scale), V::set1(bias[i])), min_i64(kLanes, cols - j));
     return;
   }
+  const auto store_rows = [&](int64_t j, int64_t i, typename V::F sums) __attribute__((always_inline)) {
+    const int64_t col = p.out_col_of != nullptr ? p.out_col_of[col0 + j] : col0 + j, count = min_i64(kLanes, rows - i);
+    auto y = V::add(V::mul(sums, scale), V::load(bias + i));
+    if (p.addend != nullptr) {
+      float addend[kLanes] = {};
+      std::memcpy(addend, p.addend + col * p.rows + row0 + i, static_cast<size_t>(count) * sizeof(float));
+      y = V::add(y, V::load(addend));
+    }
+    store_some<V>(out + col * p.out_ld + row0 + i, y, count);
+  };
+  if (by_col) {
+    for (int64_t j = 0; j < cols; ++j)
+      for (int64_t i = 0; i < rows; i += kLanes) store_rows(j, i, V::load(c + j * c_ld + i));
+    return;
+  }
   for (int64_t j0 = 0; j0 < cols; j0 += kLanes)
     for (int64_t i = 0; i < rows; i += kLanes) {
       typename V::F block[kLanes];
       for (int64_t lane = 0; lane < kLanes; ++lane) block[lane] = V::load(c + (i + lane) * c_ld + j0);
       V::transpose(block);
-      const int64_t count = min_i64(kLanes, rows - i);
-      for (int64_t j = 0; j < min_i64(kLanes, cols - j0); ++j) {
-        const int64_t col = p.out_col_of != nullptr ? p.out_col_of[col0 + j0 + j] : col0 + j0 + j;
-        auto y = V::add(V::mul(block[j], scale), V::load(bias + i));
-        if (p.addend != nullptr) {
-          float addend[kLanes] = {};
-          std::memcpy(addend, p.addend + col * p.rows + row0 + i, static_cast<size_t>(count) * sizeof(float));
-          y = V::add(y, V::load(addend));
-        }
-        store_some<V>(out + col * p.out_ld + row0 + i, y, count);
-      }
+      for (int64_t j = 0; j < min_i64(kLanes, cols - j0); ++j) store_rows(j0 + j, i, block[j]);
     }
 }
 
@@ -185,39 +214,113 @@ struct Items {
 
 // Cuts them for the threads that share them, because each receives an equal number of items: the way that takes the
 // least time if a product of a row and a column takes 1, unpacking a row as much as 12 columns, and loading a column as
-// much as 2 rows.
+// much as 2 rows. Rows of a transposed panel are a run of weights. They take twice as long to unpack if the panel does
+// not end with a whole run of 32.
 template <class V, bool kTransposed>
 Items items_of(const GemmParams& p) {
   constexpr int64_t kTileCols = V::kLanes * V::kTileVecs, kMostRows = Panel<kTransposed>::kRows;
-  const int64_t row_tiles = ceil_div(p.rows, V::kTileRows), tiles = ceil_div(p.cols, kTileCols);
-  const int64_t least_panels = ceil_div(p.rows, kMostRows), least_blocks = ceil_div(tiles, kMostTilesPerBlock);
+  const int64_t tiles = ceil_div(p.cols, kTileCols);
+  const int64_t least_panels = ceil_div(p.rows, kMostRows), least_blocks = ceil_div(tiles, most_cols<V>() / kTileCols);
   Items best{};
   int64_t best_time = INT64_MAX;
-  const auto consider = [&](int64_t panels, int64_t blocks) {
+  const auto consider_unit = [&](int64_t panels, int64_t blocks, int64_t unit, int64_t unpacking) {
     Items now;
-    now.panel_rows = ceil_div(row_tiles, panels) * V::kTileRows;
+    now.panel_rows = min_i64(ceil_div(ceil_div(p.rows, unit), panels) * unit, kMostRows);
     now.panels = ceil_div(p.rows, now.panel_rows);
     now.block_cols = ceil_div(tiles, blocks) * kTileCols;
     now.blocks = ceil_div(p.cols, now.block_cols);
-    const int64_t time = ceil_div(now.panels * now.blocks, p.threads) * (now.panel_rows + 2) * (now.block_cols + 12);
+    const int64_t rounds = ceil_div(now.panels * now.blocks, p.threads);
+    const int64_t time = rounds * (now.panel_rows + 2) * (now.block_cols + unpacking);
     if (time >= best_time) return;
     best = now;
     best_time = time;
+  };
+  const auto consider = [&](int64_t panels, int64_t blocks) {
+    if (kTransposed) consider_unit(panels, blocks, 32, 12);
+    consider_unit(panels, blocks, V::kTileRows, kTransposed ? 24 : 12);
   };
   if (p.rows <= 0 || p.cols <= 0) return best;
   consider(least_panels, least_blocks);
   if (p.threads == 1) return best;
   for (int64_t blocks = least_blocks; blocks <= min_i64(least_blocks + 3, tiles); ++blocks)
     for (int64_t rounds = ceil_div(least_panels * blocks, p.threads), i = 0; i < 2; ++i, ++rounds)
-      consider(min_i64(max_i64(rounds * p.threads / blocks, least_panels), row_tiles), blocks);
+      consider(min_i64(max_i64(rounds * p.threads / blocks, least_panels), ceil_div(p.rows, V::kTileRows)), blocks);
   return best;
+}
+
+inline constexpr int64_t kFitL2 = 512 << 10;  // bytes of columns
+
+inline void prefetch_into_l2(const float* data, int64_t floats) {
+  constexpr int64_t kLine = 64 / sizeof(float);
+  for (int64_t i = 0; i < floats; i += kLine) __builtin_prefetch(data + i, /*rw=*/0, /*locality=*/2);
+}
+
+// A block of columns of the product, and one panel's share of its steps.
+struct Block {
+  int64_t rows, col0, cols, step0, steps;
+};
+
+// Multiplies a panel with the columns of a block that the term has. It adds to c[row][col], or overwrites c if `first`.
+template <class V, bool kTransposed>
+void multiply_panel(const float* panel, const Term& t, const Block& b, bool first, float* c) {
+  constexpr int64_t kTileCols = V::kLanes * V::kTileVecs, kLd = most_cols<V>(), kSteps = Panel<kTransposed>::kSteps;
+  const auto columns_of = [&](int64_t col, int64_t step) {
+    return t.columns + (col - t.first_column) * t.steps + step * kTileCols;
+  };
+  const int64_t end = min_i64(b.col0 + b.cols, t.end);
+  // A block of columns with all steps is read again for each panel. If it does not fit L2, the columns that are next
+  // are prefetched in parts, each beside a register tile of rows.
+  const bool prefetches = b.cols * t.steps * int64_t{sizeof(float)} > kFitL2;
+  const int64_t part = ceil_div(kTileCols * kSteps, ceil_div(b.rows, V::kTileRows));
+  const auto next_of = [&](int64_t col) -> const float* {
+    if (col + kTileCols < end) return columns_of(col + kTileCols, b.step0);
+    if (col > b.col0 && t.begin <= b.col0 && b.step0 + kSteps < t.steps) return columns_of(b.col0, b.step0 + kSteps);
+    return nullptr;
+  };
+  for (int64_t col = b.col0; col < end; col += kTileCols) {
+    const int64_t j = col - b.col0, width = min_i64(kTileCols, b.cols - j);
+    const int64_t from = max_i64(t.begin - col, 0), to = min_i64(end - col, width);
+    if (from >= to) continue;
+    const float* columns = columns_of(col, b.step0);
+    if (from == 0 && to == width) {
+      const float* next = prefetches ? next_of(col) : nullptr;
+      const auto prefetch = [&](int64_t row) {
+        if (next != nullptr) prefetch_into_l2(next + row / V::kTileRows * part, part);
+      };
+      for_vectors<V>(width, [&](auto vecs) {
+        panel_times_columns<V, kTransposed, vecs>(panel, columns, b.steps, b.rows, first, c + j, kLd, prefetch);
+      });
+      continue;
+    }
+    for (int64_t v = from / V::kLanes * V::kLanes; v < to; v += V::kLanes)
+      panel_times_columns<V, kTransposed, 1>(panel, columns + v, b.steps, b.rows, first, c + j + v, kLd,
+                                             [](int64_t) {});
+  }
+}
+
+// Whether columns are broadcast, while vectors hold rows of the result.
+template <class V, bool kTransposed>
+bool has_few_cols(const GemmParams& p) {
+  return kTransposed && p.cols <= V::kTileRows && !p.rows_are_major;
+}
+
+// The same for a few columns: adds to c[col][row]. Columns of the vector that the term does not have are zero in it.
+template <class V>
+void multiply_few(const float* panel, const Term& t, const Block& b, bool first, float* c) {
+  constexpr int64_t kTileCols = V::kLanes * V::kTileVecs, kLd = Panel<true>::kLd;
+  const float* columns = t.columns + (b.col0 - t.first_column) * t.steps + b.step0 * kTileCols;
+  for (int64_t i = 0; i < b.rows; i += kTileCols)
+    for_vectors<V>(b.rows - i, [&](auto vecs) {
+      tile<V, V::kTileRows, vecs, 1, kTileCols, kLd>(columns, panel + i, b.steps, first, c + i, kLd);
+    });
 }
 
 template <class V, bool kTransposed>
 void gemm_items_typed(const GemmParams& p, int64_t begin, int64_t end, float* panel) {
   using P = Panel<kTransposed>;
-  constexpr int64_t kTileCols = V::kLanes * V::kTileVecs, kBlockCols = kMostTilesPerBlock * kTileCols;
   const Items items = items_of<V, kTransposed>(p);
+  const bool few = has_few_cols<V, kTransposed>(p);
+  const int64_t c_ld = few ? P::kLd : most_cols<V>();
   float* c = panel + P::kRows * P::kSteps;
 
   for (int64_t item = begin; item < end; ++item) {
@@ -225,7 +328,8 @@ void gemm_items_typed(const GemmParams& p, int64_t begin, int64_t end, float* pa
     const int64_t col0 = item % items.blocks * items.block_cols, cols = min_i64(items.block_cols, p.cols - col0);
     bool first = true;
     const auto clear = [&] {
-      for (int64_t i = 0; i < rows; ++i) std::memset(c + i * kBlockCols, 0, static_cast<size_t>(cols) * sizeof(float));
+      const int64_t lines = few ? V::kTileRows : rows, count = few ? rows : cols;
+      for (int64_t i = 0; i < lines; ++i) std::memset(c + i * c_ld, 0, static_cast<size_t>(count) * sizeof(float));
     };
     for (int64_t term = 0; term < p.term_count; ++term) {
       const Term& t = p.terms[term];
@@ -235,42 +339,25 @@ void gemm_items_typed(const GemmParams& p, int64_t begin, int64_t end, float* pa
         first = false;
       }
       for (int64_t s0 = 0; s0 < t.steps; s0 += P::kSteps) {
-        const int64_t steps = min_i64(P::kSteps, t.steps - s0);
-        fill_panel<V, kTransposed>(t.operand, row0, rows, s0, steps, panel);
-        for (int64_t j = 0; j < cols; j += kTileCols) {
-          const int64_t width = min_i64(kTileCols, cols - j), col = col0 + j;
-          const int64_t from = max_i64(t.begin - col, 0), to = min_i64(t.end - col, width);
-          if (from >= to) continue;
-          const float* columns = t.columns + (col - t.first_column) * t.steps + s0 * kTileCols;
-          const bool whole = from == 0 && to == width;
-          if (V::kTileVecs > 1 && whole && width <= V::kLanes) {
-            narrow_tiles<V, kTransposed>(panel, columns, steps, rows, first, c + j, kBlockCols);
-            continue;
-          }
-          for (int64_t i = 0; i < rows; i += V::kTileRows) {
-            const float* panel_rows = panel + i * (kTransposed ? 1 : P::kLd);
-            float* out = c + i * kBlockCols + j;
-            if (whole) {
-              tile_any_width<V, kTransposed>(panel_rows, columns, steps, cols - j, first, out, kBlockCols);
-              continue;
-            }
-            for (int64_t v = from / V::kLanes * V::kLanes; v < to; v += V::kLanes)
-              tile<V, kTransposed, 1>(panel_rows, columns + v, steps, first, out + v, kBlockCols);
-          }
-        }
+        const Block block{rows, col0, cols, s0, min_i64(P::kSteps, t.steps - s0)};
+        fill_panel<V, kTransposed>(t.operand, row0, rows, s0, block.steps, panel);
+        if (few)
+          multiply_few<V>(panel, t, block, first, c);
+        else
+          multiply_panel<V, kTransposed>(panel, t, block, first, c);
         first = false;
       }
     }
     if (first) clear();
     switch (p.out_dtype) {
       case DType::kBFloat16:
-        store_block<V, bf16>(p, row0, rows, col0, cols, c, kBlockCols);
+        store_block<V, bf16>(p, row0, rows, col0, cols, c, c_ld, few);
         break;
       case DType::kFloat16:
-        store_block<V, fp16>(p, row0, rows, col0, cols, c, kBlockCols);
+        store_block<V, fp16>(p, row0, rows, col0, cols, c, c_ld, few);
         break;
       default:
-        store_block<V, float>(p, row0, rows, col0, cols, c, kBlockCols);
+        store_block<V, float>(p, row0, rows, col0, cols, c, c_ld, few);
     }
   }
 }
@@ -284,9 +371,8 @@ int64_t gemm_items(const GemmParams& p) {
 // Floats for one panel of the operand and the accumulators of its rows.
 template <class V>
 int64_t gemm_scratch(const GemmParams& p) {
-  constexpr int64_t kBlockCols = kMostTilesPerBlock * V::kLanes * V::kTileVecs;
-  if (p.transposed) return Panel<true>::kRows * (Panel<true>::kSteps + kBlockCols);
-  return Panel<false>::kRows * (Panel<false>::kSteps + kBlockCols);
+  if (p.transposed) return Panel<true>::kRows * (Panel<true>::kSteps + most_cols<V>());
+  return Panel<false>::kRows * (Panel<false>::kSteps + most_cols<V>());
 }
 
 template <class V>

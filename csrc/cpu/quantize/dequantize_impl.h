@@ -8,9 +8,11 @@
 namespace qlora::cpu {
 namespace {
 
-// Writes elements [first, first + count) to `out`. A run may begin on a low nibble and cross blocks.
+// Writes elements [first, first + count) to `out`. A run may begin on a low nibble and cross blocks. Always inlined: a
+// panel has many short runs, and the table stays in registers between them.
 template <class V, class T>
-void dequantize_run(const WeightView& w, typename V::Table table, int64_t first, int64_t count, T* out) {
+QLORA_INLINE void dequantize_run(const WeightView& w, const typename V::Table& table, int64_t first, int64_t count,
+                                 T* out) {
   const int64_t block_mask = (int64_t{1} << w.block_shift) - 1;
   const int64_t end = first + count;
   while (first < end) {
