@@ -32,18 +32,18 @@ void pack_tile(const PackParams& p, int64_t col0, int64_t cols) {
     }
     return;
   }
+  const T* lines[kTileCols];
+  for (int64_t j = 0; j < cols; ++j) lines[j] = line(col0 + j);
   for (int64_t s0 = 0; s0 < p.steps; s0 += V::kLanes) {
     const int64_t steps = min_i64(V::kLanes, p.steps - s0);
     for (int64_t j0 = 0; j0 < kTileCols; j0 += V::kLanes) {
       typename V::F rows[V::kLanes];
-      for (int64_t j = 0; j < V::kLanes; ++j) {
-        if (j0 + j >= cols) {
-          rows[j] = V::zero();
-        } else if (steps == V::kLanes) {
-          rows[j] = V::load(line(col0 + j0 + j) + s0);
-        } else {
+      if (steps == V::kLanes && j0 + V::kLanes <= cols) {
+        for (int64_t j = 0; j < V::kLanes; ++j) rows[j] = V::load(lines[j0 + j] + s0);
+      } else {
+        for (int64_t j = 0; j < V::kLanes; ++j) {
           float padded[V::kLanes] = {};
-          to_floats<V>(line(col0 + j0 + j) + s0, steps, padded);
+          if (j0 + j < cols) to_floats<V>(lines[j0 + j] + s0, steps, padded);
           rows[j] = V::load(padded);
         }
       }
