@@ -130,6 +130,7 @@ void test_gemm(const KernelTable& kernels, const Weight& w, bool transposed, int
   p.transposed = transposed;
   p.rows = rows;
   p.cols = cols;
+  p.threads = 1 + cols % 3;
   p.scale = scale;
   p.bias = bias.data();
   p.bias_dtype = dtype;
@@ -256,11 +257,11 @@ void test_products(const KernelTable& kernels) {
         const Weight w(s.n, s.k, s.block, entry.type, nested);
         for (const int64_t m : {1, 2, 3, 4, 8}) test_gemv(kernels, w, m, kFloatTypes[m % 3]);
       }
-      // More than one panel in both directions, partial panels; few columns, one and several blocks of columns; columns
-      // that do not fit L2.
-      for (const Shape& s : {Shape{1, 1, 32}, {37, 96, 64}, {70, 333, 64}, {131, 45, 32}}) {
+      // More than one panel in both directions; a last panel that ends with an incomplete register tile, or vector. Few
+      // columns, one and several blocks of columns, and a block that is too large to be kept in L2.
+      for (const Shape& s : {Shape{1, 1, 32}, {37, 96, 64}, {70, 333, 64}, {131, 45, 32}, {63, 127, 64}}) {
         const Weight w(s.n, s.k, s.block, entry.type, nested);
-        for (const int64_t cols : {1, 3, 8, 9, 16, 50, 251, 550})
+        for (const int64_t cols : {1, 3, 8, 9, 16, 50, 500, 550})
           for (const bool transposed : {false, true})
             test_gemm(kernels, w, transposed, cols, kFloatTypes[cols % 3], (cols + s.n) % 2 == 0);
       }

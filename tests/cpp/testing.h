@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <random>
 #include <string>
 #include <vector>
@@ -98,13 +99,6 @@ class Array {
   std::vector<uint8_t> bytes_;
 };
 
-// Scratch memory filled with nan at each call, so that a kernel that reads before it writes gives nan.
-inline float* scratch(int64_t floats) {
-  static std::vector<float> memory;
-  memory.assign(static_cast<size_t>(floats) + 16, NAN);
-  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t{63});
-}
-
 // Memory for tiles or packed columns, aligned to 64 bytes and filled with nan.
 class Aligned {
  public:
@@ -131,12 +125,21 @@ class BeforeForbiddenPage {
   ~BeforeForbiddenPage() { munmap(mapping_, pages_); }
   BeforeForbiddenPage(const BeforeForbiddenPage&) = delete;
   BeforeForbiddenPage& operator=(const BeforeForbiddenPage&) = delete;
-  const uint8_t* data() const { return data_; }
+  uint8_t* data() const { return data_; }
 
  private:
   size_t pages_;
   uint8_t *mapping_, *data_;
 };
+
+// Scratch memory, aligned to 64 bytes and filled with nan at each call, so that a kernel that reads before it writes
+// gives nan. A kernel that goes past its end, rounded to 64 bytes, crashes.
+inline float* scratch(int64_t floats) {
+  static std::unique_ptr<BeforeForbiddenPage> memory;
+  const std::vector<float> nans(static_cast<size_t>(ceil_div(floats, 16) * 16), NAN);
+  memory = std::make_unique<BeforeForbiddenPage>(nans.data(), static_cast<int64_t>(nans.size() * sizeof(float)));
+  return reinterpret_cast<float*>(memory->data());
+}
 
 // A random packed weight [n, k], with or without double quantization.
 struct Weight {

@@ -26,11 +26,12 @@ struct Panel {
   static constexpr int64_t kLd = kTransposed ? kRows : kSteps;
 };
 
-// The most columns of a block, whole tiles: 270 KiB of accumulators for 128 rows stay in L2.
-template <class V>
+// The most columns of a block, whole tiles. Accumulators of a panel's rows are to stay in L2: 132 KiB of them, or 264
+// KiB in the transposed form with AVX-512, whose processors have at least 512 KiB where others have 256.
+template <class V, bool kTransposed>
 constexpr int64_t most_cols() {
-  constexpr int64_t kTileCols = V::kLanes * V::kTileVecs;
-  return 528 / kTileCols * kTileCols;
+  constexpr int64_t kTileCols = V::kLanes * V::kTileVecs, kMost = kTransposed && V::kLanes <= 8 ? 264 : 528;
+  return kMost / kTileCols * kTileCols;
 }
 
 // Loads elements [offset, offset + count) of row `line` of a dense matrix as float32.
@@ -137,14 +138,15 @@ void panel_times_columns(const float* panel, const float* columns, int64_t steps
                                                                   c + i * c_ld, c_ld);
   };
   using Rows = std::integral_constant<int, V::kTileRows>;
+  const int64_t end = ceil_div(rows, Rows::value) * Rows::value;  // the panel has rows of zeros up to here
   int64_t i = 0;
   if constexpr (kVecs < V::kTileVecs) {
     // A product waits four cycles for the sum before it, and two begin in each cycle. So eight sums are the least that
-    // keep a processor busy, and taller tiles have twelve. The rows that remain have to fill a tile.
+    // keep a processor busy, and taller tiles have twelve. What remains has to be whole tiles.
     using Tall = std::integral_constant<int, (12 / kVecs > V::kTileRows ? 12 / kVecs : V::kTileRows)>;
-    for (; rows - i == Tall::value || rows - i >= Tall::value + Rows::value; i += Tall::value) multiply(Tall{}, i);
+    for (; end - i == Tall::value || end - i >= Tall::value + Rows::value; i += Tall::value) multiply(Tall{}, i);
   }
-  for (; i < rows; i += Rows::value) multiply(Rows{}, i);
+  for (; i < end; i += Rows::value) multiply(Rows{}, i);
 }
 
 // Calls fn with the number of vectors that `width` elements take, 1 to V::kTileVecs, as a constant.
@@ -214,23 +216,25 @@ struct Items {
 
 // Cuts them for the threads that share them, because each receives an equal number of items: the way that takes the
 // least time if a product of a row and a column takes 1, unpacking a row as much as 12 columns, and loading a column as
-// much as 2 rows. Rows of a transposed panel are a run of weights. They take twice as long to unpack if the panel does
-// not end with a whole run of 32.
+// much as 2 rows. Rows of a transposed panel are a run of weights. On AVX2 they take twice as long to unpack if the
+// panel does not end with a whole run of 32.
 template <class V, bool kTransposed>
 Items items_of(const GemmParams& p) {
   constexpr int64_t kTileCols = V::kLanes * V::kTileVecs, kMostRows = Panel<kTransposed>::kRows;
   const int64_t tiles = ceil_div(p.cols, kTileCols);
-  const int64_t least_panels = ceil_div(p.rows, kMostRows), least_blocks = ceil_div(tiles, most_cols<V>() / kTileCols);
+  const int64_t least_panels = ceil_div(p.rows, kMostRows),
+                least_blocks = ceil_div(tiles, most_cols<V, kTransposed>() / kTileCols);
   Items best{};
   int64_t best_time = INT64_MAX;
   const auto consider_unit = [&](int64_t panels, int64_t blocks, int64_t unit, int64_t unpacking) {
     Items now;
-    now.panel_rows = min_i64(ceil_div(ceil_div(p.rows, unit), panels) * unit, kMostRows);
+    now.panel_rows = ceil_div(ceil_div(p.rows, unit), panels) * unit;
     now.panels = ceil_div(p.rows, now.panel_rows);
     now.block_cols = ceil_div(tiles, blocks) * kTileCols;
     now.blocks = ceil_div(p.cols, now.block_cols);
     const int64_t rounds = ceil_div(now.panels * now.blocks, p.threads);
-    const int64_t time = rounds * (now.panel_rows + 2) * (now.block_cols + unpacking);
+    const int64_t rows = p.threads == 1 ? now.blocks * p.rows : rounds * now.panel_rows;  // of the slowest thread
+    const int64_t time = (rows + 2 * rounds) * (now.block_cols + unpacking);
     if (time >= best_time) return;
     best = now;
     best_time = time;
@@ -242,13 +246,13 @@ Items items_of(const GemmParams& p) {
   if (p.rows <= 0 || p.cols <= 0) return best;
   consider(least_panels, least_blocks);
   if (p.threads == 1) return best;
-  for (int64_t blocks = least_blocks; blocks <= min_i64(least_blocks + 3, tiles); ++blocks)
+  for (int64_t blocks = least_blocks; blocks <= min_i64(least_blocks + 6, tiles); ++blocks)
     for (int64_t rounds = ceil_div(least_panels * blocks, p.threads), i = 0; i < 2; ++i, ++rounds)
       consider(min_i64(max_i64(rounds * p.threads / blocks, least_panels), ceil_div(p.rows, V::kTileRows)), blocks);
   return best;
 }
 
-inline constexpr int64_t kFitL2 = 512 << 10;  // bytes of columns
+inline constexpr int64_t kMostKeptBytes = 512 << 10;
 
 inline void prefetch_into_l2(const float* data, int64_t floats) {
   constexpr int64_t kLine = 64 / sizeof(float);
@@ -263,14 +267,15 @@ struct Block {
 // Multiplies a panel with the columns of a block that the term has. It adds to c[row][col], or overwrites c if `first`.
 template <class V, bool kTransposed>
 void multiply_panel(const float* panel, const Term& t, const Block& b, bool first, float* c) {
-  constexpr int64_t kTileCols = V::kLanes * V::kTileVecs, kLd = most_cols<V>(), kSteps = Panel<kTransposed>::kSteps;
+  constexpr int64_t kTileCols = V::kLanes * V::kTileVecs, kLd = most_cols<V, kTransposed>(),
+                    kSteps = Panel<kTransposed>::kSteps;
   const auto columns_of = [&](int64_t col, int64_t step) {
     return t.columns + (col - t.first_column) * t.steps + step * kTileCols;
   };
   const int64_t end = min_i64(b.col0 + b.cols, t.end);
-  // A block of columns with all steps is read again for each panel. If it does not fit L2, the columns that are next
-  // are prefetched in parts, each beside a register tile of rows.
-  const bool prefetches = b.cols * t.steps * int64_t{sizeof(float)} > kFitL2;
+  // A block of columns with all steps is read again for each panel. If it is too large to be still in L2 then, the
+  // columns that are next are prefetched in parts, each beside a register tile of rows.
+  const bool prefetches = b.cols * t.steps * int64_t{sizeof(float)} > kMostKeptBytes;
   const int64_t part = ceil_div(kTileCols * kSteps, ceil_div(b.rows, V::kTileRows));
   const auto next_of = [&](int64_t col) -> const float* {
     if (col + kTileCols < end) return columns_of(col + kTileCols, b.step0);
@@ -320,7 +325,7 @@ void gemm_items_typed(const GemmParams& p, int64_t begin, int64_t end, float* pa
   using P = Panel<kTransposed>;
   const Items items = items_of<V, kTransposed>(p);
   const bool few = has_few_cols<V, kTransposed>(p);
-  const int64_t c_ld = few ? P::kLd : most_cols<V>();
+  const int64_t c_ld = few ? P::kLd : most_cols<V, kTransposed>();
   float* c = panel + P::kRows * P::kSteps;
 
   for (int64_t item = begin; item < end; ++item) {
@@ -371,8 +376,8 @@ int64_t gemm_items(const GemmParams& p) {
 // Floats for one panel of the operand and the accumulators of its rows.
 template <class V>
 int64_t gemm_scratch(const GemmParams& p) {
-  if (p.transposed) return Panel<true>::kRows * (Panel<true>::kSteps + most_cols<V>());
-  return Panel<false>::kRows * (Panel<false>::kSteps + most_cols<V>());
+  if (p.transposed) return Panel<true>::kRows * (Panel<true>::kSteps + most_cols<V, true>());
+  return Panel<false>::kRows * (Panel<false>::kSteps + most_cols<V, false>());
 }
 
 template <class V>
