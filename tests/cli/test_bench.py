@@ -301,7 +301,15 @@ def test_without_figures_of_qlora_the_times_of_the_others_are_shown(bench):
     assert " ms │" in out
 
 
-def test_ctrl_c_prints_what_was_measured(bench):
+@pytest.fixture
+def ctrl_c():
+    """Python's reaction to Ctrl-C, which a shell switches off for what it starts in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_prints_what_was_measured(bench, ctrl_c):
     status, out, err, complete, results = bench(
         fake.work("first", qlora=(fake.sleeps, (0.001,)), torch=(fake.sleeps, (0.001,))),
         fake.work("second", qlora=(fake.sleeps, (0.04,)), torch=(fake.interrupts, (7,)), also=("none",)),
