@@ -120,7 +120,7 @@ class BeforeForbiddenPage {
     mapping_ = static_cast<uint8_t*>(mmap(nullptr, pages_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     if (mapping_ == MAP_FAILED || mprotect(mapping_ + pages_ - page, page, PROT_NONE) != 0) std::abort();
     data_ = mapping_ + pages_ - page - bytes;
-    std::memcpy(data_, data, static_cast<size_t>(bytes));
+    if (bytes > 0) std::memcpy(data_, data, static_cast<size_t>(bytes));  // null is not allowed
   }
   ~BeforeForbiddenPage() { munmap(mapping_, pages_); }
   BeforeForbiddenPage(const BeforeForbiddenPage&) = delete;
