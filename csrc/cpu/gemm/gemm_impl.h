@@ -252,7 +252,7 @@ Items items_of(const GemmParams& p) {
   return best;
 }
 
-inline constexpr int64_t kMostKeptBytes = 512 << 10;
+inline constexpr int64_t kMostKeptBytes = 512 << 10;  // columns that are taken to stay in L2 between two panels
 
 inline void prefetch_into_l2(const float* data, int64_t floats) {
   constexpr int64_t kLine = 64 / sizeof(float);
