@@ -32,10 +32,13 @@ demo: $(VENV)/.installed
 	$(call say,Fine-tuning SmolLM2-135M in 4 bit)
 	$(BIN)/qlora demo
 
+# Up to four processes divide the files of tests. Their threads sleep while they wait, because processes share cores.
+PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
 # QLORA_SIMT_LIBRARY makes the tests fail, not skip, where the CUDA kernels on the CPU are missing.
 test: $(VENV)/.installed $(VENV)/.test-tools test-cpp
 	$(call say,Python tests)
-	QLORA_SIMT_LIBRARY=$(abspath build/tests/tests/simt/libqlora_simt.so) $(BIN)/python -m pytest
+	QLORA_SIMT_LIBRARY=$(abspath build/tests/tests/simt/libqlora_simt.so) $(PYTEST)
 
 CMAKE_TESTS = $(BIN)/cmake -S . -G Ninja -DQLORA_BUILD_TESTS=ON -DQLORA_BUILD_SIMT=ON \
   -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(BIN)/python)
@@ -54,7 +57,7 @@ test-asan: $(VENV)/.installed $(VENV)/.test-tools
 	$(BIN)/ctest --test-dir build/asan --output-on-failure
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 QLORA_SIMT_LIBRARY=$(abspath build/asan/tests/simt/libqlora_simt.so) \
-	  $(BIN)/python -m pytest tests/ops -k simt
+	  $(PYTEST) tests/ops -k simt
 
 # The tools are two packages of Debian and Ubuntu; a machine without them skips the target.
 test-aarch64: $(VENV)/.build-tools
@@ -74,7 +77,7 @@ gpu-check:
 test-simt-full: $(VENV)/.installed $(VENV)/.test-tools test-cpp
 	$(call say,The CUDA kernels without a GPU: every test on every architecture with several schedules)
 	QLORA_TEST_FULL=1 QLORA_SIMT_LIBRARY=$(abspath build/tests/tests/simt/libqlora_simt.so) \
-	  $(BIN)/python -m pytest tests/simt tests/ops tests/ptx -k "simt or sm_ or test_every_kernel"
+	  $(PYTEST) tests/simt tests/ops tests/ptx -k "simt or sm_ or test_every_kernel"
 
 bench: $(VENV)/.installed
 	$(call say,Benchmark: the 4-bit operators beside torch)

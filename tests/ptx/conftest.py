@@ -10,7 +10,7 @@ FULL = "QLORA_TEST_FULL" in os.environ  # every test on every architecture and w
 
 
 def pytest_collection_modifyitems(items):
-    """Keeps only tests that run an operator on `device`; the others run in tests/ops. Puts test_coverage last."""
+    """Keeps only tests that run an operator on `device`; the others run in tests/ops. Puts that of coverage last."""
     here = [item for item in items if "tests/ptx/" in str(item.path).replace("\\", "/")]
     reason = executor.why_not()
     for item in here:

@@ -1,6 +1,7 @@
 """The command qlora serve as a process of its own, its options, and the lines of the guide."""
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -67,9 +68,11 @@ def test_the_command_serves_stops_gently_and_survives_a_kill(folder):
         (["--slots", "0"], "--slots 0 must be positive"),
     ],
 )
-def test_wrong_options(folder, options, message, capsys):
+def test_wrong_options(folder, options, message, capsys, monkeypatch):
     from qlora.cli import main
 
+    # The command's logs go to the stderr of this test, which is closed when other tests serve in this process.
+    monkeypatch.setattr(logging.getLogger("qlora.serving"), "handlers", [])
     given = [option.format(a=folder / "a") for option in options]
     assert main(["serve", "--model", str(folder / "base"), "--compute-dtype", "fp32", *given]) == 1
     assert message in capsys.readouterr().err
