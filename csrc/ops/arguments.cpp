@@ -11,12 +11,15 @@ Matrix as_matrix(const Tensor& t, const char* name, int64_t rows, int64_t cols, 
   return {std::move(c), data, dtype, rows, cols};
 }
 
-Matrix tokens_matrix(const Tensor& t, const char* name, int64_t features, const char* rule, const Tensor& like) {
+Matrix tokens_matrix(const Tensor& t, const char* name, int64_t features, const char* rule, const Tensor& like,
+                     Reads reads) {
   STD_TORCH_CHECK(t.dim() >= 1 && t.size(t.dim() - 1) == features, name, " has shape ", text_of(t.sizes()),
                   ": its last dimension must be ", rule, "=", features);
   int64_t tokens = 1;
   for (int64_t d = 0; d + 1 < t.dim(); ++d) tokens *= t.size(d);
-  return as_matrix(t, name, tokens, features, like);
+  if (reads == Reads::kValues) return as_matrix(t, name, tokens, features, like);
+  check_same_device(t, name, like, "x");
+  return {t, nullptr, float_dtype(t.scalar_type(), name), tokens, features};
 }
 
 Matrix grad_matrix(const Tensor& grad, int64_t n, const Matrix& tokens) {
@@ -53,23 +56,24 @@ std::optional<Adapter> check_lora(const OptionalTensor& a, const OptionalTensor&
                  lora_matrix(*b, "lora_b", n, r, "[out_features, rank]", like), static_cast<float>(scaling)};
 }
 
-std::optional<Matrix> check_lora_x(const OptionalTensor& lora_x, const Tensor& x, const std::optional<Adapter>& lora) {
+std::optional<Matrix> check_lora_x(const OptionalTensor& lora_x, const Tensor& x, const std::optional<Adapter>& lora,
+                                   Reads reads) {
   if (!lora_x.has_value()) return std::nullopt;
   STD_TORCH_CHECK(lora.has_value(), "lora_x was given without lora_a and lora_b");
   STD_TORCH_CHECK(text_of(lora_x->sizes()) == text_of(x.sizes()) && lora_x->scalar_type() == x.scalar_type(),
                   "lora_x has shape ", text_of(lora_x->sizes()), ": it must have the shape and dtype of x, ",
                   text_of(x.sizes()));
-  return tokens_matrix(*lora_x, "lora_x", x.size(x.dim() - 1), "in_features", x);
+  return tokens_matrix(*lora_x, "lora_x", x.size(x.dim() - 1), "in_features", x, reads);
 }
 
 Base check_base(const Tensor& x, const Tensor& packed, const Tensor& absmax, const OptionalTensor& nested_absmax,
                 const OptionalTensor& nested_offset, const std::vector<int64_t>& shape, const std::string& quant_type,
-                int64_t block_size) {
+                int64_t block_size, Reads reads) {
   STD_TORCH_CHECK(shape.size() == 2, "shape has ", shape.size(),
                   " dimensions: a matmul weight is (out_features, in_features)");
   check_same_device(packed, "packed", x, "x");
   return {check_weight(packed, absmax, nested_absmax, nested_offset, shape[0], shape[1], quant_type, block_size),
-          tokens_matrix(x, "x", shape[1], "in_features", x)};
+          tokens_matrix(x, "x", shape[1], "in_features", x, reads)};
 }
 
 Adapters check_adapters(const Tensor& lora_a, const Tensor& lora_b, const Tensor& scaling, const Tensor& adapter_of_row,
@@ -110,7 +114,7 @@ Experts check_experts(const Tensor& x, const Tensor& packed, const Tensor& absma
                       const OptionalTensor& nested_offset, const std::vector<int64_t>& shape,
                       const std::string& quant_type, int64_t block_size, const Tensor& expert_of_row,
                       const OptionalTensor& lora_a, const OptionalTensor& lora_b, double scaling,
-                      const OptionalTensor& bias) {
+                      const OptionalTensor& bias, Reads reads) {
   STD_TORCH_CHECK(shape.size() == 3, "shape has ", shape.size(),
                   " dimensions: the weights of experts are (experts, out_features, in_features)");
   const int64_t count = shape[0], n = shape[1], k = shape[2];
@@ -119,7 +123,7 @@ Experts check_experts(const Tensor& x, const Tensor& packed, const Tensor& absma
   check_dtype(expert_of_row, ScalarType::Long, "expert_of_row", "it must be int64");
   Experts e{check_weight(packed, absmax, nested_absmax, nested_offset, n, k, quant_type, block_size, count),
             count,
-            tokens_matrix(x, "x", k, "in_features", x),
+            tokens_matrix(x, "x", k, "in_features", x, reads),
             as_contiguous(expert_of_row),
             1,
             std::nullopt,
@@ -169,10 +173,10 @@ void check_lists(const LayerLists& lists, const char* more_name, const std::vect
 }
 
 Layers check_layers(const Tensor& x, const LayerLists& lists, const std::string& quant_type, int64_t block_size,
-                    const std::vector<Tensor>* bias) {
+                    const std::vector<Tensor>* bias, Reads reads) {
   STD_TORCH_CHECK(x.dim() >= 1, "x has no dimensions: its last one must be in_features");
   const int64_t k = x.size(x.dim() - 1);
-  Layers layers{tokens_matrix(x, "x", k, "in_features", x), {}};
+  Layers layers{tokens_matrix(x, "x", k, "in_features", x, reads), {}};
   layers.all.reserve(lists.count());
   for_each_layer(lists.count(), [&](size_t i) {
     const int64_t n = lists.out_features[i];
@@ -209,7 +213,7 @@ AffineGrid check_grid(const Tensor& scale, const Tensor& zero_point, int64_t in,
 }
 
 Affine check_affine(const Tensor& x, const Tensor& quantized_w, const Tensor& scale, const Tensor& zero_point,
-                    const Tensor& b, const Tensor& a, double alpha) {
+                    const Tensor& b, const Tensor& a, double alpha, Reads reads) {
   STD_TORCH_CHECK(quantized_w.dim() == 2, "quantized_W has shape ", text_of(quantized_w.sizes()),
                   ": it must be [in_features, out_features]");
   check_same_device(quantized_w, "quantized_W", x, "x");
@@ -219,7 +223,7 @@ Affine check_affine(const Tensor& x, const Tensor& quantized_w, const Tensor& sc
   const int64_t in = quantized_w.size(0), out = quantized_w.size(1), r = b.size(1);
   STD_TORCH_CHECK(r > 0, "rank=0: an adapter needs a rank of at least 1");
   STD_TORCH_CHECK(a.scalar_type() == b.scalar_type(), "A and B must have the same dtype");
-  Affine affine{tokens_matrix(x, "x", in, "in_features", x),
+  Affine affine{tokens_matrix(x, "x", in, "in_features", x, reads),
                 as_contiguous(quantized_w),
                 as_contiguous(scale),
                 as_contiguous(zero_point),

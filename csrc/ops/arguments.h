@@ -18,10 +18,17 @@ struct Matrix {
   int64_t rows, cols;
 };
 
+// What an op reads of its tokens. A backward op without gradients of low-rank factors needs only their shape and dtype,
+// so its caller can pass a tensor without values (qlora.ops.common), which is not made contiguous. The matrix then has
+// no data.
+enum class Reads { kValues, kShape };
+inline Reads values_if(bool needed) { return needed ? Reads::kValues : Reads::kShape; }
+
 // `like` is x; all tensors must be on its device.
 Matrix as_matrix(const Tensor& t, const char* name, int64_t rows, int64_t cols, const Tensor& like);
 
-Matrix tokens_matrix(const Tensor& t, const char* name, int64_t features, const char* rule, const Tensor& like);
+Matrix tokens_matrix(const Tensor& t, const char* name, int64_t features, const char* rule, const Tensor& like,
+                     Reads reads = Reads::kValues);
 
 // The gradient of y [..., n]; it must have as many rows as x.
 Matrix grad_matrix(const Tensor& grad, int64_t n, const Matrix& tokens);
@@ -38,7 +45,8 @@ struct Adapter {
 std::optional<Adapter> check_lora(const OptionalTensor& a, const OptionalTensor& b, int64_t n, int64_t k,
                                   double scaling, const Tensor& like);
 
-std::optional<Matrix> check_lora_x(const OptionalTensor& lora_x, const Tensor& x, const std::optional<Adapter>& lora);
+std::optional<Matrix> check_lora_x(const OptionalTensor& lora_x, const Tensor& x, const std::optional<Adapter>& lora,
+                                   Reads reads = Reads::kValues);
 
 // The arguments that every product has: the weight (n, k) and the tokens [m, k].
 struct Base {
@@ -48,7 +56,7 @@ struct Base {
 
 Base check_base(const Tensor& x, const Tensor& packed, const Tensor& absmax, const OptionalTensor& nested_absmax,
                 const OptionalTensor& nested_offset, const std::vector<int64_t>& shape, const std::string& quant_type,
-                int64_t block_size);
+                int64_t block_size, Reads reads = Reads::kValues);
 
 // Several adapters for one batch. The values of adapter_of_row are checked by the op or kernel of each device.
 struct Adapters {
@@ -92,7 +100,7 @@ Experts check_experts(const Tensor& x, const Tensor& packed, const Tensor& absma
                       const OptionalTensor& nested_offset, const std::vector<int64_t>& shape,
                       const std::string& quant_type, int64_t block_size, const Tensor& expert_of_row,
                       const OptionalTensor& lora_a, const OptionalTensor& lora_b, double scaling,
-                      const OptionalTensor& bias);
+                      const OptionalTensor& bias, Reads reads = Reads::kValues);
 
 // One of several layers with the same tokens.
 struct Layer {
@@ -139,7 +147,7 @@ void for_each_layer(size_t count, const Check& check) {
 
 // `bias` may be null.
 Layers check_layers(const Tensor& x, const LayerLists& lists, const std::string& quant_type, int64_t block_size,
-                    const std::vector<Tensor>* bias);
+                    const std::vector<Tensor>* bias, Reads reads = Reads::kValues);
 
 // Arguments of the affine form: integer weights with scale and zero_point, which hold one value, one per output
 // channel, or one row per group of input rows.
@@ -156,6 +164,6 @@ struct Affine {
 AffineGrid check_grid(const Tensor& scale, const Tensor& zero_point, int64_t in, int64_t out);
 
 Affine check_affine(const Tensor& x, const Tensor& quantized_w, const Tensor& scale, const Tensor& zero_point,
-                    const Tensor& b, const Tensor& a, double alpha);
+                    const Tensor& b, const Tensor& a, double alpha, Reads reads = Reads::kValues);
 
 }  // namespace qlora::ops

@@ -120,6 +120,13 @@ void check_search_scales(const Tensor& weight, const Tensor& importance, int64_t
                   text_of(importance.sizes()), ": weight ", text_of(weight.sizes()), " needs one value per column");
 }
 
+void check_importance(const Tensor& importance) {
+  const float* values = importance.const_data_ptr<float>();
+  for (int64_t i = 0; i < importance.numel(); ++i)
+    STD_TORCH_CHECK(values[i] >= 0.0f && values[i] <= std::numeric_limits<float>::max(), "importance[", i,
+                    "]=", values[i], ": the importance of a column must be finite and at least 0");
+}
+
 void check_feedback(const Tensor& weight, const OptionalTensor& feedback, const OptionalTensor& order) {
   check_float_matrix(weight);
   const int64_t k = weight.size(1);

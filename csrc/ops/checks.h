@@ -65,8 +65,11 @@ void check_permutation(const Tensor& order);
 // The message for nan or inf at a flat position.
 std::string not_finite_text(const char* name, int64_t position, const Tensor& t);
 
-// Checks the arguments of search_scales, except that importance is finite.
+// Checks the arguments of search_scales, except the values.
 void check_search_scales(const Tensor& weight, const Tensor& importance, int64_t block_size);
+
+// Checks that each value of a contiguous tensor on the CPU is finite and at least 0.
+void check_importance(const Tensor& importance);
 
 // Checks feedback and order of quantize_with_feedback, except their values.
 void check_feedback(const Tensor& weight, const OptionalTensor& feedback, const OptionalTensor& order);

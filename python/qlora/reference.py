@@ -56,7 +56,7 @@ def _stored_scales(absmax: Tensor, double_quant: bool) -> tuple[Tensor, Tensor, 
     centred = _blocks(absmax - offset, _C.NESTED_BLOCK)
     valid = _blocks(torch.ones_like(absmax), _C.NESTED_BLOCK).bool()
     nested_absmax = torch.where(valid, centred.abs(), 0.0).amax(1)
-    x = torch.where(nested_absmax[:, None] > 0, centred * (1.0 / nested_absmax)[:, None], 0.0)
+    x = _normalised(centred, nested_absmax[:, None])
     levels = table(_C.dynamic_map(), x)
     thresholds = (levels[1:] + levels[:-1]) / 2
     scale_codes = torch.bucketize(x, thresholds, right=False).flatten()[: absmax.numel()].to(torch.uint8)

@@ -136,7 +136,7 @@ def test_threads_do_not_change_the_result(device):
 def test_empty_weights(device):
     for shape in ((0, 64), (64, 0)):
         weight = torch.empty(shape)
-        scales = ops.search_scales(weight, torch.empty(shape[1]))
+        scales = ops.search_scales(weight, torch.ones(shape[1]))
         assert ops.quantize_with_feedback(weight, *scales, "nf4", 64).shape == (0,)
 
 
@@ -153,6 +153,9 @@ def test_bad_arguments_are_refused(device):
     def run(weight=weight, scales=scales, **options):
         ops.quantize_with_feedback(weight, *scales, "nf4", 64, **options)
 
+    def column(value):
+        return with_value(torch.ones(1, 64), 0, 7, value)[0]
+
     cases = {
         "weight.float()": lambda: run(weight.bfloat16()),
         "must be a matrix": lambda: run(weight[0]),
@@ -166,6 +169,9 @@ def test_bad_arguments_are_refused(device):
         r"feedback\[5, 1\] is nan or inf": lambda: run(feedback=with_value(feedback, 5, 1, torch.inf)),
         r"importance has shape \[63\]": lambda: ops.search_scales(weight, torch.ones(63)),
         "importance has the wrong dtype": lambda: ops.search_scales(weight, torch.ones(64).double()),
+        r"importance\[7\]=nan: .* finite and at least 0": lambda: ops.search_scales(weight, column(torch.nan)),
+        r"importance\[7\]=inf": lambda: ops.search_scales(weight, column(torch.inf)),
+        r"importance\[7\]=-1": lambda: ops.search_scales(weight, column(-1.0)),
         "block_size=48": lambda: ops.search_scales(weight, torch.ones(64), "nf4", 48),
         "quant_type": lambda: ops.search_scales(weight, torch.ones(64), "nf5"),
     }

@@ -123,3 +123,24 @@ def test_explain_names_the_slower_path_and_its_reason(monkeypatch):
         assert "QLORA_CPU_ISA chooses scalar" in capped.why_not_faster
     with pytest.raises(ValueError, match="63 features"):
         qlora.explain(torch.randn(1, 63), qlora.quantize(torch.randn(8, 64)))
+
+
+def test_numbers_that_require_grad_are_refused():
+    """torch would turn them into numbers, and their gradients would be lost."""
+    x, scaling = torch.randn(3, 64), torch.tensor(0.5, requires_grad=True)
+    weight, _ = weights(24, 64)
+    a, b = torch.randn(2, 64), torch.randn(24, 2)
+    stacks = [[t] for t in weight[:4]]
+    calls = {
+        "forward": lambda s: ops.forward(x, *weight, a, b, s),
+        "forward_many": lambda s: ops.forward_many(x, *stacks, [24], "nf4", 64, [a], [b], [s])[0],
+        "forward_experts": lambda s: ops.forward_experts(
+            x, *stacked, [1, 24, 64], "nf4", 64, torch.zeros(3, dtype=torch.int64), a[None], b[None], s
+        ),
+        "forward_affine": lambda s: ops.forward_affine(x, torch.ones(64, 24, dtype=torch.int8), 0.1, 0.0, a.T, b.T, s),
+    }
+    stacked = [t[None] for t in weight[:4]]
+    for name, call in calls.items():
+        with pytest.raises(RuntimeError, match="(scaling|alpha) requires grad.*detach it"):
+            call(scaling)
+        assert torch.equal(call(scaling.detach()), call(0.5)), name

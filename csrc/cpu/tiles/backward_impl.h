@@ -165,7 +165,8 @@ void pack_token_factor(const PackTokenFactorParams& p, int64_t begin, int64_t en
         for (int64_t i = 0; i < kTile; ++i)
           for (int64_t t = 0; t < kStep; ++t) {
             const int64_t rank = q * kTile + i, token = step * kStep + t;
-            const float value = rank < p.r && token < p.m ? p.values[token * p.r + rank] : 0.0f;
+            const bool exists = rank < p.r && token < p.m;
+            const float value = exists ? p.values[row_of_token(p.row_of, token) * p.pitch + rank] : 0.0f;
             const bf16 high = from_float<bf16>(value);
             const bf16 half = part == 0 ? high : from_float<bf16>(value - to_float(high));
             std::memcpy(out + i * 64 + t * 2, &half, sizeof half);
@@ -210,9 +211,8 @@ void factor_grad(const FactorGradParams& p, int64_t begin, int64_t end, float* s
         const float value =
             steps == 0 ? 0.0f
                        : results[(rank / kTile * kCols + f / kTile) * kTileFloats + rank % kTile * 16 + f % kTile];
-        const int64_t within =
-            p.r_is_major ? rank % p.group * p.features + feature0 + f : (feature0 + f) * p.group + rank % p.group;
-        store_scalar(p.out, p.out_dtype, p.adapters.id(rank / p.group) * p.out_stride + within, value);
+        const int64_t at = p.r_is_major ? rank * p.features + feature0 + f : (feature0 + f) * p.r + rank;
+        store_scalar(p.out, p.out_dtype, at, value);
       }
   }
 }

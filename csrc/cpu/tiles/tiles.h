@@ -156,10 +156,6 @@ struct FactorGradParams {
   int64_t m, r, features;
   const void* matrix;  // [m, features] bfloat16
   bool r_is_major;     // true: out [r, features]; false: [features, r]
-  // r counts the ranks of all adapters in use, `group` of each; the result of adapter id begins at id * out_stride.
-  int64_t group;
-  TileAdapters adapters;
-  int64_t out_stride;
   void* out;
   DType out_dtype;
   const int64_t* row_of = nullptr;  // rows of matrix
@@ -170,6 +166,8 @@ struct PackTokenFactorParams {
   const float* values;
   int64_t m, r;
   uint8_t* out;
+  int64_t pitch;                    // elements from one row of values to the next
+  const int64_t* row_of = nullptr;  // rows of values
 };
 
 struct TileKernels {

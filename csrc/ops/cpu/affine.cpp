@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_affine_grid(Tensor grad, Tensor x, T
                                                         Tensor zero_point, Tensor b, Tensor a, double alpha,
                                                         bool needs_x, bool needs_lora) {
   const cpu::KernelTable& kernels = active_kernels();
-  const Affine affine = check_affine(x, quantized_w, scale, zero_point, b, a, alpha);
+  const Affine affine = check_affine(x, quantized_w, scale, zero_point, b, a, alpha, values_if(needs_lora));
   const Matrix& tokens = affine.tokens;
   const Matrix dy = grad_matrix(grad, affine.out, tokens);
   Tensor d_x = nothing(), d_b = nothing(), d_a = nothing();

@@ -18,6 +18,7 @@ std::tuple<Tensor, Tensor, Tensor> search_scales(Tensor weight, Tensor importanc
   const cpu::KernelTable& kernels = active_kernels();
   check_search_scales(weight, importance, block_size);
   const Tensor source = as_contiguous(weight), columns = as_contiguous(importance);
+  check_importance(columns);
   const int64_t blocks = ceil_div(source.numel(), block_size);
   Tensor absmax = empty_cpu({blocks}, ScalarType::Float);
   cpu::SearchScalesParams p{};

@@ -64,11 +64,11 @@ void backward_tiles(const ExpertCall& c, const cpu::TileKernels& tiles, const Ex
   const auto add_grad = [&](const ExpertGroup& g, const float* values, int64_t ranks, const Matrix& matrix,
                             const int64_t* row_of, bool r_is_major, const Tensor& out) {
     auto* packed = buffers.take<uint8_t>(token_factor_bytes(g, ranks));
-    token_factors.push_back({values, g.count, ranks, packed});
+    token_factors.push_back({values, g.count, ranks, packed, ranks});
     cpu::FactorGradParams p{};
     p.factor = packed;
     p.m = g.count;
-    p.r = p.group = ranks;
+    p.r = ranks;
     p.features = matrix.cols;
     p.matrix = matrix.data;
     p.r_is_major = r_is_major;
@@ -253,9 +253,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_experts(
     std::vector<int64_t> shape, std::string quant_type, int64_t block_size, Tensor expert_of_row, OptionalTensor lora_a,
     OptionalTensor lora_b, double scaling, bool needs_x, bool needs_lora, bool needs_bias) {
   const cpu::KernelTable& kernels = active_kernels();
-  const Experts e =
-      check_experts(x, packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size, expert_of_row,
-                    lora_a, with_ranks_side_by_side(lora_b, expert_of_row), scaling, std::nullopt);
+  const Experts e = check_experts(x, packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size,
+                                  expert_of_row, lora_a, with_ranks_side_by_side(lora_b, expert_of_row), scaling,
+                                  std::nullopt, values_if(needs_lora));
   const int64_t n = e.w.n, k = e.w.k;
   const Matrix dy = tokens_matrix(grad, "grad", n, "out_features", x);
   STD_TORCH_CHECK(dy.rows == e.rows(), "grad has ", dy.rows, " rows: expert_of_row has ", e.rows(), " values");

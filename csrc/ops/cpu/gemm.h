@@ -127,23 +127,22 @@ inline Tensor low_rank_grad(const cpu::KernelTable& kernels, const Matrix& activ
   return out;
 }
 
-// Gradient of one low-rank factor: the sum over tokens of activation [tokens, r] times columns [tokens, features].
-// The result is [r, features] if r_is_major, else [features, r].
-inline Tensor low_rank_grad(const cpu::KernelTable& kernels, const Matrix& activation, const Columns& columns,
-                            int64_t features, ScalarType dtype, bool r_is_major) {
+// Writes the gradient of one low-rank factor: the sum over tokens of activation [tokens, r] times columns [tokens,
+// features]. It is [r, features] if r_is_major, else [features, r]. It fills memory of the caller because a thread of
+// a parallel loop, which does not inherit torch's inference mode, may not copy to a tensor made in that mode.
+inline void write_low_rank_grad(const cpu::KernelTable& kernels, const Matrix& activation, const Columns& columns,
+                                int64_t features, bool r_is_major, DType dtype, void* out) {
   cpu::GemmParams p;
   p.transposed = true;
   p.rows = activation.cols;
   p.cols = features;
   const cpu::Term term{dense(activation), columns.data, activation.rows};
   p.terms = &term;
-  Tensor out = r_is_major ? empty_cpu({p.rows, features}, dtype) : empty_cpu({features, p.rows}, dtype);
-  p.out = out.mutable_data_ptr();
-  p.out_dtype = float_dtype(dtype, "lora");
+  p.out = out;
+  p.out_dtype = dtype;
   p.out_ld = r_is_major ? features : p.rows;
   p.rows_are_major = r_is_major;
   run(kernels, p);
-  return out;
 }
 
 inline Tensor nothing() { return empty_cpu({0}, ScalarType::Float); }

@@ -140,11 +140,11 @@ void parameter_grads_tiles(const cpu::TileKernels& tiles, const UsedLayers& laye
   const auto add_grad = [&](const float* values, int64_t ranks, const Matrix& matrix, bool r_is_major,
                             const Tensor& out) {
     auto* packed = buffers.take<uint8_t>(token_factor_bytes(ranks));
-    token_factors.push_back({values, m, ranks, packed});
+    token_factors.push_back({values, m, ranks, packed, ranks});
     cpu::FactorGradParams p{};
     p.factor = packed;
     p.m = m;
-    p.r = p.group = ranks;
+    p.r = ranks;
     p.features = matrix.cols;
     p.matrix = matrix.data;
     p.r_is_major = r_is_major;
@@ -305,7 +305,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>
   const cpu::KernelTable& kernels = active_kernels();
   const LayerLists lists{packed, absmax, nested_absmax, nested_offset, out_features, lora_a, lora_b, scaling};
   check_lists(lists, "grad", grad);
-  const Layers layers = check_layers(x, lists, quant_type, block_size, nullptr);
+  const Layers layers = check_layers(x, lists, quant_type, block_size, nullptr, values_if(needs_lora));
   const Matrix& tokens = layers.tokens;
   const Needs needs{needs_x, needs_lora, needs_bias};
   Gradients d(layers.all.size());

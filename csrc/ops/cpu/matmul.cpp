@@ -111,8 +111,8 @@ Gradients backward_tiles(const Call& c, const cpu::TileKernels& tiles, const Mat
     const BackwardTokens x_down = pack_backward_tokens(tiles, c.adapter_tokens(), &a, adapters, false);
     d.lora_a = empty_cpu({adapter.a.rows, c.w.k}, adapter.a.tensor.scalar_type());
     d.lora_b = empty_cpu({c.w.n, adapter.b.cols}, adapter.b.tensor.scalar_type());
-    factor_grad_tiles(tiles, *dy_down.activation, c.adapter_tokens(), {}, true, d.lora_a);
-    factor_grad_tiles(tiles, *x_down.activation, dy, {}, false, d.lora_b);
+    factor_grad_tiles(tiles, *dy_down.activation, c.adapter_tokens(), true, d.lora_a);
+    factor_grad_tiles(tiles, *x_down.activation, dy, false, d.lora_b);
   }
   if (needs.bias) d.bias = bias_grad_tiles(tiles, dy);
   return d;
@@ -154,11 +154,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad, Tensor 
                                                             OptionalTensor lora_x, bool needs_x, bool needs_lora,
                                                             bool needs_lora_x, bool needs_bias) {
   const cpu::KernelTable& kernels = active_kernels();
-  const Base base = check_base(x, packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size);
+  const Base base = check_base(x, packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size,
+                               values_if(needs_lora && !lora_x));
   const WeightView w = view_of(base.w);
   const Matrix dy = grad_matrix(grad, w.n, base.tokens);
   const std::optional<Adapter> adapter = check_lora(lora_a, lora_b, w.n, w.k, scaling, x);
-  const std::optional<Matrix> dropped = check_lora_x(lora_x, x, adapter);
+  const std::optional<Matrix> dropped = check_lora_x(lora_x, x, adapter, values_if(needs_lora));
   const Call call{kernels, w, base.tokens, adapter, dropped, x};
   const bool adapts = adapter.has_value();
   const Needs needs{needs_x, needs_lora && adapts, needs_lora_x && dropped, needs_bias, needs_x && adapts && !dropped};

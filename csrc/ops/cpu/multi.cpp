@@ -10,6 +10,7 @@
 #include "ops/cpu/common.h"
 #include "ops/cpu/gemm.h"
 #include "ops/cpu/gemv.h"
+#include "ops/cpu/steps.h"
 #include "ops/cpu/tiles.h"
 
 namespace qlora::ops_cpu {
@@ -301,6 +302,53 @@ void make_adapter_gradients(const Call& c, Gradients& d) {
   d.lora_b = torch::stable::new_zeros(c.adapters.b.tensor, {count, c.w.n, r}, dtype);
 }
 
+// The part of a gradient [adapters, …] that belongs to one adapter.
+void* of_adapter(const Tensor& gradient, int64_t adapter) {
+  const int64_t bytes = gradient.numel() / gradient.size(0) * gradient.element_size();
+  return static_cast<char*>(gradient.mutable_data_ptr()) + adapter * bytes;
+}
+
+// The gradients of the factors from the activations [m, adapters in use * r]. Each sums over the tokens of its adapter
+// alone: as zeros the activations of other tokens would carry their nan and inf into it.
+void factor_grads_tiles(const Call& c, const cpu::TileKernels& tiles, const Matrix& dy, const Matrix& dy_down,
+                        const Matrix& x_down, const Gradients& d) {
+  const TokenGroups groups(c.adapters, 0, c.tokens.rows);
+  const int64_t r = c.adapters.r, pitch = dy_down.cols;
+  const auto packed_bytes = [&](const TokenGroups::Group& group) {
+    return cpu::tiles_of(r) * 2 * ceil_div(group.count, cpu::kStep) * cpu::kTileBytes;
+  };
+  Buffers buffers;
+  for (const TokenGroups::Group& group : groups.all())
+    for (int i = 0; i < 2; ++i) buffers.ask(packed_bytes(group));
+  buffers.allocate();
+  std::vector<cpu::PackTokenFactorParams> packs;
+  std::vector<cpu::FactorGradParams> grads;
+  int64_t place = 0;  // of the adapter among those in use, which the groups follow
+  for (const TokenGroups::Group& group : groups.all()) {
+    const int64_t* rows = groups.rows_of(group).numbers;
+    const auto add_grad = [&](const Matrix& activation, const Matrix& matrix, bool r_is_major, const Tensor& out) {
+      auto* packed = buffers.take<uint8_t>(packed_bytes(group));
+      packs.push_back({static_cast<const float*>(activation.data) + place * r, group.count, r, packed, pitch, rows});
+      cpu::FactorGradParams p{};
+      p.factor = packed;
+      p.m = group.count;
+      p.r = r;
+      p.features = matrix.cols;
+      p.matrix = matrix.data;
+      p.r_is_major = r_is_major;
+      p.out = of_adapter(out, group.adapter);
+      p.out_dtype = float_dtype(out.scalar_type(), "lora");
+      p.row_of = rows;
+      grads.push_back(p);
+    };
+    add_grad(dy_down, c.tokens, true, d.lora_a);
+    add_grad(x_down, dy, false, d.lora_b);
+    ++place;
+  }
+  run_token_factor_packs(tiles, packs);
+  run_factor_grads(tiles, grads);
+}
+
 Gradients backward_tiles(const Call& c, const cpu::TileKernels& tiles, const Matrix& dy, const Needs& needs) {
   Gradients d;
   if (needs.lora) make_adapter_gradients(c, d);
@@ -314,8 +362,7 @@ Gradients backward_tiles(const Call& c, const cpu::TileKernels& tiles, const Mat
     if (needs_lora) {
       const cpu::TileFactor a = factor_of_a(c.adapters.a, c.adapters.r);
       const BackwardTokens x_down = pack_backward_tokens(tiles, c.tokens, &a, term.adapters, false);
-      factor_grad_tiles(tiles, *dy_down.activation, c.tokens, term.adapters, true, d.lora_a);
-      factor_grad_tiles(tiles, *x_down.activation, dy, term.adapters, false, d.lora_b);
+      factor_grads_tiles(c, tiles, dy, *dy_down.activation, *x_down.activation, d);
     }
   }
   if (needs.bias) d.bias = bias_grad_tiles(tiles, dy);
@@ -345,10 +392,9 @@ Gradients backward_gemm(const Call& c, const Matrix& dy, const Needs& needs) {
         group.count);
     const Columns x_by_token = pack(c.kernels, c.tokens, StepsAre::kRows, &rows);
     const Columns dy_by_token = pack(c.kernels, dy, StepsAre::kRows, &rows);
-    const ScalarType dtype = d.lora_a.scalar_type();
-    Tensor slice_a = torch::stable::select(d.lora_a, 0, i), slice_b = torch::stable::select(d.lora_b, 0, i);
-    torch::stable::copy_(slice_a, low_rank_grad(c.kernels, dy_down, x_by_token, c.w.k, dtype, true));
-    torch::stable::copy_(slice_b, low_rank_grad(c.kernels, x_down, dy_by_token, c.w.n, dtype, false));
+    const DType dtype = c.adapters.a.dtype;
+    write_low_rank_grad(c.kernels, dy_down, x_by_token, c.w.k, true, dtype, of_adapter(d.lora_a, i));
+    write_low_rank_grad(c.kernels, x_down, dy_by_token, c.w.n, false, dtype, of_adapter(d.lora_b, i));
   };
   if (needs.x || needs.lora) for_each_group(groups, run_group);
   if (needs.x)
@@ -365,7 +411,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_multi(Tensor grad, Tensor x,
                                                           Tensor scaling, Tensor adapter_of_row, bool needs_x,
                                                           bool needs_lora, bool needs_bias) {
   const cpu::KernelTable& kernels = active_kernels();
-  const Base base = check_base(x, packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size);
+  const Base base =
+      check_base(x, packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size, values_if(needs_lora));
   const WeightView w = view_of(base.w);
   const Matrix dy = grad_matrix(grad, w.n, base.tokens);
   const Adapters adapters = check_adapters(lora_a, lora_b, scaling, adapter_of_row, base);

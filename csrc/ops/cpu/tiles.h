@@ -105,14 +105,14 @@ inline Tensor run_forward_tiles(const cpu::TileKernels& kernels, const WeightVie
   return y;
 }
 
-// Sums over tokens the products of a float32 matrix [m, adapters * r] and a bfloat16 matrix [m, features]. `out` holds
-// [r, features] if r_is_major, else [features, r], for each adapter.
+// Sums over tokens the products of a float32 matrix [m, r] and a bfloat16 matrix [m, features]. `out` holds
+// [r, features] if r_is_major, else [features, r].
 inline void factor_grad_tiles(const cpu::TileKernels& kernels, const Matrix& factor, const Matrix& matrix,
-                              const cpu::TileAdapters& adapters, bool r_is_major, const Tensor& out) {
+                              bool r_is_major, const Tensor& out) {
   const int64_t m = factor.rows, ranks = factor.cols, steps = ceil_div(m, cpu::kStep);
   Tensor packed = tile_buffer(cpu::tiles_of(ranks) * 2 * steps * cpu::kTileBytes);
   const cpu::PackTokenFactorParams pack{static_cast<const float*>(factor.data), m, ranks,
-                                        packed.mutable_data_ptr<uint8_t>()};
+                                        packed.mutable_data_ptr<uint8_t>(), ranks};
   parallel(steps, 4, [&](int64_t begin, int64_t end) { kernels.pack_token_factor(pack, begin, end); });
   cpu::FactorGradParams p{};
   p.factor = pack.out;
@@ -121,9 +121,6 @@ inline void factor_grad_tiles(const cpu::TileKernels& kernels, const Matrix& fac
   p.features = matrix.cols;
   p.matrix = matrix.data;
   p.r_is_major = r_is_major;
-  p.group = ranks / adapters.count;
-  p.adapters = adapters;
-  p.out_stride = p.group * matrix.cols;
   p.out = out.mutable_data_ptr();
   p.out_dtype = float_dtype(out.scalar_type(), "lora");
   parallel(ceil_div(matrix.cols, cpu::kGradFeatures), 1, [&](int64_t begin, int64_t end) {
@@ -134,7 +131,7 @@ inline void factor_grad_tiles(const cpu::TileKernels& kernels, const Matrix& fac
 inline Tensor bias_grad_tiles(const cpu::TileKernels& kernels, const Matrix& dy) {
   const std::vector<float> ones(static_cast<size_t>(dy.rows), 1.0f);
   const Tensor out = empty_cpu({dy.cols}, ScalarType::Float);
-  factor_grad_tiles(kernels, {nothing(), ones.data(), DType::kFloat32, dy.rows, 1}, dy, {}, true, out);
+  factor_grad_tiles(kernels, {nothing(), ones.data(), DType::kFloat32, dy.rows, 1}, dy, true, out);
   return out;
 }
 

@@ -41,7 +41,7 @@ Tensor forward_affine(Tensor x, Tensor quantized_w, double scale, double zero_po
 std::tuple<Tensor, Tensor, Tensor> backward_affine_grid(Tensor grad, Tensor x, Tensor quantized_w, Tensor scale,
                                                         Tensor zero_point, Tensor b, Tensor a, double alpha,
                                                         bool needs_x, bool needs_lora) {
-  const Affine affine = check_affine(x, quantized_w, scale, zero_point, b, a, alpha);
+  const Affine affine = check_affine(x, quantized_w, scale, zero_point, b, a, alpha, values_if(needs_lora));
   const Matrix dy = grad_matrix(grad, affine.out, affine.tokens);
   const GpuScope scope(x, "backward.affine", {affine.tokens.rows, affine.out, affine.in, affine.r});
   const cudaStream_t stream = scope.stream();

@@ -10,6 +10,7 @@ std::tuple<Tensor, Tensor, Tensor> search_scales(Tensor weight, Tensor importanc
   check_search_scales(weight, importance, block_size);
   const QuantType type = check_quant_type(quant_type);
   const Tensor source = as_contiguous(weight), columns = as_contiguous(importance);
+  check_importance(torch::stable::to(columns, torch::stable::Device(torch::headeronly::DeviceType::CPU)));
   const int64_t blocks = ceil_div(source.numel(), block_size);
   const GpuScope scope(source, "search_scales", {0, blocks, block_size, 0});
   Tensor absmax = empty_like_device(source, {blocks}, ScalarType::Float);

@@ -164,7 +164,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_experts(
     std::vector<int64_t> shape, std::string quant_type, int64_t block_size, Tensor expert_of_row, OptionalTensor lora_a,
     OptionalTensor lora_b, double scaling, bool needs_x, bool needs_lora, bool needs_bias) {
   Experts e = check_experts(x, packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size,
-                            expert_of_row, lora_a, lora_b, scaling, std::nullopt);
+                            expert_of_row, lora_a, lora_b, scaling, std::nullopt, values_if(needs_lora));
   const int64_t rows = e.rows(), n = e.w.n, k = e.w.k;
   const Matrix dy = tokens_matrix(grad, "grad", n, "out_features", x);
   STD_TORCH_CHECK(dy.rows == rows, "grad has ", dy.rows, " rows: expert_of_row has ", rows);

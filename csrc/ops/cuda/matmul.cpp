@@ -37,11 +37,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad, Tensor 
                                                             OptionalTensor lora_b, double scaling,
                                                             OptionalTensor lora_x, bool needs_x, bool needs_lora,
                                                             bool needs_lora_x, bool needs_bias) {
-  Base base = check_base(x, packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size);
+  Base base = check_base(x, packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size,
+                         values_if(needs_lora && !lora_x));
   const int64_t n = base.w.n, k = base.w.k;
   const Matrix dy = grad_matrix(grad, n, base.tokens);
   const std::optional<Adapter> lora = check_lora(lora_a, lora_b, n, k, scaling, x);
-  const std::optional<Matrix> dropped = check_lora_x(lora_x, x, lora);
+  const std::optional<Matrix> dropped = check_lora_x(lora_x, x, lora, values_if(needs_lora));
   const GpuScope scope(x, "backward", {base.tokens.rows, n, k, lora ? lora->a.rows : 0});
   const cudaStream_t stream = scope.stream();
 

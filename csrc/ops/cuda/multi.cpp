@@ -48,7 +48,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_multi(Tensor grad, Tensor x,
                                                           int64_t block_size, Tensor lora_a, Tensor lora_b,
                                                           Tensor scaling, Tensor adapter_of_row, bool needs_x,
                                                           bool needs_lora, bool needs_bias) {
-  Base base = check_base(x, packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size);
+  Base base =
+      check_base(x, packed, absmax, nested_absmax, nested_offset, shape, quant_type, block_size, values_if(needs_lora));
   const int64_t n = base.w.n, k = base.w.k;
   const Matrix dy = grad_matrix(grad, n, base.tokens);
   const Adapters adapters = check_adapters(lora_a, lora_b, scaling, adapter_of_row, base);

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qlora.ops.common import (
+    any_requires_grad,
     cast_first_argument,
     gradients,
     needs_gradient,
@@ -13,6 +14,9 @@ from qlora.ops.common import (
     refuse_double_backward,
     refuse_forward_mode,
     register_autocast,
+    require_number,
+    save_tokens,
+    saved_tokens,
 )
 
 
@@ -44,6 +48,7 @@ def forward_affine(
     ``[groups, 1]`` (per group of in / groups input rows). zero_point is added after scaling.
     """
     refuse_forward_mode(x, scale, zero_point, B, A)
+    require_number("alpha", alpha)
     if isinstance(scale, Tensor) != isinstance(zero_point, Tensor):
         raise TypeError("scale and zero_point must both be numbers or both be tensors")
     op = torch.ops.qlora.forward.affine_grid if isinstance(scale, Tensor) else torch.ops.qlora.forward.affine
@@ -53,21 +58,23 @@ def forward_affine(
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     given = Arguments(*inputs)
     ctx.alpha = given.alpha
+    x = save_tokens(ctx, given.x, reads_values=any_requires_grad(given.B, given.A))
     if isinstance(given.scale, Tensor):
         if given.scale.requires_grad or given.zero_point.requires_grad:
             raise RuntimeError(
                 "scale and zero_point require grad: forward.affine has no gradient for them; detach them"
             )
-        ctx.save_for_backward(given.x, given.quantized_W, given.B, given.A, given.scale, given.zero_point)
+        ctx.save_for_backward(x, given.quantized_W, given.B, given.A, given.scale, given.zero_point)
     else:
-        ctx.save_for_backward(given.x, given.quantized_W, given.B, given.A)
+        ctx.save_for_backward(x, given.quantized_W, given.B, given.A)
         ctx.scalars = (given.scale, given.zero_point)
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, quantized_W, B, A, *grid = ctx.saved_tensors
+    x = saved_tokens(ctx, x, grad)
     if not grid:
-        grid = [x.new_full((1,), value, dtype=torch.float32) for value in ctx.scalars]
+        grid = [grad.new_full((1,), value, dtype=torch.float32) for value in ctx.scalars]
     needs = needs_gradient(Arguments, ctx)
     d_x, d_B, d_A = torch.ops.qlora.backward.affine_grid(
         grad, x, quantized_W, *grid, B, A, ctx.alpha, needs.x, needs.B or needs.A

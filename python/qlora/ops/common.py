@@ -66,6 +66,32 @@ def new_scales(weight: Tensor, block_size: int, double_quant: bool) -> tuple[Ten
     )
 
 
+def any_requires_grad(*tensors: Tensor | None) -> bool:
+    """Whether one of the given tensors requires a gradient."""
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def save_tokens(ctx: Any, x: Tensor, reads_values: bool) -> Tensor | None:
+    """What the backward needs of its tokens: x if it reads the values, else None, with the shape in ``ctx``.
+
+    Only gradients of low-rank factors read the values. Without this, every 4-bit layer that has no trainable adapter
+    would keep its input alive until the backward, which a frozen ``torch.nn.Linear`` does not.
+    """
+    ctx.tokens_shape = x.shape
+    return x if reads_values else None
+
+
+def saved_tokens(ctx: Any, saved: Tensor | None, grad: Tensor) -> Tensor:
+    """What :func:`save_tokens` saved, or a tensor of its shape, dtype and device that has the memory of one number."""
+    return grad.new_empty(1).expand(ctx.tokens_shape) if saved is None else saved
+
+
+def require_number(name: str, value: float | Tensor) -> None:
+    """Raises RuntimeError if a number is a tensor that requires grad: an operator would lose its gradient."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise RuntimeError(f"{name} requires grad: it is a number, for which there is no gradient, so detach it")
+
+
 def refuse_quantization_gradient(ctx: Any, *grads: Tensor) -> None:
     """The derivative of operators that make or read whole 4-bit weights: raises RuntimeError."""
     raise RuntimeError("quantize and dequantize are not differentiable: a 4-bit weight is frozen")
@@ -73,7 +99,7 @@ def refuse_quantization_gradient(ctx: Any, *grads: Tensor) -> None:
 
 def require_frozen(*statistics: Tensor | None) -> None:
     """Raises RuntimeError if one of a weight's statistics requires a gradient."""
-    if any(t is not None and t.requires_grad for t in statistics):
+    if any_requires_grad(*statistics):
         raise RuntimeError("absmax or its nested statistics require grad: a 4-bit weight is frozen, so detach them")
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from qlora.ops.common import (
+    any_requires_grad,
     call_below_autograd,
     cast_first_argument,
     check_one_device,
@@ -17,6 +18,9 @@ from qlora.ops.common import (
     refuse_double_backward,
     register_autocast,
     require_frozen,
+    require_number,
+    save_tokens,
+    saved_tokens,
 )
 
 
@@ -63,6 +67,7 @@ def forward_experts(
     A row is bit for bit what :func:`qlora.ops.forward` computes for the rows of its expert. No value is read by the
     host on a GPU. Differentiable once, in x, lora_a, lora_b and bias.
     """
+    require_number("scaling", scaling)
     weight = (packed, absmax, nested_absmax, nested_offset, list(shape), quant_type, block_size)
     return _forward(x, *weight, expert_of_row, lora_a, lora_b, scaling, bias)
 
@@ -70,19 +75,21 @@ def forward_experts(
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     given = Arguments(*inputs)
     require_frozen(given.absmax, given.nested_absmax, given.nested_offset)
-    ctx.save_for_backward(*given[:5], given.expert_of_row, given.lora_a, given.lora_b)
+    x = save_tokens(ctx, given.x, reads_values=any_requires_grad(given.lora_a, given.lora_b))
+    ctx.save_for_backward(x, *given[1:5], given.expert_of_row, given.lora_a, given.lora_b)
     ctx.weight = (list(given.shape), given.quant_type, given.block_size)
     ctx.scaling = given.scaling
     ctx.bias_dtype = None if given.bias is None else given.bias.dtype
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    *operands, expert_of_row, lora_a, lora_b = ctx.saved_tensors  # operands: x and the weight's tensors
+    x, *weight, expert_of_row, lora_a, lora_b = ctx.saved_tensors
     needs = needs_gradient(Arguments, ctx)
     d_x, d_a, d_b, d_bias = call_below_autograd(
         torch.ops.qlora.backward.experts,
         grad,
-        *operands,
+        saved_tokens(ctx, x, grad),
+        *weight,
         *ctx.weight,
         expert_of_row,
         lora_a,

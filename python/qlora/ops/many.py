@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from qlora.ops.common import (
+    any_requires_grad,
     call_below_autograd,
     cast_first_argument,
     check_one_device,
@@ -18,6 +19,9 @@ from qlora.ops.common import (
     refuse_forward_mode,
     register_autocast,
     require_frozen,
+    require_number,
+    save_tokens,
+    saved_tokens,
 )
 
 _FORWARD = torch.ops.qlora.forward.many
@@ -69,6 +73,8 @@ def forward_many(
 
     Differentiable once, in x, lora_a, lora_b and bias.
     """
+    for number in scaling or ():
+        require_number("scaling", number)
     count = len(packed)
     none = x.new_empty(0)
 
@@ -115,7 +121,8 @@ def _split(tensors: Sequence[Any], count: int) -> list[list[Any]]:
 def _setup_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     given = Arguments(*inputs)
     require_frozen(*given.absmax, *given.nested_absmax, *given.nested_offset)
-    ctx.save_for_backward(given.x, *given.tensors[: -len(given.bias)])
+    x = save_tokens(ctx, given.x, reads_values=any_requires_grad(*given.lora_a, *given.lora_b))
+    ctx.save_for_backward(x, *given.tensors[: -len(given.bias)])
     ctx.form = given.out_features, given.quant_type, given.block_size
     ctx.scaling = given.scaling
     ctx.bias_dtypes = [t.dtype for t in given.bias]
@@ -128,11 +135,12 @@ def _gradients(
     """The gradients of x, and of each layer's lora_a, lora_b and bias."""
     x, *tensors = ctx.saved_tensors
     *weights, lora_a, lora_b = _split(tensors, len(grads))
-    none = x.new_empty(0)
+    given = next(grad for grad in grads if grad is not None)
+    none = given.new_empty(0)
     d_x, *by_layer = call_below_autograd(
         torch.ops.qlora.backward.many,
         [none if grad is None else grad for grad in grads],
-        x,
+        saved_tokens(ctx, x, given),
         *weights,
         *ctx.form,
         lora_a,

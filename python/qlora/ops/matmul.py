@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from qlora.ops.common import (
+    any_requires_grad,
     call_below_autograd,
     cast_activation,
     check_one_device,
@@ -17,6 +18,9 @@ from qlora.ops.common import (
     refuse_double_backward,
     register_autocast,
     require_frozen,
+    require_number,
+    save_tokens,
+    saved_tokens,
 )
 
 _FORWARD = torch.ops.qlora.forward.default
@@ -60,8 +64,10 @@ def forward(
 
     x ``[..., k]`` is float32, bfloat16 or float16; shape is ``(n, k)``; lora_a ``[r, k]`` and lora_b ``[n, r]`` share a
     float dtype, which may differ from x's; bias ``[n]``; lora_x is the input after dropout, of the shape and dtype of
-    x. Returns ``[..., n]`` in the dtype of x. Differentiable once, in x, lora_a, lora_b, bias and lora_x.
+    x. Returns ``[..., n]`` in the dtype of x. Differentiable once, in x, lora_a, lora_b, bias and lora_x. x and lora_x
+    are kept for the backward only where a gradient of lora_a or lora_b reads them.
     """
+    require_number("scaling", scaling)
     return _forward(
         x,
         packed,
@@ -82,24 +88,29 @@ def forward(
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     given = Arguments(*inputs)
     require_frozen(given.absmax, given.nested_absmax, given.nested_offset)
-    ctx.save_for_backward(*given[:5], given.lora_a, given.lora_b, given.lora_x)
+    drops, adapts = given.lora_x is not None, any_requires_grad(given.lora_a, given.lora_b)
+    x = save_tokens(ctx, given.x, reads_values=adapts and not drops)
+    lora_x = save_tokens(ctx, given.lora_x, reads_values=adapts) if drops else None
+    ctx.save_for_backward(x, *given[1:5], given.lora_a, given.lora_b, lora_x)
+    ctx.drops = drops
     ctx.weight = (list(given.shape), given.quant_type, given.block_size)
     ctx.scaling = given.scaling
     ctx.bias_dtype = None if given.bias is None else given.bias.dtype
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    *operands, lora_a, lora_b, lora_x = ctx.saved_tensors  # operands: x and the weight's tensors
+    x, *weight, lora_a, lora_b, lora_x = ctx.saved_tensors
     needs = needs_gradient(Arguments, ctx)
     d_x, d_a, d_b, d_lora_x, d_bias = call_below_autograd(
         _BACKWARD,
         grad,
-        *operands,
+        saved_tokens(ctx, x, grad),
+        *weight,
         *ctx.weight,
         lora_a,
         lora_b,
         ctx.scaling,
-        lora_x,
+        saved_tokens(ctx, lora_x, grad) if ctx.drops else None,
         needs.x,
         needs.lora_a or needs.lora_b,
         needs.lora_x,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from qlora.ops.common import (
+    any_requires_grad,
     call_below_autograd,
     cast_first_argument,
     eager_shortcut,
@@ -16,6 +17,8 @@ from qlora.ops.common import (
     refuse_double_backward,
     register_autocast,
     require_frozen,
+    save_tokens,
+    saved_tokens,
 )
 
 
@@ -67,19 +70,21 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     require_frozen(given.absmax, given.nested_absmax, given.nested_offset)
     if given.scaling.requires_grad:
         raise RuntimeError("scaling requires grad: forward.multi has no gradient for it, so detach it")
-    ctx.save_for_backward(*given[:5], given.lora_a, given.lora_b, given.scaling, given.adapter_of_row)
+    x = save_tokens(ctx, given.x, reads_values=any_requires_grad(given.lora_a, given.lora_b))
+    ctx.save_for_backward(x, *given[1:5], given.lora_a, given.lora_b, given.scaling, given.adapter_of_row)
     ctx.weight = (list(given.shape), given.quant_type, given.block_size)
     ctx.bias_dtype = None if given.bias is None else given.bias.dtype
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    operands, adapters = saved[:5], saved[5:]
+    x, *saved = ctx.saved_tensors
+    weight, adapters = saved[:4], saved[4:]
     needs = needs_gradient(Arguments, ctx)
     d_x, d_a, d_b, d_bias = call_below_autograd(
         torch.ops.qlora.backward.multi,
         grad,
-        *operands,
+        saved_tokens(ctx, x, grad),
+        *weight,
         *ctx.weight,
         *adapters,
         needs.x,
