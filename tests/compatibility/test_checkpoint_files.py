@@ -6,10 +6,10 @@ import pytest
 import torch
 import transformers
 from compatibility.refusals import result_or_refusal
-from tiny_models import FOUR_BIT, SAME, TOKENS, difference, llama, logits
+from tiny_models import FOUR_BIT, SAME, TOKENS, difference, llama, logits, save_llama
 
 import qlora
-from qlora.models.loading import load_quantized
+from qlora.models.loading import load_for_inference, load_quantized, resolve_model
 from qlora.storage.weights import WeightSource
 
 SMALL = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
@@ -97,3 +97,43 @@ def test_an_adapter_meets_the_same_base_whatever_the_compute_dtype(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(layer.buffers(), other.get_submodule(name).buffers(), strict=True))
         assert torch.equal(layer.weight, other.get_submodule(name).weight)
     assert other.get_submodule("model.norm").weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (
+            ["config.json", "model-1.safetensors", "original/model.safetensors", "metal/model.bin", "README.md"],
+            ["config.json", "model-1.safetensors"],
+        ),
+        (
+            ["config.json", "model.safetensors", "consolidated.safetensors", "pytorch_model.bin", "tokenizer.model"],
+            ["config.json", "model.safetensors", "tokenizer.model"],
+        ),
+        (["config.json", "pytorch_model.bin", "tf_model.h5"], ["config.json", "pytorch_model.bin"]),
+    ],
+)
+def test_a_model_of_the_hub_is_downloaded_once(tmp_path, monkeypatch, files, expected):
+    """One form of the weights, by the Hub's own filter on what a repository may hold."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    def snapshot_download(name, allow_patterns, ignore_patterns):
+        for file in filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (tmp_path / file).parent.mkdir(exist_ok=True)
+            (tmp_path / file).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    resolve_model("someone/model")
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == expected
+
+
+def test_generation_ends_at_the_tokenizers_end_too(tmp_path):
+    """The usual state after a chat format was added to the tokenizer of a base model."""
+    from transformers import GenerationConfig
+
+    folder = save_llama(tmp_path)
+    GenerationConfig(eos_token_id=9).save_pretrained(folder)
+    model, tokenizer = load_for_inference(folder, None, torch.float32)
+    assert model.generation_config.eos_token_id == sorted({9, tokenizer.eos_token_id})

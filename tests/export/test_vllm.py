@@ -7,6 +7,7 @@ the test here does, and expects packed weights as uint8 (n, 1).
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -153,4 +154,15 @@ def test_models_that_vllm_cannot_load_in_4_bit_are_refused(tmp_path, name, targe
     zoo.save_adapter(base, tmp_path / "adapter", target_modules=[target])
     with pytest.raises(ValueError, match=message):
         export_vllm(base, tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora", "corda"])
+def test_an_adapter_that_changed_its_base_is_refused(llama, tmp_path, kind):
+    """Its factors belong to weights that are in no file."""
+    shutil.copytree(llama / "adapter", tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": kind}))
+    with pytest.raises(ValueError, match=f"init_lora_weights='{kind}' changes the base weights"):
+        export_vllm(llama / "model", tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -319,6 +319,34 @@ def test_the_announced_context_can_be_used_up(tmp_path, monkeypatch):
     assert len(tokens) == room > 50
 
 
+@pytest.mark.parametrize("rope", ["longrope", "dynamic"])
+def test_factors_that_depend_on_the_length_limit_the_context(tmp_path, rope):
+    """Beyond the original length, one long request would change the answers of the others in its batch."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
+
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8} if rope == "longrope" else {"factor": 4.0}
+    original = {"original_max_position_embeddings": 32}
+    config = (Phi3Config if rope == "longrope" else LlamaConfig)(
+        **SIZES | {"eos_token_id": None, "max_position_embeddings": 128} | original,
+        rope_parameters={"rope_type": rope, "rope_theta": 1e4, **original, **factors},
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model, unserved = (load_quantized(tmp_path, torch.float32, progress=False)[0] for _ in range(2))
+    engine = Engine(model, tmp_path, 1, Limits(), {"page_size": 4, "num_blocks": 200, "max_batch_tokens": 16})
+
+    async def main():
+        return await asyncio.gather(*(collect(engine, list(range(5, 5 + n)), steps=32 - n) for n in (20, 7, 3)))
+
+    answers = run(engine, main)
+    assert engine.context == 32
+    with pytest.raises(PromptTooLongError, match="exceeds the context of 32 tokens"):
+        engine.max_new_tokens(33, None)
+    for count, answer in zip((20, 7, 3), answers, strict=True):
+        ids = torch.arange(5, 5 + count).unsqueeze(0)
+        alone = unserved.generate(ids, max_new_tokens=32 - count, do_sample=False, use_cache=False)
+        assert answer == alone[0, count:].tolist()
+
+
 def test_layers_that_do_not_get_every_token_have_no_adapters(folder):
     engine = engine_of(folder)
     stacks = engine.stacks

@@ -7,9 +7,11 @@ import pytest
 import torch
 from tiny_models import save_llama
 
+from qlora.adapters.lora import save_base_facts
 from qlora.cli import main
 from qlora.demo.smollm2 import smollm2_folder
-from qlora.evaluation.perplexity import load_in_format, perplexity, tokens_of
+from qlora.evaluation.perplexity import STORED, TRAINED, default_format, load_in_format, perplexity, tokens_of
+from qlora.models.loading import load_quantized
 
 TEXT = Path(__file__).parent.parent / "data" / "english.txt"
 
@@ -68,7 +70,7 @@ def test_the_command(toy, tmp_path, capsys):
     figures = json.loads(record.read_text())
     assert figures["tokens"] == 39
     assert f"{figures['formats']['fp32']['perplexity']:.3f}" in capsys.readouterr().out
-    ids = tokens_of(toy, text.read_text())[:40]
+    ids = tokens_of(toy, text.read_text())[0][:40]
     expected = perplexity(load_in_format(toy, "int4-dq", torch.float32), ids, 16)
     assert figures["formats"]["int4-dq"]["nats_per_token"] == expected.nats_per_token
 
@@ -88,13 +90,65 @@ def test_an_adapter_counts(toy, tmp_path):
     assert abs(adapted.nats_per_token - plain.nats_per_token) > 0.01
 
 
+def test_an_adapter_is_evaluated_on_the_format_of_its_training(toy, tmp_path):
+    options = {"quant_type": "int4", "block_size": 32, "double_quant": False}
+    model, _ = load_quantized(toy, torch.float32, rank=4, progress=False, **options)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path / "adapter")
+    assert default_format(toy, tmp_path / "adapter") == "nf4-dq"  # it does not say
+    with pytest.raises(ValueError, match="format 'trained': no adapter"):
+        load_in_format(toy, TRAINED, torch.float32, tmp_path / "adapter")
+    save_base_facts(tmp_path / "adapter", model, toy)
+    assert default_format(toy, tmp_path / "adapter") == TRAINED
+    ids = torch.arange(5, 25)
+    adapted = perplexity(load_in_format(toy, TRAINED, torch.float32, tmp_path / "adapter"), ids, 16)
+    assert adapted.nats_per_token == pytest.approx(perplexity(model.eval(), ids, 16).nats_per_token, rel=1e-6)
+
+    load_quantized(toy, torch.float32, progress=False)[0].save_pretrained(tmp_path / "packed")
+    assert default_format(tmp_path / "packed") == STORED
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_each_window_begins_with_the_first_token_of_every_text(toy, tmp_path, monkeypatch, chunked):
+    if not chunked:
+        monkeypatch.setattr("qlora.evaluation.perplexity.why_not_chunked", lambda model: "for the test")
+    model = load_in_format(toy, "fp32", torch.float32)
+    ids, first = torch.arange(5, 25), 3
+    total = 0.0
+    with torch.no_grad():
+        for i in range(1, len(ids)):
+            start = max(0, (i - 4) // 4 * 4)  # windows of 8 tokens that advance by 4
+            window = torch.cat((torch.tensor([first]), ids[start:i])).unsqueeze(0)
+            total -= model(input_ids=window).logits[0, -1].double().log_softmax(-1)[ids[i]].item()
+    result = perplexity(model, ids, 8, 4, first_token=first)
+    assert result.nats_per_token == pytest.approx(total / (len(ids) - 1), rel=1e-5)
+
+
+def test_the_first_token_is_that_of_the_tokenizer(tmp_path):
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    folder = save_llama(tmp_path)
+    assert tokens_of(folder, "sea")[1] is None
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.bos_token = "<|system|>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|system|> $A", special_tokens=[("<|system|>", tokenizer.bos_token_id)]
+    )
+    tokenizer.save_pretrained(folder)
+    ids, first = tokens_of(folder, "sea")
+    assert (len(ids), first) == (1, tokenizer.bos_token_id)
+
+
 def test_the_order_of_formats_on_the_real_model():
     """SmolLM2 on 300 tokens: dense is best, then NF4, then FP4 and INT4; double quantization costs little."""
     try:
         folder = smollm2_folder()
     except OSError as error:
         pytest.skip(f"SmolLM2 is not in the cache and cannot be downloaded: {error}")
-    ids = tokens_of(folder, TEXT.read_text())[:301]
+    ids = tokens_of(folder, TEXT.read_text())[0][:301]
     nats = {
         name: perplexity(load_in_format(folder, name, torch.float32), ids, 301, 300).nats_per_token
         for name in ("fp32", "bf16", "nf4", "nf4-dq", "fp4", "int4")

@@ -135,6 +135,16 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default", ba
 _WITH_PEFT = "load this adapter with PEFT (PeftModel.from_pretrained) on a model that was loaded with qlora.QLoRAConfig"
 
 
+def require_own_base(config: dict[str, Any], path: Path) -> None:
+    """Raises ValueError for an adapter whose initialization changed the weights of its base (PiSSA, OLoRA, …)."""
+    if config.get("init_lora_weights") not in _ADDITIVE_INITS:
+        raise ValueError(
+            f"{path}: init_lora_weights={config['init_lora_weights']!r} changes the base weights, so the adapter does"
+            " not fit the model on disk: load it with PEFT, or convert it there"
+            " (save_pretrained(path_initial_model_for_weight_conversion=...))"
+        )
+
+
 def read_adapter_config(folder: Path, otherwise: str = _WITH_PEFT) -> dict[str, Any]:
     """The validated ``adapter_config.json``. Raises FileNotFoundError or ValueError with the file and the rule.
 
@@ -154,12 +164,7 @@ def read_adapter_config(folder: Path, otherwise: str = _WITH_PEFT) -> dict[str, 
     for option, value in config.items():
         if option not in _SUPPORTED and value not in _NOTHING:
             raise ValueError(f"{path}: {option}={value!r} is not supported here: {otherwise}")
-    if config.get("init_lora_weights") not in _ADDITIVE_INITS:
-        raise ValueError(
-            f"{path}: init_lora_weights={config['init_lora_weights']!r} changes the base weights, so the adapter does"
-            " not fit the model on disk: load it with PEFT, or convert it there"
-            " (save_pretrained(path_initial_model_for_weight_conversion=...))"
-        )
+    require_own_base(config, path)
     if not isinstance(config.get("r"), int) or config["r"] < 1:
         raise ValueError(f"{path}: r={config.get('r')!r} must be an integer of at least 1")
     config.setdefault("lora_alpha", config["r"])

@@ -89,13 +89,13 @@ def windows_of(texts: str | Sequence[str] | Tensor, tokenizer: Any, model: Any, 
             " another model"
         )
     windows = flat.view(seen + unseen, length)
-    first = _first_token(tokenizer)
+    first = first_token(tokenizer)
     if first is not None:
         windows[:, 0] = first  # models that always begin with it have other activations without
     return Windows(windows, unseen)
 
 
-def _first_token(tokenizer: Any) -> int | None:
+def first_token(tokenizer: Any) -> int | None:
     """The token with which the tokenizer begins every text, if there is one."""
     if tokenizer is None or getattr(tokenizer, "bos_token_id", None) is None:
         return None

@@ -19,8 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         nargs="+",
-        help="fp32, bf16, nf4, fp4, int4; the last three also as e.g. nf4-dq (default: nf4-dq; stored for a model"
-        " that is already in 4 bit)",
+        help="fp32, bf16, nf4, fp4, int4; the last three also as e.g. nf4-dq (default: trained, the format of the"
+        " adapter's training; nf4-dq without an adapter; stored for a model that is already in 4 bit)",
     )
     parser.add_argument("--context", type=int, default=512, help="tokens per window (default: 512)")
     parser.add_argument("--stride", type=int, help="tokens between the starts of windows (default: half the context)")
@@ -44,7 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
     from qlora.evaluation.perplexity import (
         FORMATS,
         STORED,
-        is_quantized,
+        TRAINED,
+        default_format,
         load_in_format,
         perplexity,
         share_in_calibration,
@@ -52,24 +53,25 @@ def run(arguments: argparse.Namespace) -> int:
     )
 
     for name in arguments.format or ():
-        if name not in (*FORMATS, STORED):
+        if name not in (*FORMATS, STORED, TRAINED):
             raise ValueError(f"--format '{name}' is unknown: use one of {', '.join(FORMATS)}")
     try:
         text = arguments.text.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{arguments.text} is not UTF-8: {error}") from error
-    ids = tokens_of(arguments.model, text)[: arguments.max_tokens]
+    ids, first = tokens_of(arguments.model, text)
+    ids = ids[: arguments.max_tokens]
     seen = share_in_calibration(arguments.model, ids)
     if seen:
         print(f"{seen:.1%} of the text's runs of eight tokens were in the calibration text", file=sys.stderr)
     device, dtype = choices.chosen(arguments)
     results = {}
     with Progress(transient=True) as progress:
-        for name in arguments.format or [STORED if is_quantized(arguments.model) else "nf4-dq"]:
+        for name in arguments.format or [default_format(arguments.model, arguments.adapter)]:
             task = progress.add_task(name, total=len(ids))
             model = load_in_format(arguments.model, name, dtype, arguments.adapter, device)
             show = partial(_show, progress, task)
-            results[name] = perplexity(model, ids, arguments.context, arguments.stride, show)
+            results[name] = perplexity(model, ids, arguments.context, arguments.stride, show, first)
             del model
     table = Table(title=f"{arguments.text.name}: {len(ids) - 1} tokens scored", title_justify="left")
     for column in ("weights", "nats per token", "perplexity"):

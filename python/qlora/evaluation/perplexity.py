@@ -12,6 +12,7 @@ import torch
 from qlora.adapters.lora import check_adapter_folder, load_adapter_into
 from qlora.calibration.overlap import from_text, share_seen
 from qlora.calibration.report import REPORT_FILE
+from qlora.calibration.texts import first_token as first_token_of
 from qlora.models.chunked_loss import chunked_loss, why_not_chunked
 from qlora.models.loading import load_quantized, load_tokenizer, resolve_model
 from qlora.ops import QUANT_TYPES
@@ -25,6 +26,7 @@ PACKED_FORMATS: dict[str, dict[str, Any]] = {
 }
 FORMATS = (*DENSE_FORMATS, *PACKED_FORMATS)
 STORED = "stored"  # the format of a folder that is already in 4 bit
+TRAINED = "trained"  # the format of the base on which an adapter was trained
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,18 @@ def load_in_format(
     adapter: str | Path | None = None,
     device: torch.device | str = "cpu",
 ) -> Any:
-    """The model in the weight format ``name`` (of FORMATS, or STORED) on ``device``, in eval mode.
+    """The model in the weight format ``name`` (of FORMATS, STORED or TRAINED) on ``device``, in eval mode.
 
     4-bit formats compute in ``dtype``. Raises ValueError for an unknown format, for another format than STORED of a
-    folder that is already in 4 bit, and for an adapter that does not fit.
+    folder that is already in 4 bit, for TRAINED without an adapter that says what it is, and for an adapter that does
+    not fit.
     """
     from transformers import AutoModelForCausalLM
 
     folder = resolve_model(model)
+    facts = {} if adapter is None else check_adapter_folder(Path(adapter), folder)
+    if name == TRAINED and not facts:
+        raise ValueError(f"format '{TRAINED}': no adapter from qlora finetune says what that is: use one of {FORMATS}")
     if (name == STORED) != is_quantized(folder):
         rule = f"its only format is {STORED}" if name != STORED else f"use one of {', '.join(FORMATS)}"
         raise ValueError(f"format '{name}': {folder} is {'dense' if name == STORED else 'already quantized'}: {rule}")
@@ -62,14 +68,22 @@ def load_in_format(
     elif name in DENSE_FORMATS:
         place = {"": torch.device(device)}
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=DENSE_FORMATS[name], device_map=place)
-    elif name in PACKED_FORMATS:
-        loaded, _ = load_quantized(folder, dtype, device=device, progress=False, **PACKED_FORMATS[name])
+    elif name in PACKED_FORMATS or name == TRAINED:
+        options = facts if name == TRAINED else PACKED_FORMATS[name]
+        loaded, _ = load_quantized(folder, dtype, device=device, progress=False, **options)
     else:
         raise ValueError(f"format '{name}' is unknown: use one of {', '.join(FORMATS)}")
     if adapter is not None:
-        check_adapter_folder(Path(adapter), folder)
         loaded = load_adapter_into(loaded, Path(adapter))
     return loaded.eval()
+
+
+def default_format(model: str | Path, adapter: str | Path | None = None) -> str:
+    """STORED for a model in 4 bit, TRAINED for an adapter that says how its base was quantized, else NF4."""
+    if is_quantized(model):
+        return STORED
+    knows = adapter is not None and check_adapter_folder(Path(adapter), resolve_model(model))
+    return TRAINED if knows else "nf4-dq"
 
 
 def is_quantized(model: str | Path) -> bool:
@@ -93,11 +107,11 @@ def share_in_calibration(model: str | Path, ids: torch.Tensor) -> float | None:
         raise ValueError(f"{path} is damaged: {error!r}") from error
 
 
-def tokens_of(model: str | Path, text: str) -> torch.Tensor:
-    """The text as token ids: int64 [n]."""
+def tokens_of(model: str | Path, text: str) -> tuple[torch.Tensor, int | None]:
+    """The text as token ids, int64 [n], and the token with which the tokenizer begins every text, if there is one."""
     tokenizer = load_tokenizer(resolve_model(model))
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64, device="cpu")
+    return torch.tensor(ids, dtype=torch.int64, device="cpu"), first_token_of(tokenizer)
 
 
 @torch.no_grad()
@@ -107,12 +121,14 @@ def perplexity(
     context: int = 512,
     stride: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    first_token: int | None = None,
 ) -> Perplexity:
     """Scores each token of ``ids`` [n] once, except the first, given up to ``context - 1`` tokens before it.
 
     Windows of ``context`` tokens advance by ``stride`` (default: half the context). So a token has at least
-    ``context - stride`` tokens before it, except in the first window. Raises ValueError for fewer than two tokens, and
-    for a bad context or stride.
+    ``context - stride`` tokens before it, except in the first window. ``first_token`` (see :func:`tokens_of`) stands
+    before each window, in addition: models that always begin with it, such as Gemma, compute something else without.
+    Raises ValueError for fewer than two tokens, and for a bad context or stride.
     """
     stride = context // 2 if stride is None else stride
     if context < 2 or not 1 <= stride < context:
@@ -123,13 +139,14 @@ def perplexity(
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     in_chunks = why_not_chunked(base) is None
     total = torch.zeros((), dtype=torch.float64, device=device)  # read only at the end: a read waits for a GPU
+    begin = ids.new_tensor([] if first_token is None else [first_token])
     scored, start, end = 1, 0, 0  # tokens before index `scored` are scored
     while scored < len(ids):
         end = min(start + context, len(ids))
-        window = ids[start:end].unsqueeze(0).to(device)
-        first = scored - start  # index in the window of the first token to score
+        window = torch.cat((begin, ids[start:end])).unsqueeze(0).to(device)
+        first = len(begin) + scored - start  # index in the window of the first token to score
         if in_chunks:
-            positions = torch.arange(first, end - start, device=device)
+            positions = torch.arange(first, window.shape[1], device=device)
             new = chunked_loss(base, window, positions, 1, input_ids=window)
         else:
             logits = model(input_ids=window, use_cache=False).logits[0, :-1].float()

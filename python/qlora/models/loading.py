@@ -14,6 +14,7 @@ from qlora.adapters.lora import add_lora, check_adapter_folder, load_adapter_int
 logger = logging.getLogger(__name__)
 
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+_OTHER_COPIES = ("*/*", "consolidated*")  # of the weights, in subfolders or in the form of the model's authors
 
 
 def require_train_extra() -> None:
@@ -42,7 +43,13 @@ def resolve_model(model: str | Path) -> Path:
         raise FileNotFoundError(f"{model} is not a model folder")
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(str(model), allow_patterns=list(_MODEL_FILES)))
+    def download(*patterns: str) -> Path:
+        return Path(snapshot_download(str(model), allow_patterns=list(patterns), ignore_patterns=list(_OTHER_COPIES)))
+
+    folder = download(*_MODEL_FILES)
+    if not any(folder.glob("*.safetensors")):
+        folder = download(*_MODEL_FILES, "pytorch_model*.bin")
+    return folder
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -171,9 +178,16 @@ def load_for_inference(
         options = {**check_adapter_folder(Path(adapter), folder), **options}
     tokenizer = load_tokenizer(folder)
     loaded, _ = load_quantized(folder, dtype, device=device, progress=False, **options)
+    loaded.generation_config.eos_token_id = end_tokens(tokenizer, loaded.generation_config.eos_token_id) or None
     if adapter is not None:
         loaded = load_adapter_into(loaded, Path(adapter))
     return loaded.eval(), tokenizer
+
+
+def end_tokens(tokenizer: Any, of_model: int | list[int] | None) -> list[int]:
+    """Ids of the tokens that end generation: the model's, and the tokenizer's, which may be another one."""
+    ids = of_model if isinstance(of_model, list) else [of_model]
+    return sorted({tokenizer.eos_token_id, *ids} - {None})
 
 
 def chat_reply(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 64, **sampling: Any) -> str:

@@ -52,6 +52,23 @@ class Progress:
     finish: str | None
 
 
+def _positions(config: Any) -> int | None:
+    """Most positions that a model can be served with; None without a limit.
+
+    Where the rotary embedding's factors depend on the largest position in a batch (rope types longrope and dynamic),
+    a request beyond the original length would change what the others beside it compute, and pieces of one long prompt
+    would get different factors. So these models are served up to the original length.
+    """
+    longest = getattr(config, "max_position_embeddings", None)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    for rope in [parameters, *(value for value in parameters.values() if isinstance(value, dict))]:
+        if rope.get("rope_type") in ("longrope", "dynamic"):
+            of_config = getattr(config, "original_max_position_embeddings", None)
+            original = rope.get("original_max_position_embeddings") or of_config or longest
+            longest = original if longest is None else min(longest, original)
+    return longest
+
+
 class Engine:
     """Generates for many requests at a time from one base and many adapters.
 
@@ -117,8 +134,7 @@ class Engine:
     @property
     def context(self) -> int:
         """Most tokens of a prompt and its answer together."""
-        longest = getattr(self.config, "max_position_embeddings", None) or self.manager.capacity
-        return min(longest, self.manager.capacity)
+        return min(_positions(self.config) or self.manager.capacity, self.manager.capacity)
 
     @property
     def free_cache_share(self) -> float:
