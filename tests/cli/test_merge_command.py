@@ -17,7 +17,11 @@ from qlora.integrations.transformers import quantized_layers
 from qlora.models.loading import load_for_inference, load_quantized
 
 # The layers that the adapter is on.
-TARGETS = {"gpt2": ["c_attn", "c_fc"], "falcon": ["query_key_value", "dense_h_to_4h"]}
+TARGETS = {
+    "gpt2": ["c_attn", "c_fc"],
+    "falcon": ["query_key_value", "dense_h_to_4h"],
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), ["q_b_proj", "o_proj"]),
+}
 # Loads folders as users without qlora do; saves their weights, those of bitsandbytes dequantized by it, and logits.
 PLAIN = """
 import sys, torch, transformers

@@ -75,11 +75,72 @@ def test_without_a_chat_template_prompt_and_completion_are_joined(tmp_path):
     assert learnt(example, plain) == "the sea <|end|>"
 
 
-def test_a_template_that_rewrites_history_is_refused(folder):
+TURN = "<|{{ m['role'] }}|> {{ m['content'] }} "
+PROMPT = "{% if add_generation_prompt %}<|assistant|> {% endif %}"
+# Templates that render a turn in another way when others follow.
+REWRITING = {
+    # as Phi-3: only the last turn ends in the end-of-sequence token
+    "end": "{% for m in messages %}" + TURN + "<|system|> {% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|> {% else %}<|end|>{% endif %}",
+    # as Qwen3: only the last turn has its reasoning
+    "reasoning": "{% for m in messages %}<|{{ m['role'] }}|> {% if loop.last and m['role'] == 'assistant' %}log log {%"
+    " endif %}{{ m['content'] }} <|end|> {% endfor %}" + PROMPT,
+    # as DeepSeek-R1: the prompt for an answer begins its reasoning, which no turn has
+    "prompt": "{% for m in messages %}" + TURN + "<|end|> {% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|> log {% endif %}",
+    # the number of messages stands before them
+    "count": "{{ messages | length }} {% for m in messages %}" + TURN + "<|end|> {% endfor %}" + PROMPT,
+}
+LEARNT = {
+    "end": "sail . <|system|> wind . <|system|> <|end|>",
+    "reasoning": "sail . <|end|> log log wind . <|end|>",
+    "prompt": "sail . <|end|> wind . <|end|>",
+    "count": "sail . <|end|> wind . <|end|>",
+}
+
+
+@pytest.mark.parametrize("name", REWRITING)
+def test_turns_that_a_template_renders_in_another_way_when_others_follow(folder, name):
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = "{{ messages | length }} {% for m in messages %}{{ m['content'] }} {% endfor %}"
-    with pytest.raises(ValueError, match="rewrites earlier turns"):
+    tokenizer.chat_template = REWRITING[name]
+    turns = [("user", "how ?"), ("assistant", "sail ."), ("user", "what ?"), ("assistant", "wind .")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    example = tokenize({"messages": messages}, tokenizer)
+    assert learnt(example, tokenizer) == LEARNT[name]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert example.input_ids == tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
+def test_a_template_whose_other_text_depends_on_an_answer_is_refused(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = (
+        "{{ messages[-1]['content'] | length }} {% for m in messages %}{{ m['content'] }} {% endfor %}"
+    )
+    with pytest.raises(ValueError, match="depends on that turn's content"):
         tokenize(GOOD, tokenizer)
+    # as SmolVLM, whose template expects a list of parts
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|> {% for part in m['content'] %}{{ part['text'] }}{% endfor %}"
+        " <|end|> {% endfor %}" + PROMPT
+    )
+    with pytest.raises(ValueError, match="the content is not shown"):
+        tokenize(GOOD, tokenizer)
+
+
+def test_tools_and_a_system_message_reach_the_template(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = (
+        "{% for t in tools or [] %}{{ t['name'] }} {% endfor %}{% for m in messages %}" + TURN + "<|end|> {% endfor %}"
+    )
+    record = {"messages": [{"role": "user", "content": "how ?"}, {"role": "assistant", "content": "sail ."}]}
+    text = tokenizer.decode(tokenize(record | {"tools": [{"name": "wind"}]}, tokenizer).input_ids)
+    assert text == "wind <|user|> how ? <|end|> <|assistant|> sail . <|end|>"
+    text = tokenizer.decode(tokenize(GOOD | {"system": "keeper"}, tokenizer).input_ids)
+    assert text.startswith("<|system|> keeper <|end|> <|user|> what is the sea ?")
+    tokenizer.chat_template = None
+    for more in ({"system": "keeper"}, {"tools": [{"name": "wind"}]}):
+        with pytest.raises(ValueError, match="no chat template"):
+            tokenize(GOOD | more, tokenizer)
 
 
 def test_what_max_length_cuts_and_drops_is_counted(tokenizer):

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from qlora.models.loading import chat_reply, load_for_inference
 from qlora.training import finetune as module
+from qlora.training.data import Example, Examples, RecordCounts
 from qlora.training.finetune import FinetuneSettings, Interrupted, finetune
 from qlora.training.trainer import AdapterTrainer, checkpoints
 
@@ -195,6 +196,82 @@ def test_resume_needs_a_run_with_the_same_settings(settings):
         finetune(settings, resume=True)
 
 
+def test_the_evaluation_does_not_grow_with_the_data(settings):
+    result = finetune(dataclasses.replace(settings, eval_fraction=0.5, max_eval_records=7, max_steps=1))
+    assert (result.records.train, result.records.evaluation) == (74, 7)
+
+
+@pytest.mark.parametrize(
+    ("change", "records", "expected"),
+    [
+        ({"max_steps": 20}, 10, 50),
+        ({"max_steps": 6000}, 10, 600),
+        ({"epochs": 3.0, "batch_size": 2, "gradient_accumulation": 2}, 4000, 300),
+        ({"eval_steps": 7}, 4000, 7),
+    ],
+)
+def test_evaluations_are_a_tenth_of_a_run_apart(settings, change, records, expected):
+    example = Example([5] * 10, [5] * 10)
+    counts = RecordCounts(records, 1, 0, 0, 0)
+    examples = Examples([example] * records, [example], counts, {}, "")
+    settings = dataclasses.replace(settings, **{"eval_steps": None, "max_steps": -1, "packing": False} | change)
+    arguments = module._arguments(settings, torch.device("cpu"), torch.float32, examples, 1)
+    assert arguments.eval_steps == expected
+
+
+def test_the_evaluation_loss_is_a_mean_over_tokens(settings, tmp_path, data_file):
+    """So it does not depend on how records share rows and batches. Answers have different lengths."""
+    words = ["sea", "the light stays on and on .", "storm ship", "sail sail sail wind wave night day ."]
+    records = [{"prompt": "what ?", "completion": word} for word in words * 3]
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("\n".join(map(json.dumps, records)))
+    losses = []
+    for i, (batch, packing) in enumerate([(1, False), (4, False), (1, True), (3, True)]):
+        run = dataclasses.replace(settings, eval_data=str(held_out), batch_size=batch, packing=packing, max_steps=1)
+        losses.append(finetune(dataclasses.replace(run, output=str(tmp_path / f"run{i}"))).eval_loss_before)
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-5)
+
+
+def test_tokens_that_the_model_does_not_know(settings, tmp_path):
+    from transformers import AutoTokenizer
+
+    folder = save_llama(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(folder)
+    settings = dataclasses.replace(settings, model=str(folder), max_steps=2, packing=False, batch_size=2)
+    result = finetune(settings)  # a token that only pads is replaced
+    assert result.tokenizer.pad_token_id == result.tokenizer.eos_token_id
+    tokenizer.add_tokens(["lantern"])
+    tokenizer.save_pretrained(folder)
+    data = tmp_path / "lantern.jsonl"
+    data.write_text("\n".join([json.dumps({"prompt": "what ?", "completion": "the lantern ."})] * 9))
+    with pytest.raises(ValueError, match=r"lantern\.jsonl:\d: token \d+ \('lantern'\) is outside of the vocabulary"):
+        finetune(dataclasses.replace(settings, data=str(data), output=str(tmp_path / "other")))
+
+
+def test_a_prompt_ends_as_in_training_without_a_chat_template(settings, tmp_path, capsys):
+    from qlora.adapters.lora import prompt_end
+    from qlora.cli import main
+
+    folder = save_llama(tmp_path / "model", chat=False)
+    data = tmp_path / "alpaca.jsonl"
+    data.write_text("\n".join([json.dumps({"instruction": "what is the sea ?", "output": "the light ."})] * 20))
+    lines = []
+    settings = dataclasses.replace(settings, model=str(folder), data=str(data), max_steps=2)
+    result = finetune(settings, on_start=lines.append)
+    assert any("a line break ends each prompt" in line for line in lines)
+    assert prompt_end(result.adapter) == "\n"
+    prompts = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "qlora.models.loading.chat_reply", lambda model, tokenizer, prompt, *_, **__: prompts.append(prompt)
+        )
+        command = ["generate", "--model", str(folder), "--adapter", str(result.adapter), "--prompt", "what ?"]
+        assert main([*command, "--compute-dtype", "fp32"]) == 0
+    assert prompts == ["what ?\n"]
+
+
 def test_bad_data_stops_the_job_before_anything_is_written(settings, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "what", "completion": "sea"}\n{"prompt": 3}\n')
@@ -215,7 +292,13 @@ def test_bad_data_stops_the_job_before_anything_is_written(settings, tmp_path):
         ({"max_length": 4}, "max_length=4 cuts off every completion"),
         ({"quant_type": "nf3"}, "quant_type='nf3' is unknown"),
         ({"block_size": 65}, "block_size=65"),
-        ({"target_modules": ("nowhere",)}, "'nowhere'.* not found"),
+        ({"target_modules": ("nowhere",)}, "target_modules: .* has no layer 'nowhere'"),
+        ({"target_modules": ("q_proj", "v_porj")}, "no layer 'v_porj': did you mean v_proj"),
+        ({"modules_to_save": ("lm_haed",)}, "modules_to_save: .* no layer 'lm_haed': did you mean lm_head"),
+        ({"modules_to_save": ("gate_proj",)}, "'gate_proj' is in 4 bit"),
+        ({"max_steps": 0}, "max_steps=0 must be at least 1, or -1"),
+        ({"alpha": 0.0}, "alpha=0.0 must be another number"),
+        ({"max_eval_records": 0}, "max_eval_records=0 must be at least 1"),
         ({"model": "./no/such/model"}, "is not a model folder"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0 must be positive"),
     ],

@@ -46,6 +46,28 @@ def test_alpacas_input_and_sharegpts_system_and_roles(tmp_path):
     assert [m["role"] for m in content["messages"]] == ["system", "user", "assistant", "user", "assistant"]
 
 
+def test_nothing_that_a_record_says_is_dropped(tmp_path):
+    answer = {"role": "assistant", "content": ANSWER}
+    alpaca = {"instruction": "and now ?", "output": ANSWER, "system": "keeper", "history": [[QUESTION, "sail"]]}
+    content = read_records(write(tmp_path / "a.json", [alpaca]))[0][0].content
+    assert [m["content"] for m in content["messages"]] == ["keeper", QUESTION, "sail", "and now ?", ANSWER]
+
+    call = {"function": {"name": "look", "arguments": {"at": "sea", "zone": None}}}
+    messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    tools = [{"name": "look", "strict": None}]
+    record = {"messages": [*messages, answer], "tools": tools, "system": "keeper"}
+    content = read_records(write(tmp_path / "b.json", [record]))[0][0].content
+    assert content["tools"] == [{"name": "look"}]
+    assert content["messages"][0] == {"role": "system", "content": "keeper"}
+    called = content["messages"][2]
+    assert (called["content"], called["tool_calls"][0]["function"]["arguments"]) == ("", {"at": "sea"})
+
+    record = {"prompt": QUESTION, "completion": ANSWER, "system": "keeper"}
+    assert read_records(write(tmp_path / "c.json", [record]))[0][0].content == record
+    with pytest.raises(BadRecord, match="turn of 'history' must be"):
+        read_records(write(tmp_path / "d.json", [alpaca | {"history": ["x"]}]))
+
+
 @pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "byte order mark"])
 @pytest.mark.parametrize("ending", ["jsonl", "json", "json-lines-named.json", "wrapped.json", "csv", "tsv", "parquet"])
 def test_every_file_format(tmp_path, ending, mark):

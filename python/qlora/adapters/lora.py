@@ -1,8 +1,10 @@
 """Adapters by PEFT on a 4-bit base: added, saved beside what they know of that base, checked against it, loaded."""
 
+import difflib
 import json
 import logging
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from torch import nn
 
 from qlora.adapters.files import CONFIG_FILE
 from qlora.adapters.masters import train_in_float32
-from qlora.nn import Experts4bit
+from qlora.nn import Experts4bit, Linear4bit
 from qlora.nn.experts4bit import holds_experts
 from qlora.nn.replacing import head_names
 from qlora.storage.files import atomic_write, atomic_write_all
@@ -34,13 +36,18 @@ def add_lora(
     """A PeftModel with a trainable adapter; ``alpha`` defaults to ``rank``.
 
     ``target_modules`` defaults to all linear layers but the head. With ``adapt_experts`` each expert of a mixture gets
-    an adapter too. Raises ValueError if no layer matches, and for dropout on experts, which PEFT does not have.
+    an adapter too. Raises ValueError if a name of ``target_modules`` or ``modules_to_save`` is that of no layer, and
+    for dropout on experts, which PEFT does not have.
     """
     from peft import LoraConfig, get_peft_model
 
     from qlora.nn.qlora_linear import check_adapter
 
     check_adapter(rank, dropout)
+    if target_modules is not None and list(target_modules) == ["all-linear"]:  # PEFT's name for the default
+        target_modules = None
+    _check_names(model, "target_modules", target_modules)
+    _check_names(model, "modules_to_save", options.get("modules_to_save"))
     if adapt_experts:
         options["target_parameters"] = _expert_parameters(model)
         if dropout > 0:
@@ -56,6 +63,23 @@ def add_lora(
     adapted = get_peft_model(model, config)
     train_in_float32(adapted)
     return adapted
+
+
+def _check_names(model: Any, option: str, names: Sequence[str] | None) -> None:
+    """Raises ValueError if one of the names, which PEFT compares with the ends of layers' names, is that of no layer.
+
+    PEFT ignores such a name if another one matches. A layer in 4 bit cannot be trained in full.
+    """
+    modules = dict(model.named_modules())
+    for given in names or ():
+        found = [module for name, module in modules.items() if name == given or name.endswith(f".{given}")]
+        if not found:
+            leaves = {name.rpartition(".")[2] for name in modules if name}
+            near = difflib.get_close_matches(given.rpartition(".")[2], sorted(leaves))
+            hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(sorted(leaves))}"
+            raise ValueError(f"{option}: {type(model).__name__} has no layer '{given}': {hint}")
+        if option == "modules_to_save" and any(isinstance(m, Linear4bit | Experts4bit) for m in found):
+            raise ValueError(f"{option}: '{given}' is in 4 bit, and cannot be trained in full: use target_modules")
 
 
 def linear_targets(model: Any) -> str | list[str]:
@@ -101,10 +125,15 @@ def _expert_parameters(model: Any) -> list[str]:
     return sorted(names)
 
 
-def save_base_facts(adapter: Path, model: Any, base: Path) -> None:
-    """Records beside an adapter how its base ``model`` is quantized, and the fingerprint of the base's files."""
+def save_base_facts(adapter: Path, model: Any, base: Path, prompt_end: str = "") -> None:
+    """Records beside an adapter how its base ``model`` is quantized, and the fingerprint of the base's files.
+
+    ``prompt_end`` is what ended the prompts in training without a chat template; it is recorded if it is not empty.
+    """
     config = model.config.quantization_config
     facts = {key: getattr(config, key) for key in _FORMAT} | {"base_fingerprint": checkpoint_fingerprint(base)}
+    if prompt_end:
+        facts["prompt_end"] = prompt_end
     atomic_write(adapter / BASE_FILE, json.dumps(facts, indent=2).encode())
 
 
@@ -113,14 +142,21 @@ def _read_base_facts(adapter: Path) -> dict[str, Any]:
     path = adapter / BASE_FILE
     if not path.exists():
         return {}
-    kinds = {**_FORMAT, "base_fingerprint": str}
+    kinds = {**_FORMAT, "base_fingerprint": str, "prompt_end": str}
     try:
         stored = json.loads(path.read_text())
-        if any(type(stored[name]) is not kind for name, kind in _FORMAT.items()) or not set(stored) <= set(kinds):
+        if not set(_FORMAT) <= set(stored) <= set(kinds) or any(
+            type(stored[name]) is not kinds[name] for name in stored
+        ):
             raise ValueError(f"it must hold {sorted(_FORMAT)}")
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     return stored
+
+
+def prompt_end(adapter: Path) -> str:
+    """What ended the prompts on which an adapter was trained without a chat template; empty if nothing did."""
+    return _read_base_facts(adapter).get("prompt_end", "")
 
 
 def check_adapter_folder(adapter: Path, base: Path) -> dict[str, Any]:
@@ -142,6 +178,7 @@ def check_adapter_folder(adapter: Path, base: Path) -> dict[str, Any]:
     if task not in (None, "CAUSAL_LM"):
         raise ValueError(f"{path}: task_type={task!r}, but only adapters of causal language models can be loaded")
     facts = _read_base_facts(adapter)
+    facts.pop("prompt_end", None)
     known = facts.pop("base_fingerprint", None)
     if known is not None and known != checkpoint_fingerprint(base):
         raise ValueError(f"{adapter} was trained on another base than {base}: the weight files there differ")

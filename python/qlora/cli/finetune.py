@@ -34,12 +34,16 @@ _OPTIONS = {
     "weight_decay": "of AdamW",
     "max_grad_norm": "gradient clipping",
     "save_steps": "steps between checkpoints",
-    "eval_steps": "steps between evaluations",
+    "max_eval_records": "at most so many records are held out",
+    "eval_steps": "steps between evaluations (default: a tenth of the run, at least 50)",
     "logging_steps": "steps between loss records",
     "keep_checkpoints": "number of checkpoints to keep",
     "seed": "seed of all random choices",
 }
-_OPTIONAL_TYPES: dict[str, type] = {"eval_data": str, "alpha": float, "page_dir": str, "offload_experts": str}
+_OPTIONAL_TYPES: dict[str, type] = {
+    **{"eval_data": str, "alpha": float, "page_dir": str, "offload_experts": str},
+    **{"eval_steps": int, "max_eval_records": int},
+}
 _SWITCHES = {
     "no_double_quant": "keep float32 scales",
     "no_packing": "put one record in each row, with padding",

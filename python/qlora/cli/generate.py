@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.temperature < 0:
         raise ValueError(f"temperature={arguments.temperature} must not be negative")
+    from qlora.adapters.lora import prompt_end
     from qlora.models.loading import chat_reply, load_for_inference, require_train_extra, resolve_model
 
     require_train_extra()
@@ -31,6 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     device, dtype = choices.chosen(arguments)
     model, tokenizer = load_for_inference(arguments.model, arguments.adapter, dtype, device)
     sampling = {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature > 0 else {}
+    end = "" if arguments.adapter is None or tokenizer.chat_template else prompt_end(arguments.adapter)
     for prompt in arguments.prompt:
-        print(chat_reply(model, tokenizer, prompt, arguments.max_new_tokens, **sampling))
+        print(chat_reply(model, tokenizer, prompt + end, arguments.max_new_tokens, **sampling))
     return 0

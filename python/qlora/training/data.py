@@ -2,6 +2,7 @@
 
 import bisect
 import json
+import os
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -11,9 +12,13 @@ from typing import Any
 import torch
 
 from qlora.models.chunked_loss import learnt_positions
+from qlora.models.loading import end_tokens
 from qlora.training.records import BadRecord, Record, digest, read_records
 from qlora.training.settings import FinetuneSettings
 
+# Without a chat template: what ends the turns of messages but the last one. qlora generate appends it to prompts.
+PROMPT_END = "\n"
+_MARK = "the-content-of-this-turn-7f3a9c"
 IGNORED = -100  # label of a token without loss, as in torch's cross_entropy
 
 
@@ -66,18 +71,22 @@ def tokenize_all(records: Sequence[Record], tokenizer: Any, max_length: int, ski
 def tokenize(record: dict[str, Any], tokenizer: Any) -> Example:
     """Tokens and labels of one record: the loss covers only the assistant's turns; in plain text, all tokens.
 
-    If the tokenizer has a chat template, it renders prompt and completion as a user and an assistant turn. Raises
-    ValueError if the template rewrites earlier turns, because the assistant's part then cannot be found, and for
-    tokenizers without offsets.
+    If the tokenizer has a chat template, it renders prompt and completion as a user and an assistant turn, and gets the
+    record's tools. Without one, the prompt of ``messages`` ends with :data:`PROMPT_END`. Raises ValueError if the
+    assistant's part cannot be found in what the template renders, for tools or a system message beside prompt and
+    completion without a template, and for tokenizers without offsets.
     """
     if "text" in record:
         text, spans = record["text"], None
     else:
         messages = record.get("messages") or [
+            *([{"role": "system", "content": record["system"]}] if "system" in record else []),
             {"role": "user", "content": record["prompt"]},
             {"role": "assistant", "content": record["completion"]},
         ]
-        text, spans = _render(messages, tokenizer, "\n" if "messages" in record else "")
+        if not tokenizer.chat_template and ("tools" in record or "system" in record):
+            raise ValueError("the tokenizer has no chat template, which would say where tools and 'system' belong")
+        text, spans = _render(messages, tokenizer, PROMPT_END if "messages" in record else "", record.get("tools"))
     # A chat template adds its own special tokens; plain text gets the tokenizer's, and an end-of-sequence token.
     templated = spans is not None and bool(tokenizer.chat_template)
     if not tokenizer.is_fast:
@@ -101,10 +110,15 @@ def tokenize(record: dict[str, Any], tokenizer: Any) -> Example:
     return Example(input_ids, labels)
 
 
-def _render(messages: Sequence[dict[str, str]], tokenizer: Any, between: str = "") -> tuple[str, list[tuple[int, int]]]:
+def _render(
+    messages: Sequence[dict[str, Any]], tokenizer: Any, between: str = "", tools: list[Any] | None = None
+) -> tuple[str, list[tuple[int, int]]]:
     """The text of a conversation and the character spans of the assistant's turns.
 
-    Without a chat template it joins the turns with ``between``.
+    Without a chat template it joins the turns with ``between``. With one, a turn begins behind the prompt for it and
+    ends where the next one begins. Templates may render a turn in another way when others follow (Phi-3 ends the last
+    one with a token of its own, Qwen3 drops the reasoning of earlier ones), so the turn is found by rendering the
+    conversation again with a mark in the place of its content.
     """
     if not tokenizer.chat_template:
         text, spans = "", []
@@ -117,17 +131,29 @@ def _render(messages: Sequence[dict[str, str]], tokenizer: Any, between: str = "
                 spans.append((begin, len(text)))
         return text, spans
 
-    def render(count: int, prompt: bool) -> str:
-        return tokenizer.apply_chat_template(list(messages[:count]), tokenize=False, add_generation_prompt=prompt)
+    def render(turns: Sequence[dict[str, Any]], prompt: bool = False) -> str:
+        return tokenizer.apply_chat_template(list(turns), tools=tools, tokenize=False, add_generation_prompt=prompt)
 
-    text, spans = render(len(messages), False), []
+    text, spans = render(messages), []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before, after = render(i, True) if i else "", render(i + 1, False)
-        if not (text.startswith(before) and text.startswith(after)):
-            raise ValueError("the chat template rewrites earlier turns: the assistant's part cannot be found")
-        spans.append((len(before), len(after)))
+        before = render(messages[:i], True) if i else ""
+        after = render(messages[: i + 1])
+        shown = message["content"].strip() in after[len(before) :]
+        if shown and text.startswith(before) and text.startswith(after):
+            spans.append((len(before), len(after)))
+            continue
+        marked = {**message, "content": _MARK}
+        head, mark, tail = render([*messages[:i], marked, *messages[i + 1 :]]).partition(_MARK)
+        _, mark_alone, tail_alone = render([*messages[:i], marked]).partition(_MARK)
+        if not (mark and mark_alone and text.startswith(head) and text[len(head) :].endswith(tail)):
+            raise ValueError(
+                f"the assistant's part cannot be found: what the chat template renders around turn {i + 1} of"
+                f" {len(messages)} depends on that turn's content, or the content is not shown"
+            )
+        begin = len(before) if text.startswith(before) and len(before) <= len(head) else len(head)
+        spans.append((begin, len(text) - len(tail) + len(os.path.commonprefix([tail, tail_alone]))))
     return text, spans
 
 
@@ -248,6 +274,7 @@ class Examples:
     evaluation: list[Example]
     counts: RecordCounts
     digests: dict[str, str | None]  # sha256 of the records, by the name of their setting
+    prompt_end: str  # what ended the prompts, if there is no chat template
 
 
 def load_examples(settings: FinetuneSettings, tokenizer: Any) -> Examples:
@@ -265,6 +292,7 @@ def load_examples(settings: FinetuneSettings, tokenizer: Any) -> Examples:
     else:
         random.Random(settings.seed).shuffle(records)
         count = max(1, round(len(records) * settings.eval_fraction)) if settings.eval_fraction > 0 else 0
+        count = count if settings.max_eval_records is None else min(count, settings.max_eval_records)
         held_out, records = records[:count], records[count:]
     if not records:
         raise ValueError(f"eval_fraction={settings.eval_fraction} leaves no record to train on")
@@ -272,7 +300,10 @@ def load_examples(settings: FinetuneSettings, tokenizer: Any) -> Examples:
     evaluation = tokenize_all(held_out, tokenizer, settings.max_length, settings.skip_bad)
     for group, wanted in ((train, True), (evaluation, bool(held_out))):
         if wanted and not group.examples:
-            raise ValueError(f"max_length={settings.max_length} cuts off every completion: no example is left")
+            reasons = [f"the chat template refused {group.bad} records"] if group.bad else []
+            if group.dropped:
+                reasons.append(f"max_length={settings.max_length} cuts off every completion")
+            raise ValueError(f"{', and '.join(reasons)}: no example is left")
     counts = RecordCounts(
         train=len(train.examples),
         evaluation=len(evaluation.examples),
@@ -280,17 +311,36 @@ def load_examples(settings: FinetuneSettings, tokenizer: Any) -> Examples:
         cut=train.cut + evaluation.cut,
         dropped=train.dropped + evaluation.dropped,
     )
-    return Examples(train.examples, evaluation.examples, counts, digests)
+    joined = not tokenizer.chat_template and "messages" in records[0].content
+    return Examples(train.examples, evaluation.examples, counts, digests, PROMPT_END if joined else "")
+
+
+def require_known_tokens(examples: Examples, tokenizer: Any, folder: Path) -> None:
+    """Raises ValueError if an example has a token for which the model has no embedding.
+
+    A padding token that the model does not know is replaced by the end-of-sequence token: nothing reads it.
+    """
+    from transformers import AutoConfig
+
+    vocabulary = getattr(AutoConfig.from_pretrained(folder).get_text_config(), "vocab_size", None)
+    if vocabulary is None:
+        return
+    for example in (*examples.train, *examples.evaluation):
+        largest = max(example.input_ids)
+        if largest >= vocabulary:
+            raise ValueError(
+                f"{example.place}: token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}) is outside of the"
+                f" vocabulary of {vocabulary} of the model in {folder}: resize its embeddings"
+                " (model.resize_token_embeddings(len(tokenizer))) and save it, or use the model's own tokenizer"
+            )
+    if tokenizer.pad_token_id >= vocabulary:
+        tokenizer.pad_token = tokenizer.eos_token
 
 
 def stop_tokens(tokenizer: Any, folder: Path) -> set[int]:
     """Ids of the tokens that end generation, from the tokenizer and the model folder's generation_config.json."""
-    ids = {tokenizer.eos_token_id}
     file = folder / "generation_config.json"
-    if file.exists():
-        stored = json.loads(file.read_text()).get("eos_token_id")
-        ids |= set(stored if isinstance(stored, list) else [stored])
-    return ids - {None}
+    return set(end_tokens(tokenizer, json.loads(file.read_text()).get("eos_token_id") if file.exists() else None))
 
 
 def learnt_ends(examples: Iterable[Example], stop_ids: set[int]) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +28,7 @@ from qlora.training.data import (
     load_examples,
     pack,
     packs_without_leaks,
+    require_known_tokens,
     stop_tokens,
 )
 from qlora.training.memory import memory_by_kind, peak_memory, planned_memory, what_shrinks
@@ -64,7 +66,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def _arguments(
-    settings: FinetuneSettings, device: torch.device, dtype: torch.dtype, evaluates: bool, world: int
+    settings: FinetuneSettings, device: torch.device, dtype: torch.dtype, examples: Examples, world: int
 ) -> Any:
     """transformers' TrainingArguments for a run. With several processes, creating them starts the process group."""
     from transformers import TrainingArguments
@@ -76,6 +78,10 @@ def _arguments(
     if settings.offload_experts and world > 1:
         raise ValueError("offload_experts needs one process: DDP copies every weight to each GPU")
     rows, forwards = share_of(settings.batch_size, settings.gradient_accumulation, world)
+    steps = settings.max_steps
+    if steps < 0:
+        rows_of_step = settings.batch_size * settings.gradient_accumulation
+        steps = math.ceil(settings.epochs * math.ceil(len(_rows(settings, examples.train)) / rows_of_step))
     on_cpu = device.type == "cpu"
     arguments = TrainingArguments(
         output_dir=settings.output,
@@ -92,8 +98,8 @@ def _arguments(
         logging_steps=settings.logging_steps,
         logging_nan_inf_filter=False,  # AdapterTrainer stops at the first nan or inf
         save_steps=settings.save_steps,
-        eval_strategy="steps" if evaluates else "no",
-        eval_steps=settings.eval_steps,
+        eval_strategy="steps" if examples.evaluation else "no",
+        eval_steps=settings.eval_steps or max(50, math.ceil(steps / 10)),
         prediction_loss_only=True,
         seed=settings.seed,
         use_cpu=on_cpu,
@@ -109,6 +115,10 @@ def _arguments(
     if not on_cpu and world == 1:
         _pin(arguments, device)
     return arguments
+
+
+def _rows(settings: FinetuneSettings, examples: list[Example]) -> Sequences:
+    return pack(examples, settings.max_length) if settings.packing else Sequences([[e] for e in examples])
 
 
 def _pin(arguments: Any, device: torch.device) -> None:
@@ -154,14 +164,20 @@ def finetune(
     check_output(output, resume)
     # Reads the data before it loads or writes anything, because errors in the data are the most common.
     examples = load_examples(settings, tokenizer)
+    require_known_tokens(examples, tokenizer, folder)
     identity = identity_of(settings, dtype.value, folder, examples.digests)
     if resume:
         check_same_run(output, identity)
-    arguments = _arguments(settings, device.value, dtype.value, bool(examples.evaluation), processes.world)
+    arguments = _arguments(settings, device.value, dtype.value, examples, processes.world)
     if processes.is_writer:
         on_start(f"device: {device}")
         on_start(f"compute dtype: {dtype}")
         on_start(about_the_first(examples.train[0], tokenizer))
+        if examples.prompt_end:
+            on_start(
+                "the tokenizer has no chat template: a line break ends each prompt (qlora generate adds it; other"
+                " programs that use this adapter have to)"
+            )
         if not learnt_ends(examples.train, stop_tokens(tokenizer, folder)):
             on_start(
                 "No record's answer ends in a token that ends generation: the model will not learn to stop. Check"
@@ -238,7 +254,7 @@ class _Run:
         adapter = output / ADAPTER_FOLDER
         save_lora(model, adapter, is_writer)
         if is_writer:
-            save_base_facts(adapter, model, self.folder)
+            save_base_facts(adapter, model, self.folder, self.examples.prompt_end)
             self._report(trainer, model, sizes, before, after, time.perf_counter() - started)
         model.config.use_cache = True
         trainer.release()
@@ -289,16 +305,13 @@ class _Run:
             )
         return why_not_chunked(model.get_base_model())
 
-    def _rows(self, examples: list[Example]) -> Sequences:
-        return pack(examples, self.settings.max_length) if self.settings.packing else Sequences([[e] for e in examples])
-
     def _trainer(self, model: Any, callbacks: list[Any]) -> Any:
         from qlora.training.trainer import AdapterTrainer, shard
 
         settings = self.settings
         if settings.fsdp:
             shard(model, self.device.value)
-        evaluation = self._rows(self.examples.evaluation) if self.examples.evaluation else None
+        evaluation = _rows(settings, self.examples.evaluation) if self.examples.evaluation else None
         optimizer = {
             "lr": settings.learning_rate,
             "weight_decay": settings.weight_decay,
@@ -309,7 +322,7 @@ class _Run:
         return AdapterTrainer(
             model=model,
             args=self.arguments,
-            train_dataset=self._rows(self.examples.train),
+            train_dataset=_rows(settings, self.examples.train),
             eval_dataset=evaluation,
             data_collator=Collator(self.tokenizer.pad_token_id, settings.packing),
             callbacks=callbacks,

@@ -64,8 +64,23 @@ def _list(record: dict[str, Any], key: str) -> list[Any]:
     return value
 
 
-def _messages(messages: list[Any]) -> dict[str, Any]:
+def _without_none(value: Any) -> Any:
+    """The value without keys whose value is None, which Parquet adds; a template would treat such a key as given."""
+    if isinstance(value, dict):
+        return {key: _without_none(v) for key, v in value.items() if v is not None}
+    return [_without_none(v) for v in value] if isinstance(value, list) else value
+
+
+def _system(record: dict[str, Any]) -> list[dict[str, str]]:
+    """The system message of a record whose shape has a key for it."""
+    return [{"role": "system", "content": _text(record, "system")}] if record.get("system") else []
+
+
+def _messages(messages: list[Any], tools: list[Any] | None = None) -> dict[str, Any]:
+    messages = [_without_none(message) for message in messages]
     for message in messages:
+        if isinstance(message, dict) and message.get("tool_calls"):
+            message.setdefault("content", "")  # OpenAI's records of calls have none
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise ValueError("each message needs a 'role' and a string 'content'")
         message["content"].encode()
@@ -73,14 +88,11 @@ def _messages(messages: list[Any]) -> dict[str, Any]:
             raise ValueError(f"role {message.get('role')!r} is not one of {', '.join(_ROLES)}")
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError("no message has the role 'assistant': there is nothing to learn")
-    # Parquet adds every key to every message, with None; a template would treat such a key as given.
-    return {"messages": [{key: value for key, value in m.items() if value is not None} for m in messages]}
+    return {"messages": messages} | ({"tools": _without_none(tools)} if tools else {})
 
 
 def _sharegpt(record: dict[str, Any]) -> dict[str, Any]:
-    messages = []
-    if record.get("system"):
-        messages.append({"role": "system", "content": _text(record, "system")})
+    messages = _system(record)
     for turn in _list(record, "conversations"):
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise ValueError("each turn of 'conversations' needs a 'from' and a string 'value'")
@@ -94,7 +106,13 @@ def _sharegpt(record: dict[str, Any]) -> dict[str, Any]:
 def _alpaca(record: dict[str, Any]) -> dict[str, Any]:
     instruction, more = _text(record, "instruction"), _text(record, "input", may_be_empty=True)
     question = f"{instruction}\n\n{more}" if more else instruction
-    return _messages([{"role": "user", "content": question}, {"role": "assistant", "content": _text(record, "output")}])
+    earlier = []
+    for turn in _list(record, "history") if record.get("history") else ():
+        if not isinstance(turn, list | tuple) or len(turn) != 2:
+            raise ValueError("each turn of 'history' must be a list of a question and an answer")
+        earlier += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+    now = [{"role": "user", "content": question}, {"role": "assistant", "content": _text(record, "output")}]
+    return _messages([*_system(record), *earlier, *now])
 
 
 def checked(record: Any) -> tuple[str, dict[str, Any]]:
@@ -106,13 +124,15 @@ def checked(record: Any) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"a record is a JSON object, not {type(record).__name__}")
     shape = _shape(record)
     if shape == "messages":
-        return shape, _messages(_list(record, "messages"))
+        tools = _list(record, "tools") if record.get("tools") else None
+        return shape, _messages([*_system(record), *_list(record, "messages")], tools)
     if shape == "conversations":
         return shape, _sharegpt(record)
     if shape == "instruction":
         return shape, _alpaca(record)
     if shape == "prompt":
-        return shape, {"prompt": _text(record, "prompt"), "completion": _text(record, "completion")}
+        content = {"prompt": _text(record, "prompt"), "completion": _text(record, "completion")}
+        return shape, content | ({"system": _text(record, "system")} if record.get("system") else {})
     return shape, {"text": _text(record, "text")}
 
 

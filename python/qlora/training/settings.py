@@ -27,6 +27,7 @@ class FinetuneSettings:
     output: str
     eval_data: str | None = None
     eval_fraction: float = 0.1  # share of the records held out for evaluation, if eval_data is not given
+    max_eval_records: int | None = 500  # at most so many of them; None: no limit
     rank: int = 16
     alpha: float | None = None  # None: same as rank
     dropout: float = 0.0
@@ -56,7 +57,7 @@ class FinetuneSettings:
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
     save_steps: int = 50
-    eval_steps: int = 50
+    eval_steps: int | None = None  # None: ten times in a run, and not more often than every 50 steps
     logging_steps: int = 5
     keep_checkpoints: int = 2
     seed: int = 0
@@ -83,7 +84,10 @@ class FinetuneSettings:
             ("max_length", self.max_length >= 2, "at least 2"),
             ("learning_rate", self.learning_rate > 0, "positive"),
             ("save_steps", self.save_steps >= 1, "at least 1"),
-            ("eval_steps", self.eval_steps >= 1, "at least 1"),
+            ("eval_steps", self.eval_steps is None or self.eval_steps >= 1, "at least 1"),
+            ("max_eval_records", self.max_eval_records is None or self.max_eval_records >= 1, "at least 1"),
+            ("max_steps", self.max_steps == -1 or self.max_steps >= 1, "at least 1, or -1 for whole epochs"),
+            ("alpha", self.alpha is None or self.alpha != 0, "another number: with 0 the adapter has no effect"),
             ("keep_checkpoints", self.keep_checkpoints >= 1, "at least 1"),
             ("epochs", self.epochs > 0, "positive"),
             (
@@ -157,7 +161,7 @@ def _read_settings(output: Path) -> dict[str, Any]:
         assert isinstance(values, dict)
     except (ValueError, AssertionError) as error:
         raise ValueError(f"{stored} is damaged: {error}") from error
-    return values
+    return {"max_eval_records": None} | values  # runs from before that limit have held out more records
 
 
 def settings_of_run(output: str | Path) -> FinetuneSettings:

@@ -23,6 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from qlora.adapters.lora import save_lora
 from qlora.distributed import ignore_frozen, largest_list
 from qlora.models.chunked_loss import ChunkedLoss
+from qlora.training.data import IGNORED
 
 _STAGING = ".saving"
 
@@ -61,6 +62,7 @@ class AdapterTrainer(Trainer):
         self._started = time.perf_counter()
         self._staging: Path | None = None
         self._fsdp = fsdp
+        self._evaluated = torch.zeros(2)  # of an evaluation: sum of losses, learnt tokens
         self._unread: list[tuple[Tensor, Sequence[str]]] = []  # losses of this step's forwards, and their records
         # Trainer's flag for a model that is already sharded, which it then does not wrap in DDP.
         self.is_distributed_loading_by_transformers = fsdp
@@ -110,7 +112,21 @@ class AdapterTrainer(Trainer):
         result = super().compute_loss(model, inputs, *args, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result
         self._forbid_nan(loss, records)
+        if not self._model.training:
+            learnt = (inputs["labels"][..., 1:] != IGNORED).sum()
+            self._evaluated += torch.stack((loss.detach().double() * learnt, learnt.double()))
         return result
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluates; the loss is the mean over tokens, as in training. Trainer's is the mean of the batches' means."""
+        self._evaluated = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        output = super().evaluation_loop(*args, **kwargs)
+        if dist.is_initialized():
+            dist.all_reduce(self._evaluated)
+        total, tokens = self._evaluated.tolist()
+        assert output.metrics is not None
+        output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = total / tokens
+        return output
 
     def _forbid_nan(self, loss: Tensor, records: Sequence[str]) -> None:
         """Raises NoFiniteLoss, on all processes together, if a loss is nan or inf.
