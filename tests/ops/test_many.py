@@ -189,6 +189,24 @@ def test_reference_twin_and_leading_dimensions():
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_no_gradient_arrives():
+    """From a function behind it whose backward returns none at all."""
+
+    class Silent(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            return inputs[0] + inputs[1].sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None, None
+
+    case = Case(3, 96, (17, 64, 2)).require_grad()
+    y, z, _ = case.many()
+    Silent.apply(y, z).sum().backward()
+    assert all(t.grad is None or not t.grad.any() for t in (case.x, *case.parameters()))
+
+
 def test_no_layers():
     x = torch.randn(3, 64)
     assert ops.forward_many(x, [], [], [], [], [], "nf4", 64) == []

@@ -1,12 +1,14 @@
 """Training data: three shapes of records, clear errors, loss only on the assistant's tokens, exact packing."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import save_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qlora.training import data as module
 from qlora.training.data import (
     IGNORED,
     BadRecord,
@@ -125,6 +127,67 @@ def test_a_template_whose_other_text_depends_on_an_answer_is_refused(folder):
     )
     with pytest.raises(ValueError, match="the content is not shown"):
         tokenize(GOOD, tokenizer)
+
+
+def trl_template(tokenizer, name):
+    import trl
+
+    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
+    tokenizer.bos_token = "<|system|>"
+    return tokenizer
+
+
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "sea"}}}
+CALLING = [
+    {"role": "user", "content": "q1"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "name": "look", "content": "r1"},
+    {"role": "assistant", "content": "a1"},
+]
+# What the templates of real models make of it: the texts of the assistant's turns.
+REAL = {
+    "qwen3": [
+        '<tool_call>\n{"name": "look", "arguments": {"at": "sea"}}\n</tool_call><|im_end|>\n',
+        "<think>\n\n</think>\n\na1<|im_end|>\n",
+    ],
+    "qwen2_5": [
+        '<tool_call>\n{"name": "look", "arguments": {"at": "sea"}}\n</tool_call><|im_end|>\n',
+        "a1<|im_end|>\n",
+    ],
+    "llama3_1": ['{"name": "look", "parameters": {"at": "sea"}}<|eot_id|>', "a1<|eot_id|>"],
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_calls_of_tools_by_the_templates_of_real_models(folder, name):
+    tokenizer = trl_template(AutoTokenizer.from_pretrained(folder), name)
+    text, spans = module._render(CALLING, tokenizer)
+    assert [text[begin:end] for begin, end in spans] == REAL[name]
+
+
+@pytest.mark.parametrize("content", ["<think>r</think>a1", "<think>\nr\n</think>\na1"])
+def test_reasoning_in_any_spelling(folder, content):
+    tokenizer = trl_template(AutoTokenizer.from_pretrained(folder), "qwen3")
+    text, spans = module._render(
+        [{"role": "user", "content": "q"}, {"role": "assistant", "content": content}], tokenizer
+    )
+    assert [text[begin:end] for begin, end in spans] == ["<think>\nr\n</think>\n\na1<|im_end|>\n"]
+
+
+def test_what_a_tool_answers_is_never_learnt(folder):
+    """Gemma 4 renders it before the text of the turn that called the tool."""
+    tokenizer = trl_template(AutoTokenizer.from_pretrained(folder), "gemma4")
+    messages = [CALLING[0], CALLING[1] | {"content": "t1"}, *CALLING[2:]]
+    with pytest.raises(ValueError, match="the assistant's part cannot be found"):
+        module._render(messages, tokenizer)
+
+
+def test_tools_that_a_template_does_not_render_are_refused(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with pytest.raises(ValueError, match="does not render 'tool_calls': 'look' is not in its text"):
+        tokenize({"messages": CALLING}, tokenizer)
+    with pytest.raises(ValueError, match="does not render 'tools': 'look'"):
+        tokenize(GOOD | {"tools": [CALL]}, tokenizer)
 
 
 def test_tools_and_a_system_message_reach_the_template(folder):

@@ -119,7 +119,7 @@ def test_each_window_begins_with_the_first_token_of_every_text(toy, tmp_path, mo
     total = 0.0
     with torch.no_grad():
         for i in range(1, len(ids)):
-            start = max(0, (i - 4) // 4 * 4)  # windows of 8 tokens that advance by 4
+            start = max(0, -(-(i - 6) // 4) * 4)  # windows of 7 tokens, and the first one, that advance by 4
             window = torch.cat((torch.tensor([first]), ids[start:i])).unsqueeze(0)
             total -= model(input_ids=window).logits[0, -1].double().log_softmax(-1)[ids[i]].item()
     result = perplexity(model, ids, 8, 4, first_token=first)

@@ -201,6 +201,18 @@ def test_the_evaluation_does_not_grow_with_the_data(settings):
     assert (result.records.train, result.records.evaluation) == (74, 7)
 
 
+def test_a_run_from_before_the_limit_of_the_evaluation_is_resumed(settings):
+    """It has held out a tenth of all records, and its settings say nothing of a limit."""
+    settings = dataclasses.replace(settings, eval_fraction=0.5)
+    first = finetune(dataclasses.replace(settings, max_eval_records=None))
+    path = first.adapter.parent / "settings.json"
+    stored = json.loads(path.read_text())
+    del stored["max_eval_records"]
+    path.write_text(json.dumps(stored))
+    again = finetune(dataclasses.replace(settings, max_eval_records=7, eval_steps=None), resume=True)
+    assert again.records == first.records
+
+
 @pytest.mark.parametrize(
     ("change", "records", "expected"),
     [

@@ -24,7 +24,9 @@ def world(tmp_path_factory):
     save_llama(folder / "model")
     words = ["sea", "harbor", "storm", "ship", "sail", "wind", "wave", "night"]
     records = [
-        {"prompt": f"what is {w} ?", "completion": f"keeper log : the {v} stays on ."} for w in words for v in words
+        {"prompt": f"what is {w} ?", "completion": f"keeper log : the {v} stays on" + " and on" * (i % 4) + " ."}
+        for i, w in enumerate(words)
+        for v in words
     ]
     (folder / "data.jsonl").write_text("\n".join(json.dumps(record) for record in records))
     return folder
@@ -69,12 +71,15 @@ def run(arguments, processes):
     return out
 
 
-def losses(output):
-    return [e["loss"] for e in json.loads((output / "report.json").read_text())["history"] if "loss" in e]
+def losses(output, name="loss"):
+    return [e[name] for e in json.loads((output / "report.json").read_text())["history"] if name in e]
 
 
 def assert_same(one, other):
-    torch.testing.assert_close(torch.tensor(losses(one)), torch.tensor(losses(other)), rtol=1e-4, atol=0)
+    for name in ("loss", "eval_loss"):
+        torch.testing.assert_close(
+            torch.tensor(losses(one, name)), torch.tensor(losses(other, name)), rtol=1e-4, atol=0
+        )
     a, b = (load_file(folder / "adapter/adapter_model.safetensors") for folder in (one, other))
     assert a.keys() == b.keys()
     for name, tensor in a.items():

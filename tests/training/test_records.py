@@ -64,6 +64,11 @@ def test_nothing_that_a_record_says_is_dropped(tmp_path):
 
     record = {"prompt": QUESTION, "completion": ANSWER, "system": "keeper"}
     assert read_records(write(tmp_path / "c.json", [record]))[0][0].content == record
+    record["tools"] = [{"name": "look"}]
+    assert read_records(write(tmp_path / "e.json", [record]))[0][0].content == record
+    for key in ("system", "tools"):
+        with pytest.raises(BadRecord, match=f"'{key}' beside 'text'"):
+            read_records(write(tmp_path / "f.json", [{"text": "x", key: record[key]}]))
     with pytest.raises(BadRecord, match="turn of 'history' must be"):
         read_records(write(tmp_path / "d.json", [alpaca | {"history": ["x"]}]))
 

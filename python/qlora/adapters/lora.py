@@ -29,24 +29,27 @@ def add_lora(
     rank: int,
     alpha: float | None = None,
     dropout: float = 0.0,
-    target_modules: tuple[str, ...] | list[str] | None = None,
+    target_modules: tuple[str, ...] | list[str] | str | None = None,
     adapt_experts: bool = False,
     **options: Any,
 ) -> Any:
     """A PeftModel with a trainable adapter; ``alpha`` defaults to ``rank``.
 
-    ``target_modules`` defaults to all linear layers but the head. With ``adapt_experts`` each expert of a mixture gets
-    an adapter too. Raises ValueError if a name of ``target_modules`` or ``modules_to_save`` is that of no layer, and
-    for dropout on experts, which PEFT does not have.
+    ``target_modules`` defaults to all linear layers but the head; a string is a regular expression, as in PEFT. With
+    ``adapt_experts`` each expert of a mixture gets an adapter too. Raises ValueError if a name of ``target_modules`` or
+    ``modules_to_save`` is that of no layer, and for dropout on experts, which PEFT does not have.
     """
     from peft import LoraConfig, get_peft_model
 
     from qlora.nn.qlora_linear import check_adapter
 
     check_adapter(rank, dropout)
-    if target_modules is not None and list(target_modules) == ["all-linear"]:  # PEFT's name for the default
+    if target_modules is not None and not isinstance(target_modules, str):
+        target_modules = list(target_modules)
+        if target_modules != ["all-linear"]:
+            _check_names(model, "target_modules", target_modules)
+    if target_modules in ("all-linear", ["all-linear"]):  # PEFT's name for the default
         target_modules = None
-    _check_names(model, "target_modules", target_modules)
     _check_names(model, "modules_to_save", options.get("modules_to_save"))
     if adapt_experts:
         options["target_parameters"] = _expert_parameters(model)
@@ -56,7 +59,7 @@ def add_lora(
         r=rank,
         lora_alpha=rank if alpha is None else alpha,
         lora_dropout=dropout,
-        target_modules=linear_targets(model) if target_modules is None else list(target_modules),
+        target_modules=linear_targets(model) if target_modules is None else target_modules,
         task_type="CAUSAL_LM",
         **options,
     )

@@ -127,22 +127,23 @@ def perplexity(
 
     Windows of ``context`` tokens advance by ``stride`` (default: half the context). So a token has at least
     ``context - stride`` tokens before it, except in the first window. ``first_token`` (see :func:`tokens_of`) stands
-    before each window, in addition: models that always begin with it, such as Gemma, compute something else without.
-    Raises ValueError for fewer than two tokens, and for a bad context or stride.
+    before each window and counts as one of its tokens: models that always begin with it, such as Gemma, compute
+    something else without. Raises ValueError for fewer than two tokens, and for a bad context or stride.
     """
     stride = context // 2 if stride is None else stride
-    if context < 2 or not 1 <= stride < context:
-        raise ValueError(f"context={context} must be at least 2, and stride={stride} in 1 … {context - 1}")
+    begin = ids.new_tensor([] if first_token is None else [first_token])
+    width = context - len(begin)
+    if width < 2 or not 1 <= stride < width:
+        raise ValueError(f"context={context} must be at least {2 + len(begin)}, and stride={stride} in 1 … {width - 1}")
     if len(ids) < 2:
         raise ValueError(f"the text has {len(ids)} tokens: at least two are needed, because the first has no score")
     device = next(model.parameters()).device
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     in_chunks = why_not_chunked(base) is None
     total = torch.zeros((), dtype=torch.float64, device=device)  # read only at the end: a read waits for a GPU
-    begin = ids.new_tensor([] if first_token is None else [first_token])
     scored, start, end = 1, 0, 0  # tokens before index `scored` are scored
     while scored < len(ids):
-        end = min(start + context, len(ids))
+        end = min(start + width, len(ids))
         window = torch.cat((begin, ids[start:end])).unsqueeze(0).to(device)
         first = len(begin) + scored - start  # index in the window of the first token to score
         if in_chunks:

@@ -81,7 +81,7 @@ def load_quantized(
     rank: int | None = None,
     alpha: float | None = None,
     dropout: float = 0.0,
-    target_modules: tuple[str, ...] | list[str] | None = None,
+    target_modules: tuple[str, ...] | list[str] | str | None = None,
     adapt_experts: bool = False,
     progress: bool = True,
     offload_experts: str | None = None,

@@ -135,7 +135,10 @@ def _gradients(
     """The gradients of x, and of each layer's lora_a, lora_b and bias."""
     x, *tensors = ctx.saved_tensors
     *weights, lora_a, lora_b = _split(tensors, len(grads))
-    given = next(grad for grad in grads if grad is not None)
+    given = next((grad for grad in grads if grad is not None), None)
+    if given is None:
+        nothing: list[Tensor | None] = [None] * len(grads)
+        return None, nothing, nothing, nothing
     none = given.new_empty(0)
     d_x, *by_layer = call_below_autograd(
         torch.ops.qlora.backward.many,

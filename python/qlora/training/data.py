@@ -140,21 +140,55 @@ def _render(
             continue
         before = render(messages[:i], True) if i else ""
         after = render(messages[: i + 1])
-        shown = message["content"].strip() in after[len(before) :]
+        marked = {**message, "content": _MARK}
+        _, mark_alone, tail_alone = render([*messages[:i], marked]).partition(_MARK)
+        shown = mark_alone or message["content"].strip() in after[len(before) :]
         if shown and text.startswith(before) and text.startswith(after):
             spans.append((len(before), len(after)))
             continue
-        marked = {**message, "content": _MARK}
         head, mark, tail = render([*messages[:i], marked, *messages[i + 1 :]]).partition(_MARK)
-        _, mark_alone, tail_alone = render([*messages[:i], marked]).partition(_MARK)
-        if not (mark and mark_alone and text.startswith(head) and text[len(head) :].endswith(tail)):
+        begin, stop = len(before), 0
+        if mark and mark_alone and text.startswith(head) and text[len(head) :].endswith(tail):
+            begin = len(before) if text.startswith(before) and len(before) <= len(head) else len(head)
+            stop = len(text) - len(tail) + len(os.path.commonprefix([tail, tail_alone]))
+        elif mark:
+            stop = _end_of_turn(text, before, after, message)
+        if i + 1 < len(messages):  # Gemma 4 renders what a tool answered before the text of the turn that called it
+            next_marked = {**messages[i + 1], "content": _MARK}
+            following = render([*messages[: i + 1], next_marked, *messages[i + 2 :]]).find(_MARK)
+            stop = 0 if 0 <= following < stop else stop
+        if stop == 0:
             raise ValueError(
                 f"the assistant's part cannot be found: what the chat template renders around turn {i + 1} of"
                 f" {len(messages)} depends on that turn's content, or the content is not shown"
             )
-        begin = len(before) if text.startswith(before) and len(before) <= len(head) else len(head)
-        spans.append((begin, len(text) - len(tail) + len(os.path.commonprefix([tail, tail_alone]))))
+        spans.append((begin, stop))
+    calls = [call for message in messages for call in message.get("tool_calls") or ()]
+    for what, named in (("tools", tools or []), ("tool_calls", calls)):
+        for name in map(_name_of, named):
+            if name not in text:
+                raise ValueError(f"the chat template does not render '{what}': '{name}' is not in its text")
     return text, spans
+
+
+def _name_of(tool: dict[str, Any]) -> str:
+    """The name of a tool or a call, with or without OpenAI's wrapper."""
+    return str(tool.get("function", tool).get("name", ""))
+
+
+def _end_of_turn(text: str, before: str, after: str, message: dict[str, Any]) -> int:
+    """Where a turn ends that the template shortens at its beginning when others follow, as Qwen3 its reasoning.
+
+    ``before`` is the text up to the turn, ``after`` the text with the turn as the last one. 0 if no end of ``after``
+    with all that the message says stands in ``text`` behind ``before``.
+    """
+    turn = after.removeprefix(before)
+    said = [message["content"].strip(), *map(_name_of, message.get("tool_calls") or ())]
+    for cut in range(len(turn) if text.startswith(before) else 0):
+        rest = turn[cut:]
+        if text.startswith(rest, len(before)):
+            return len(before) + len(rest) if all(words in rest for words in said) else 0
+    return 0
 
 
 @dataclass(frozen=True)

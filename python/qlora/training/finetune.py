@@ -32,7 +32,14 @@ from qlora.training.data import (
     stop_tokens,
 )
 from qlora.training.memory import memory_by_kind, peak_memory, planned_memory, what_shrinks
-from qlora.training.settings import SETTINGS_FILE, FinetuneSettings, check_output, check_same_run, identity_of
+from qlora.training.settings import (
+    SETTINGS_FILE,
+    FinetuneSettings,
+    check_output,
+    check_same_run,
+    identity_of,
+    with_old_limits,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -78,10 +85,13 @@ def _arguments(
     if settings.offload_experts and world > 1:
         raise ValueError("offload_experts needs one process: DDP copies every weight to each GPU")
     rows, forwards = share_of(settings.batch_size, settings.gradient_accumulation, world)
-    steps = settings.max_steps
-    if steps < 0:
-        rows_of_step = settings.batch_size * settings.gradient_accumulation
-        steps = math.ceil(settings.epochs * math.ceil(len(_rows(settings, examples.train)) / rows_of_step))
+    eval_steps = settings.eval_steps
+    if eval_steps is None:
+        steps = settings.max_steps
+        if steps < 0:
+            rows_of_step = settings.batch_size * settings.gradient_accumulation
+            steps = math.ceil(settings.epochs * math.ceil(len(_rows(settings, examples.train)) / rows_of_step))
+        eval_steps = max(50, math.ceil(steps / 10))
     on_cpu = device.type == "cpu"
     arguments = TrainingArguments(
         output_dir=settings.output,
@@ -99,7 +109,7 @@ def _arguments(
         logging_nan_inf_filter=False,  # AdapterTrainer stops at the first nan or inf
         save_steps=settings.save_steps,
         eval_strategy="steps" if examples.evaluation else "no",
-        eval_steps=settings.eval_steps or max(50, math.ceil(steps / 10)),
+        eval_steps=eval_steps,
         prediction_loss_only=True,
         seed=settings.seed,
         use_cpu=on_cpu,
@@ -162,6 +172,8 @@ def finetune(
     folder = resolve_model(settings.model)
     tokenizer = load_tokenizer(folder)
     check_output(output, resume)
+    if resume:
+        settings = with_old_limits(settings)
     # Reads the data before it loads or writes anything, because errors in the data are the most common.
     examples = load_examples(settings, tokenizer)
     require_known_tokens(examples, tokenizer, folder)

@@ -91,6 +91,10 @@ def _messages(messages: list[Any], tools: list[Any] | None = None) -> dict[str, 
     return {"messages": messages} | ({"tools": _without_none(tools)} if tools else {})
 
 
+def _tools(record: dict[str, Any]) -> list[Any] | None:
+    return _list(record, "tools") if record.get("tools") else None
+
+
 def _sharegpt(record: dict[str, Any]) -> dict[str, Any]:
     messages = _system(record)
     for turn in _list(record, "conversations"):
@@ -100,7 +104,7 @@ def _sharegpt(record: dict[str, Any]) -> dict[str, Any]:
         if role is None:
             raise ValueError(f"'from' is {turn.get('from')!r}: it must be one of {', '.join(_SHAREGPT_ROLES)}")
         messages.append({"role": role, "content": turn["value"]})
-    return _messages(messages)
+    return _messages(messages, _tools(record))
 
 
 def _alpaca(record: dict[str, Any]) -> dict[str, Any]:
@@ -112,7 +116,7 @@ def _alpaca(record: dict[str, Any]) -> dict[str, Any]:
             raise ValueError("each turn of 'history' must be a list of a question and an answer")
         earlier += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
     now = [{"role": "user", "content": question}, {"role": "assistant", "content": _text(record, "output")}]
-    return _messages([*_system(record), *earlier, *now])
+    return _messages([*_system(record), *earlier, *now], _tools(record))
 
 
 def checked(record: Any) -> tuple[str, dict[str, Any]]:
@@ -124,15 +128,21 @@ def checked(record: Any) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"a record is a JSON object, not {type(record).__name__}")
     shape = _shape(record)
     if shape == "messages":
-        tools = _list(record, "tools") if record.get("tools") else None
-        return shape, _messages([*_system(record), *_list(record, "messages")], tools)
+        return shape, _messages([*_system(record), *_list(record, "messages")], _tools(record))
     if shape == "conversations":
         return shape, _sharegpt(record)
     if shape == "instruction":
         return shape, _alpaca(record)
     if shape == "prompt":
         content = {"prompt": _text(record, "prompt"), "completion": _text(record, "completion")}
-        return shape, content | ({"system": _text(record, "system")} if record.get("system") else {})
+        tools = _without_none(_tools(record))
+        more = {"system": _text(record, "system") if record.get("system") else None, "tools": tools}
+        return shape, content | {key: value for key, value in more.items() if value}
+    for key in ("system", "tools"):
+        if record.get(key):
+            raise ValueError(
+                f"'{key}' beside 'text', which is learnt as it is: put it into the text, or use 'messages'"
+            )
     return shape, {"text": _text(record, "text")}
 
 

@@ -1,7 +1,7 @@
 """Settings of a fine-tuning run, and the file by which a resumed run checks that they are the same."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from qlora.storage.fingerprint import checkpoint_fingerprint
 SETTINGS_FILE = "settings.json"
 # Settings that may differ between a run and its resumption.
 FREE_SETTINGS = ("output", "device", "page_dir", "fsdp", "offload_experts")
+_WITHOUT_EFFECT = ("eval_steps",)  # on the result; its default has changed
 OPTIMIZERS = ("adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit")
 
 
@@ -146,7 +147,8 @@ def check_same_run(output: Path, now: dict[str, Any]) -> None:
     """Raises ValueError with the settings that differ from those of the run in ``output``."""
     defaults = {field.name: field.default for field in fields(FinetuneSettings)}  # of settings newer than the run
     before = defaults | _read_settings(output)
-    changed = [f"{name}: {before.get(name)!r} -> {now[name]!r}" for name in now if before.get(name) != now[name]]
+    names = [name for name in now if name not in _WITHOUT_EFFECT]
+    changed = [f"{name}: {before.get(name)!r} -> {now[name]!r}" for name in names if before.get(name) != now[name]]
     if changed:
         details = ", ".join(changed)
         raise ValueError(f"{output} was started with other settings ({details}): a resumed run needs the same ones")
@@ -162,6 +164,12 @@ def _read_settings(output: Path) -> dict[str, Any]:
     except (ValueError, AssertionError) as error:
         raise ValueError(f"{stored} is damaged: {error}") from error
     return {"max_eval_records": None} | values  # runs from before that limit have held out more records
+
+
+def with_old_limits(settings: FinetuneSettings) -> FinetuneSettings:
+    """The settings as the run in ``settings.output`` understood them, which may be from before a limit existed."""
+    limit = _read_settings(Path(settings.output))["max_eval_records"]
+    return replace(settings, max_eval_records=None) if limit is None else settings
 
 
 def settings_of_run(output: str | Path) -> FinetuneSettings:

@@ -22,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from qlora.adapters.lora import save_lora
 from qlora.distributed import ignore_frozen, largest_list
-from qlora.models.chunked_loss import ChunkedLoss
+from qlora.models.chunked_loss import ChunkedLoss, learnt_positions
 from qlora.training.data import IGNORED
 
 _STAGING = ".saving"
@@ -107,15 +107,39 @@ class AdapterTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         records = inputs.pop("records", ())
+        labels = inputs["labels"]
+        if not self._model.training:
+            kwargs["num_items_in_batch"] = None  # which would make the loss a share of that of all processes
+            labels = self._ignore_repeats(inputs)
         if self._loss is None:
             inputs.pop("loss_positions", None)
         result = super().compute_loss(model, inputs, *args, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result
         self._forbid_nan(loss, records)
         if not self._model.training:
-            learnt = (inputs["labels"][..., 1:] != IGNORED).sum()
+            learnt = (labels[:, 1:] != IGNORED).sum()
             self._evaluated += torch.stack((loss.detach().double() * learnt, learnt.double()))
         return result
+
+    def _ignore_repeats(self, inputs: dict[str, Any]) -> Tensor:
+        """The labels of an evaluation batch without those of repeated rows, which leave the loss, too.
+
+        accelerate repeats rows at the end, so that all processes have batches of the same size. A batch of nothing else
+        keeps its labels for the model, because its mean over no token would be nan.
+        """
+        labels, state = inputs["labels"], self.accelerator.gradient_state
+        if self.args.world_size <= 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return labels
+        own = max(0, state.remainder - self.args.process_index * self.args.eval_batch_size)
+        if own >= len(labels):
+            return labels
+        labels = labels.clone()
+        labels[own:] = IGNORED
+        if own > 0:
+            inputs["labels"] = labels
+            if "loss_positions" in inputs:
+                inputs["loss_positions"] = learnt_positions(labels, IGNORED)
+        return labels
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluates; the loss is the mean over tokens, as in training. Trainer's is the mean of the batches' means."""
