@@ -24,11 +24,12 @@ def world(tmp_path_factory):
     save_llama(folder / "model")
     words = ["sea", "harbor", "storm", "ship", "sail", "wind", "wave", "night"]
     records = [
-        {"prompt": f"what is {w} ?", "completion": f"keeper log : the {v} stays on" + " and on" * (i % 4) + " ."}
-        for i, w in enumerate(words)
-        for v in words
+        {"prompt": f"what is {w} ?", "completion": f"keeper log : the {v} stays on ."} for w in words for v in words
     ]
     (folder / "data.jsonl").write_text("\n".join(json.dumps(record) for record in records))
+    # Five rows with different numbers of tokens: accelerate repeats some, so that two processes have equally many.
+    held_out = [{"prompt": "what ?", "completion": "the sea and " * i + "storm ."} for i in range(5)]
+    (folder / "held_out.jsonl").write_text("\n".join(json.dumps(record) for record in held_out))
     return folder
 
 
@@ -40,8 +41,8 @@ def command(world, output, *more):
         "--rank": 4,
         "--compute-dtype": "fp32",
         "--device": "cpu",
-        "--eval-fraction": 0.125,
-        "--max-length": 16,  # one record per row: 56 rows, which two processes share evenly
+        "--eval-data": world / "held_out.jsonl",
+        "--max-length": 16,  # one record per row: 64 rows, which two processes share evenly
         "--max-steps": 8,
         "--learning-rate": 5e-3,
         "--batch-size": 2,
@@ -121,7 +122,7 @@ def test_a_run_goes_on_with_another_number_of_processes(world, single, tmp_path,
 @pytest.mark.parametrize("whole", [False, True], ids=["one process", "the launcher"])
 def test_an_interruption_of_any_process_saves_and_stops_all(world, tmp_path, whole):
     output = tmp_path / "run"
-    process = start(command(world, output, "--max-steps", "4000", "--save-steps", "20", "--eval-fraction", "0"), 2)
+    process = start(command(world, output, "--max-steps", "4000", "--save-steps", "20", "--eval-steps", "4000"), 2)
     deadline = time.monotonic() + 120
     while not list(output.glob("checkpoint-*")):  # waits until it trains
         assert time.monotonic() < deadline
